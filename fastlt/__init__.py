@@ -1,0 +1,1 @@
+"""fastlt: long-tailed image classification with auxiliary classes and neighbour silencing."""
