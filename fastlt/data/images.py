@@ -1,0 +1,77 @@
+"""Decoding and cropping one image with Pillow: the reference that every engine is held to."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
+MAX_PIXELS = 178_956_970  # Pillow's own limit; more is taken for a decompression bomb
+Image.MAX_IMAGE_PIXELS = None  # the limit is checked here, as an error with a reason instead of a warning
+SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+class BadImage(Exception):
+    """An image that cannot be used; the message is the reason."""
+
+
+def decode(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Encoded bytes to the upright image, (height, width, 3) uint8 RGB. Raises BadImage."""
+    return np.asarray(decode_pil(data, max_pixels))
+
+
+def decode_pil(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As `decode`, an RGB Pillow image: EXIF rotation applied, 16 bits scaled to 8, transparency laid over white."""
+    image = open_image(data, max_pixels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF, which does not matter to the pixels
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise BadImage(f"cannot be decoded: {error}") from error
+
+
+def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads the header only. Raises BadImage for what is empty, unknown or too large."""
+    if len(data) == 0:
+        raise BadImage("empty file")
+    try:
+        image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+    except UnidentifiedImageError as error:
+        raise BadImage("not a JPEG, PNG or WebP image") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise BadImage(f"damaged header: {error}") from error
+    if image.width * image.height > max_pixels:
+        raise BadImage(f"{image.width} x {image.height} pixels are more than the limit of {max_pixels}")
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB as a person would see it."""
+    if image.mode in SIXTEEN_BIT:  # Pillow's own conversion clips at 255 instead of scaling
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def fill_box(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> np.ndarray:
+    """The part `box` (top, left, height, width) of an upright RGB image as (size, size, 3) uint8; black beyond the edge.
+
+    Shrinking averages over areas, enlarging is bilinear: what FFCV's INTER_AREA does.
+    """
+    top, left, height, width = (int(x) for x in box)
+    if top < 0 or left < 0 or top + height > image.height or left + width > image.width:
+        image = image.crop((left, top, left + width, top + height))
+        top = left = 0
+    if (height, width) == (size, size):
+        part = image.crop((left, top, left + width, top + height))
+    else:
+        resample = Image.Resampling.BOX if min(height, width) >= size else Image.Resampling.BILINEAR
+        part = image.resize((size, size), resample, box=(left, top, left + width, top + height))
+    pixels = np.asarray(part)
+    return pixels[:, ::-1] if flip else pixels

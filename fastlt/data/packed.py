@@ -1,0 +1,111 @@
+"""Reading a pack: random access to every stored image, without a copy."""
+
+import json
+import mmap
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlt.classes import ClassSpace
+from fastlt.errors import UserError
+
+FORMAT_VERSION = 1
+COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int32, "label": np.int32, "height": np.int32, "width": np.int32}
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of `train` or `val`. Every column has one entry per image; height and width are those of the upright image."""
+
+    name: str
+    folder: Path
+    shards: tuple[str, ...]  # file names inside `folder`
+    shard: np.ndarray  # (n,) int32, index into shards
+    offset: np.ndarray  # (n,) int64, bytes
+    size: np.ndarray  # (n,) int32, bytes
+    label: np.ndarray  # (n,) int32
+    height: np.ndarray  # (n,) int32, pixels
+    width: np.ndarray  # (n,) int32, pixels
+    _maps: dict[int, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def read(self, image: int) -> memoryview:
+        """The encoded bytes of one image: a view of the mapped shard, no copy."""
+        offset = int(self.offset[image])
+        return memoryview(self._map(int(self.shard[image])))[offset : offset + int(self.size[image])]
+
+    def key(self, image: int) -> str:
+        """The image's key in its shard, as `tar tf` lists it: read from the tar header that stands before the bytes."""
+        header = memoryview(self._map(int(self.shard[image])))
+        start = int(self.offset[image]) - 512
+        return bytes(header[start : start + 100]).split(b"\0", 1)[0].decode("utf-8", "replace")
+
+    def where(self, image: int) -> str:
+        """For messages: shard and key of an image."""
+        return f"{self.folder / self.shards[int(self.shard[image])]}:{self.key(image)}"
+
+    def _map(self, shard: int) -> mmap.mmap:
+        if shard not in self._maps:
+            with (self.folder / self.shards[shard]).open("rb") as file:
+                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # a mapping cannot travel to a worker process; it is made anew there
+
+
+@dataclass(frozen=True)
+class Pack:
+    path: Path
+    manifest: dict[str, Any]
+    space: ClassSpace
+    train: Split
+    val: Split
+
+    @cached_property
+    def beton(self) -> dict[str, Path]:
+        """The FFCV files that the pack has, by split."""
+        paths = {split: self.path / f"{split}.beton" for split in ("train", "val")}
+        return {split: path for split, path in paths.items() if path.is_file()}
+
+
+def open_pack(path: Path | str) -> Pack:
+    """Opens what `fastlt pack` wrote. Raises UserError where it is no pack, of another version, or a file is missing or truncated."""
+    path = Path(path)
+    manifest = read_manifest(path)
+    check_sizes(path, manifest)
+    with np.load(path / "index.npz") as index:
+        columns = {name: index[name] for name in index.files}
+    train, val = (_split(path, name, manifest, columns) for name in ("train", "val"))
+    return Pack(path, manifest, ClassSpace.load(path / "classes.json"), train, val)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"there is no pack at {path}: make one with `fastlt pack`")
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a pack: it has no readable manifest.json; make one with `fastlt pack`") from error
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path} has pack format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}: pack again")
+    return manifest
+
+
+def check_sizes(path: Path, manifest: dict[str, Any]) -> None:
+    """Every file of the manifest is there with its full length: cheap enough for every start, and it finds truncation."""
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing from the pack: pack again, or copy it again")
+        if file.stat().st_size != entry["size"]:
+            raise UserError(f"{file} is damaged: it has {file.stat().st_size} bytes, the manifest says {entry['size']}; copy it again")
+
+
+def _split(path: Path, name: str, manifest: dict[str, Any], columns: dict[str, np.ndarray]) -> Split:
+    return Split(name, path / name, tuple(manifest["shards"][name]), **{c: columns[f"{name}_{c}"] for c in COLUMNS})
