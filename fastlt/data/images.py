@@ -1,16 +1,27 @@
 """Decoding and cropping one image with Pillow: the reference that every engine is held to."""
 
 import io
+import struct
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 MAX_PIXELS = 178_956_970  # Pillow's own limit; more is taken for a decompression bomb
 Image.MAX_IMAGE_PIXELS = None  # the limit is checked here, as an error with a reason instead of a warning
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow raises on damaged bytes
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # from each EXIF orientation to upright
 
 
 class BadImage(Exception):
@@ -26,11 +37,9 @@ def decode_pil(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
     """As `decode`, an RGB Pillow image: EXIF rotation applied, 16 bits scaled to 8, transparency laid over white."""
     image = open_image(data, max_pixels)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged EXIF, which does not matter to the pixels
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        image.load()
+        return to_rgb(upright(image))
+    except DAMAGE as error:
         raise BadImage(f"cannot be decoded: {error}") from error
 
 
@@ -39,14 +48,32 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
     if len(data) == 0:
         raise BadImage("empty file")
     try:
-        image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF, which does not matter to the pixels
+            image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
     except UnidentifiedImageError as error:
         raise BadImage("not a JPEG, PNG or WebP image") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except DAMAGE as error:
         raise BadImage(f"damaged header: {error}") from error
     if image.width * image.height > max_pixels:
         raise BadImage(f"{image.width} x {image.height} pixels are more than the limit of {max_pixels}")
     return image
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 where there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata raise about anything and do not matter to the pixels, unlike in ImageOps.exif_transpose
+        return 1
+    return found if found in TURNS else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    turn = TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -75,7 +75,10 @@ class Pack:
 
 
 def open_pack(path: Path | str) -> Pack:
-    """Opens what `fastlt pack` wrote. Raises UserError where it is no pack, of another version, or a file is missing or truncated."""
+    """Opens what `fastlt pack` wrote.
+
+    Raises UserError where it is no pack or one of another version, and where a file is missing or truncated.
+    """
     path = Path(path)
     manifest = read_manifest(path)
     check_sizes(path, manifest)
@@ -104,7 +107,8 @@ def check_sizes(path: Path, manifest: dict[str, Any]) -> None:
         if not file.is_file():
             raise UserError(f"{file} is missing from the pack: pack again, or copy it again")
         if file.stat().st_size != entry["size"]:
-            raise UserError(f"{file} is damaged: it has {file.stat().st_size} bytes, the manifest says {entry['size']}; copy it again")
+            found, wanted = file.stat().st_size, entry["size"]
+            raise UserError(f"{file} is damaged: it has {found} bytes, the manifest says {wanted}; copy it again")
 
 
 def _split(path: Path, name: str, manifest: dict[str, Any], columns: dict[str, np.ndarray]) -> Split:

@@ -28,7 +28,7 @@ class Sampling:
     """How often each class is seen in an epoch."""
 
     targets: str = "once"  # once: every stored target image once; class-balanced: every target class equally often
-    budget: int = 50  # images per auxiliary class and epoch, whatever it stores
+    budget: int = 50  # images per auxiliary class and epoch, whatever it stores; 0: none
 
 
 @dataclass(frozen=True)

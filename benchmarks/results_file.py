@@ -1,0 +1,47 @@
+"""Rows of figures with the machine, the versions and the command that made them."""
+
+import csv
+import os
+import platform
+import shlex
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlt.errors import UserError
+
+
+def machine() -> str:
+    """The device that the figures belong to, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{processor()}, {os.cpu_count()} cores"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Adds rows under the header that the file has; a file of other columns is refused."""
+    context = {
+        "machine": machine(), "torch": torch.__version__, "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "command": shlex.join(["fastlt", *sys.argv[1:]]),
+    }  # fmt: skip
+    rows = [{**row, **context} for row in rows]
+    fresh = not path.exists()
+    if not fresh and path.read_text(encoding="utf-8").splitlines()[0].split(",") != list(rows[0]):
+        raise UserError(f"{path} has other columns than this benchmark writes: name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)

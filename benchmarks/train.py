@@ -1,0 +1,134 @@
+"""How much the loop costs: images/s of `fastlt train` over images/s of bare forward, backward and step on resident data."""
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from fastlt.config import Config, load_config
+from fastlt.data.pack import PackOptions, write_pack
+from fastlt.data.packed import Pack, open_pack
+from fastlt.data.source import read_collection
+from fastlt.losses import build_criterion
+from fastlt.train import Trainer, compiled, make_input, prepare, train_step
+from fastlt_benchmarks.results_file import append_rows
+
+WARM_UP = 5  # steps; the first ones allocate memory, and compile where that is on
+
+
+def run_bench_train(
+    recipe: str, settings: list[str], data: Path | None, steps: int, rounds: int, csv: Path | None, console: Console
+) -> None:
+    """The two are measured in turn, so that a machine that grows slower grows slower for both; the ratio is of each pair."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = Console(quiet=True)
+        pack = open_pack(data) if data else random_pack(Path(folder), load_config(recipe, settings), quiet)
+        config = load_config(recipe, [*settings, f"data.pack={str(pack.path)!r}"])
+        trainer = prepare(config, Path(folder) / "run", pack)
+        try:
+            pairs = measure(trainer, steps, rounds, console)
+        finally:
+            trainer.train_loader.close()
+            trainer.val_loader.close()
+    show(pairs, trainer, recipe, console)
+    if csv is not None:
+        append_rows(csv, [row(pairs, trainer, recipe, steps)])
+        console.print(f"added to {csv}")
+
+
+def measure(trainer: Trainer, steps: int, rounds: int, console: Console) -> list[tuple[float, float]]:
+    """(bare, loop) images/s of each round."""
+    bare, loop = bare_steps(trainer), loop_steps(trainer)
+    for step in (bare, loop):
+        timed(step, WARM_UP, trainer)
+    pairs = []
+    with console.status("measuring") as status:
+        for i in range(rounds):
+            pairs.append((timed(bare, steps, trainer), timed(loop, steps, trainer)))
+            status.update(f"measuring: round {i + 1} of {rounds}, bare {pairs[-1][0]:,.0f}, loop {pairs[-1][1]:,.0f} images/s")
+    return pairs
+
+
+def timed(step: Iterator[int], steps: int, trainer: Trainer) -> float:
+    """Images/s of the next steps."""
+    wait_for(trainer.device)
+    began = time.perf_counter()
+    images = sum(itertools.islice(step, steps))
+    wait_for(trainer.device)
+    return images / (time.perf_counter() - began)
+
+
+def loop_steps(trainer: Trainer) -> Iterator[int]:
+    """The trainer's own loop: loader, augmentation, loss, backward, step. Yields the images of each step."""
+    counts = torch.from_numpy(trainer.plan.class_counts()[: trainer.space.num_classes])
+    criterion = build_criterion(trainer.config.loss, trainer.space, counts, trainer.model, 0, trainer.device)
+    forward = compiled(criterion, trainer.config, trainer.device)
+    for epoch in itertools.count():
+        trainer.at.step_in_epoch = 0
+        for batch, pixels in trainer.train_loader.iterate(trainer.plan.epoch(epoch)):
+            train_step(trainer, forward, batch, pixels)
+            trainer.at.step, trainer.at.step_in_epoch = trainer.at.step + 1, trainer.at.step_in_epoch + 1
+            yield len(batch.labels)
+
+
+def bare_steps(trainer: Trainer) -> Iterator[int]:
+    """Forward, cross entropy, backward and step on one batch that lies on the device."""
+    config, device = trainer.config, trainer.device
+    batch = next(trainer.plan.epoch(0))
+    pixels = torch.randint(0, 256, (len(batch.labels), config.data.size, config.data.size, 3), dtype=torch.uint8)
+    labels = torch.from_numpy(batch.labels) % trainer.space.num_classes
+    images, target, _, _ = make_input(config, pixels, labels, torch.Generator().manual_seed(0), device)
+    images = images.clone(memory_format=torch.preserve_format)
+    while True:
+        with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
+            loss = torch.nn.functional.cross_entropy(trainer.model(images), target)
+        loss.backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        yield len(target)
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def random_pack(folder: Path, config: Config, console: Console) -> Pack:
+    """100 target classes of random images in the size of the recipe: as JPEG, or as PNG where they are small."""
+    rng = np.random.default_rng(0)
+    ending = "png" if config.data.size <= 64 else "jpg"
+    for split, count in (("target", 20), ("val", 1)):
+        for name in range(100):
+            (folder / split / f"{name:03}").mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (config.data.size, config.data.size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / f"{name:03}" / f"{i}.{ending}")
+    collection = read_collection(folder / "target", None, folder / "val", None, None, None)
+    return open_pack(write_pack(collection, PackOptions(out=folder / "pack"), console))
+
+
+def show(pairs: list[tuple[float, float]], trainer: Trainer, recipe: str, console: Console) -> None:
+    table = Table("", "images/s, median", "min", "max", title=f"{recipe}: {trainer.config.model.name}, batch {trainer.config.data.batch}")
+    for name, values in zip(("bare forward + backward + step", "fastlt train"), zip(*pairs, strict=True), strict=True):
+        table.add_row(name, f"{statistics.median(values):,.0f}", f"{min(values):,.0f}", f"{max(values):,.0f}")
+    console.print(table)
+    ratios = sorted(loop / bare for bare, loop in pairs)
+    console.print(f"loop / bare, pair by pair: {statistics.median(ratios):.3f} (from {ratios[0]:.3f} to {ratios[-1]:.3f})")
+
+
+def row(pairs: list[tuple[float, float]], trainer: Trainer, recipe: str, steps: int) -> dict[str, object]:
+    bare, loop = zip(*pairs, strict=True)
+    return {
+        "recipe": recipe, "model": trainer.config.model.name, "batch": trainer.config.data.batch, "size": trainer.config.data.size,
+        "loader": trainer.train_loader.engine_name, "steps": steps, "rounds": len(pairs),
+        "bare_images_per_second": round(statistics.median(bare), 1), "loop_images_per_second": round(statistics.median(loop), 1),
+        "ratio": round(statistics.median(b / a for a, b in pairs), 4),
+    }  # fmt: skip

@@ -1,0 +1,234 @@
+"""The configuration: one tree of values, read from a recipe, changed by `section.key=value`, kept in RUN/config.toml."""
+
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastlt.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Several = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    name: str = "resnet32"  # resnet20, resnet32, ... (6n + 2, for CIFAR), or any timm model
+    pretrained: bool = False  # timm's weights for the name
+    weights: str = ""  # a local safetensors file with backbone weights
+    drop_path: Share = 0.0
+    head: Literal["linear", "cosine"] = "linear"
+    head_scale: Positive = 30.0  # of the cosine head
+    head_weights: str = ""  # a local safetensors file: `weight` (T or C, D) to start the head from, e.g. CLIP text features
+
+
+class DataConfig(Section):
+    pack: str = ""
+    engine: Literal["auto", "torch", "ffcv"] = "auto"
+    workers: Count = 2
+    batch: Several = 128  # over all ranks
+    size: Several = 32  # pixels a side
+    crop: Literal["random-resized-crop", "pad-crop", "centre-crop"] = "pad-crop"
+    padding: Count = 4
+    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    flip: bool = True
+    eval_resize: Count = 0  # shorter side before the centre crop; 0: as `size`
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    auxiliary: bool = True  # false: train on the targets alone
+    target_sampling: Literal["once", "class-balanced"] = "once"
+    budget: Several = 50  # images per auxiliary class and epoch
+    drop_last: bool = False
+
+
+class AugmentConfig(Section):
+    """On the compute device, after the crop."""
+
+    mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of the Beta distribution; 0: off
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    randaugment: Annotated[int, Field(ge=0, le=10)] = 0  # magnitude; 0: off
+    randaugment_ops: Several = 2
+    erasing: Share = 0.0  # probability per image
+
+
+class LossConfig(Section):
+    name: Literal["neighbor-silencing", "balanced-ce", "ce", "focal", "class-balanced", "ldam"] = "neighbor-silencing"
+    silence: Share = 0.1  # lambda_s: 1 = off, 0 = hard mask
+    tau: Annotated[float, Field(ge=0)] = 1.0  # strength of the prior
+    directions: Literal["both", "target_rows", "aux_rows"] = "both"
+    few_shot_below: Count = 0  # silence only around targets with fewer training images; 0: around all
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    gamma: Annotated[float, Field(ge=0)] = 2.0  # focal
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999  # class-balanced, and the weights of DRW
+    max_margin: Positive = 0.5  # LDAM
+    drw_epoch: Count = 0  # from this epoch on, re-weight the classes (DRW); 0: never
+
+
+class OptimConfig(Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive = 0.1
+    lr_base_batch: Count = 0  # > 0: lr is per this many images, and scaled by batch / lr_base_batch ("blr" of the release: 256)
+    momentum: Share = 0.9
+    nesterov: bool = False
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 2e-4
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # learning rate per layer below the head, timm backbones
+    clip: Annotated[float, Field(ge=0)] = 0.0  # gradient norm; 0: off
+    accumulate: Several = 1  # batches per optimiser step
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of averaged weights, which are then evaluated too; 0: off
+
+
+class ScheduleConfig(Section):
+    name: Literal["cosine", "step", "one-cycle"] = "cosine"
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    final_lr: Annotated[float, Field(ge=0)] = 0.0  # of cosine, as a share of lr
+    steps: dict[str, float] = {}  # of step: epoch -> factor on lr from that epoch on
+    head_only_epochs: Count = 0  # the backbone is frozen for these first epochs
+
+
+class TrainConfig(Section):
+    epochs: Several = 200
+    seed: Count = 0
+    device: str = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
+    channels_last: bool = True
+    threads: Count = 0  # of torch on a CPU; 0: as torch finds right
+    eval_every: Several = 1  # epochs
+    checkpoint_minutes: Positive = 10.0  # besides the one after each epoch
+    keep: Several = 2  # checkpoints kept
+
+
+class Config(Section):
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        if self.loss.name == "ldam" and self.model.head != "cosine":
+            raise ValueError("loss.name=ldam needs model.head=cosine: its margins are between normalised features and weights")
+        if self.loss.name not in LINEAR_LOSSES and (self.augment.mixup or self.augment.cutmix or self.loss.label_smoothing):
+            raise ValueError(f"loss.name={self.loss.name} does not go with mixup, cutmix or label smoothing")
+        if self.schedule.name == "step" and not self.schedule.steps:
+            raise ValueError("schedule.name=step needs schedule.steps, e.g. {160 = 0.01, 180 = 0.0001}")
+        if self.model.weights and self.model.pretrained:
+            raise ValueError("model.weights and model.pretrained exclude each other")
+        return self
+
+
+LINEAR_LOSSES = ("neighbor-silencing", "balanced-ce", "ce")  # linear in the label, so mixed and smoothed labels are defined
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """A recipe's name or the path of a .toml file, with `section.key=value` on top. Raises UserError that names the nearest key."""
+    tree = read_recipe(recipe)
+    for override in overrides:
+        _set(tree, *_parsed(override))
+    return checked(tree, recipe)
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """The tables of a recipe on top of those of the recipe that it `extends`."""
+    text = _recipe_text(recipe)
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{recipe} is not valid TOML: {error}") from error
+    base = tree.pop("extends", None)
+    return merged(read_recipe(base), tree) if base else tree
+
+
+def _recipe_text(recipe: str) -> str:
+    path = Path(recipe)
+    if path.suffix == ".toml":
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+    if recipe not in recipe_names():
+        raise UserError(f"there is no recipe '{recipe}'{did_you_mean(recipe, recipe_names())}; recipes: {', '.join(recipe_names())}")
+    return (resources.files("fastlt.recipes") / f"{recipe}.toml").read_text(encoding="utf-8")
+
+
+def recipe_names() -> list[str]:
+    files = resources.files("fastlt.recipes").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """Tables are merged, except `schedule.steps`, which is one value; everything else is replaced."""
+    result = dict(base)
+    for key, value in change.items():
+        is_table = isinstance(value, dict) and isinstance(result.get(key), dict) and key != "steps"
+        result[key] = merged(result[key], value) if is_table else value
+    return result
+
+
+def checked(tree: dict[str, Any], where: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_in_words(error.errors()[0])}") from error
+
+
+def _in_words(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"there is no setting '{key}'{did_you_mean(key, list(setting_names()))}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{key} = {error['input']!r}: {message}" if key else message
+
+
+def _parsed(override: str) -> tuple[list[str], Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"'{override}' is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string, so that nobody has to quote twice in a shell
+    return key.strip().split("."), value
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    name = ".".join(keys)
+    known = list(setting_names())
+    if name not in known:
+        raise UserError(f"there is no setting '{name}'{did_you_mean(name, known)}")
+    tree.setdefault(keys[0], {})[keys[1]] = value
+
+
+def setting_names() -> Iterator[str]:
+    for section, field in Config.model_fields.items():
+        for key in field.annotation.model_fields:  # type: ignore[union-attr]
+            yield f"{section}.{key}"
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f", did you mean '{near[0]}'?" if near else ""
+
+
+def to_toml(config: Config) -> str:
+    return tomli_w.dumps(config.model_dump(mode="json"))

@@ -1,0 +1,60 @@
+"""The whole way on an embedded data set, by exactly the commands that a user types."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastlt.errors import UserError
+from fastlt.procedural import write_demo_data
+
+MARK = ".fastlt-demo"  # so that only a folder that the demo made is ever replaced
+
+
+def run_demo(out: Path, console: Console) -> None:
+    """Data, pack, training without and with auxiliaries, evaluation and report in `out`; ends with a table of the two."""
+    start_anew(out)
+    data, pack, plain, method = out / "images", out / "pack", out / "without", out / "with"
+    with console.status("drawing images"):
+        write_demo_data(data)
+    folders = ["--target", data / "target", "--auxiliary", data / "auxiliary", "--val", data / "val", "--pairs", data / "pairs.csv"]
+    call(console, "pack", *folders, "--out", pack)
+    call(console, "train", "demo", "--data", pack, "--out", plain, "data.auxiliary=false", "loss.name=balanced-ce")
+    call(console, "train", "demo", "--data", pack, "--out", method)
+    for run in (plain, method):
+        call(console, "eval", run)
+        call(console, "report", run)
+    console.print(comparison({"without auxiliaries": plain, "with auxiliaries, silenced": method}))
+    console.print(f"reports: {plain / 'report.html'}  {method / 'report.html'}", soft_wrap=True)
+
+
+def start_anew(out: Path) -> None:
+    if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
+        raise UserError(f"{out} exists and is not from an earlier demo: name another folder with --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
+
+
+def call(console: Console, *arguments: str | Path) -> None:
+    words = [str(argument) for argument in arguments]
+    console.print(f"\n[bold]$ fastlt {shlex.join(words)}[/]", highlight=False, soft_wrap=True)
+    code = subprocess.run([sys.executable, "-m", "fastlt", *words]).returncode
+    if code:
+        raise UserError(f"the demo stopped: `fastlt {words[0]}` ended with code {code}")
+
+
+def comparison(runs: dict[str, Path]) -> Table:
+    columns = ("top1", "many", "medium", "few", "balanced_accuracy")
+    table = Table("", "top-1", *columns[1:4], "balanced", "seconds", title="the same epochs, the same targets")
+    for name, run in runs.items():
+        result: dict[str, Any] = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        figures = ("-" if result[c] is None else f"{result[c]:.1f}" for c in columns)
+        table.add_row(name, *figures, f"{result['seconds']:.0f}")
+    return table

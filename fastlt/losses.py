@@ -1,0 +1,121 @@
+"""The loss zoo: thin over fastlt_kernels, each loss a short function with its source.
+
+Every loss takes logits (N, C) and targets (N,) and gives a scalar; those that are linear in the label take mixed labels too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastlt.classes import ClassSpace
+from fastlt.config import LINEAR_LOSSES, LossConfig
+from fastlt.errors import UserError
+from fastlt.model import Classifier, LinearHead
+from fastlt_kernels import ClassGraph, linear_neighbor_silencing_loss, neighbor_silencing_loss
+
+FUSE_FROM_CLASSES = 4096  # below, the logits of a batch are small and a plain product is at least as fast
+
+
+def log_prior(counts: Tensor, tau: float) -> Tensor:
+    """tau * log(n_j / sum(n)), (C,) float32; counts (C,) are images per epoch, as sampled. Zero counts are an error."""
+    if (counts == 0).any():
+        raise UserError(f"class {int((counts == 0).nonzero()[0])} has no training image, so it has no prior: remove the class")
+    return tau * torch.log(counts.double() / counts.sum()).float()
+
+
+def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
+    """Class weights (1 - beta) / (1 - beta^n), scaled to a mean of 1 (Cui et al. 2019, arXiv 1901.05555). counts (C,)."""
+    weights = (1 - beta) / (1 - beta ** counts.double())
+    return (weights * len(counts) / weights.sum()).float()
+
+
+def focal(logits: Tensor, target: Tensor, *, gamma: float) -> Tensor:
+    """Mean of (1 - p_y)^gamma * CE (Lin et al. 2017, arXiv 1708.02002)."""
+    ce = F.cross_entropy(logits.float(), target, reduction="none")
+    return ((1 - torch.exp(-ce)) ** gamma * ce).mean()
+
+
+def weighted_ce(logits: Tensor, target: Tensor, *, weights: Tensor | None) -> Tensor:
+    """Cross entropy with a weight per class, divided by the sum of the weights in the batch (as torch does)."""
+    return F.cross_entropy(logits.float(), target, weight=weights)
+
+
+def margins(counts: Tensor, max_margin: float) -> Tensor:
+    """LDAM's margin per class, n^(-1/4) scaled so that the rarest has max_margin (Cao et al. 2019, arXiv 1906.07413)."""
+    raw = counts.double() ** -0.25
+    return (raw * max_margin / raw.max()).float()
+
+
+def ldam(logits: Tensor, target: Tensor, *, margin: Tensor, scale: float, weights: Tensor | None) -> Tensor:
+    """Logits are `scale * cos`; the true class loses scale * margin_y before the cross entropy (arXiv 1906.07413, eq. 13)."""
+    lowered = logits.float() - F.one_hot(target, logits.shape[1]) * (scale * margin[target])[:, None]
+    return weighted_ce(lowered, target, weights=weights)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Model and labels to loss: `criterion(model, images, target, target_b, mix)`, a scalar."""
+
+    of_logits: Callable[..., Tensor]
+    of_features: Callable[..., Tensor] | None = None  # never makes the (N, C) logits; where that pays
+
+    def __call__(self, model: Classifier, images: Tensor, target: Tensor, target_b: Tensor | None, mix: Tensor | None) -> Tensor:
+        mixed = {} if target_b is None else {"target_b": target_b, "mix": mix}
+        if self.of_features is None:
+            return self.of_logits(model(images), target, **mixed)
+        features = model.backbone(images)
+        return self.of_features(features, model.head.weight, target, bias=model.head.bias, **mixed)
+
+
+def build_criterion(config: LossConfig, space: ClassSpace, counts: Tensor, model: Classifier, epoch: int, device: torch.device) -> Criterion:
+    """The loss of an epoch (DRW changes its weights once). counts (C,) are images per epoch. Raises UserError where silencing
+    was asked for but silences nothing."""
+    if config.name in LINEAR_LOSSES:
+        return _linear_in_the_label(config, space, counts, model, device)
+    weights = None
+    if config.name == "class-balanced" or (config.drw_epoch and epoch >= config.drw_epoch):
+        weights = effective_number_weights(counts, config.beta).to(device)
+    if config.name == "focal":
+        return Criterion(partial(focal, gamma=config.gamma))
+    if config.name == "class-balanced":
+        return Criterion(partial(weighted_ce, weights=weights))
+    margin = margins(counts, config.max_margin).to(device)
+    return Criterion(partial(ldam, margin=margin, scale=model.head.scale, weights=weights))
+
+
+def _linear_in_the_label(config: LossConfig, space: ClassSpace, counts: Tensor, model: Classifier, device: torch.device) -> Criterion:
+    silent = silencing_graph(config, space)
+    options = {
+        "graph": silent.to(device) if silent is not None else None,
+        "log_prior": None if config.name == "ce" or config.tau == 0 else log_prior(counts, config.tau).to(device),
+        "silence": config.silence if silent is not None else 1.0,
+        "label_smoothing": config.label_smoothing,
+    }
+    fuse = isinstance(model.head, LinearHead) and space.num_classes >= FUSE_FROM_CLASSES
+    return Criterion(
+        partial(neighbor_silencing_loss, **options), partial(linear_neighbor_silencing_loss, **options) if fuse else None
+    )
+
+
+def silencing_graph(config: LossConfig, space: ClassSpace) -> ClassGraph | None:
+    """The graph whose rows are the silenced sets, or None where the loss does not silence.
+
+    Silencing that was asked for and finds no pair is an error: the release's ablations silenced nothing without noticing.
+    """
+    if config.name != "neighbor-silencing" or config.silence == 1.0:
+        return None
+    graph = space.graph()
+    if config.few_shot_below:
+        stored = torch.tensor(space.train_counts[: space.num_targets])
+        graph = graph.restricted(stored < config.few_shot_below)
+    graph = graph.directed(config.directions)
+    if graph.indices.numel() == 0:
+        raise UserError(
+            f"loss.silence={config.silence} asks for silencing, but no pair of classes is silenced: pack auxiliaries with pairs, "
+            "relax loss.few_shot_below, or choose loss.name=balanced-ce"
+        )
+    return graph

@@ -1,0 +1,79 @@
+"""From predictions to figures: all in percent; a group without classes or images is None, never 0."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastlt.classes import ClassSpace
+
+ECE_BINS = 15
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of the evaluated images, masked to the targets."""
+
+    image: np.ndarray  # (n,) int64, index into the val split
+    label: np.ndarray  # (n,) int32
+    predicted: np.ndarray  # (n,) int32
+    confidence: np.ndarray  # (n,) float32, softmax over the targets of the predicted class
+
+
+def score(predictions: Predictions, space: ClassSpace) -> dict[str, Any]:
+    """The figures of result.json that one evaluation gives."""
+    right = predictions.predicted == predictions.label
+    per_class = class_accuracies(predictions, space.num_targets)
+    groups = {name: _group(per_class, members) for name, members in space.groups().items()}
+    present = per_class[~np.isnan(per_class)]
+    worst = int(np.nanargmin(per_class))
+    return {
+        "top1": _percent(right.mean()),
+        **{name: group["accuracy"] for name, group in groups.items()},
+        "balanced_accuracy": _percent(present.mean()),
+        "worst_class": {"name": space.target_names[worst], "accuracy": _percent(per_class[worst])},
+        "harmonic_mean": _percent(harmonic_mean(present)),
+        "ece": _percent(calibration_error(predictions.confidence, right)),
+        "per_class": [None if np.isnan(value) else _percent(value) for value in per_class],
+        "groups": groups,
+    }
+
+
+def class_accuracies(predictions: Predictions, num_targets: int) -> np.ndarray:
+    """Recall of each target as a share, (T,) float64; NaN where a class has no evaluated image."""
+    total = np.bincount(predictions.label, minlength=num_targets)
+    right = np.bincount(predictions.label[predictions.predicted == predictions.label], minlength=num_targets)
+    return np.divide(right, total, out=np.full(num_targets, np.nan), where=total > 0)
+
+
+def harmonic_mean(accuracies: np.ndarray) -> float:
+    """0 where any class is never recognised: the harsh mean over classes."""
+    return 0.0 if (accuracies == 0).any() else float(len(accuracies) / (1 / accuracies).sum())
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = ECE_BINS) -> float:
+    """Expected calibration error over equally wide bins (Guo et al. 2017, arXiv 1706.04599)."""
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    gap = np.bincount(place, confidence - right.astype(np.float64), minlength=bins)
+    return float(np.abs(gap[count > 0]).sum() / len(confidence))
+
+
+def confusions(predictions: Predictions) -> list[list[int]]:
+    """[true, predicted, count] of every confusion that happened, most frequent first: a sparse matrix."""
+    wrong = predictions.predicted != predictions.label
+    pairs = np.stack([predictions.label[wrong], predictions.predicted[wrong]], axis=1)
+    values, counts = np.unique(pairs, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [[int(true), int(predicted), int(count)] for (true, predicted), count in zip(values[order], counts[order], strict=True)]
+
+
+def _group(per_class: np.ndarray, members: list[int]) -> dict[str, Any]:
+    """The mean over the group's classes that have evaluated images, as the long-tail papers report it."""
+    values = per_class[members]
+    values = values[~np.isnan(values)]
+    return {"classes": len(members), "accuracy": _percent(values.mean()) if len(values) else None}
+
+
+def _percent(share: float) -> float:
+    return round(100 * float(share), 4)

@@ -1,0 +1,168 @@
+"""Backbones and the classifier head on top: images to features, features to logits."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastlt.config import ModelConfig, did_you_mean
+from fastlt.errors import UserError
+
+
+CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions; the shortcut has no parameters (option A of arXiv 1512.03385: subsample, pad channels with zeros)."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.padding = stride, (channels - channels_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride > 1 or self.padding:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """The CIFAR ResNet of 6n + 2 layers (arXiv 1512.03385, section 4.2): (N, 3, H, W) to (N, 64) features."""
+
+    num_features = 64
+
+    def __init__(self, depth: int):
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        stages = []
+        for channels_in, channels, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
+            stages += [BasicBlock(channels_in if i == 0 else channels, channels, stride if i == 0 else 1) for i in range(blocks)]
+        self.stages = nn.Sequential(*stages)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(F.relu(self.bn1(self.conv1(x))))
+        return x.mean(dim=(2, 3))
+
+
+class LinearHead(nn.Module):
+    """(N, D) features to (N, C) logits."""
+
+    def __init__(self, features: int, classes: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, features))
+        self.bias = nn.Parameter(torch.zeros(classes))
+        nn.init.kaiming_normal_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class CosineHead(nn.Module):
+    """(N, D) features to (N, C) logits `scale * cos(feature, class weight)`."""
+
+    def __init__(self, features: int, classes: int, scale: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, features).uniform_(-1, 1))
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+
+
+class Classifier(nn.Module):
+    """A backbone and a head over C classes; the first T rows of the head are the targets."""
+
+    def __init__(self, backbone: nn.Module, head: LinearHead | CosineHead):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) float to (N, C) logits."""
+        return self.head(self.backbone(images))
+
+
+def build_model(config: ModelConfig, classes: int, size: int) -> Classifier:
+    """Raises UserError for a name that neither fastlt nor timm knows, and for weights that do not fit."""
+    backbone = cifar_backbone(config) or timm_backbone(config, size)
+    if config.weights:
+        load_backbone(backbone, Path(config.weights))
+    features = int(backbone.num_features)  # type: ignore[arg-type]
+    head = CosineHead(features, classes, config.head_scale) if config.head == "cosine" else LinearHead(features, classes)
+    if config.head_weights:
+        start_head(head, Path(config.head_weights))
+    return Classifier(backbone, head)
+
+
+def cifar_backbone(config: ModelConfig) -> nn.Module | None:
+    """The CIFAR ResNet of that name, or None."""
+    depths = [depth for depth in CIFAR_DEPTHS if config.name == f"resnet{depth}"]
+    if depths and config.pretrained:
+        raise UserError(f"there are no pretrained weights for {config.name}: set model.pretrained=false")
+    return CifarResNet(depths[0]) if depths else None
+
+
+def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
+    """A timm model without its classifier: (N, 3, size, size) to (N, D) pooled features."""
+    from fastlt import torchvision_shim
+
+    torchvision_shim.make_importable()
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"model {config.name} comes from timm, which is not installed: pip install 'fastlt[timm]'") from error
+    if not timm.is_model(config.name):
+        near = did_you_mean(config.name, timm.list_models())
+        raise UserError(f"neither fastlt nor timm has a model '{config.name}'{near}")
+    cfg = timm.models.get_pretrained_cfg(config.name)
+    options = {"img_size": size} if cfg is not None and cfg.fixed_input_size else {}
+    if config.drop_path:
+        options["drop_path_rate"] = config.drop_path
+    try:
+        return timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **options)
+    except OSError as error:
+        raise UserError(f"the pretrained weights of {config.name} cannot be fetched: give a file with model.weights=") from error
+
+
+def load_backbone(backbone: nn.Module, path: Path) -> None:
+    """Weights from a safetensors file; those of a classifier are passed over, everything else must fit."""
+    weights = read_weights(path)
+    own = backbone.state_dict()
+    weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
+    missing = [name for name in own if name not in weights]
+    wrong = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    if missing or wrong:
+        raise UserError(
+            f"{path} does not fit the model: {len(missing)} tensors are missing and {len(wrong)} have another shape; "
+            f"the first is {(missing + wrong)[0]}"
+        )
+    backbone.load_state_dict({name: weights[name] for name in own})
+
+
+def start_head(head: LinearHead | CosineHead, path: Path) -> None:
+    """Copies the rows of `weight` in the file, (T, D) or (C, D), into the first rows of the head."""
+    rows = read_weights(path).get("weight")
+    if rows is None or rows.ndim != 2 or rows.shape[1] != head.weight.shape[1] or len(rows) > len(head.weight):
+        shape = "no `weight`" if rows is None else f"a weight of shape {tuple(rows.shape)}"
+        raise UserError(f"{path} has {shape}; the head is {tuple(head.weight.shape)} and takes its first rows from it")
+    with torch.no_grad():
+        head.weight[: len(rows)] = rows
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the weights {path}: it must be a safetensors file ({error})") from error

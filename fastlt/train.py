@@ -1,0 +1,376 @@
+"""The training loop: a recipe and a pack in, a RUN folder out. It reads top to bottom.
+
+Everything random in a step is drawn from generators seeded by (seed, step), and the order is the plan's, so a run that was
+killed and started again takes the same steps: on a CPU it ends with the same bits.
+"""
+
+import fcntl
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.tensorboard import SummaryWriter
+
+from fastlt import checkpoint as ckpt
+from fastlt.classes import ClassSpace
+from fastlt.config import Config, to_toml
+from fastlt.data.augment import Geometry
+from fastlt.data.loader import Loader, choose_engine, normalise
+from fastlt.data.mix import erase, mixup_or_cutmix, randaugment
+from fastlt.data.packed import Pack, open_pack
+from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
+from fastlt.errors import UserError
+from fastlt.evaluate import EVALUATION_BATCH, evaluation_geometry, predict, save_predictions
+from fastlt.export import export_safetensors
+from fastlt.files import write_text
+from fastlt.losses import Criterion, build_criterion, silencing_graph
+from fastlt.metrics import Predictions, confusions, score
+from fastlt.model import Classifier, build_model
+from fastlt.optim import averaged, build_optimizer, clip, lr_factor, set_lr
+
+READ_LOSS_EVERY = 20  # steps between looks at the loss: each look waits for the device
+
+
+@dataclass
+class Progressed:
+    """What a checkpoint must know besides tensors."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0  # of this epoch so far
+    seconds: float = 0.0  # of training, over all starts
+    images: int = 0
+    best: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Trainer:
+    """All that a run needs, made once by `prepare`."""
+
+    config: Config
+    run: Path
+    pack: Pack
+    space: ClassSpace
+    plan: Plan
+    device: torch.device
+    dtype: torch.dtype
+    train_loader: Loader
+    val_loader: Loader
+    model: Classifier
+    ema: AveragedModel | None
+    optimizer: Optimizer
+    factor: Callable[[float], float]
+    at: Progressed
+
+
+def train(config: Config, run: Path, console: Console) -> dict[str, Any]:
+    """`fastlt train`: goes on where an earlier call in the same RUN stopped. Returns what result.json holds."""
+    pack = open_pack(config.data.pack) if config.data.pack else no_pack()
+    with only_run(run):
+        keep_config(config, run)
+        trainer = prepare(config, run, pack)
+        try:
+            resume(trainer, console)
+            introduce(trainer, console)
+            fit(trainer, console)
+            return finish(trainer)
+        finally:
+            trainer.train_loader.close()
+            trainer.val_loader.close()
+
+
+def no_pack() -> Pack:
+    raise UserError("no pack to train on: name one with --data PACK")
+
+
+# --- start
+
+
+@contextmanager
+def only_run(run: Path) -> Iterator[None]:
+    """Two trainings in one RUN folder would overwrite each other. The kernel releases the lock however the process ends."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another training is running in {run}: wait for it, or choose another --out") from error
+        yield
+
+
+def keep_config(config: Config, run: Path) -> None:
+    """Writes config.toml; a run that went on under another configuration would be neither the one nor the other."""
+    path, text = run / "config.toml", to_toml(config)
+    if path.is_file() and ckpt.checkpoints(run) and path.read_text(encoding="utf-8") != text:
+        raise UserError(f"{run} holds a run with another configuration (see its config.toml): choose another --out, or remove the folder")
+    write_text(path, text)
+
+
+def prepare(config: Config, run: Path, pack: Pack) -> Trainer:
+    device, dtype = choose_device(config)
+    space = pack.space if config.data.auxiliary else pack.space.targets_only()
+    plan = build_plan(config, pack)
+    if plan.steps_per_epoch == 0:
+        raise UserError(f"an epoch has {plan.images_per_epoch} images, less than one batch of {config.data.batch}: set data.batch lower")
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model, space.num_classes, config.data.size).to(device)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    data = config.data
+    return Trainer(
+        config, run, pack, space, plan, device, dtype,
+        Loader(pack.train, data.size, choose_engine(pack, "train", data.engine), data.workers, pack.beton.get("train")),
+        Loader(pack.val, data.size, choose_engine(pack, "val", data.engine), data.workers, pack.beton.get("val")),
+        model, averaged(config.optim, model), build_optimizer(config.optim, model, data.batch),
+        lr_factor(config.schedule, config.train.epochs), Progressed(),
+    )  # fmt: skip
+
+
+def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
+    name = config.train.device
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"train.device={name}, but torch finds no such device here: set train.device=cpu")
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
+    return device, torch.bfloat16 if bf16 else torch.float32
+
+
+def build_plan(config: Config, pack: Pack) -> Plan:
+    data, space = config.data, pack.space
+    geometry = Geometry(data.crop, data.size, data.flip, data.scale, data.ratio, data.padding, data.eval_resize)
+    sampling = Sampling(data.target_sampling, data.budget if data.auxiliary else 0)
+    return Plan(pack.train, space.num_targets, space.num_classes, geometry, sampling, data.batch, config.train.seed, data.drop_last)
+
+
+def resume(trainer: Trainer, console: Console) -> None:
+    """Takes up the newest checkpoint and cuts metrics.jsonl back to it."""
+    ckpt.remove_leftovers(trainer.run)
+    saved = ckpt.checkpoints(trainer.run)
+    if saved:
+        state = ckpt.read_state(saved[-1])
+        ckpt.check_class_space(saved[-1], state, trainer.space)
+        ckpt.load_checkpoint(saved[-1], trainer.model, trainer.optimizer, trainer.ema)
+        trainer.at = Progressed(**state["at"])
+        console.print(f"going on from {saved[-1].name}: epoch {trainer.at.epoch + 1}, step {trainer.at.step_in_epoch}")
+    keep_lines(trainer.run / "metrics.jsonl", trainer.at.epoch)
+
+
+def keep_lines(path: Path, epochs: int) -> None:
+    """The records of the first `epochs` epochs; a line that a kill cut short goes too."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines[:epochs] if line.endswith("\n")))
+
+
+def introduce(trainer: Trainer, console: Console) -> None:
+    """What is about to be trained, before the first step: errors in the set-up should be seen here."""
+    config, space, plan = trainer.config, trainer.space, trainer.plan
+    graph = silencing_graph(config.loss, space)
+    groups = {name: len(members) for name, members in space.groups().items()}
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    silenced = "nothing" if graph is None else f"{graph.num_pairs:,} pairs ({config.loss.directions}), lambda_s = {config.loss.silence:g}"
+    for name, text in (
+        ("classes", f"{space.num_targets:,} targets ({', '.join(f'{n} {name}' for name, n in groups.items())}) + {space.num_auxiliaries:,} auxiliaries"),
+        ("silenced", silenced),
+        ("images", f"{plan.images_per_epoch:,} an epoch, of which {int(plan.class_counts()[space.num_targets:].sum()):,} auxiliary; {plan.steps_per_epoch:,} steps of {config.data.batch}"),
+        ("model", f"{config.model.name}, {parameters / 1e6:.2f} M parameters; loss {config.loss.name}; {config.optim.name}, {config.schedule.name}"),
+        ("machine", f"{trainer.device}, {str(trainer.dtype).removeprefix('torch.')}, loader {trainer.train_loader.engine_name}"),
+    ):  # fmt: skip
+        console.print(f"[bold]{name:>9}[/]  {text}", highlight=False)
+
+
+# --- loop
+
+
+def fit(trainer: Trainer, console: Console) -> None:
+    config, at = trainer.config, trainer.at
+    writer = SummaryWriter(str(trainer.run), purge_step=at.step)
+    with writer, progress_bar(console) as bar:
+        task = bar.add_task("", total=config.train.epochs * trainer.plan.steps_per_epoch, completed=at.step, rate=0.0, note="")
+        while at.epoch < config.train.epochs:
+            rate = train_epoch(trainer, lambda done, note: bar.update(task, completed=trainer.at.step, rate=done, note=note))
+            record = record_epoch(trainer, rate)
+            for name, value in record.items():
+                if isinstance(value, float):
+                    writer.add_scalar(name, value, at.step)
+            if "top1" in record:
+                bar.console.print(epoch_line(record, config.train.epochs), highlight=False)
+            save(trainer)
+
+
+def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float:
+    """One epoch from where `trainer.at` stands. Returns images/s."""
+    config, at, plan = trainer.config, trainer.at, trainer.plan
+    counts = torch.from_numpy(plan.class_counts()[: trainer.space.num_classes])
+    criterion = build_criterion(config.loss, trainer.space, counts, trainer.model, at.epoch, trainer.device)
+    trainer.model.backbone.requires_grad_(at.epoch >= config.schedule.head_only_epochs)
+    forward = compiled(criterion, config, trainer.device)
+    trainer.model.train()
+    losses: list[Tensor] = []
+    began = last_saved = time.perf_counter()
+    images_before, seconds_before = at.images, at.seconds
+    for batch, pixels in trainer.train_loader.iterate(plan.epoch(at.epoch, at.step_in_epoch)):
+        losses.append(train_step(trainer, forward, batch, pixels))
+        at.step, at.step_in_epoch, at.images = at.step + 1, at.step_in_epoch + 1, at.images + len(batch.labels)
+        if at.step % READ_LOSS_EVERY == 0:
+            at.loss_sum += read_losses(losses, at)
+            report((at.images - images_before) / (time.perf_counter() - began), f"epoch {at.epoch + 1} loss {at.loss_sum / at.step_in_epoch:.3f}")
+        if time.perf_counter() - last_saved > 60 * config.train.checkpoint_minutes and at.step_in_epoch < plan.steps_per_epoch:
+            at.loss_sum += read_losses(losses, at)
+            at.seconds = seconds_before + time.perf_counter() - began
+            save(trainer)
+            last_saved = time.perf_counter()
+    at.loss_sum += read_losses(losses, at)
+    seconds = time.perf_counter() - began
+    at.seconds = seconds_before + seconds
+    return (at.images - images_before) / seconds
+
+
+def train_step(trainer: Trainer, forward: Callable[..., Tensor], batch: Batch, pixels: Tensor) -> Tensor:
+    """One batch: its loss, still on the device."""
+    config, at, device = trainer.config, trainer.at, trainer.device
+    accumulate = config.optim.accumulate
+    generator = torch.Generator().manual_seed(step_seed(config.train.seed, at.step, 0))
+    torch.manual_seed(step_seed(config.train.seed, at.step, 1))  # dropout and the like
+    factor = trainer.factor(at.epoch + at.step_in_epoch / trainer.plan.steps_per_epoch)
+    set_lr(trainer.optimizer, factor)
+    images, target, target_b, mix = make_input(config, pixels, torch.from_numpy(batch.labels), generator, device)
+    with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
+        loss = forward(trainer.model, images, target, target_b, mix)
+    (loss / accumulate if accumulate > 1 else loss).backward()
+    if (at.step_in_epoch + 1) % accumulate == 0 or at.step_in_epoch + 1 == trainer.plan.steps_per_epoch:
+        clip(trainer.model, config.optim.clip)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        if trainer.ema is not None:
+            trainer.ema.update_parameters(trainer.model)
+    return loss.detach()
+
+
+def make_input(
+    config: Config, pixels: Tensor, labels: Tensor, generator: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """uint8 pixels (N, H, W, 3) to augmented, normalised images (N, 3, H, W) and labels on the device."""
+    target = labels.to(device, non_blocking=True)
+    pixels = pixels.to(device, non_blocking=True)
+    if config.augment.randaugment:
+        planes = randaugment(pixels.permute(0, 3, 1, 2), config.augment.randaugment, config.augment.randaugment_ops, generator)
+        pixels = planes.permute(0, 2, 3, 1)
+    images = normalise(pixels, config.data.mean, config.data.std)
+    images = erase(images, config.augment.erasing, generator)
+    mixed = mixup_or_cutmix(config.augment, images, target, generator)
+    return mixed.images, target, mixed.target_b, mixed.mix
+
+
+def step_seed(seed: int, step: int, stream: int) -> int:
+    return int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def compiled(criterion: Criterion, config: Config, device: torch.device) -> Callable[..., Tensor]:
+    """Model and loss as one graph."""
+    on = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
+    return torch.compile(criterion) if on else criterion
+
+
+def read_losses(losses: list[Tensor], at: Progressed) -> float:
+    """Sum of the losses since the last look; waits for the device. Raises UserError where training has diverged."""
+    if not losses:
+        return 0.0
+    total = float(torch.stack(losses).sum())
+    losses.clear()
+    if not math.isfinite(total):
+        raise UserError(f"the loss is not finite at epoch {at.epoch + 1}, step {at.step_in_epoch}: lower optim.lr or set optim.clip=1")
+    return total
+
+
+# --- after an epoch
+
+
+def record_epoch(trainer: Trainer, rate: float) -> dict[str, Any]:
+    """Evaluates where it is due, writes the line of metrics.jsonl, and moves on to the next epoch."""
+    config, at = trainer.config, trainer.at
+    record: dict[str, Any] = {
+        "epoch": at.epoch, "step": at.step, "loss": at.loss_sum / max(1, at.step_in_epoch),
+        "lr": trainer.optimizer.param_groups[-1]["lr"], "images_per_second": rate, "seconds": at.seconds,
+    }  # fmt: skip
+    if (at.epoch + 1) % config.train.eval_every == 0 or at.epoch + 1 == config.train.epochs:
+        figures = score(evaluate(trainer), trainer.space)
+        record |= {name: figures[name] for name in ("top1", "many", "medium", "few")}
+        if figures["top1"] > at.best.get("top1", -1.0):
+            at.best = {"epoch": at.epoch + 1, **{name: figures[name] for name in ("top1", "many", "medium", "few")}}
+    with (trainer.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    at.epoch, at.step_in_epoch, at.loss_sum = at.epoch + 1, 0, 0.0
+    return record
+
+
+def evaluated_model(trainer: Trainer) -> nn.Module:
+    return trainer.model if trainer.ema is None else trainer.ema.module
+
+
+def evaluate(trainer: Trainer) -> Predictions:
+    geometry = evaluation_geometry(trainer.config.data)
+    batches = evaluation_batches(trainer.pack.val, geometry, EVALUATION_BATCH)
+    model, data = evaluated_model(trainer), trainer.config.data
+    return predict(model, trainer.val_loader, batches, data, trainer.space, trainer.device, trainer.dtype)
+
+
+def save(trainer: Trainer) -> None:
+    state = {"class_space": ckpt.class_space_id(trainer.space), "at": vars(trainer.at)}
+    keep = trainer.config.train.keep
+    ckpt.save_checkpoint(trainer.run, trainer.at.step, trainer.model, trainer.optimizer, trainer.ema, state, keep)
+
+
+def finish(trainer: Trainer) -> dict[str, Any]:
+    """The last epoch's model and figures, the best epoch named beside."""
+    predictions = evaluate(trainer)
+    model = evaluated_model(trainer)
+    assert isinstance(model, Classifier)
+    export_safetensors(model, trainer.config, trainer.space.target_names, trainer.run / "model.safetensors")
+    trainer.space.save(trainer.run / "classes.json")
+    save_predictions(predictions, trainer.run / "val_predictions.npz")
+    result = score(predictions, trainer.space)
+    result |= {
+        "best": trainer.at.best, "epochs": trainer.config.train.epochs, "confusion": confusions(predictions),
+        "seconds": trainer.at.seconds, "images_per_second": trainer.at.images / max(1e-9, trainer.at.seconds),
+    }  # fmt: skip
+    write_text(trainer.run / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+# --- on screen
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.fields[note]:<24}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[rate]:>7,.0f} images/s"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        console=console, transient=True,
+    )  # fmt: skip
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    groups = "  ".join(f"{name} {shown(record[name])}" for name in ("many", "medium", "few"))
+    return (
+        f"epoch {record['epoch'] + 1:>3}/{epochs}  loss {record['loss']:6.3f}  top-1 {record['top1']:5.1f}  ({groups})"
+        f"  {record['images_per_second']:,.0f} images/s"
+    )
+
+
+def shown(value: float | None) -> str:
+    return "   -" if value is None else f"{value:4.1f}"
