@@ -48,7 +48,10 @@ def _layer_decay_groups(config: OptimConfig, backbone: nn.Module) -> list[dict]:
         raise UserError("optim.layer_decay is for timm backbones: set it to 1 for the CIFAR ResNets")
     from timm.optim import param_groups_layer_decay  # present: the backbone came from timm
 
-    return param_groups_layer_decay(backbone, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
+    groups = param_groups_layer_decay(backbone, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
+    for group in groups:
+        group["lr_scale"] *= config.layer_decay  # timm gives the topmost layer it sees 1, but here the head lies above it
+    return groups
 
 
 def lr_factor(config: ScheduleConfig, epochs: int) -> Callable[[float], float]:

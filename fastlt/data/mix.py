@@ -117,7 +117,7 @@ def _operate(images: Tensor, name: str, strength: float) -> Tensor:
     degrees = torch.rad2deg(torch.atan(torch.tensor(strength))).item()
     shear = [degrees if name == "shear_x" else 0.0, degrees if name == "shear_y" else 0.0]
     move = [round(strength) if name == "translate_x" else 0, round(strength) if name == "translate_y" else 0]
-    angle = strength if name == "rotate" else 0.0
+    angle = -strength if name == "rotate" else 0.0
     return T.affine(images, angle=angle, translate=move, scale=1.0, shear=shear)
 
 

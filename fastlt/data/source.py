@@ -1,6 +1,6 @@
 """Where images come from: class folders, split files or WebDataset shards, read into one list of references per split.
 
-Nothing is decoded here. The packing workers import this file, so it must not import torch at the top.
+Nothing is decoded here.
 """
 
 import csv
@@ -13,33 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
+from fastlt.classes import pair_ids
+from fastlt.data.cifar import read_cifar100
+from fastlt.data.collection import Collection, ImageRef
 from fastlt.data.images import EXTENSIONS
 from fastlt.errors import UserError
 
-
-@dataclass(frozen=True, slots=True)
-class ImageRef:
-    """Where the encoded bytes of one image lie."""
-
-    key: str  # readable: "class/stem"
-    label: int  # class id in the collection
-    path: str
-    offset: int = 0  # bytes
-    size: int = -1  # bytes; -1: to the end of the file
-    part: int = -1  # index within a CIFAR strip or archive; -1: not one of those
-
-
-@dataclass
-class Collection:
-    """What `fastlt pack` packs: targets have ids 0..T-1, auxiliaries T..C-1, `val` holds targets only."""
-
-    target_names: list[str]
-    train: list[ImageRef]
-    val: list[ImageRef]
-    auxiliary_names: list[str] = field(default_factory=list)
-    pairs: list[tuple[int, int]] = field(default_factory=list)  # (target id, auxiliary id)
-    origins: dict[str, str] = field(default_factory=dict)  # auxiliary name -> where its images came from
-    warnings: list[str] = field(default_factory=list)
+__all__ = ["Collection", "ImageRef", "read_cifar100", "read_collection", "read_pairs"]
 
 
 @dataclass(frozen=True)
@@ -54,10 +34,9 @@ class Listing:
 
 
 def read_collection(
-    *,
     target: Path,
+    auxiliary: Path | None,
     val: Path,
-    auxiliary: Path | None = None,
     pairs: Path | None = None,
     root: Path | None = None,
     class_names: Path | None = None,
@@ -84,8 +63,6 @@ def read_collection(
 
 
 def _add_auxiliaries(collection: Collection, listing: Listing, pairs: Path) -> None:
-    from fastlt.classes import pair_ids  # brings torch, which a packing worker does not need
-
     names = _class_names(listing, [], prefix="auxiliary_")
     targets = set(collection.target_names)
     if shared := [name for name in names if name in targets]:

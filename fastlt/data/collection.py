@@ -1,0 +1,28 @@
+"""What a source hands to `fastlt pack`: classes, pairs, and where each image lies. Free of torch, as packing workers import it."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Where the encoded bytes of one image lie."""
+
+    key: str  # readable: "class/stem"
+    label: int  # class id in the collection
+    path: str
+    offset: int = 0  # bytes
+    size: int = -1  # bytes; -1: to the end of the file
+    part: int = -1  # index within a CIFAR strip or archive; -1: not one of those
+
+
+@dataclass
+class Collection:
+    """Targets have ids 0..T-1, auxiliaries T..C-1; `val` holds targets only."""
+
+    target_names: list[str]
+    train: list[ImageRef]
+    val: list[ImageRef]
+    auxiliary_names: list[str] = field(default_factory=list)
+    pairs: list[tuple[int, int]] = field(default_factory=list)  # (target id, auxiliary id)
+    origins: dict[str, str] = field(default_factory=dict)  # auxiliary name -> where its images came from
+    warnings: list[str] = field(default_factory=list)

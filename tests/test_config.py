@@ -1,0 +1,89 @@
+import pytest
+
+from fastlt.config import Config, load_config, recipe_names, setting_names, to_toml
+from fastlt.errors import UserError
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_is_valid_and_survives_a_round_trip(recipe, tmp_path):
+    config = load_config(recipe)
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert load_config(str(tmp_path / "config.toml")) == config
+
+
+def test_the_recipes_of_the_issue_are_there():
+    wanted = {"cifar100-lt", "cifar100-siblings", "demo", "imagenet-lt-resnet50", "imagenet-lt-vit-b16"}
+    assert wanted <= set(recipe_names())
+    assert any(name.startswith("inat18-") for name in recipe_names())
+    assert any(name.startswith("places-lt-") for name in recipe_names())
+
+
+def test_cifar100_lt_is_the_published_protocol():
+    config = load_config("cifar100-lt")
+    assert (config.model.name, config.train.epochs, config.data.batch) == ("resnet32", 200, 128)
+    assert (config.optim.name, config.optim.lr, config.optim.momentum, config.optim.weight_decay) == ("sgd", 0.1, 0.9, 2e-4)
+    assert (config.schedule.warmup_epochs, config.schedule.steps) == (5, {"160": 0.01, "180": 0.0001})
+    assert (config.data.crop, config.data.padding, config.data.flip) == ("pad-crop", 4, True)
+
+
+def test_a_recipe_extends_another():
+    vit, places = load_config("imagenet-lt-vit-b16"), load_config("places-lt-vit-b16")
+    assert places.loss.tau == 1.05
+    assert places.optim == vit.optim
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("optim.lr=0.5", 0.5), ("loss.name=ce", "ce"), ("data.scale=[0.5, 1.0]", (0.5, 1.0)), ("data.auxiliary=false", False)],
+)
+def test_overrides_are_read_as_toml(override, value):
+    section, key = override.split("=")[0].split(".")
+    assert getattr(getattr(load_config("demo", [override]), section), key) == value
+
+
+def test_a_typo_names_the_nearest_key(tmp_path):
+    with pytest.raises(UserError, match=r"'optim\.leaning_rate'.*|did you mean 'optim\.lr'"):
+        load_config("demo", ["optim.leaning_rate=1"])
+    with pytest.raises(UserError, match=r"did you mean 'loss\.silence'\?"):
+        load_config("demo", ["loss.silense=0.1"])
+    (tmp_path / "mine.toml").write_text("[data]\nbugdet = 3\n")
+    with pytest.raises(UserError, match=r"did you mean 'data\.budget'\?"):
+        load_config(str(tmp_path / "mine.toml"))
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'cifar100-lt'"):
+        load_config("cifar100lt")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.silence=1.5", "less than or equal to 1"),
+        ("loss.name=ldam", "needs model.head=cosine"),
+        ("data.batch=0", "greater than or equal to 1"),
+        ("nonsense", "section.key=value"),
+        ("schedule.name=step", "needs schedule.steps"),
+    ],
+)
+def test_bad_values_are_told_in_one_sentence(override, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_config("demo", [override])
+    assert "\n" not in str(error.value)
+
+
+def test_ldam_refuses_mixed_labels():
+    with pytest.raises(UserError, match="mixup"):
+        load_config("demo", ["loss.name=focal", "augment.mixup=0.8"])
+
+
+def test_every_setting_can_be_named():
+    names = list(setting_names())
+    assert len(names) == len(set(names))
+    assert all(name.split(".")[0] in Config.model_fields for name in names)
+
+
+def test_broken_toml_names_the_file(tmp_path):
+    (tmp_path / "broken.toml").write_text("[data\n")
+    with pytest.raises(UserError, match=r"broken\.toml is not valid TOML"):
+        load_config(str(tmp_path / "broken.toml"))

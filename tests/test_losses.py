@@ -1,0 +1,143 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastlt.classes import ClassSpace
+from fastlt.config import LossConfig
+from fastlt.errors import UserError
+from fastlt.losses import FUSE_FROM_CLASSES, build_criterion, effective_number_weights, log_prior, margins, silencing_graph
+from fastlt.model import Classifier, CosineHead, LinearHead
+from fastlt_kernels.reference import reference_loss
+
+TARGETS, AUXILIARIES = 5, 7
+COUNTS = torch.tensor([100, 50, 20, 8, 3] + [50] * AUXILIARIES)
+CPU = torch.device("cpu")
+
+
+def space(pairs=((0, 5), (0, 6), (1, 6), (3, 9), (4, 11))):
+    return ClassSpace(
+        target_names=[f"t{i}" for i in range(TARGETS)], auxiliary_names=[f"a{i}" for i in range(AUXILIARIES)],
+        train_counts=COUNTS.tolist(), val_counts=[1] * TARGETS, pairs=list(pairs),
+    )  # fmt: skip
+
+
+def model(classes=TARGETS + AUXILIARIES, cosine=False):
+    torch.manual_seed(0)
+    return Classifier(torch.nn.Identity(), CosineHead(16, classes, 30.0) if cosine else LinearHead(16, classes))
+
+
+def value(config, mixed=False, epoch=0, cosine=False):
+    torch.manual_seed(1)
+    net = model(cosine=cosine)
+    features, target = torch.randn(33, 16), torch.randint(12, (33,))
+    target_b, mix = (target.flip(0), torch.tensor(0.3)) if mixed else (None, None)
+    criterion = build_criterion(config, space(), COUNTS, net, epoch, CPU)
+    return criterion(net, features, target, target_b, mix), net(features), target
+
+
+def prior(tau=1.0):
+    return tau * torch.log(COUNTS / COUNTS.sum())
+
+
+def test_ce_is_torchs():
+    loss, logits, target = value(LossConfig(name="ce", label_smoothing=0.1))
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target, label_smoothing=0.1))
+
+
+def test_balanced_ce_adds_the_prior():
+    loss, logits, target = value(LossConfig(name="balanced-ce", tau=1.05))
+    torch.testing.assert_close(loss, F.cross_entropy(logits + prior(1.05), target))
+
+
+@pytest.mark.parametrize("silence", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_neighbour_silencing_is_the_reference(silence, mixed):
+    loss, logits, target = value(LossConfig(silence=silence, label_smoothing=0.1), mixed)
+    options = {"target_b": target.flip(0), "mix": torch.tensor(0.3)} if mixed else {}
+    expected = reference_loss(logits, target, graph=space().graph(), log_prior=prior(), silence=silence, label_smoothing=0.1, **options)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_silence_of_one_is_balanced_ce():
+    assert torch.equal(value(LossConfig(silence=1.0))[0], value(LossConfig(name="balanced-ce"))[0])
+
+
+@pytest.mark.parametrize("directions", ["target_rows", "aux_rows"])
+def test_directions_silence_only_their_rows(directions):
+    torch.manual_seed(2)
+    net, features = model(), torch.randn(12, 16)
+    target = torch.arange(12)
+    one = build_criterion(LossConfig(directions=directions), space(), COUNTS, net, 0, CPU).of_logits
+    both = build_criterion(LossConfig(), space(), COUNTS, net, 0, CPU).of_logits
+    off = build_criterion(LossConfig(name="balanced-ce"), space(), COUNTS, net, 0, CPU).of_logits
+    logits = net(features)
+    for row in range(12):
+        expected = both if (row < TARGETS) == (directions == "target_rows") else off
+        torch.testing.assert_close(one(logits[row : row + 1], target[row : row + 1]), expected(logits[row : row + 1], target[row : row + 1]))
+
+
+def test_the_few_shot_restriction_keeps_pairs_of_rare_targets():
+    graph = silencing_graph(LossConfig(few_shot_below=10), space())
+    assert sorted(map(tuple, graph.pairs().tolist())) == [(3, 9), (4, 11)]
+
+
+def test_silencing_nothing_is_an_error():
+    with pytest.raises(UserError, match="no pair of classes is silenced"):
+        silencing_graph(LossConfig(), space(pairs=()))
+    with pytest.raises(UserError, match="few_shot_below"):
+        silencing_graph(LossConfig(few_shot_below=2), space())
+    assert silencing_graph(LossConfig(silence=1.0), space(pairs=())) is None
+
+
+def test_focal_by_its_formula():
+    loss, logits, target = value(LossConfig(name="focal", gamma=2.0))
+    p = logits.softmax(1)[torch.arange(33), target]
+    torch.testing.assert_close(loss, (-((1 - p) ** 2) * p.log()).mean())
+    torch.testing.assert_close(value(LossConfig(name="focal", gamma=0.0))[0], F.cross_entropy(logits, target))
+
+
+def test_class_balanced_weights_follow_the_effective_number():
+    weights = effective_number_weights(COUNTS, 0.99)
+    effective = torch.tensor([(1 - 0.99**n) / (1 - 0.99) for n in COUNTS.tolist()])
+    torch.testing.assert_close(weights * effective / (weights[0] * effective[0]), torch.ones(12))
+    assert weights.mean().item() == pytest.approx(1, abs=1e-6)
+    loss, logits, target = value(LossConfig(name="class-balanced", beta=0.99))
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target, weight=weights))
+
+
+def test_ldam_lowers_the_true_class_by_its_margin():
+    assert margins(COUNTS, 0.5).max().item() == pytest.approx(0.5)
+    assert margins(COUNTS, 0.5)[0] / margins(COUNTS, 0.5)[4] == pytest.approx((3 / 100) ** 0.25)
+    loss, logits, target = value(LossConfig(name="ldam"), cosine=True)
+    lowered = logits.clone()
+    for row, y in enumerate(target):
+        lowered[row, y] -= 30 * margins(COUNTS, 0.5)[y]
+    torch.testing.assert_close(loss, F.cross_entropy(lowered, target))
+
+
+def test_drw_weighs_classes_only_from_its_epoch_on():
+    config = LossConfig(name="ldam", drw_epoch=160)
+    before, after = (value(config, epoch=epoch, cosine=True)[0] for epoch in (159, 160))
+    assert torch.equal(before, value(LossConfig(name="ldam"), cosine=True)[0])
+    assert not torch.allclose(before, after)
+
+
+def test_many_classes_take_the_fused_loss_with_the_same_value():
+    classes = FUSE_FROM_CLASSES
+    big = ClassSpace(
+        target_names=[f"t{i}" for i in range(TARGETS)], auxiliary_names=[f"a{i}" for i in range(classes - TARGETS)],
+        train_counts=[9] * classes, val_counts=[1] * TARGETS, pairs=[(0, 7), (2, 4000)],
+    )  # fmt: skip
+    torch.manual_seed(3)
+    net, features, target = model(classes), torch.randn(9, 16), torch.randint(classes, (9,))
+    criterion = build_criterion(LossConfig(), big, torch.full((classes,), 9), net, 0, CPU)
+    assert criterion.of_features is not None
+    torch.testing.assert_close(criterion(net, features, target, None, None), criterion.of_logits(net(features), target))
+
+
+def test_a_class_without_images_has_no_prior():
+    with pytest.raises(UserError, match="class 1 has no training image"):
+        log_prior(torch.tensor([3, 0, 1]), 1.0)
+    assert log_prior(torch.tensor([1, 3]), 2.0)[0].item() == pytest.approx(2 * math.log(0.25))
