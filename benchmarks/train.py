@@ -116,7 +116,9 @@ def random_pack(folder: Path, config: Config, console: Console) -> Pack:
 
 
 def show(pairs: list[tuple[float, float]], trainer: Trainer, recipe: str, console: Console) -> None:
-    table = Table("", "images/s, median", "min", "max", title=f"{recipe}: {trainer.config.model.name}, batch {trainer.config.data.batch}")
+    table = Table(
+        "", "images/s, median", "min", "max", title=f"{recipe}: {trainer.config.model.name}, batch {trainer.config.data.batch}"
+    )
     for name, values in zip(("bare forward + backward + step", "fastlt train"), zip(*pairs, strict=True), strict=True):
         table.add_row(name, f"{statistics.median(values):,.0f}", f"{min(values):,.0f}", f"{max(values):,.0f}")
     console.print(table)

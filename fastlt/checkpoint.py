@@ -24,7 +24,9 @@ def class_space_id(space: ClassSpace) -> str:
     return hashlib.sha256(json.dumps([space.target_names, space.auxiliary_names]).encode()).hexdigest()[:16]
 
 
-def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer, ema: nn.Module | None, state: dict[str, Any], keep: int) -> None:
+def save_checkpoint(
+    run: Path, step: int, model: nn.Module, optimizer: Optimizer, ema: nn.Module | None, state: dict[str, Any], keep: int
+) -> None:
     """`state` is what else the run needs to go on, as JSON. Older checkpoints beyond `keep` are removed afterwards."""
     path = run / "checkpoints" / f"step-{step:08d}"
     if path.exists():
@@ -61,7 +63,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def check_class_space(checkpoint: Path, state: dict[str, Any], space: ClassSpace) -> None:
     if state["class_space"] != class_space_id(space):
-        raise UserError(f"{checkpoint} belongs to another class space than the pack: use the pack it was trained on, or another RUN folder")
+        raise UserError(
+            f"{checkpoint} belongs to another class space than the pack: use the pack it was trained on, or another RUN folder"
+        )
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None = None, ema: nn.Module | None = None) -> None:
@@ -95,7 +99,14 @@ def dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """`index.name` -> tensor for every state tensor, parameters counted through the groups."""
     state = optimizer.state_dict()["state"]
-    return dense({f"{i}.{name}": torch.as_tensor(value) for i, values in state.items() for name, value in values.items() if value is not None})
+    return dense(
+        {
+            f"{i}.{name}": torch.as_tensor(value)
+            for i, values in state.items()
+            for name, value in values.items()
+            if value is not None
+        }
+    )
 
 
 def fill_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -1,26 +1,21 @@
-"""The commands. Each parses, calls one function, and prints."""
+"""The commands. Each parses, calls one function, and prints; what it calls is imported then, so that help comes at once."""
+
+from __future__ import annotations
 
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fastlt.classes import ClassSpace
 from fastlt.config import load_config, recipe_names
-from fastlt.data.images import MAX_PIXELS
-from fastlt.data.pack import PackOptions, verify_pack, write_pack
-from fastlt.data.source import Collection, read_cifar100, read_collection
-from fastlt.demo import run_demo
 from fastlt.errors import UserError
-from fastlt.evaluate import evaluate_run
-from fastlt.export import export_run
-from fastlt.report import write_report
-from fastlt.train import train as train_run
-from fastlt_benchmarks.train import run_bench_train
+
+if TYPE_CHECKING:
+    from fastlt.data.source import Collection
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Long-tailed image classification with auxiliary classes and neighbour silencing.")  # fmt: skip
@@ -39,24 +34,38 @@ class Task(str, Enum):
 def pack(
     source: Annotated[str | None, typer.Argument(help="cifar100:DIR, or nothing where --target names the data.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write; it must not exist yet.")] = None,
-    target: Annotated[Path | None, typer.Option(help="Target training images: class folders, a split file, or a folder of shards.")] = None,
-    auxiliary: Annotated[str | None, typer.Option(help="Auxiliary images, in the same forms; for cifar100: siblings, random or none.")] = None,
+    target: Annotated[
+        Path | None, typer.Option(help="Target training images: class folders, a split file, or a folder of shards.")
+    ] = None,
+    auxiliary: Annotated[
+        str | None, typer.Option(help="Auxiliary images, in the same forms; for cifar100: siblings, random or none.")
+    ] = None,
     val: Annotated[Path | None, typer.Option(help="Validation images of the targets, in the same forms.")] = None,
-    pairs: Annotated[Path | None, typer.Option(help="CSV with the columns target,auxiliary: which auxiliary neighbours which target.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="CSV with the columns target,auxiliary: which auxiliary neighbours which target.")
+    ] = None,
     root: Annotated[Path | None, typer.Option(help="The folder that the paths of split files start from.")] = None,
-    class_names: Annotated[Path | None, typer.Option(help="For split files: a class name per line, in the order of the labels.")] = None,
+    class_names: Annotated[
+        Path | None, typer.Option(help="For split files: a class name per line, in the order of the labels.")
+    ] = None,
     task: Annotated[Task | None, typer.Option(help="For cifar100: which long-tailed task to cut out of it.")] = None,
-    imbalance: Annotated[float, typer.Option(min=1, help="For cifar100: images of the most frequent class over those of the rarest.")] = 100,
-    max_side: Annotated[int, typer.Option(min=0, help="Shrink larger images to this many pixels a side and store JPEG; 0: do not.")] = 0,
+    imbalance: Annotated[
+        float, typer.Option(min=1, help="For cifar100: images of the most frequent class over those of the rarest.")
+    ] = 100,
+    max_side: Annotated[
+        int, typer.Option(min=0, help="Shrink larger images to this many pixels a side and store JPEG; 0: do not.")
+    ] = 0,
     quality: Annotated[int, typer.Option(min=0, max=100, help="Store all images as JPEG of this quality; 0: as they are.")] = 0,
     beton: Annotated[bool, typer.Option("--beton", help="Write the FFCV files too.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be used.")] = False,
     drop_leaks: Annotated[bool, typer.Option("--drop-leaks", help="Leave out training images that are also in val.")] = False,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Larger images are taken for decompression bombs.")] = MAX_PIXELS,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Larger images are taken for decompression bombs.")] = 178_956_970,
     verify: Annotated[Path | None, typer.Option(help="Check an existing pack against its manifest, and do nothing else.")] = None,
 ) -> None:
     """Write target and auxiliary images into one PACK that every loader reads."""
+    from fastlt.data.pack import PackOptions, verify_pack, write_pack
+
     if verify is not None:
         console.print(f"{verify}: all {verify_pack(verify, console)} files are as the manifest says")
         return
@@ -64,7 +73,14 @@ def pack(
     if out is None:
         raise UserError("no place to write to: name one with --out PACK")
     options = PackOptions(
-        out=out, workers=workers, max_side=max_side, quality=quality, strict=strict, drop_leaks=drop_leaks, beton=beton, max_pixels=max_pixels
+        out=out,
+        workers=workers,
+        max_side=max_side,
+        quality=quality,
+        strict=strict,
+        drop_leaks=drop_leaks,
+        beton=beton,
+        max_pixels=max_pixels,
     )
     write_pack(collection, options, console)
 
@@ -74,9 +90,14 @@ def train(
     recipe: Annotated[str, typer.Argument(help=f"A recipe ({', '.join(recipe_names())}) or a .toml file.")],
     out: Annotated[Path, typer.Option(help="The RUN folder; a run that stopped there goes on.")],
     data: PackPath,
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings on top of the recipe.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings on top of the recipe.")
+    ] = None,
 ) -> None:
     """Train a classifier on a PACK. Killed at any moment and called again, it goes on."""
+    from fastlt.report import write_report
+    from fastlt.train import train as train_run
+
     config = load_config(recipe, [*(settings or []), f"data.pack={json.dumps(str(data.resolve()))}"])
     result = train_run(config, out, console)
     print_result(result, str(out))
@@ -85,9 +106,12 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    run: Run, data: Annotated[Path | None, typer.Option(help="Another pack with the same targets; by default the run's own.")] = None
+    run: Run,
+    data: Annotated[Path | None, typer.Option(help="Another pack with the same targets; by default the run's own.")] = None,
 ) -> None:
     """Score a trained model: top-1 over the targets, by group and by class."""
+    from fastlt.evaluate import evaluate_run
+
     result = evaluate_run(run, data)
     print_result(result, str(run))
     print_classes(result, run)
@@ -96,18 +120,24 @@ def evaluate(
 @app.command()
 def export(run: Run, to: Annotated[Path, typer.Option(help="A name that ends in .safetensors or .onnx.")]) -> None:
     """Write the model with its targets alone, checked to predict the same."""
+    from fastlt.export import export_run
+
     console.print(f"{to}: {export_run(run, to)}")
 
 
 @app.command()
 def report(run: Run) -> None:
     """Write RUN/report.html: one page that needs nothing else."""
+    from fastlt.report import write_report
+
     console.print(f"report: {write_report(run)}")
 
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="The folder for data, packs and runs.")] = Path("demo")) -> None:
     """The whole way on an embedded data set: pack, train without and with auxiliaries, compare."""
+    from fastlt.demo import run_demo
+
     run_demo(out, console)
 
 
@@ -118,9 +148,13 @@ def bench_train(
     steps: Annotated[int, typer.Option(min=5, help="Steps per measurement.")] = 30,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each kind, in turn.")] = 5,
     csv: Annotated[Path | None, typer.Option(help="Add the figures to this file.")] = None,
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings on top of the recipe.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings on top of the recipe.")
+    ] = None,
 ) -> None:
     """Images/s of the loop over images/s of bare forward, backward and step on resident data."""
+    from fastlt_benchmarks.train import run_bench_train
+
     run_bench_train(recipe, settings or [], data, steps, rounds, csv, console)
 
 
@@ -129,13 +163,17 @@ def collect(
     class_names: Path | None, task: Task | None, imbalance: float,
 ) -> Collection:  # fmt: skip
     """The images that the arguments of `pack` name."""
+    from fastlt.data.source import read_cifar100, read_collection
+
     if source is None:
         if target is None or val is None:
             raise UserError("nothing to pack: name images with --target and --val, or give cifar100:DIR")
         return read_collection(target, Path(auxiliary) if auxiliary else None, val, pairs, root, class_names)
     kind, _, folder = source.partition(":")
     if kind != "cifar100" or not folder:
-        raise UserError(f"unknown source '{source}': it must be cifar100:DIR; folders are named with --target, --auxiliary and --val")
+        raise UserError(
+            f"unknown source '{source}': it must be cifar100:DIR; folders are named with --target, --auxiliary and --val"
+        )
     if task is None:
         raise UserError("cifar100 needs --task cifar100-lt or --task cifar100-siblings")
     controls = ["siblings", "random", "none"]
@@ -150,13 +188,17 @@ def print_result(result: dict[str, Any], name: str) -> None:
     table = Table("", "top-1", "many", "medium", "few", "balanced", "worst class", "harmonic", "ECE", title=name)
     worst = f"{result['worst_class']['accuracy']:.1f} ({result['worst_class']['name']})"
     columns = ("top1", "many", "medium", "few", "balanced_accuracy")
-    table.add_row("last epoch", *(figure(result[c]) for c in columns), worst, figure(result["harmonic_mean"]), figure(result["ece"]))
+    table.add_row(
+        "last epoch", *(figure(result[c]) for c in columns), worst, figure(result["harmonic_mean"]), figure(result["ece"])
+    )
     if best := result.get("best"):
         table.add_row(f"best (epoch {best['epoch']})", *(figure(best[c]) for c in columns[:-1]), *[""] * 4, style="dim")
     console.print(table)
 
 
 def print_classes(result: dict[str, Any], run: Path) -> None:
+    from fastlt.classes import ClassSpace
+
     space = ClassSpace.load(run / "classes.json")
     table = Table("class", "training images", "accuracy")
     for target in sorted(range(space.num_targets), key=lambda t: -space.train_counts[t]):

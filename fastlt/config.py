@@ -167,7 +167,9 @@ def _recipe_text(recipe: str) -> str:
         except OSError as error:
             raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
     if recipe not in recipe_names():
-        raise UserError(f"there is no recipe '{recipe}'{did_you_mean(recipe, recipe_names())}; recipes: {', '.join(recipe_names())}")
+        raise UserError(
+            f"there is no recipe '{recipe}'{did_you_mean(recipe, recipe_names())}; recipes: {', '.join(recipe_names())}"
+        )
     return (resources.files("fastlt.recipes") / f"{recipe}.toml").read_text(encoding="utf-8")
 
 

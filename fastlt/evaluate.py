@@ -71,7 +71,9 @@ def evaluate_run(run: Path, pack: Path | None = None) -> dict[str, Any]:
 
 def check_targets(names: list[str], pack: Pack) -> None:
     if names != pack.space.target_names:
-        raise UserError(f"the model was trained for other targets than those of {pack.path}: evaluate it on a pack of the same target classes")
+        raise UserError(
+            f"the model was trained for other targets than those of {pack.path}: evaluate it on a pack of the same target classes"
+        )
 
 
 def run_config(run: Path) -> Config:

@@ -87,7 +87,9 @@ def export_onnx(source: Path, path: Path) -> float:
     model, _ = load_exported(source)
     data = read_metadata(source)["data"]
     whole = FromPixels(model, data["mean"], data["std"]).eval()
-    pixels = torch.randint(0, 256, (5, data["size"], data["size"], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (5, data["size"], data["size"], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     with whole_file(path) as temporary:
         write_onnx(whole, pixels[:2], temporary)
         session = onnxruntime.InferenceSession(temporary.read_bytes(), providers=["CPUExecutionProvider"])
@@ -96,7 +98,9 @@ def export_onnx(source: Path, path: Path) -> float:
         got = torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
         difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
         if difference > MAX_DIFFERENCE or not torch.equal(got.argmax(1), expected.argmax(1)):
-            raise UserError(f"the ONNX model gives other logits than torch (relative difference {difference:.1e}), so it was not kept")
+            raise UserError(
+                f"the ONNX model gives other logits than torch (relative difference {difference:.1e}), so it was not kept"
+            )
     return difference
 
 

@@ -71,7 +71,9 @@ class Criterion:
         return self.of_features(features, model.head.weight, target, bias=model.head.bias, **mixed)
 
 
-def build_criterion(config: LossConfig, space: ClassSpace, counts: Tensor, model: Classifier, epoch: int, device: torch.device) -> Criterion:
+def build_criterion(
+    config: LossConfig, space: ClassSpace, counts: Tensor, model: Classifier, epoch: int, device: torch.device
+) -> Criterion:
     """The loss of an epoch (DRW changes its weights once). counts (C,) are images per epoch. Raises UserError where silencing
     was asked for but silences nothing."""
     if config.name in LINEAR_LOSSES:
@@ -87,7 +89,9 @@ def build_criterion(config: LossConfig, space: ClassSpace, counts: Tensor, model
     return Criterion(partial(ldam, margin=margin, scale=model.head.scale, weights=weights))
 
 
-def _linear_in_the_label(config: LossConfig, space: ClassSpace, counts: Tensor, model: Classifier, device: torch.device) -> Criterion:
+def _linear_in_the_label(
+    config: LossConfig, space: ClassSpace, counts: Tensor, model: Classifier, device: torch.device
+) -> Criterion:
     silent = silencing_graph(config, space)
     options = {
         "graph": silent.to(device) if silent is not None else None,

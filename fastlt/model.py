@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from fastlt.config import ModelConfig, did_you_mean
 from fastlt.errors import UserError
 
-
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 
 

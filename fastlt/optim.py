@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fastlt.config import Config, OptimConfig, ScheduleConfig
+from fastlt.config import OptimConfig, ScheduleConfig
 from fastlt.errors import UserError
 from fastlt.model import CifarResNet, Classifier
 

@@ -115,7 +115,9 @@ def keep_config(config: Config, run: Path) -> None:
     """Writes config.toml; a run that went on under another configuration would be neither the one nor the other."""
     path, text = run / "config.toml", to_toml(config)
     if path.is_file() and ckpt.checkpoints(run) and path.read_text(encoding="utf-8") != text:
-        raise UserError(f"{run} holds a run with another configuration (see its config.toml): choose another --out, or remove the folder")
+        raise UserError(
+            f"{run} holds a run with another configuration (see its config.toml): choose another --out, or remove the folder"
+        )
     write_text(path, text)
 
 
@@ -124,7 +126,9 @@ def prepare(config: Config, run: Path, pack: Pack) -> Trainer:
     space = pack.space if config.data.auxiliary else pack.space.targets_only()
     plan = build_plan(config, pack)
     if plan.steps_per_epoch == 0:
-        raise UserError(f"an epoch has {plan.images_per_epoch} images, less than one batch of {config.data.batch}: set data.batch lower")
+        raise UserError(
+            f"an epoch has {plan.images_per_epoch} images, less than one batch of {config.data.batch}: set data.batch lower"
+        )
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, space.num_classes, config.data.size).to(device)
     if config.train.channels_last:
@@ -181,16 +185,19 @@ def introduce(trainer: Trainer, console: Console) -> None:
     """What is about to be trained, before the first step: errors in the set-up should be seen here."""
     config, space, plan = trainer.config, trainer.space, trainer.plan
     graph = silencing_graph(config.loss, space)
-    groups = {name: len(members) for name, members in space.groups().items()}
-    parameters = sum(p.numel() for p in trainer.model.parameters())
+    groups = ", ".join(f"{len(members)} {name}" for name, members in space.groups().items())
+    auxiliary_images = int(plan.class_counts()[space.num_targets :].sum())
+    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     silenced = "nothing" if graph is None else f"{graph.num_pairs:,} pairs ({config.loss.directions}), lambda_s = {config.loss.silence:g}"
-    for name, text in (
-        ("classes", f"{space.num_targets:,} targets ({', '.join(f'{n} {name}' for name, n in groups.items())}) + {space.num_auxiliaries:,} auxiliaries"),
-        ("silenced", silenced),
-        ("images", f"{plan.images_per_epoch:,} an epoch, of which {int(plan.class_counts()[space.num_targets:].sum()):,} auxiliary; {plan.steps_per_epoch:,} steps of {config.data.batch}"),
-        ("model", f"{config.model.name}, {parameters / 1e6:.2f} M parameters; loss {config.loss.name}; {config.optim.name}, {config.schedule.name}"),
-        ("machine", f"{trainer.device}, {str(trainer.dtype).removeprefix('torch.')}, loader {trainer.train_loader.engine_name}"),
-    ):  # fmt: skip
+    lines = {
+        "classes": f"{space.num_targets:,} targets ({groups}) + {space.num_auxiliaries:,} auxiliaries",
+        "silenced": silenced,
+        "images": f"{plan.images_per_epoch:,} an epoch, of which {auxiliary_images:,} auxiliary; "
+        f"{plan.steps_per_epoch:,} steps of {config.data.batch}",
+        "model": f"{config.model.name}, {parameters:.2f} M parameters; loss {config.loss.name}; {config.optim.name}, {config.schedule.name}",
+        "machine": f"{trainer.device}, {str(trainer.dtype).removeprefix('torch.')}, loader {trainer.train_loader.engine_name}",
+    }
+    for name, text in lines.items():
         console.print(f"[bold]{name:>9}[/]  {text}", highlight=False)
 
 
@@ -229,7 +236,10 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
         at.step, at.step_in_epoch, at.images = at.step + 1, at.step_in_epoch + 1, at.images + len(batch.labels)
         if at.step % READ_LOSS_EVERY == 0:
             at.loss_sum += read_losses(losses, at)
-            report((at.images - images_before) / (time.perf_counter() - began), f"epoch {at.epoch + 1} loss {at.loss_sum / at.step_in_epoch:.3f}")
+            report(
+                (at.images - images_before) / (time.perf_counter() - began),
+                f"epoch {at.epoch + 1} loss {at.loss_sum / at.step_in_epoch:.3f}",
+            )
         if time.perf_counter() - last_saved > 60 * config.train.checkpoint_minutes and at.step_in_epoch < plan.steps_per_epoch:
             at.loss_sum += read_losses(losses, at)
             at.seconds = seconds_before + time.perf_counter() - began
@@ -294,7 +304,9 @@ def read_losses(losses: list[Tensor], at: Progressed) -> float:
     total = float(torch.stack(losses).sum())
     losses.clear()
     if not math.isfinite(total):
-        raise UserError(f"the loss is not finite at epoch {at.epoch + 1}, step {at.step_in_epoch}: lower optim.lr or set optim.clip=1")
+        raise UserError(
+            f"the loss is not finite at epoch {at.epoch + 1}, step {at.step_in_epoch}: lower optim.lr or set optim.clip=1"
+        )
     return total
 
 

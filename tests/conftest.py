@@ -3,7 +3,10 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +16,35 @@ def shared_data() -> Path:
     if not (root / "data").is_dir():
         pytest.skip(f"no real data at {root}: set FASTLT_SHARED to a folder that holds data/cifar100, data/photos and data/labels")
     return root / "data"
+
+
+CLASSES = {"target": {"a": 12, "b": 6, "c": 3}, "auxiliary": {"x": 5, "y": 9}, "val": {"a": 3, "b": 3, "c": 3}}
+PAIRS = (("a", "x"), ("b", "x"), ("b", "y"))
+
+
+@pytest.fixture(scope="session")
+def image_folders(tmp_path_factory) -> Path:
+    """target/, auxiliary/, val/ with a few 16-pixel PNGs a class, each class with its own colour, and pairs.csv."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    names = [name for classes in CLASSES.values() for name in classes]
+    colours = {name: rng.integers(40, 216, 3) for name in sorted(set(names))}
+    for split, classes in CLASSES.items():
+        for name, count in classes.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(colours[name] + rng.normal(0, 25, (16, 16, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    (root / "pairs.csv").write_text("target,auxiliary\n" + "".join(f"{t},{a}\n" for t, a in PAIRS))
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_pack(image_folders, tmp_path_factory) -> Path:
+    """`image_folders`, packed."""
+    from fastlt.data.pack import PackOptions, write_pack
+    from fastlt.data.source import read_collection
+
+    folders = (image_folders / name for name in ("target", "auxiliary", "val", "pairs.csv"))
+    out = tmp_path_factory.mktemp("packs") / "small"
+    return write_pack(read_collection(*folders, None, None), PackOptions(out=out, workers=1), Console(quiet=True))

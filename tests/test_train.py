@@ -1,0 +1,218 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from fastlt.config import load_config
+from fastlt.data.packed import open_pack
+from fastlt.errors import UserError
+from fastlt.evaluate import evaluate_run
+from fastlt.export import export_run, load_exported
+from fastlt.train import only_run, prepare, step_seed, train
+
+QUIET = Console(quiet=True)
+SMALL = [
+    "model.name=resnet8",
+    "data.size=16",
+    "data.batch=16",
+    "data.padding=2",
+    "train.epochs=3",
+    "train.eval_every=1",
+    "data.engine=torch",
+    "data.workers=0",
+]
+
+
+def config_of(pack: Path, *settings: str):
+    return load_config("cifar100-siblings", [*SMALL, f"data.pack={json.dumps(str(pack))}", *settings])
+
+
+@pytest.fixture(scope="module")
+def finished(small_pack, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    return run, train(config_of(small_pack), run, QUIET)
+
+
+def test_a_run_holds_what_it_should(finished):
+    run, result = finished
+    names = {path.name for path in run.iterdir()}
+    assert {
+        "config.toml",
+        "result.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "model.safetensors",
+        "classes.json",
+        "val_predictions.npz",
+    } <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    on_disk = json.loads((run / "result.json").read_text())
+    assert on_disk == result
+    assert {"top1", "many", "medium", "few", "per_class", "best", "epochs"} <= on_disk.keys()
+    assert on_disk["many"] is None and len(on_disk["per_class"]) == 3
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert lines[-1]["top1"] == on_disk["top1"]
+    assert on_disk["best"]["top1"] == max(line["top1"] for line in lines)
+
+
+def test_it_learns(small_pack, tmp_path):
+    result = train(config_of(small_pack, "train.epochs=10", "train.eval_every=10"), tmp_path / "run", QUIET)
+    assert result["top1"] > 60  # chance is 33
+
+
+def test_the_exported_model_lacks_the_auxiliary_rows(finished, small_pack):
+    run, result = finished
+    tensors = load_file(run / "model.safetensors")
+    assert tensors["head.weight"].shape == (3, 64) and tensors["head.bias"].shape == (3,)
+    assert load_exported(run / "model.safetensors")[1] == ["a", "b", "c"]
+    assert evaluate_run(run)["per_class"] == result["per_class"]
+
+
+def test_onnx_predicts_as_torch_does(finished, tmp_path):
+    pytest.importorskip("onnxscript", reason="ONNX export is an extra")
+    run, _ = finished
+    assert "onnxruntime predicts as torch does" in export_run(run, tmp_path / "model.onnx")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_export_refuses_other_endings(finished, tmp_path):
+    with pytest.raises(UserError, match=r"must end in \.safetensors or \.onnx"):
+        export_run(finished[0], tmp_path / "model.pt")
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(small_pack, finished, tmp_path):
+    train(config_of(small_pack), tmp_path / "again", QUIET)
+    train(config_of(small_pack, "train.seed=1"), tmp_path / "other", QUIET)
+    first, again, other = (load_file(run / "model.safetensors") for run in (finished[0], tmp_path / "again", tmp_path / "other"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+@pytest.mark.parametrize("moment", ["epoch", "step"])
+def test_a_run_killed_with_9_goes_on_to_the_same_bits(small_pack, tmp_path, moment):
+    """Killed after its first checkpoint, of an epoch or amid one, and started again by the same command."""
+    settings = [*SMALL, "train.epochs=6", "augment.mixup=0.8", "optim.ema=0.9"]
+    if moment == "step":
+        settings.append("train.checkpoint_minutes=1e-6")
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    train(load_config("cifar100-siblings", [*settings, f"data.pack={json.dumps(str(small_pack))}"]), undisturbed, QUIET)
+    command = [
+        sys.executable,
+        "-m",
+        "fastlt",
+        "train",
+        "cifar100-siblings",
+        "--data",
+        str(small_pack),
+        "--out",
+        str(killed),
+        *settings,
+    ]
+    kill_once_checkpointed(command, killed)
+    assert not (killed / "result.json").exists()
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert "going on from step-" in ended.stdout
+    wanted, got = load_file(undisturbed / "model.safetensors"), load_file(killed / "model.safetensors")
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+    epochs = [json.loads(line)["epoch"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == list(range(6))
+
+
+def kill_once_checkpointed(command: list[str], run: Path) -> None:
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )
+    deadline = time.monotonic() + 120
+    while not list((run / "checkpoints").glob("step-*")):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it was killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+
+
+def test_another_configuration_in_the_same_folder_is_refused(finished, small_pack):
+    with pytest.raises(UserError, match="another configuration"):
+        train(config_of(small_pack, "optim.lr=0.01"), finished[0], QUIET)
+
+
+def test_a_checkpoint_of_another_class_space_is_refused(finished, small_pack, tmp_path):
+    import shutil
+
+    copy, run = tmp_path / "pack", tmp_path / "run"
+    shutil.copytree(small_pack, copy)
+    train(config_of(copy, "train.epochs=1"), run, QUIET)
+    state = next((run / "checkpoints").iterdir()) / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "class_space": "0123456789abcdef"}))
+    with pytest.raises(UserError, match="belongs to another class space"):
+        train(config_of(copy, "train.epochs=1"), run, QUIET)
+
+
+def test_evaluating_on_other_targets_is_refused(finished, image_folders, tmp_path):
+    from fastlt.data.pack import PackOptions, write_pack
+    from fastlt.data.source import read_collection
+
+    collection = read_collection(image_folders / "auxiliary", None, image_folders / "auxiliary", None, None, None)
+    pack = write_pack(collection, PackOptions(out=tmp_path / "other", workers=1), QUIET)
+    with pytest.raises(UserError, match="other targets"):
+        evaluate_run(finished[0], pack)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with only_run(tmp_path / "run"), pytest.raises(UserError, match="another training is running"), only_run(tmp_path / "run"):
+        pass
+
+
+def test_silencing_without_a_pair_stops_before_the_first_step(image_folders, tmp_path):
+    from fastlt.data.pack import PackOptions, write_pack
+    from fastlt.data.source import read_collection
+
+    collection = read_collection(image_folders / "target", None, image_folders / "val", None, None, None)
+    pack = write_pack(collection, PackOptions(out=tmp_path / "pack", workers=1), QUIET)
+    with pytest.raises(UserError, match="no pair of classes is silenced"):
+        train(config_of(pack), tmp_path / "run", QUIET)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["augment.mixup=0.8", "augment.cutmix=1.0", "loss.label_smoothing=0.1", "augment.erasing=0.5", "augment.randaugment=9"],
+        ["optim.name=adamw", "optim.lr=1e-3", "optim.clip=1.0", "optim.accumulate=2", "optim.ema=0.9", "train.precision=bf16"],
+        ["loss.name=ldam", "model.head=cosine", "loss.drw_epoch=1", "schedule.name=step", "schedule.steps={1=0.1}"],
+        ["loss.name=focal", "data.auxiliary=false", "schedule.head_only_epochs=1", "data.crop=random-resized-crop"],
+        ["data.target_sampling=class-balanced", "train.channels_last=false", "data.budget=7", "loss.directions=target_rows"],
+        ["loss.name=class-balanced", "schedule.name=cosine", "schedule.warmup_epochs=1", "data.eval_resize=20"],
+    ],
+)  # fmt: skip
+def test_every_part_of_the_configuration_trains(small_pack, tmp_path, settings):
+    result = train(config_of(small_pack, "train.epochs=2", *settings), tmp_path / "run", QUIET)
+    assert 0 <= result["top1"] <= 100
+    evaluated = evaluate_run(tmp_path / "run")
+    if "train.precision=bf16" not in settings:
+        assert evaluated["per_class"] == result["per_class"]
+
+
+def test_without_auxiliaries_the_head_has_the_targets_alone(small_pack, tmp_path):
+    config = config_of(small_pack, "data.auxiliary=false", "loss.name=balanced-ce")
+    trainer = prepare(config, tmp_path, open_pack(small_pack))
+    assert trainer.model.head.weight.shape[0] == 3
+    assert trainer.plan.images_per_epoch == 21
+
+
+def test_a_step_draws_the_same_whatever_came_before():
+    assert step_seed(0, 5, 0) == step_seed(0, 5, 0)
+    assert len({step_seed(seed, step, stream) for seed in range(3) for step in range(3) for stream in range(2)}) == 18
+
+
+def test_a_diverged_run_says_so(small_pack, tmp_path):
+    with pytest.raises(UserError, match="the loss is not finite"):
+        train(config_of(small_pack, "optim.lr=1e30"), tmp_path / "run", QUIET)
