@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import zipfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -82,8 +83,7 @@ def open_pack(path: Path | str) -> Pack:
     path = Path(path)
     manifest = read_manifest(path)
     check_sizes(path, manifest)
-    with np.load(path / "index.npz") as index:
-        columns = {name: index[name] for name in index.files}
+    columns = _read_index(path / "index.npz")
     train, val = (_split(path, name, manifest, columns) for name in ("train", "val"))
     return Pack(path, manifest, ClassSpace.load(path / "classes.json"), train, val)
 
@@ -95,9 +95,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a pack: it has no readable manifest.json; make one with `fastlt pack`") from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path} has pack format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}: pack again")
+    if not isinstance(manifest, dict) or "format_version" not in manifest:
+        raise UserError(f"{path} is not a pack: its manifest.json is of something else; make one with `fastlt pack`")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path} has pack format {manifest['format_version']}, this version reads {FORMAT_VERSION}: pack again")
     return manifest
+
+
+def _read_index(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(file) as index:
+            columns = {name: index[name] for name in index.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is damaged ({error}): pack again, or copy it again") from error
+    if missing := [name for split in ("train", "val") for name in COLUMNS if f"{split}_{name}" not in columns]:
+        raise UserError(f"{file} is damaged: it has no column {missing[0]}; pack again, or copy it again")
+    return columns
 
 
 def check_sizes(path: Path, manifest: dict[str, Any]) -> None:
@@ -111,5 +124,5 @@ def check_sizes(path: Path, manifest: dict[str, Any]) -> None:
             raise UserError(f"{file} is damaged: it has {found} bytes, the manifest says {wanted}; copy it again")
 
 
-def _split(path: Path, name: str, manifest: dict[str, Any], columns: dict[str, np.ndarray]) -> Split:
+def _split(path: Path, name: str, manifest: dict[str, Any], columns: dict[str, Any]) -> Split:
     return Split(name, path / name, tuple(manifest["shards"][name]), **{c: columns[f"{name}_{c}"] for c in COLUMNS})
