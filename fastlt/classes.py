@@ -85,7 +85,7 @@ class ClassSpace(BaseModel):
     def load(path: Path) -> "ClassSpace":
         """Raises UserError where the file is missing or does not hold a class space."""
         try:
-            return ClassSpace.model_validate_json(Path(path).read_text(encoding="utf-8"))
+            return ClassSpace.model_validate_json(Path(path).read_bytes())
         except OSError as error:
             raise UserError(f"cannot read the class space {path}: {error.strerror}") from error
         except ValidationError as error:

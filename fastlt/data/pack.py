@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -104,8 +103,10 @@ def _check(collection: Collection, options: PackOptions) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be {least} or more")
     if options.quality > 100:
         raise UserError(f"--quality is {options.quality}: it must be 1 to 100, or 0 to leave images as they are")
-    if options.beton and find_spec("ffcv") is None:  # told now, not after an hour of packing
-        raise UserError("--beton needs FFCV: pip install fastlt[ffcv]")
+    if options.beton:
+        from fastlt.data.native import import_ffcv  # an extra that not everyone has
+
+        import_ffcv()  # where it is missing, told now and not after an hour of packing
 
 
 def _write_images(
@@ -198,7 +199,7 @@ def _write_tables(options: PackOptions, folder: Path, space: ClassSpace, splits:
     with whole_file(folder / "index.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, **columns)
     if options.beton:
-        from fastlt.data.ffcv import write_beton  # an extra that not everyone has
+        from fastlt.data.ffcv import write_beton
 
         for name, packed in splits.items():
             split = Split(name, folder / name, tuple(packed.files), **packed.columns())

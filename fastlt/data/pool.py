@@ -49,8 +49,8 @@ def _in_order(
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError("a worker process died, perhaps killed for lack of memory: try again with fewer --workers") from error
+    except (BrokenProcessPool, MemoryError) as error:
+        raise UserError("a worker process died or ran out of memory: try again with fewer --workers") from error
 
 
 def _start_worker() -> None:
