@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fastlt.classes import ClassSpace
+from fastlt.data.images import BadImage, decode_pil
 from fastlt.errors import UserError
 
 FORMAT_VERSION = 1
@@ -122,6 +124,30 @@ def check_sizes(path: Path, manifest: dict[str, Any]) -> None:
         if file.stat().st_size != entry["size"]:
             found, wanted = file.stat().st_size, entry["size"]
             raise UserError(f"{file} is damaged: it has {found} bytes, the manifest says {wanted}; copy it again")
+
+
+def check_shards(split: Split) -> None:
+    """The shards are there and long enough for the index: for engines, which may be given a split that no manifest covers."""
+    ends = np.zeros(len(split.shards), np.int64)
+    np.maximum.at(ends, split.shard, split.offset + split.size)
+    for name, end in zip(split.shards, ends.tolist(), strict=True):
+        file = split.folder / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing from the pack: pack again, or copy it again")
+        if file.stat().st_size < end:
+            raise UserError(f"{file} is damaged: it has {file.stat().st_size} bytes, the index needs {end}; copy it again")
+
+
+def picture(split: Split, image: int) -> Image.Image:
+    """One image, upright RGB. Raises UserError that names shard and key where it cannot be decoded."""
+    try:
+        found = decode_pil(split.read(image))
+    except (BadImage, OSError, ValueError) as error:
+        raise UserError(f"{split.where(image)}: {error}; the pack is damaged: copy it again or pack again") from error
+    if found.size != (split.width[image], split.height[image]):
+        wanted = f"{split.width[image]} x {split.height[image]}"
+        raise UserError(f"{split.where(image)}: {found.width} x {found.height} pixels, the index says {wanted}: pack again")
+    return found
 
 
 def _split(path: Path, name: str, manifest: dict[str, Any], columns: dict[str, Any]) -> Split:

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastlt.data.augment import Geometry, boxes_of
 from fastlt.data.packed import Split
+from fastlt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Plan:
     drop_last: bool = False
     rank: int = 0
     world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch % self.world:
+            raise UserError(f"data.batch={self.batch} cannot be shared equally by {self.world} ranks: choose a multiple of that")
 
     def class_counts(self) -> np.ndarray:
         """Images of each of the C classes in every epoch, (C,) int64: the n_j of the prior."""

@@ -1,0 +1,84 @@
+"""Small images of one size, such as CIFAR's, are decoded once and kept: cropping them costs less than handing them over."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import as_strided
+from PIL import Image
+
+from fastlt.data.images import fill_box
+from fastlt.data.packed import Split, check_shards, picture
+from fastlt.data.plan import Batch
+
+MAX_SIDE = 64  # pixels
+MAX_BYTES = 512 * 2**20
+
+
+def fits(split: Split) -> bool:
+    """Whether the decoded split is small enough to be kept in memory."""
+    if len(split) == 0:
+        return False
+    height, width = int(split.height[0]), int(split.width[0])
+    one_size = bool((split.height == height).all() and (split.width == width).all())
+    return one_size and max(height, width) <= MAX_SIDE and 3 * height * width * len(split) <= MAX_BYTES
+
+
+class ResidentEngine:
+    """Decodes all images at the start. Raises UserError naming a damaged one."""
+
+    def __init__(self, split: Split, size: int, workers: int = 0) -> None:
+        check_shards(split)
+        self._size = size
+        shape = (len(split), int(split.height[0]), int(split.width[0]), 3)
+        self._margin = 0  # black pixels around each image
+        self._images = np.empty(shape, np.uint8)
+        for i in range(len(split)):
+            self._images[i] = np.asarray(picture(split, i))
+
+    def batches(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+        """The images of each batch, (n, size, size, 3) uint8, the caller's to keep."""
+        for batch in batches:
+            shifted_only = (batch.boxes[:, 2:] == self._size).all()
+            yield torch.from_numpy(self._shifted(batch) if shifted_only else self._resized(batch))
+
+    def _shifted(self, batch: Batch) -> np.ndarray:
+        """Crops of the output's own size, by one gather out of all possible windows."""
+        size = self._size
+        top, left = batch.boxes[:, 0], batch.boxes[:, 1]
+        self._surround(self._overhang(top, left))
+        images = self._images
+        count, height, width, _ = images.shape
+        windows = as_strided(
+            images,
+            shape=(count, height - size + 1, width - size + 1, size, 3 * size),
+            strides=(*images.strides[:3], images.strides[1], 1),
+            writeable=False,
+        )
+        crops = windows[batch.images, top + self._margin, left + self._margin]
+        mirrored = np.arange(3 * size).reshape(size, 3)[::-1].reshape(-1)
+        crops[batch.flips] = crops[batch.flips].take(mirrored, axis=2)
+        return crops.reshape(-1, size, size, 3)
+
+    def _overhang(self, top: np.ndarray, left: np.ndarray) -> int:
+        """Pixels by which a batch reaches over the edge at most."""
+        height, width = (side - 2 * self._margin for side in self._images.shape[1:3])
+        ends = (-top, -left, top + self._size - height, left + self._size - width)
+        return max(0, *(int(end.max(initial=0)) for end in ends))
+
+    def _surround(self, margin: int) -> None:
+        if margin > self._margin:
+            more = margin - self._margin
+            self._images = np.pad(self._images, ((0, 0), (more, more), (more, more), (0, 0)))
+            self._margin = margin
+
+    def _resized(self, batch: Batch) -> np.ndarray:
+        out = np.empty((len(batch.images), self._size, self._size, 3), np.uint8)
+        bare = slice(self._margin, -self._margin or None)
+        for i, image in enumerate(batch.images.tolist()):
+            pixels = Image.fromarray(self._images[image, bare, bare])
+            out[i] = fill_box(pixels, batch.boxes[i], batch.flips[i], self._size)
+        return out
+
+    def close(self) -> None:
+        """Nothing is left to end."""
