@@ -17,8 +17,8 @@ from fastlt.config import Config, load_config
 from fastlt.data.pack import PackOptions, write_pack
 from fastlt.data.packed import Pack, open_pack
 from fastlt.data.source import read_collection
-from fastlt.losses import build_criterion
-from fastlt.train import Trainer, compiled, make_input, prepare, train_step
+from fastlt.prepare import Trainer, prepare
+from fastlt.train import forward_of, make_input, train_step
 from fastlt_benchmarks.results_file import append_rows
 
 WARM_UP = 5  # steps; the first ones allocate memory, and compile where that is on
@@ -68,9 +68,7 @@ def timed(step: Iterator[int], steps: int, trainer: Trainer) -> float:
 
 def loop_steps(trainer: Trainer) -> Iterator[int]:
     """The trainer's own loop: loader, augmentation, loss, backward, step. Yields the images of each step."""
-    counts = torch.from_numpy(trainer.plan.class_counts()[: trainer.space.num_classes])
-    criterion = build_criterion(trainer.config.loss, trainer.space, counts, trainer.model, 0, trainer.device)
-    forward = compiled(criterion, trainer.config, trainer.device)
+    forward = forward_of(trainer, 0)
     for epoch in itertools.count():
         trainer.at.step_in_epoch = 0
         for batch, pixels in trainer.train_loader.iterate(trainer.plan.epoch(epoch)):

@@ -34,7 +34,7 @@ def predict(model: nn.Module, loader: Loader, batches: Iterable[Batch], config: 
     model.eval()
     rows: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor]] = []
     for batch, images in loader.iterate(batches):
-        x = normalise(images.to(device, non_blocking=True), config.mean, config.std)
+        x = normalise(images.to(device, non_blocking=True), config.mean, config.std, channels_last=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(x)
         probabilities = logits[:, : space.num_targets].float().softmax(dim=1)

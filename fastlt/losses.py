@@ -58,12 +58,13 @@ def ldam(logits: Tensor, target: Tensor, *, margin: Tensor, scale: float, weight
 
 @dataclass(frozen=True)
 class Criterion:
-    """Model and labels to loss: `criterion(model, images, target, target_b, mix)`, a scalar."""
+    """Model and labels to loss."""
 
     of_logits: Callable[..., Tensor]
     of_features: Callable[..., Tensor] | None = None  # never makes the (N, C) logits; where that pays
 
-    def __call__(self, model: Classifier, images: Tensor, target: Tensor, target_b: Tensor | None, mix: Tensor | None) -> Tensor:
+    def loss(self, model: Classifier, images: Tensor, target: Tensor, target_b: Tensor | None, mix: Tensor | None) -> Tensor:
+        """images (N, 3, H, W), target and target_b (N,), mix () or (N,): a scalar."""
         mixed = {} if target_b is None else {"target_b": target_b, "mix": mix}
         if self.of_features is None:
             return self.of_logits(model(images), target, **mixed)
@@ -71,15 +72,22 @@ class Criterion:
         return self.of_features(features, model.head.weight, target, bias=model.head.bias, **mixed)
 
 
+def in_drw(config: LossConfig, epoch: int) -> bool:
+    """Deferred re-weighting (arXiv 1906.07413): the classes are weighted from `drw_epoch` on."""
+    return 0 < config.drw_epoch <= epoch
+
+
 def build_criterion(
-    config: LossConfig, space: ClassSpace, counts: Tensor, model: Classifier, epoch: int, device: torch.device
+    config: LossConfig, space: ClassSpace, counts: Tensor, model: Classifier, drw: bool, device: torch.device
 ) -> Criterion:
-    """The loss of an epoch (DRW changes its weights once). counts (C,) are images per epoch. Raises UserError where silencing
-    was asked for but silences nothing."""
+    """The configured loss. counts (C,) are images per epoch; `drw` tells whether the epoch is one of deferred re-weighting.
+
+    Raises UserError where silencing was asked for but silences nothing.
+    """
     if config.name in LINEAR_LOSSES:
         return _linear_in_the_label(config, space, counts, model, device)
     weights = None
-    if config.name == "class-balanced" or (config.drw_epoch and epoch >= config.drw_epoch):
+    if drw or config.name == "class-balanced":
         weights = effective_number_weights(counts, config.beta).to(device)
     if config.name == "focal":
         return Criterion(partial(focal, gamma=config.gamma))

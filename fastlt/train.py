@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,61 +18,25 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
 from fastlt import checkpoint as ckpt
-from fastlt.classes import ClassSpace
 from fastlt.config import Config, to_toml
-from fastlt.data.augment import Geometry
-from fastlt.data.loader import Loader, choose_engine, normalise
+from fastlt.data.loader import normalise
 from fastlt.data.mix import erase, mixup_or_cutmix, randaugment
 from fastlt.data.packed import Pack, open_pack
-from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
+from fastlt.data.plan import Batch, evaluation_batches
 from fastlt.errors import UserError
 from fastlt.evaluate import EVALUATION_BATCH, evaluation_geometry, predict, save_predictions
 from fastlt.export import export_safetensors
 from fastlt.files import write_text
-from fastlt.losses import Criterion, build_criterion, silencing_graph
+from fastlt.losses import build_criterion, in_drw
 from fastlt.metrics import Predictions, confusions, score
-from fastlt.model import Classifier, build_model
-from fastlt.optim import averaged, build_optimizer, clip, lr_factor, set_lr
+from fastlt.model import Classifier
+from fastlt.optim import clip, set_lr
+from fastlt.prepare import Progressed, Trainer, introduce, prepare
 
 READ_LOSS_EVERY = 20  # steps between looks at the loss: each look waits for the device
-
-
-@dataclass
-class Progressed:
-    """What a checkpoint must know besides tensors."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0  # of this epoch so far
-    seconds: float = 0.0  # of training, over all starts
-    images: int = 0
-    best: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Trainer:
-    """All that a run needs, made once by `prepare`."""
-
-    config: Config
-    run: Path
-    pack: Pack
-    space: ClassSpace
-    plan: Plan
-    device: torch.device
-    dtype: torch.dtype
-    train_loader: Loader
-    val_loader: Loader
-    model: Classifier
-    ema: AveragedModel | None
-    optimizer: Optimizer
-    factor: Callable[[float], float]
-    at: Progressed
 
 
 def train(config: Config, run: Path, console: Console) -> dict[str, Any]:
@@ -121,46 +84,6 @@ def keep_config(config: Config, run: Path) -> None:
     write_text(path, text)
 
 
-def prepare(config: Config, run: Path, pack: Pack) -> Trainer:
-    device, dtype = choose_device(config)
-    space = pack.space if config.data.auxiliary else pack.space.targets_only()
-    plan = build_plan(config, pack)
-    if plan.steps_per_epoch == 0:
-        raise UserError(
-            f"an epoch has {plan.images_per_epoch} images, less than one batch of {config.data.batch}: set data.batch lower"
-        )
-    torch.manual_seed(config.train.seed)
-    model = build_model(config.model, space.num_classes, config.data.size).to(device)
-    if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    data = config.data
-    return Trainer(
-        config, run, pack, space, plan, device, dtype,
-        Loader(pack.train, data.size, choose_engine(pack, "train", data.engine), data.workers, pack.beton.get("train")),
-        Loader(pack.val, data.size, choose_engine(pack, "val", data.engine), data.workers, pack.beton.get("val")),
-        model, averaged(config.optim, model), build_optimizer(config.optim, model, data.batch),
-        lr_factor(config.schedule, config.train.epochs), Progressed(),
-    )  # fmt: skip
-
-
-def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
-    name = config.train.device
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"train.device={name}, but torch finds no such device here: set train.device=cpu")
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
-    return device, torch.bfloat16 if bf16 else torch.float32
-
-
-def build_plan(config: Config, pack: Pack) -> Plan:
-    data, space = config.data, pack.space
-    geometry = Geometry(data.crop, data.size, data.flip, data.scale, data.ratio, data.padding, data.eval_resize)
-    sampling = Sampling(data.target_sampling, data.budget if data.auxiliary else 0)
-    return Plan(pack.train, space.num_targets, space.num_classes, geometry, sampling, data.batch, config.train.seed, data.drop_last)
-
-
 def resume(trainer: Trainer, console: Console) -> None:
     """Takes up the newest checkpoint and cuts metrics.jsonl back to it."""
     ckpt.remove_leftovers(trainer.run)
@@ -181,26 +104,6 @@ def keep_lines(path: Path, epochs: int) -> None:
         write_text(path, "".join(line for line in lines[:epochs] if line.endswith("\n")))
 
 
-def introduce(trainer: Trainer, console: Console) -> None:
-    """What is about to be trained, before the first step: errors in the set-up should be seen here."""
-    config, space, plan = trainer.config, trainer.space, trainer.plan
-    graph = silencing_graph(config.loss, space)
-    groups = ", ".join(f"{len(members)} {name}" for name, members in space.groups().items())
-    auxiliary_images = int(plan.class_counts()[space.num_targets :].sum())
-    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-    silenced = "nothing" if graph is None else f"{graph.num_pairs:,} pairs ({config.loss.directions}), lambda_s = {config.loss.silence:g}"
-    lines = {
-        "classes": f"{space.num_targets:,} targets ({groups}) + {space.num_auxiliaries:,} auxiliaries",
-        "silenced": silenced,
-        "images": f"{plan.images_per_epoch:,} an epoch, of which {auxiliary_images:,} auxiliary; "
-        f"{plan.steps_per_epoch:,} steps of {config.data.batch}",
-        "model": f"{config.model.name}, {parameters:.2f} M parameters; loss {config.loss.name}; {config.optim.name}, {config.schedule.name}",
-        "machine": f"{trainer.device}, {str(trainer.dtype).removeprefix('torch.')}, loader {trainer.train_loader.engine_name}",
-    }
-    for name, text in lines.items():
-        console.print(f"[bold]{name:>9}[/]  {text}", highlight=False)
-
-
 # --- loop
 
 
@@ -216,17 +119,15 @@ def fit(trainer: Trainer, console: Console) -> None:
                 if isinstance(value, float):
                     writer.add_scalar(name, value, at.step)
             if "top1" in record:
-                bar.console.print(epoch_line(record, config.train.epochs), highlight=False)
+                bar.console.print(epoch_line(record, config.train.epochs), highlight=False, soft_wrap=True)
             save(trainer)
 
 
 def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float:
     """One epoch from where `trainer.at` stands. Returns images/s."""
     config, at, plan = trainer.config, trainer.at, trainer.plan
-    counts = torch.from_numpy(plan.class_counts()[: trainer.space.num_classes])
-    criterion = build_criterion(config.loss, trainer.space, counts, trainer.model, at.epoch, trainer.device)
+    forward = forward_of(trainer, at.epoch)
     trainer.model.backbone.requires_grad_(at.epoch >= config.schedule.head_only_epochs)
-    forward = compiled(criterion, config, trainer.device)
     trainer.model.train()
     losses: list[Tensor] = []
     began = last_saved = time.perf_counter()
@@ -240,7 +141,8 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
                 (at.images - images_before) / (time.perf_counter() - began),
                 f"epoch {at.epoch + 1} loss {at.loss_sum / at.step_in_epoch:.3f}",
             )
-        if time.perf_counter() - last_saved > 60 * config.train.checkpoint_minutes and at.step_in_epoch < plan.steps_per_epoch:
+        is_due = time.perf_counter() - last_saved > 60 * config.train.checkpoint_minutes
+        if is_due and at.step_in_epoch % config.optim.accumulate == 0 and at.step_in_epoch < plan.steps_per_epoch:
             at.loss_sum += read_losses(losses, at)
             at.seconds = seconds_before + time.perf_counter() - began
             save(trainer)
@@ -281,7 +183,7 @@ def make_input(
     if config.augment.randaugment:
         planes = randaugment(pixels.permute(0, 3, 1, 2), config.augment.randaugment, config.augment.randaugment_ops, generator)
         pixels = planes.permute(0, 2, 3, 1)
-    images = normalise(pixels, config.data.mean, config.data.std)
+    images = normalise(pixels, config.data.mean, config.data.std, channels_last=config.train.channels_last)
     images = erase(images, config.augment.erasing, generator)
     mixed = mixup_or_cutmix(config.augment, images, target, generator)
     return mixed.images, target, mixed.target_b, mixed.mix
@@ -291,10 +193,16 @@ def step_seed(seed: int, step: int, stream: int) -> int:
     return int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def compiled(criterion: Criterion, config: Config, device: torch.device) -> Callable[..., Tensor]:
-    """Model and loss as one graph."""
-    on = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
-    return torch.compile(criterion) if on else criterion
+def forward_of(trainer: Trainer, epoch: int) -> Callable[..., Tensor]:
+    """`forward(model, images, target, target_b, mix)` to the loss: model and loss as one graph where that is compiled."""
+    drw = in_drw(trainer.config.loss, epoch)
+    if drw not in trainer.forward:
+        counts = torch.from_numpy(trainer.plan.class_counts()[: trainer.space.num_classes])
+        criterion = build_criterion(trainer.config.loss, trainer.space, counts, trainer.model, drw, trainer.device)
+        wanted = trainer.config.train.compile
+        on = wanted == "on" or (wanted == "auto" and trainer.device.type == "cuda")
+        trainer.forward[drw] = torch.compile(criterion.loss) if on else criterion.loss
+    return trainer.forward[drw]
 
 
 def read_losses(losses: list[Tensor], at: Progressed) -> float:

@@ -1,9 +1,9 @@
 """Losses for long-tailed recognition with auxiliary classes: neighbour silencing, on logits or straight from features.
 
-    neighbor_silencing_loss           from logits
-    linear_neighbor_silencing_loss    from features and classifier weight, in bounded memory
-    ClassGraph                        which classes silence which
-    reference_loss                    the specification, in plain dense torch
+neighbor_silencing_loss           from logits
+linear_neighbor_silencing_loss    from features and classifier weight, in bounded memory
+ClassGraph                        which classes silence which
+reference_loss                    the specification, in plain dense torch
 """
 
 from fastlt_kernels.graph import ClassGraph

@@ -123,9 +123,7 @@ def _check_graph(graph: ClassGraph | None, classes: int, device: torch.device) -
         raise ValueError(f"graph is on {graph.indptr.device}, the logits on {device}: move it with graph.to(device)")
 
 
-def _check_log_prior(
-    log_prior: Tensor | None, classes: int, device: torch.device, label_smoothing: float, values: bool
-) -> None:
+def _check_log_prior(log_prior: Tensor | None, classes: int, device: torch.device, label_smoothing: float, values: bool) -> None:
     if log_prior is None:
         return
     if log_prior.shape != (classes,) or log_prior.dtype not in LOGIT_DTYPES:
@@ -139,9 +137,7 @@ def _check_log_prior(
         raise ValueError("log_prior of -inf (a class that never occurs) has no finite loss with label_smoothing")
 
 
-def _check_mix(
-    target_b: Tensor | None, mix: float | Tensor | None, rows: int, device: torch.device, values: bool
-) -> None:
+def _check_mix(target_b: Tensor | None, mix: float | Tensor | None, rows: int, device: torch.device, values: bool) -> None:
     if (target_b is None) != (mix is None):
         missing, given = ("mix", "target_b") if mix is None else ("target_b", "mix")
         raise ValueError(f"{missing} is missing: {given} was given, and mixed labels need both")

@@ -8,13 +8,12 @@ from torch import Tensor
 
 def stack_labels(target: Tensor, target_b: Tensor | None, mix: float | Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Labels (L, N) int64 and their shares (L, N) of the given dtype, which sum to 1 over L = 1 or 2."""
+    whole = torch.ones(target.shape, dtype=dtype, device=target.device)
     if target_b is None or mix is None:
-        labels = target.long()[None]
-        return labels, torch.ones(labels.shape, dtype=dtype, device=target.device)
-    labels = torch.stack([target.long(), target_b.long()])
-    share = mix.detach().to(target.device, dtype) if isinstance(mix, Tensor) else torch.full((), mix, dtype=dtype, device=target.device)
-    share = share.expand(target.shape)
-    return labels, torch.stack([share, 1 - share])
+        return target.long()[None], whole[None]
+    # A product, not torch.full: under torch.compile, full makes a new graph for every number.
+    share = whole * (mix.detach().to(target.device, dtype) if isinstance(mix, Tensor) else mix)
+    return torch.stack([target.long(), target_b.long()]), torch.stack([share, 1 - share])
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

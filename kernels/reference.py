@@ -32,7 +32,7 @@ def reference_loss(
     """`neighbor_silencing_loss`, formula by formula, with dense (N, C) masks, in the dtype of logits (N, C)."""
     base = logits if log_prior is None else logits + log_prior.to(logits.dtype)
     losses = _label_losses(base, target, graph, silence, label_smoothing)
-    if target_b is not None:
+    if target_b is not None and mix is not None:
         share = mix.to(logits) if isinstance(mix, Tensor) else mix
         losses = share * losses + (1 - share) * _label_losses(base, target_b, graph, silence, label_smoothing)
     return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]

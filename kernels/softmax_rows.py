@@ -37,7 +37,9 @@ def silenced_columns(indptr: Tensor | None, indices: Tensor | None, max_degree: 
     fresh_b = real_b & ~_contained(columns_b, real_b, columns, real)
     by_first = torch.cat([real, torch.zeros_like(real)], dim=1)
     by_second = torch.cat([in_b, fresh_b], dim=1)
-    return SilencedColumns(torch.cat([columns, columns_b], dim=1), torch.cat([real, fresh_b], dim=1), torch.stack([by_first, by_second]))
+    return SilencedColumns(
+        torch.cat([columns, columns_b], dim=1), torch.cat([real, fresh_b], dim=1), torch.stack([by_first, by_second])
+    )
 
 
 def loss_and_gradient_(

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from fastlt.classes import ClassSpace
 from fastlt.config import LossConfig
 from fastlt.errors import UserError
-from fastlt.losses import FUSE_FROM_CLASSES, build_criterion, effective_number_weights, log_prior, margins, silencing_graph
+from fastlt.losses import FUSE_FROM_CLASSES, build_criterion, effective_number_weights, in_drw, log_prior, margins, silencing_graph
 from fastlt.model import Classifier, CosineHead, LinearHead
 from fastlt_kernels.reference import reference_loss
 
@@ -28,13 +28,13 @@ def model(classes=TARGETS + AUXILIARIES, cosine=False):
     return Classifier(torch.nn.Identity(), CosineHead(16, classes, 30.0) if cosine else LinearHead(16, classes))
 
 
-def value(config, mixed=False, epoch=0, cosine=False):
+def value(config, mixed=False, drw=False, cosine=False):
     torch.manual_seed(1)
     net = model(cosine=cosine)
     features, target = torch.randn(33, 16), torch.randint(12, (33,))
     target_b, mix = (target.flip(0), torch.tensor(0.3)) if mixed else (None, None)
-    criterion = build_criterion(config, space(), COUNTS, net, epoch, CPU)
-    return criterion(net, features, target, target_b, mix), net(features), target
+    criterion = build_criterion(config, space(), COUNTS, net, drw, CPU)
+    return criterion.loss(net, features, target, target_b, mix), net(features), target
 
 
 def prior(tau=1.0):
@@ -56,7 +56,9 @@ def test_balanced_ce_adds_the_prior():
 def test_neighbour_silencing_is_the_reference(silence, mixed):
     loss, logits, target = value(LossConfig(silence=silence, label_smoothing=0.1), mixed)
     options = {"target_b": target.flip(0), "mix": torch.tensor(0.3)} if mixed else {}
-    expected = reference_loss(logits, target, graph=space().graph(), log_prior=prior(), silence=silence, label_smoothing=0.1, **options)
+    expected = reference_loss(
+        logits, target, graph=space().graph(), log_prior=prior(), silence=silence, label_smoothing=0.1, **options
+    )
     torch.testing.assert_close(loss, expected)
 
 
@@ -69,13 +71,15 @@ def test_directions_silence_only_their_rows(directions):
     torch.manual_seed(2)
     net, features = model(), torch.randn(12, 16)
     target = torch.arange(12)
-    one = build_criterion(LossConfig(directions=directions), space(), COUNTS, net, 0, CPU).of_logits
-    both = build_criterion(LossConfig(), space(), COUNTS, net, 0, CPU).of_logits
-    off = build_criterion(LossConfig(name="balanced-ce"), space(), COUNTS, net, 0, CPU).of_logits
+    one = build_criterion(LossConfig(directions=directions), space(), COUNTS, net, False, CPU).of_logits
+    both = build_criterion(LossConfig(), space(), COUNTS, net, False, CPU).of_logits
+    off = build_criterion(LossConfig(name="balanced-ce"), space(), COUNTS, net, False, CPU).of_logits
     logits = net(features)
     for row in range(12):
         expected = both if (row < TARGETS) == (directions == "target_rows") else off
-        torch.testing.assert_close(one(logits[row : row + 1], target[row : row + 1]), expected(logits[row : row + 1], target[row : row + 1]))
+        torch.testing.assert_close(
+            one(logits[row : row + 1], target[row : row + 1]), expected(logits[row : row + 1], target[row : row + 1])
+        )
 
 
 def test_the_few_shot_restriction_keeps_pairs_of_rare_targets():
@@ -119,7 +123,9 @@ def test_ldam_lowers_the_true_class_by_its_margin():
 
 def test_drw_weighs_classes_only_from_its_epoch_on():
     config = LossConfig(name="ldam", drw_epoch=160)
-    before, after = (value(config, epoch=epoch, cosine=True)[0] for epoch in (159, 160))
+    assert [in_drw(config, epoch) for epoch in (0, 159, 160, 199)] == [False, False, True, True]
+    assert not in_drw(LossConfig(name="ldam"), 0)
+    before, after = (value(config, drw=drw, cosine=True)[0] for drw in (False, True))
     assert torch.equal(before, value(LossConfig(name="ldam"), cosine=True)[0])
     assert not torch.allclose(before, after)
 
@@ -132,9 +138,9 @@ def test_many_classes_take_the_fused_loss_with_the_same_value():
     )  # fmt: skip
     torch.manual_seed(3)
     net, features, target = model(classes), torch.randn(9, 16), torch.randint(classes, (9,))
-    criterion = build_criterion(LossConfig(), big, torch.full((classes,), 9), net, 0, CPU)
+    criterion = build_criterion(LossConfig(), big, torch.full((classes,), 9), net, False, CPU)
     assert criterion.of_features is not None
-    torch.testing.assert_close(criterion(net, features, target, None, None), criterion.of_logits(net(features), target))
+    torch.testing.assert_close(criterion.loss(net, features, target, None, None), criterion.of_logits(net(features), target))
 
 
 def test_a_class_without_images_has_no_prior():

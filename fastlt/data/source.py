@@ -227,8 +227,13 @@ def _samples(shard: Path) -> list[tuple[str, tarfile.TarInfo, str]]:
                     images.setdefault(key, member)
                 elif member.isfile() and extension == "cls":
                     classes[key] = _class_text(tar, member, shard)
+            end = tar.offset
+        with shard.open("rb") as file:  # tarfile takes a cut-off or damaged header for the end
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it is cut off or damaged")
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"cannot read the shard {shard}: {error}: it must be a whole, uncompressed tar file") from error
+        raise UserError(f"cannot read the shard {shard} ({error}): it must be a whole, uncompressed tar file") from error
     if unlabelled := next((key for key in images if key not in classes), None):
         raise UserError(f"{shard}: the image {unlabelled} has no {unlabelled}.cls that names its class")
     return [(key, image, classes[key]) for key, image in images.items()]

@@ -193,9 +193,7 @@ def test_real_edge_cases(shared_data: Path) -> None:
     files = sorted((shared_data / "photos" / "edge_cases").iterdir())
     pixels = [decode(file.read_bytes()) for file in files]
     assert len(pixels) == 12 and all(image.std() > 5 for image in pixels)
-    assert (
-        sum(np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 1], image[..., 2]) for image in pixels) == 4
-    )
+    assert sum(bool((image == image[..., :1]).all()) for image in pixels) == 4
     assert sum(max(image.shape) >= 1000 for image in pixels) == 3
     assert sum("progressive" in open_image(file.read_bytes()).info for file in files) == 2
 
