@@ -27,6 +27,9 @@ def whole_output(out: Path) -> Iterator[Path]:
         place = out.resolve()
         if place.exists() and not (place.is_dir() and not any(place.iterdir())):
             raise UserError(f"{out} exists already: remove it or choose another --out")
+        nearest = next(parent for parent in place.parents if parent.exists())
+        if not nearest.is_dir():
+            raise UserError(f"cannot write {out}: {nearest} is not a folder")
         _remove_stale(place, out)
         with whole_folder(place) as folder, _claimed(folder):
             yield folder

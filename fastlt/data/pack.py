@@ -255,7 +255,8 @@ def _print_summary(
     table.add_row("time", f"{seconds:,.1f} s, {images / seconds:,.0f} images/s")
     console.print(table)
     for warning in _warnings(collection, options, space, skipped, leaks):
-        console.print(f"[yellow]note:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+        text = warning.encode("utf-8", "replace").decode()  # a file name need not be UTF-8, a terminal wants it
+        console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _groups(space: ClassSpace) -> str:

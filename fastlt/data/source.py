@@ -71,7 +71,7 @@ def _add_auxiliaries(collection: Collection, listing: Listing, pairs: Path) -> N
     collection.auxiliary_names = names
     collection.pairs = pair_ids(read_pairs(pairs), collection.target_names, names, str(pairs))
     collection.train = collection.train + [replace(ref, label=ref.label + first) for ref in listing.refs]
-    collection.origins = dict.fromkeys(names, str(listing.where))
+    collection.origins = dict.fromkeys(names, os.fsencode(listing.where).decode("utf-8", "replace"))
     collection.warnings += _left_out(listing)
 
 
