@@ -1,0 +1,110 @@
+import pytest
+import torch
+from loss_cases import MIXES, SHAPES, assert_as_exact_as_eager, assert_near, loss_and_gradients, make_case
+
+from fastlt_kernels import neighbor_silencing_loss, reference_loss
+
+
+def both(case, dtype=torch.float64, **options):
+    """Loss and gradient of the reference in float64, and of the loss under test in the given dtype."""
+    wanted, logits = case.logits(torch.float64), case.logits(dtype)
+    options = {**case.options, **options}
+    return (
+        loss_and_gradients(reference_loss(wanted, case.target, **options), [wanted]),
+        loss_and_gradients(neighbor_silencing_loss(logits, case.target, **options), [logits]),
+    )
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("silence", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_is_the_reference(shape, silence, label_smoothing, mix):
+    wanted, got = both(make_case(*shape, mix=mix, silence=silence, label_smoothing=label_smoothing))
+    assert_near(got, wanted)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("direction", ["both", "target_rows", "aux_rows"])
+def test_reductions_and_directions(reduction, direction):
+    case = make_case(8, 20, 60, 7, mix="rows")
+    case.options["graph"] = case.options["graph"].directed(direction)
+    wanted, got = both(case, reduction=reduction)
+    assert_near(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("silence", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(7, 5, 507, 123), (16, 1000, 5000, 8)])
+def test_low_precision(shape, silence, dtype):
+    case = make_case(*shape, mix="rows", silence=silence, label_smoothing=0.1, log_prior=None)
+    logits = case.logits(dtype)
+    exact = logits.detach().double().requires_grad_()
+    eager = case.logits(dtype)
+    got = loss_and_gradients(neighbor_silencing_loss(logits, case.target, **case.options), [logits])
+    assert got[0].dtype == torch.float32
+    assert got[1].dtype == dtype
+    assert_as_exact_as_eager(
+        got,
+        loss_and_gradients(reference_loss(eager, case.target, **case.options), [eager]),
+        loss_and_gradients(reference_loss(exact, case.target, **case.options), [exact]),
+    )
+
+
+def test_large_logits_stay_finite():
+    case = make_case(6, 5, 40, 4, silence=0.0, label_smoothing=0.1)
+    logits = (case.logits(torch.float32).detach() * 1e4).requires_grad_()
+    loss, gradient = loss_and_gradients(neighbor_silencing_loss(logits, case.target, **case.options), [logits])
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient).all()
+
+
+def test_gradcheck():
+    case = make_case(3, 4, 9, 2, mix="rows", label_smoothing=0.1)
+    assert torch.autograd.gradcheck(lambda z: neighbor_silencing_loss(z, case.target, **case.options), [case.logits(torch.float64)])
+
+
+def test_twice_over_one_graph():
+    case = make_case(5, 4, 30, 3)
+    logits = case.logits(torch.float64)
+    loss = neighbor_silencing_loss(logits, case.target, **case.options)
+    loss.backward(retain_graph=True)
+    once = logits.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(logits.grad, 2 * once)
+
+
+def test_autocast_changes_nothing():
+    case = make_case(5, 4, 30, 3)
+    logits = case.logits(torch.bfloat16)
+    plain = loss_and_gradients(neighbor_silencing_loss(logits, case.target, **case.options), [logits])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = neighbor_silencing_loss(logits, case.target, **case.options)
+    assert loss.dtype == torch.float32
+    assert_near(loss_and_gradients(loss, [logits]), [t.double() for t in plain], 0)
+
+
+def test_compiles_whole_with_the_graph_as_an_argument():
+    case = make_case(5, 4, 30, 3, mix="rows", silence=0.0, label_smoothing=0.1)
+    graph = case.options.pop("graph")
+
+    def loss(logits, target, graph):
+        return neighbor_silencing_loss(logits, target, graph=graph, **case.options)
+
+    logits = case.logits(torch.float32)
+    wanted = loss_and_gradients(loss(logits, case.target, graph), [logits])
+    compiled = torch.compile(loss, fullgraph=True)(logits, case.target, graph)
+    assert_near(loss_and_gradients(compiled, [logits]), [t.double() for t in wanted], 1e-5)
+
+
+def test_a_number_for_mix_does_not_recompile():
+    case = make_case(5, 4, 30, 3, mix="scalar")
+    del case.options["mix"]
+    logits = case.logits(torch.float32)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(mix):
+        return neighbor_silencing_loss(logits, case.target, mix=mix, **case.options)
+
+    for mix in [0.05 * i for i in range(1, 13)]:  # more than the number of graphs that torch.compile allows
+        torch.testing.assert_close(compiled(mix), neighbor_silencing_loss(logits, case.target, mix=mix, **case.options))
