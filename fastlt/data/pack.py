@@ -7,13 +7,12 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,7 @@ class Packed:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # shard name -> size, sha256
     skipped: list[dict[str, str]] = field(default_factory=list)
     leaks: list[dict[str, Any]] = field(default_factory=list)
-    digests: dict[bytes, str] = field(default_factory=dict)  # sha256 of the source -> key of the first such image
+    digests: dict[bytes, str] = field(default_factory=dict)  # of val: sha256 of the source -> key of the first such image
 
     def columns(self) -> dict[str, Any]:
         table = np.asarray(self.rows, dtype=np.int64).reshape(-1, len(COLUMNS))
@@ -84,12 +83,17 @@ def write_pack(collection: Collection, options: PackOptions, console: Console) -
 
 def verify_pack(path: Path, console: Console | None = None) -> int:
     """Reads every byte of the pack and compares it with the manifest. Returns the number of files; UserError names a bad one."""
-    files = read_manifest(path)["files"]
-    check_sizes(path, {"files": files})
+    manifest = read_manifest(path)
+    check_sizes(path, manifest)
+    files = manifest["files"]
     with _progress(console, "MB/s", scale=1e-6) as progress:
         task = progress.add_task("verifying", total=sum(entry["size"] for entry in files.values()))
         for name, entry in files.items():
-            if _sha256(path / name) != entry["sha256"]:
+            try:
+                matches = _sha256(path / name) == entry["sha256"]
+            except OSError as error:
+                raise UserError(f"cannot read {path / name}: {error.strerror}; copy the pack again or pack again") from error
+            if not matches:
                 raise UserError(f"{path / name} is damaged: its bytes do not match the manifest; copy the pack again or pack again")
             progress.advance(task, entry["size"])
     return len(files)
@@ -119,11 +123,11 @@ def _write_images(
     with ordered_map(options.workers or cores()) as apply, _progress(console, "images/s") as progress:
         task = progress.add_task("packing", total=len(keys))
         val_results = _results(collection.val, options, apply, partial(progress.advance, task))
-        val = _write_split(folder / "val", collection.val, val_keys, val_results, options)
+        val = _write_split(folder / "val", collection.val, val_keys, val_results, options, names)
         if not val.rows:
             raise UserError(f"none of the validation images can be used; the first, {_described(val.skipped[0])}")
         train_results = _results(collection.train, options, apply, partial(progress.advance, task))
-        train = _write_split(folder / "train", collection.train, train_keys, train_results, options, names, val.digests)
+        train = _write_split(folder / "train", collection.train, train_keys, train_results, options, names, val)
     return _class_space(collection, train, val), train, val
 
 
@@ -143,10 +147,10 @@ def _write_split(
     keys: list[str],
     results: Iterator[Stored | str],
     options: PackOptions,
-    needed: Sequence[str] = (),
-    val_digests: Mapping[bytes, str] = MappingProxyType({}),
+    names: list[str],
+    val: Packed | None = None,
 ) -> Packed:
-    """`needed` names the classes that must keep an image; `val_digests` are the images that are leaks here."""
+    """With `val` this is train: its images are compared with those of val, and every class must keep one."""
     packed = Packed()
     left = Counter(ref.label for ref in refs)
     with ShardWriter(folder, options.shard_size) as shards:
@@ -156,25 +160,26 @@ def _write_split(
                 packed.skipped.append({"split": folder.name, "key": key, "path": ref.path, "reason": result})
                 if options.strict:
                     raise UserError(f"{_described(packed.skipped[-1])}; mend or remove it, or pack without --strict to skip it")
-            elif _is_dropped(key, result, packed, val_digests, options):
+            elif val and _is_dropped(key, result, packed, val, options):
                 cause = "it is a validation image too"
             else:
-                packed.digests.setdefault(result.digest, key)
+                if val is None:
+                    packed.digests.setdefault(result.digest, key)
                 shard, offset = shards.add(key, result.extension, result.data, ref.label)
                 packed.rows.append((shard, offset, len(result.data), ref.label, result.height, result.width))
                 continue
             left[ref.label] -= 1
-            if needed and not left[ref.label]:
-                raise UserError(f"no training image of class '{needed[ref.label]}' can be used; the last, {ref.path}: {cause}")
+            if val and not left[ref.label]:
+                raise UserError(f"no training image of class '{names[ref.label]}' can be used; the last, {ref.path}: {cause}")
     packed.files = shards.files
     return packed
 
 
-def _is_dropped(key: str, stored: Stored, packed: Packed, val_digests: Mapping[bytes, str], options: PackOptions) -> bool:
+def _is_dropped(key: str, stored: Stored, packed: Packed, val: Packed, options: PackOptions) -> bool:
     """Notes a leak; whether the image is to be left out for it."""
-    if stored.digest not in val_digests:
+    if stored.digest not in val.digests:
         return False
-    packed.leaks.append({"train": key, "val": val_digests[stored.digest], "dropped": options.drop_leaks})
+    packed.leaks.append({"train": key, "val": val.digests[stored.digest], "dropped": options.drop_leaks})
     return options.drop_leaks
 
 
