@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastlt.data.ffcv_parts import StoredImage
 
 PIECE = 64  # images that a worker takes at once
-PAGE = 8 * 2**20  # bytes; FFCV's default
+PAGE, MAX_PAGE = 8 * 2**20, 2**31  # bytes; FFCV's default, and what its header can say
 
 
 def write_beton(split: Split, path: Path, workers: int) -> None:
@@ -46,6 +46,8 @@ def _page_size(split: Split) -> int:
     """A power of two that holds the largest image, whichever way it is stored."""
     pixels = 3 * split.height.astype(np.int64) * split.width
     largest = max(PAGE, int(split.size.max(initial=0)), int(pixels.max(initial=0)))
+    if largest > MAX_PAGE:
+        raise UserError(f"an image of {split.folder} is larger than FFCV's file format can hold: pack with --max-side")
     return 1 << (largest - 1).bit_length()
 
 

@@ -38,7 +38,7 @@ class TorchEngine:
                 if isinstance(images, str):
                     raise UserError(images)
                 yield images
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # as DataLoader tells of a dead worker
             if not self._workers:
                 raise
             self.close()

@@ -1,0 +1,303 @@
+"""The torch engine, images kept in memory, the choice between engines, and normalising."""
+
+import io
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastlt.data import loader as loader_module
+from fastlt.data import resident
+from fastlt.data.augment import Geometry
+from fastlt.data.images import decode, fill_box
+from fastlt.data.loader import Loader, choose_engine, normalise
+from fastlt.data.packed import open_pack
+from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
+from fastlt.data.resident import ResidentEngine
+from fastlt.data.torch import TorchEngine
+from fastlt.errors import UserError
+
+from .conftest import ORIENTATION, mixed_images, scene
+
+CROPS = {
+    "random-resized-crop": Geometry("random-resized-crop", 24, flip=True),
+    "pad-crop": Geometry("pad-crop", 16, flip=True, padding=4),
+    "pad-crop, other size": Geometry("pad-crop", 24, flip=True, padding=6),
+    "centre-crop": Geometry("centre-crop", 16, resize=20),
+}
+
+
+@pytest.fixture
+def pack(small_pack):
+    return open_pack(small_pack)
+
+
+def plan_of(pack, geometry: Geometry, batch: int = 8) -> Plan:
+    return Plan(pack.train, pack.space.num_targets, pack.space.num_classes, geometry, Sampling(budget=6), batch, seed=5)
+
+
+def reference(split, batch: Batch, size: int) -> torch.Tensor:
+    """Image by image, straight from the bytes."""
+    made = [
+        fill_box(Image.fromarray(decode(split.read(image))), box, flip, size)
+        for image, box, flip in zip(batch.images, batch.boxes, batch.flips, strict=True)
+    ]
+    return torch.from_numpy(np.stack(made))
+
+
+@pytest.mark.parametrize("geometry", CROPS.values(), ids=CROPS)
+@pytest.mark.parametrize("make", [TorchEngine, ResidentEngine])
+def test_an_engine_gives_each_batch_as_the_reference(pack, make, geometry):
+    engine, batches = make(pack.train, geometry.size, 0), list(plan_of(pack, geometry).epoch(0))
+    made = list(engine.batches(batches))
+    assert len(made) == len(batches)
+    for images, batch in zip(made, batches, strict=True):
+        assert images.dtype == torch.uint8
+        assert torch.equal(images, reference(pack.train, batch, geometry.size))
+
+
+def test_workers_give_the_same_in_the_same_order_and_live_through_epochs(pack):
+    plan = plan_of(pack, CROPS["random-resized-crop"])
+    alone, shared = TorchEngine(pack.train, 24, 0), TorchEngine(pack.train, 24, 2)
+    pids = []
+    for epoch in range(2):
+        made = list(shared.batches(plan.epoch(epoch)))
+        assert all(torch.equal(a, b) for a, b in zip(made, alone.batches(plan.epoch(epoch)), strict=True))
+        pids.append({child.pid for child in multiprocessing.active_children()})
+    assert pids[0] == pids[1] and len(pids[0]) == 2
+    shared.close()
+    assert not multiprocessing.active_children()
+
+
+def test_leaving_early_leaves_an_engine_that_starts_anew_and_nothing_after_close(pack):
+    plan = plan_of(pack, CROPS["pad-crop"])
+    engine = TorchEngine(pack.train, 16, 2)
+    early = engine.batches(plan.epoch(0))
+    next(early)
+    with pytest.raises(RuntimeError, match="another epoch"):
+        next(engine.batches(plan.epoch(0)))
+    early.close()
+    made = list(engine.batches(plan.epoch(1)))
+    assert all(torch.equal(a, reference(pack.train, b, 16)) for a, b in zip(made, plan.epoch(1), strict=True))
+    engine.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_dead_worker_is_told_and_not_waited_for(pack):
+    engine = TorchEngine(pack.train, 16, 1)
+    images = engine.batches(plan_of(pack, CROPS["pad-crop"], batch=1).epoch(0))
+    next(images)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="a worker of the torch engine failed"):
+        list(images)
+    assert len(list(engine.batches(plan_of(pack, CROPS["pad-crop"]).epoch(0)))) > 0  # new workers
+    engine.close()
+
+
+@pytest.mark.parametrize("make", [TorchEngine, ResidentEngine])
+def test_kept_batches_are_not_overwritten(pack, make):
+    batches = [batch for epoch in range(4) for batch in plan_of(pack, CROPS["pad-crop"]).epoch(epoch)][:16]
+    kept = list(make(pack.train, 16, 0).batches(batches))
+    assert len(kept) == 16
+    assert all(torch.equal(a, reference(pack.train, b, 16)) for a, b in zip(kept, batches, strict=True))
+
+
+@pytest.mark.parametrize("padding", [0, 1, 4, 40])
+def test_resident_crops_reach_over_the_edge_as_far_as_asked(pack, padding):
+    geometry = Geometry("pad-crop", 16, flip=True, padding=padding)
+    engine = ResidentEngine(pack.train, 16)
+    for size in (padding, 2, padding):  # the margin grows and stays
+        batches = list(plan_of(pack, replace(geometry, padding=size)).epoch(0))
+        made = list(engine.batches(batches))
+        assert all(torch.equal(a, reference(pack.train, b, 16)) for a, b in zip(made, batches, strict=True))
+    resized = next(plan_of(pack, CROPS["random-resized-crop"]).epoch(0))
+    small = replace(resized, boxes=np.minimum(resized.boxes, 3) + np.array([0, 0, 1, 2]))
+    assert torch.equal(next(engine.batches([small])), reference(pack.train, small, 16))
+
+
+def test_every_stored_kind_of_image_comes_upright(mixed_pack):
+    split = mixed_pack.train
+    batches = list(evaluation_batches(split, Geometry("centre-crop", 32, resize=32), 5))
+    made = torch.cat(list(TorchEngine(split, 32, 0).batches(batches)))
+    keys = [split.key(image).rsplit("/", 1)[-1] for image in range(len(split))]
+    assert sorted(keys) == sorted(mixed_images())
+    turns = {turn: made[keys.index(f"turned{turn}.jpg")] for turn in range(1, 9)}
+    upright = np.asarray(scene(60, 90))
+    for turn, image in turns.items():
+        shown = turned(upright, turn)
+        top, left = ((shown.shape[0] - 60) // 2, (shown.shape[1] - 60) // 2)
+        expected = fill_box(Image.fromarray(shown), np.array([top, left, 60, 60]), False, 32)
+        assert np.abs(image.numpy().astype(int) - expected).mean() < 8  # JPEG loss; a wrong turn is off by 50 and more
+
+
+def turned(stored: np.ndarray, turn: int) -> np.ndarray:
+    """What EXIF says: turn 6 means that the first row is the right side, and so on (Exif 2.32, tag 0x0112)."""
+    first_row_is = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "lt", 6: "rt", 7: "rb", 8: "lb"}[turn]
+    image = stored.transpose(1, 0, 2) if first_row_is[0] in "lr" else stored
+    image = image[::-1] if "b" in first_row_is else image
+    return np.ascontiguousarray(image[:, ::-1] if "r" in first_row_is else image)
+
+
+def test_the_turned_images_of_these_tests_carry_their_turn():
+    for turn in range(2, 9):
+        with Image.open(io.BytesIO(mixed_images()[f"turned{turn}.jpg"])) as image:
+            assert image.getexif()[ORIENTATION] == turn
+
+
+# --- damage
+
+
+@pytest.fixture
+def damaged_pack(image_folders, tmp_path):
+    """A pack of its own to damage."""
+    from .conftest import pack_folders
+
+    return pack_folders(image_folders / "target", image_folders / "val", tmp_path / "pack")
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_a_truncated_shard_is_refused_by_name(damaged_pack, engine):
+    split = damaged_pack.train
+    shard = split.folder / split.shards[0]
+    shard.write_bytes(shard.read_bytes()[: int(split.offset[-1])])
+    with pytest.raises(UserError, match=f"{shard.name} is damaged: it has .* bytes"):
+        open_pack(damaged_pack.path)
+    with pytest.raises(UserError, match=f"{shard.name} is damaged: it has .* bytes"):
+        Loader(split, 16, engine, 0)
+
+
+def test_a_missing_shard_is_named(damaged_pack):
+    shard = damaged_pack.train.folder / damaged_pack.train.shards[0]
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name} is missing"):
+        TorchEngine(damaged_pack.train, 16, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named_whatever_reads_it(damaged_pack, workers):
+    split = damaged_pack.train
+    overwrite(split, 3, b"\0" * 40)
+    name = f"{split.shards[0]}:{split.key(3)}: .* pack again"
+    with pytest.raises(UserError, match=name):
+        ResidentEngine(split, 16)
+    engine = TorchEngine(split, 16, workers)
+    batches = list(evaluation_batches(split, CROPS["pad-crop"], 3))
+    images = engine.batches(batches)
+    next(images)  # 0, 1, 2 are sound
+    with pytest.raises(UserError, match=name):
+        next(images)
+    assert torch.equal(next(engine.batches(batches[:1])), reference(split, batches[0], 16))
+    engine.close()
+
+
+def test_an_index_of_other_sizes_is_told(damaged_pack):
+    split = replace(damaged_pack.train, width=damaged_pack.train.width + 1, _maps={})
+    with pytest.raises(UserError, match=r"16 x 16 pixels, the index says 17 x 16: pack again"):
+        list(TorchEngine(split, 16, 0).batches(evaluation_batches(split, CROPS["pad-crop"], 3)))
+
+
+def overwrite(split, image: int, data: bytes) -> None:
+    with (split.folder / split.shards[split.shard[image]]).open("r+b") as file:
+        file.seek(int(split.offset[image]))
+        file.write(data)
+
+
+# --- the front
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_small_images_of_one_size_stay_in_memory(pack, mixed_pack, engine):
+    assert choose_engine(pack, "train", engine) == choose_engine(pack, "val", engine) == "resident"
+    assert choose_engine(mixed_pack, "train", engine) == "torch"
+
+
+def test_what_does_not_fit_is_not_kept_in_memory(pack, monkeypatch):
+    split = pack.train
+    assert resident.fits(split)
+    assert not resident.fits(replace(split, height=split.height * 5, width=split.width * 5))
+    monkeypatch.setattr(resident, "MAX_BYTES", 3 * 16 * 16 * len(split) - 1)
+    assert not resident.fits(split)
+
+
+def test_an_engine_that_cannot_be_had_is_refused(pack):
+    with pytest.raises(UserError, match=r"there is no engine 'dali': data\.engine is one of auto, torch, ffcv"):
+        choose_engine(pack, "train", "dali")
+
+
+def test_ffcv_without_its_file_or_its_package_says_what_to_do(pack, monkeypatch):
+    def missing():
+        raise UserError("the ffcv engine cannot be loaded: pip install fastlt[ffcv]")
+
+    monkeypatch.setattr(loader_module, "import_ffcv", lambda: None)
+    with pytest.raises(UserError, match=r"train\.beton: pack again with --beton, or set data\.engine=torch"):
+        choose_engine(pack, "train", "ffcv")
+    monkeypatch.setattr(loader_module, "import_ffcv", missing)
+    with pytest.raises(UserError, match=r"pip install fastlt\[ffcv\]"):
+        choose_engine(pack, "train", "ffcv")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["auto", "torch"])
+def test_the_front_pairs_each_batch_with_its_images(mixed_pack, pack, workers, name):
+    for opened in (mixed_pack, pack):
+        plan = plan_of(opened, CROPS["random-resized-crop"], batch=3)
+        front = Loader(opened.train, 24, choose_engine(opened, "train", name), workers)
+        pairs = list(front.iterate(plan.epoch(0)))
+        front.close()
+        assert len(pairs) == plan.steps_per_epoch
+        for (batch, images), planned in zip(pairs, plan.epoch(0), strict=True):
+            assert np.array_equal(batch.images, planned.images) and np.array_equal(batch.labels, planned.labels)
+            assert torch.equal(images, reference(opened.train, planned, 24))
+    assert not multiprocessing.active_children()
+
+
+def test_the_front_may_be_left_early_and_used_again(mixed_pack):
+    plan = plan_of(mixed_pack, CROPS["random-resized-crop"], batch=2)
+    front = Loader(mixed_pack.train, 24, "torch", 1)
+    for _ in front.iterate(plan.epoch(0)):
+        break
+    (batch, images), *_ = front.iterate(plan.epoch(1, first_step=3))
+    assert np.array_equal(batch.images, list(plan.epoch(1))[3].images)
+    assert torch.equal(images, reference(mixed_pack.train, batch, 24))
+    front.close()
+
+
+def test_an_error_in_the_plan_reaches_the_caller(mixed_pack):
+    def broken():
+        yield next(plan_of(mixed_pack, CROPS["centre-crop"]).epoch(0))
+        raise KeyError("from the plan")
+
+    front = Loader(mixed_pack.train, 16, "torch", 1)
+    with pytest.raises(KeyError, match="from the plan"):
+        list(front.iterate(broken()))
+    front.close()
+
+
+# --- normalising
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalise_is_the_plain_formula_to_the_last_bit_but_one(dtype, channels_last):
+    images = torch.arange(256, dtype=torch.uint8).repeat(3 * 5).view(5, 16, 16, 3)[:, :, :13]
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    made = normalise(images, mean, std, dtype, channels_last)
+    exact = (images.double() / 255 - torch.tensor(mean).double()) / torch.tensor(std).double()
+    assert made.shape == (5, 3, 16, 13) and made.dtype == dtype
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert made.is_contiguous(memory_format=layout)
+    error = (made.double() - exact.permute(0, 3, 1, 2)).abs().max().item()
+    assert error < {torch.float32: 1e-6, torch.bfloat16: 2**-7 + 1e-6}[dtype]  # half a step of bf16 from 2 to 4 is 2^-7
+
+
+def test_normalise_leaves_its_input_alone():
+    images = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8)
+    before = images.clone()
+    normalise(images, (0.5,) * 3, (0.5,) * 3)
+    assert torch.equal(images, before)
