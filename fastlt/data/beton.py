@@ -118,7 +118,7 @@ class BetonFile:
 
     def _flush(self) -> None:
         if self.buffer is not None:
-            self.file.write(self.buffer)
+            self.file.write(self.buffer.data)
             self.position += self.buffer.size
             self.buffer = None
 
@@ -126,7 +126,7 @@ class BetonFile:
         from ffcv.types import CURRENT_VERSION
 
         self._flush()
-        self.file.write(self.places)
+        self.file.write(self.places.tobytes())
         self.header[0] = (CURRENT_VERSION, 1, self.page_size, len(self.records), self.position)
         custom = 255  # the type of a field that FFCV does not bring itself
         letters = np.zeros(16, np.uint8)
@@ -134,23 +134,25 @@ class BetonFile:
         self.description[0] = (custom, letters, field.to_binary()[0])
         self.file.seek(0)
         for part in (self.header, self.description, self.records):
-            self.file.write(part)
+            self.file.write(part.tobytes())
 
 
 def check_beton(path: Path, split: Split) -> None:
     """Raises UserError where the file is cut short or does not hold the images of this split."""
+    parts, jit = import_ffcv()
     from ffcv.reader import Reader
 
-    parts, _ = import_ffcv()
     try:
         reader = Reader(str(path), {parts.FIELD: parts.ImageField})
         images = reader.metadata["f0"]
         end = int((images["data_ptr"] + images["size"]).max(initial=0))
+        pixels = 3 * images["height"].astype(np.int64) * images["width"]
         whole = len(images) == reader.num_samples == len(reader.alloc_table) and end <= path.stat().st_size
+        whole &= bool((pixels == images["size"])[images["mode"] == jit.RAW].all())
     except (OSError, ValueError, IndexError, KeyError, AssertionError, MemoryError) as error:
         raise UserError(f"{path} is damaged: FFCV cannot read it ({error}); copy it again or pack again") from error
     if not whole:
-        raise UserError(f"{path} is damaged: it is shorter than its header says; copy it again or pack again")
+        raise UserError(f"{path} is damaged: it does not hold what its header says; copy it again or pack again")
     quarter = images["turn"] >= 5
     height, width = (np.where(quarter, images[a], images[b]) for a, b in (("width", "height"), ("height", "width")))
     if len(images) != len(split) or (height != split.height).any() or (width != split.width).any():

@@ -1,6 +1,6 @@
 """The `ffcv` engine: images from a .beton, decoded by compiled threads on the CPU. The same pixels as the torch engine."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ class FfcvEngine:
         self._loader = parts.make_loader(str(beton), self._decoder)
         self._epoch = parts.Epoch
 
-    def batches(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+    def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
         """The images of each batch, (n, size, size, 3) uint8, the caller's to keep. Raises UserError naming a damaged image."""
         epoch = self._epoch(self._loader, map(self._rows, batches))
         try:

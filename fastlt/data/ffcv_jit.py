@@ -41,7 +41,7 @@ tj_decompress = _turbojpeg("tjDecompress2", _int(_pointer, _pointer, types.uint6
 tj_destroy = _turbojpeg("tjDestroy", _int(_pointer))
 
 
-def _decode_jpeg(data, pixels):  # type: ignore[no-untyped-def]
+def _decode_jpeg(data, pixels):
     """data (bytes,) uint8 into pixels (H, W, 3) uint8, not turned. Returns SOUND, or DAMAGED on an error or a warning."""
     height, width = np.int32(pixels.shape[0]), np.int32(pixels.shape[1])
     handle = tj_init()
@@ -54,7 +54,7 @@ def _decode_jpeg(data, pixels):  # type: ignore[no-untyped-def]
 decode_jpeg = compiled(_decode_jpeg)
 
 
-def _upright(pixels, turn):  # type: ignore[no-untyped-def]
+def _upright(pixels, turn):
     """Undoes the EXIF orientation `turn`, 2..8."""
     rows, columns = pixels.shape[0], pixels.shape[1]
     quarter = turn >= 5
@@ -74,30 +74,45 @@ def _upright(pixels, turn):  # type: ignore[no-untyped-def]
 upright = compiled(_upright)
 
 
-def _cut(pixels, top, left, flip, out):  # type: ignore[no-untyped-def]
+def _copy(source, destination):
+    """Flat arrays. A loop, for numba takes seconds to compile an assignment of slices."""
+    for i in range(len(source)):
+        destination[i] = source[i]
+
+
+copy = compiled(_copy)
+
+
+def _cut(pixels, top, left, flip, out):
     """The part of the image at (top, left) that is as large as `out`, black beyond the edge."""
     height, width = out.shape[0], out.shape[1]
     first, last = max(0, -left), min(width, pixels.shape[1] - left)
     for y in range(height):
         row = y + top
-        if row < 0 or row >= pixels.shape[0] or first >= last:
-            out[y] = 0
-            continue
-        out[y, :first] = 0
-        out[y, last:] = 0
-        out[y, first:last] = pixels[row, left + first : left + last]
-        if flip:
-            for x in range(width // 2):
-                for channel in range(3):
-                    other = out[y, width - 1 - x, channel]
-                    out[y, width - 1 - x, channel] = out[y, x, channel]
-                    out[y, x, channel] = other
+        inside = 0 <= row < pixels.shape[0] and first < last
+        if not inside or last - first < width:
+            for x in range(width):
+                out[y, x, 0] = out[y, x, 1] = out[y, x, 2] = 0
+        if inside:
+            copy(pixels[row, left + first : left + last].reshape(-1), out[y, first:last].reshape(-1))
+        if inside and flip:
+            mirror(out[y])
 
 
+def _mirror(row):
+    width = len(row)
+    for x in range(width // 2):
+        for channel in range(3):
+            other = row[width - 1 - x, channel]
+            row[width - 1 - x, channel] = row[x, channel]
+            row[x, channel] = other
+
+
+mirror = compiled(_mirror)
 cut = compiled(_cut)
 
 
-def _weigh(length, start, extent, size, box):  # type: ignore[no-untyped-def]
+def _weigh(length, start, extent, size, box):
     """Pillow's weights from `extent` pixels, of `length`, to `size`: first pixel, number of pixels, fixed-point weights."""
     scale = extent / size
     stretch = max(scale, 1.0)
@@ -123,7 +138,7 @@ def _weigh(length, start, extent, size, box):  # type: ignore[no-untyped-def]
 weigh = compiled(_weigh)
 
 
-def _across(pixels, top, bottom, first, count, weights, flip):  # type: ignore[no-untyped-def]
+def _across(pixels, top, bottom, first, count, weights, flip):
     """The horizontal pass over the rows top..bottom, rounded to 8 bits as Pillow does."""
     size = len(first)
     half = np.int32(1 << (BITS - 1))
@@ -146,11 +161,12 @@ def _across(pixels, top, bottom, first, count, weights, flip):  # type: ignore[n
 across = compiled(_across)
 
 
-def _down(rows, first, count, weights, out):  # type: ignore[no-untyped-def]
+def _down(rows, first, count, weights, out):
     """The vertical pass: rows (R, size * 3) to out (size, size * 3), both uint8."""
     sums = np.empty(rows.shape[1], np.int32)
     for y in range(out.shape[0]):
-        sums[:] = np.int32(1 << (BITS - 1))
+        for x in range(rows.shape[1]):
+            sums[x] = np.int32(1 << (BITS - 1))
         for k in range(count[y]):
             weight, row = weights[y, k], rows[first[y] + k]
             for x in range(rows.shape[1]):
@@ -162,7 +178,7 @@ def _down(rows, first, count, weights, out):  # type: ignore[no-untyped-def]
 down = compiled(_down)
 
 
-def _resize(pixels, top, left, height, width, flip, out):  # type: ignore[no-untyped-def]
+def _resize(pixels, top, left, height, width, flip, out):
     """Pillow's resize with box=: BOX where both sides shrink, BILINEAR else; the horizontal pass comes first."""
     size = out.shape[0]
     box = min(height, width) >= size
@@ -176,7 +192,7 @@ def _resize(pixels, top, left, height, width, flip, out):  # type: ignore[no-unt
 resize = compiled(_resize)
 
 
-def _fill_box(pixels, top, left, height, width, flip, out):  # type: ignore[no-untyped-def]
+def _fill_box(pixels, top, left, height, width, flip, out):
     """images.fill_box."""
     size = out.shape[0]
     if height == size and width == size:
@@ -192,11 +208,11 @@ def _fill_box(pixels, top, left, height, width, flip, out):  # type: ignore[no-u
 fill_box = compiled(_fill_box)
 
 
-def _decode_row(row, image, file, out):  # type: ignore[no-untyped-def]
+def _decode_row(row, image, file, out):
     data = file[image[STORED_AT] : image[STORED_AT] + image[STORED_SIZE]]
     pixels = np.empty((image[STORED_HEIGHT], image[STORED_WIDTH], 3), np.uint8)
     if image[STORED_MODE] == RAW:
-        pixels.reshape(-1)[:] = data
+        copy(data, pixels.reshape(-1))
     elif decode_jpeg(data, pixels) != SOUND:
         return DAMAGED
     if image[STORED_TURN] > 1:
@@ -208,7 +224,7 @@ def _decode_row(row, image, file, out):  # type: ignore[no-untyped-def]
 decode_row = compiled(_decode_row)
 
 
-def _decode_rows(rows, images, file, out):  # type: ignore[no-untyped-def]
+def _decode_rows(rows, images, file, out):
     """rows (n, ROW) int64, images (N, 6) int64, file (bytes,) uint8, out (n, size, size, 3) uint8; sets rows[:, STATUS]."""
     for i in range(len(rows)):
         rows[i, STATUS] = decode_row(rows[i], images[rows[i, IMAGE]], file, out[i])

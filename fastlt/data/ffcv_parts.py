@@ -85,7 +85,7 @@ class SquareDecoder(Operation):
 
     def generate_code(self) -> Callable[..., np.ndarray]:
         def decode(rows: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple[np.ndarray, ...]) -> np.ndarray:
-            file, step = np.asarray(storage[0]), -(-len(rows) // (PIECES * self.workers))
+            file, step = np.asarray(storage[0]), 1 + len(rows) // (PIECES * self.workers)
             parts = [slice(start, start + step) for start in range(0, len(rows), step)]
             list(self.pool.map(lambda part: jit.decode_rows(rows[part], self.images, file, out[part]), parts))
             return out
@@ -95,7 +95,7 @@ class SquareDecoder(Operation):
 
 def image_table(metadata: np.ndarray) -> np.ndarray:
     """The metadata of the field as (N, 6) int64."""
-    return np.stack([metadata[name].astype(np.int64) for name in metadata.dtype.names], axis=1)
+    return np.stack([metadata[name].astype(np.int64) for name in metadata.dtype.names or ()], axis=1)
 
 
 def make_loader(path: str, decoder: SquareDecoder) -> Loader:

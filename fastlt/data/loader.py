@@ -73,7 +73,7 @@ def _make(name: str, split: Split, size: int, workers: int, beton: Path | None) 
     if name == "ffcv":
         assert beton is not None
         return FfcvEngine(split, size, workers, beton)
-    return (ResidentEngine if name == "resident" else TorchEngine)(split, size, workers)
+    return ResidentEngine(split, size) if name == "resident" else TorchEngine(split, size, workers)
 
 
 def normalise(
@@ -102,4 +102,4 @@ def normalise(
 def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Kept, for a copy to a GPU would make every batch wait."""
     centre, spread = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
-    return tuple(x.to(device, torch.float32) for x in (1 / (255 * spread), -centre / spread))
+    return (1 / (255 * spread)).to(device, torch.float32), (-centre / spread).to(device, torch.float32)

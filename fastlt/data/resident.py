@@ -1,6 +1,6 @@
 """Small images of one size, such as CIFAR's, are decoded once and kept: cropping them costs less than handing them over."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ def fits(split: Split) -> bool:
 class ResidentEngine:
     """Decodes all images at the start. Raises UserError naming a damaged one."""
 
-    def __init__(self, split: Split, size: int, workers: int = 0) -> None:
+    def __init__(self, split: Split, size: int) -> None:
         check_shards(split)
         self._size = size
         shape = (len(split), int(split.height[0]), int(split.width[0]), 3)
@@ -36,7 +36,7 @@ class ResidentEngine:
         for i in range(len(split)):
             self._images[i] = np.asarray(picture(split, i))
 
-    def batches(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+    def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
         """The images of each batch, (n, size, size, 3) uint8, the caller's to keep."""
         for batch in batches:
             shifted_only = (batch.boxes[:, 2:] == self._size).all()

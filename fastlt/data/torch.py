@@ -1,6 +1,6 @@
 """The `torch` engine, the reference: Pillow in the worker processes of a DataLoader."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class TorchEngine:
         self._loader: DataLoader | None = None
         self._reading = False
 
-    def batches(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+    def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
         """The images of each batch, (n, size, size, 3) uint8, the caller's to keep.
 
         Raises UserError that names a damaged image, or where a worker dies. One epoch at a time: RuntimeError otherwise.

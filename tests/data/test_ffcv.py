@@ -358,6 +358,18 @@ def test_a_file_that_is_none_or_of_another_split_is_refused(mixed, copied, small
         FfcvEngine(mixed[0].train, 24, 1, copied)
 
 
+def test_a_record_that_would_write_beyond_an_image_is_refused(mixed, copied):
+    records, file = stored_records(copied)
+    raw = int(np.flatnonzero(records["mode"] == jit.RAW)[0])
+    start = file.tobytes().index(records.tobytes())
+    end_of_record = start + (raw + 1) * records.dtype.itemsize
+    file[end_of_record - 8] += 1  # the lowest byte of the size
+    file.tofile(copied)
+    assert stored_records(copied)[0][raw]["size"] == records[raw]["size"] + 1
+    with pytest.raises(UserError, match=r"copy\.beton is damaged"):
+        FfcvEngine(mixed[0].train, 24, 1, copied)
+
+
 @pytest.mark.parametrize("how", ["cut", "garbled"])
 def test_a_damaged_jpeg_is_named_and_never_delivered(mixed, copied, how):
     split = mixed[0].train
