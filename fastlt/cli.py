@@ -185,15 +185,15 @@ def collect(
 
 def print_result(result: dict[str, Any], name: str) -> None:
     """The last epoch; the best one, chosen by the test images themselves, is named beside it."""
-    table = Table("", "top-1", "many", "medium", "few", "balanced", "worst class", "harmonic", "ECE", title=name)
-    worst = f"{result['worst_class']['accuracy']:.1f} ({result['worst_class']['name']})"
-    columns = ("top1", "many", "medium", "few", "balanced_accuracy")
-    table.add_row(
-        "last epoch", *(figure(result[c]) for c in columns), worst, figure(result["harmonic_mean"]), figure(result["ece"])
-    )
+    table = Table("", "top-1", "many", "medium", "few", "balanced", "harmonic", "ECE", title=name, title_justify="left")
+    table.columns[0].no_wrap = True
+    columns = ("top1", "many", "medium", "few", "balanced_accuracy", "harmonic_mean", "ece")
+    table.add_row("last epoch", *(figure(result[column]) for column in columns))
     if best := result.get("best"):
-        table.add_row(f"best (epoch {best['epoch']})", *(figure(best[c]) for c in columns[:-1]), *[""] * 4, style="dim")
+        table.add_row(f"best, epoch {best['epoch']}", *(figure(best[column]) for column in columns[:4]), style="dim")
     console.print(table)
+    worst = result["worst_class"]
+    console.print(f"worst class: {worst['name']}, {figure(worst['accuracy'])} %", markup=False, highlight=False)
 
 
 def print_classes(result: dict[str, Any], run: Path) -> None:

@@ -104,6 +104,7 @@ def introduce(trainer: Trainer, console: Console) -> None:
     groups = ", ".join(f"{len(members)} {name}" for name, members in space.groups().items())
     auxiliary_images = int(plan.class_counts()[space.num_targets :].sum())
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    optimiser = f"{config.optim.name}, {config.schedule.name} schedule"
     silenced = (
         "nothing" if graph is None else f"{graph.num_pairs:,} pairs ({config.loss.directions}), lambda_s = {config.loss.silence:g}"
     )
@@ -112,7 +113,7 @@ def introduce(trainer: Trainer, console: Console) -> None:
         "silenced": silenced,
         "images": f"{plan.images_per_epoch:,} an epoch, of which {auxiliary_images:,} auxiliary; "
         f"{plan.steps_per_epoch:,} steps of {config.data.batch}",
-        "model": f"{config.model.name}, {parameters:.2f} M parameters; loss {config.loss.name}; {config.optim.name}, {config.schedule.name}",
+        "model": f"{config.model.name}, {parameters:.2f} M parameters; loss {config.loss.name}; {optimiser}",
         "machine": f"{trainer.device}, {str(trainer.dtype).removeprefix('torch.')}, loader {trainer.train_loader.engine_name}",
     }
     for name, text in lines.items():
