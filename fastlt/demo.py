@@ -23,8 +23,8 @@ def run_demo(out: Path, console: Console) -> None:
     data, pack, plain, method = out / "images", out / "pack", out / "without", out / "with"
     with console.status("drawing images"):
         write_demo_data(data)
-    folders = ["--target", data / "target", "--auxiliary", data / "auxiliary", "--val", data / "val", "--pairs", data / "pairs.csv"]
-    call(console, "pack", *folders, "--out", pack)
+    images = [f"--{name}={data / name}" for name in ("target", "auxiliary", "val")]
+    call(console, "pack", *images, f"--pairs={data / 'pairs.csv'}", "--out", pack)
     call(console, "train", "demo", "--data", pack, "--out", plain, "data.auxiliary=false", "loss.name=balanced-ce")
     call(console, "train", "demo", "--data", pack, "--out", method)
     for run in (plain, method):

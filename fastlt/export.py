@@ -64,6 +64,9 @@ def load_exported(path: Path) -> tuple[Classifier, list[str]]:
 class FromPixels(nn.Module):
     """uint8 pixels to logits, so that nobody has to know mean and deviation: (N, H, W, 3) uint8 to (N, T) float32."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
         super().__init__()
         self.model = model

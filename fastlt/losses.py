@@ -6,6 +6,7 @@ Every loss takes logits (N, C) and targets (N,) and gives a scalar; those that a
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from fastlt.classes import ClassSpace
 from fastlt.config import LINEAR_LOSSES, LossConfig
 from fastlt.errors import UserError
-from fastlt.model import Classifier, LinearHead
+from fastlt.model import Classifier, CosineHead, LinearHead
 from fastlt_kernels import ClassGraph, linear_neighbor_silencing_loss, neighbor_silencing_loss
 
 FUSE_FROM_CLASSES = 4096  # below, the logits of a batch are small and a plain product is at least as fast
@@ -93,6 +94,7 @@ def build_criterion(
         return Criterion(partial(focal, gamma=config.gamma))
     if config.name == "class-balanced":
         return Criterion(partial(weighted_ce, weights=weights))
+    assert isinstance(model.head, CosineHead)  # the configuration was refused otherwise
     margin = margins(counts, config.max_margin).to(device)
     return Criterion(partial(ldam, margin=margin, scale=model.head.scale, weights=weights))
 
@@ -101,7 +103,7 @@ def _linear_in_the_label(
     config: LossConfig, space: ClassSpace, counts: Tensor, model: Classifier, device: torch.device
 ) -> Criterion:
     silent = silencing_graph(config, space)
-    options = {
+    options: dict[str, Any] = {
         "graph": silent.to(device) if silent is not None else None,
         "log_prior": None if config.name == "ce" or config.tau == 0 else log_prior(counts, config.tau).to(device),
         "silence": config.silence if silent is not None else 1.0,

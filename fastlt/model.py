@@ -1,6 +1,7 @@
 """Backbones and the classifier head on top: images to features, features to logits."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -126,7 +127,7 @@ def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
         near = did_you_mean(config.name, timm.list_models())
         raise UserError(f"neither fastlt nor timm has a model '{config.name}'{near}")
     cfg = timm.models.get_pretrained_cfg(config.name)
-    options = {"img_size": size} if cfg is not None and cfg.fixed_input_size else {}
+    options: dict[str, Any] = {"img_size": size} if cfg is not None and cfg.fixed_input_size else {}
     if config.drop_path:
         options["drop_path_rate"] = config.drop_path
     try:

@@ -165,7 +165,7 @@ def _predictions(path: Path) -> dict[str, np.ndarray]:
         with np.load(file) as arrays:
             return {name: arrays[name] for name in ("label", "predicted", "confidence", "image")}
     except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{file} is damaged ({error}): evaluate again with `fastlt eval`") from error
+        raise UserError(f"{file} is damaged ({error}): train again") from error
 
 
 def find_pack(run: Run, path: Path | None) -> tuple[Pack | None, str]:
