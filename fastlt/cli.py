@@ -113,8 +113,8 @@ def evaluate(
     from fastlt.evaluate import evaluate_run
 
     result = evaluate_run(run, data)
-    print_result(result, str(run))
     print_classes(result, run)
+    print_result(result, str(run))
 
 
 @app.command()
@@ -200,9 +200,13 @@ def print_classes(result: dict[str, Any], run: Path) -> None:
     from fastlt.classes import ClassSpace
 
     space = ClassSpace.load(run / "classes.json")
-    table = Table("class", "training images", "accuracy")
+    table = Table("class", "training images", "accuracy", "most often taken for")
+    mistaken: dict[int, str] = {}
+    for true, predicted, count in result["confusion"]:  # most frequent first
+        mistaken.setdefault(true, f"{space.target_names[predicted]} ({count} x)")
     for target in sorted(range(space.num_targets), key=lambda t: -space.train_counts[t]):
-        table.add_row(space.target_names[target], f"{space.train_counts[target]:,}", figure(result["per_class"][target]))
+        accuracy = figure(result["per_class"][target])
+        table.add_row(space.target_names[target], f"{space.train_counts[target]:,}", accuracy, mistaken.get(target, ""))
     console.print(table)
 
 

@@ -1,5 +1,6 @@
 """Evaluation: masked to the targets, no prior, no silencing."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from fastlt.data.plan import Batch, evaluation_batches
 from fastlt.errors import UserError
 from fastlt.export import load_exported
 from fastlt.files import whole_file
-from fastlt.metrics import Predictions, score
+from fastlt.metrics import Predictions, confusions, score
+from fastlt.prepare import choose_device, on_device
 
 EVALUATION_BATCH = 256
 
@@ -55,18 +57,33 @@ def save_predictions(predictions: Predictions, path: Path) -> None:
 
 
 def evaluate_run(run: Path, pack: Path | None = None) -> dict[str, Any]:
-    """`fastlt eval`: scores RUN/model.safetensors on the val split of its pack, or of another one with the same targets."""
+    """`fastlt eval`: scores RUN/model.safetensors on the val split of its pack, or of another one with the same targets.
+
+    Returns what `score` does and the confusions, and `best` where the images are those that the run was evaluated on. Groups are
+    by the run's own training images.
+    """
     config = run_config(run)
     opened = open_pack(pack or config.data.pack)
     model, names = load_exported(run / "model.safetensors")
     check_targets(names, opened)
+    device, dtype = choose_device(config)
     loader = Loader(opened.val, config.data.size, config.data.engine, config.data.workers, opened.beton.get("val"))
     try:
         batches = evaluation_batches(opened.val, evaluation_geometry(config.data), EVALUATION_BATCH)
-        predictions = predict(model, loader, batches, config.data, opened.space, torch.device("cpu"))
+        predictions = predict(on_device(model, config, device), loader, batches, config.data, opened.space, device, dtype)
     finally:
         loader.close()
-    return score(predictions, opened.space)
+    result = score(predictions, ClassSpace.load(run / "classes.json"))
+    return {**result, "confusion": confusions(predictions), **({"best": best_of(run)} if pack is None else {})}
+
+
+def best_of(run: Path) -> dict[str, Any]:
+    """The best epoch, as training noted it."""
+    path = run / "result.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["best"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read {path}: call `fastlt train` again, which goes on where it stopped") from error
 
 
 def check_targets(names: list[str], pack: Pack) -> None:

@@ -66,9 +66,7 @@ def prepare(config: Config, run: Path, pack: Pack) -> Trainer:
             f"an epoch has {plan.images_per_epoch} images, less than one batch of {config.data.batch}: set data.batch lower"
         )
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model, space.num_classes, config.data.size).to(device)
-    if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = on_device(build_model(config.model, space.num_classes, config.data.size), config, device)
     data = config.data
     return Trainer(
         config, run, pack, space, plan, device, dtype,
@@ -88,6 +86,12 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
         torch.set_num_threads(config.train.threads)
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
     return device, torch.bfloat16 if bf16 else torch.float32
+
+
+def on_device(model: Classifier, config: Config, device: torch.device) -> Classifier:
+    """The model on the device, in the memory format of the configuration."""
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if config.train.channels_last else model  # type: ignore[call-overload]
 
 
 def build_plan(config: Config, pack: Pack) -> Plan:
