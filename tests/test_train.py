@@ -1,11 +1,11 @@
+import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -131,13 +131,43 @@ def test_a_run_killed_with_9_goes_on_to_the_same_bits(small_pack, tmp_path, mome
     assert epochs == list(range(6))
 
 
-def kill_once_checkpointed(command: list[str], run: Path) -> None:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(small_pack, tmp_path):
+    """Wherever the kills fall: in the start, in a step, in an evaluation, while a checkpoint is written."""
+    settings = [*SMALL, "train.epochs=150", "train.checkpoint_minutes=0.0005"]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    train(load_config("cifar100-siblings", [*settings, f"data.pack={json.dumps(str(small_pack))}"]), undisturbed, QUIET)
+    command = [
+        sys.executable,
+        "-m",
+        "fastlt",
+        "train",
+        "cifar100-siblings",
+        "--data",
+        str(small_pack),
+        "--out",
+        str(killed),
+        *settings,
+    ]
+    for delay in np.random.default_rng(0).uniform(0, 0.2, 8):
+        kill_once_checkpointed(command, killed, delay)
+    assert not (killed / "result.json").exists()
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+    wanted, got = load_file(undisturbed / "model.safetensors"), load_file(killed / "model.safetensors")
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def kill_once_checkpointed(command: list[str], run: Path, delay: float = 0.0) -> None:
+    """Kills the run `delay` seconds after it wrote a checkpoint of its own."""
+    before = set((run / "checkpoints").glob("step-*"))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list((run / "checkpoints").glob("step-*")):
+    while not set((run / "checkpoints").glob("step-*")) - before:
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it was killed"
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=delay)
+    process.kill()
     process.wait(timeout=60)
 
 
