@@ -74,7 +74,8 @@ class CosineHead(nn.Module):
 
     def __init__(self, features: int, classes: int, scale: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(classes, features).uniform_(-1, 1))
+        # Of length 1, as in the LDAM code: the length sets how far a step of the optimiser turns a row.
+        self.weight = nn.Parameter(F.normalize(torch.empty(classes, features).uniform_(-1, 1), dim=1))
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
