@@ -80,8 +80,14 @@ install_ffcv() {
     printf 'Name: opencv4\nDescription: core and imgproc\nVersion: 4\nLibs: -lopencv_core -lopencv_imgproc\nCflags: -I%s/shim -I/usr/include/opencv4\n' "$build" >"$build/opencv4.pc"
     local constraints=()
     has_gpu || constraints=(-c tools/constraints-cpu.txt)
-    PKG_CONFIG_PATH=$build "$venv/bin/pip" install -qq "${constraints[@]}" 'ffcv==1.0.2' ||
+    if ! PKG_CONFIG_PATH=$build "$venv/bin/pip" install -qq "${constraints[@]}" 'ffcv==1.0.2'; then
         say "FFCV did not build: going on without the ffcv engine"
+        return
+    fi
+    # FFCV asks for the OpenCV that draws windows, which needs libGL; the headless one is the same module without.
+    local opencv; opencv=$("$venv/bin/pip" list --format=freeze | sed -n 's/^opencv-python==//p')
+    "$venv/bin/pip" uninstall -qy opencv-python
+    "$venv/bin/pip" install -qq "${constraints[@]}" "opencv-python-headless==$opencv"
 }
 
 make_venv
