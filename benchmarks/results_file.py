@@ -29,11 +29,16 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def command(program: str) -> str:
+    """The command line as somebody else can type it: of absolute paths the last part alone, for the rest is this machine's."""
+    return f"{program} " + shlex.join(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]], program: str = "fastlt") -> None:
     """Adds rows under the header that the file has; a file of other columns is refused."""
     context = {
         "machine": machine(), "torch": torch.__version__, "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "command": shlex.join(["fastlt", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "command": command(program),
     }  # fmt: skip
     rows = [{**row, **context} for row in rows]
     fresh = not path.exists()

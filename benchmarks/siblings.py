@@ -59,7 +59,7 @@ def main(
         rows = list(track(pool.map(run, jobs), "training", total=len(jobs), console=console))
     console.print(table(rows))
     if csv is not None:
-        append_rows(csv, rows)
+        append_rows(csv, rows, "python -m fastlt_benchmarks.siblings")
 
 
 def folder_name(control: str, seed: int) -> str:
