@@ -13,12 +13,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from fastlt.config import Config, load_config
+from fastlt.config import Config, as_override, load_config
 from fastlt.data.pack import PackOptions, write_pack
 from fastlt.data.packed import Pack, open_pack
 from fastlt.data.source import read_collection
 from fastlt.prepare import Trainer, prepare
-from fastlt.train import forward_of, make_input, train_step
+from fastlt.train import forward_of, is_compiled, make_input, train_step
 from fastlt_benchmarks.results_file import append_rows
 
 WARM_UP = 5  # steps; the first ones allocate memory, and compile where that is on
@@ -31,7 +31,7 @@ def run_bench_train(
     with tempfile.TemporaryDirectory() as folder:
         quiet = Console(quiet=True)
         pack = open_pack(data) if data else random_pack(Path(folder), load_config(recipe, settings), quiet)
-        config = load_config(recipe, [*settings, f"data.pack={str(pack.path)!r}"])
+        config = load_config(recipe, [*settings, as_override("data.pack", str(pack.path))])
         trainer = prepare(config, Path(folder) / "run", pack)
         try:
             pairs = measure(trainer, steps, rounds, console)
@@ -78,20 +78,24 @@ def loop_steps(trainer: Trainer) -> Iterator[int]:
 
 
 def bare_steps(trainer: Trainer) -> Iterator[int]:
-    """Forward, cross entropy, backward and step on one batch that lies on the device."""
+    """Forward, cross entropy, backward and step on one batch that lies on the device; compiled where the loop is."""
     config, device = trainer.config, trainer.device
     batch = next(trainer.plan.epoch(0))
     pixels = torch.randint(0, 256, (len(batch.labels), config.data.size, config.data.size, 3), dtype=torch.uint8)
     labels = torch.from_numpy(batch.labels) % trainer.space.num_classes
     images, target, _, _ = make_input(config, pixels, labels, torch.Generator().manual_seed(0), device)
-    images = images.clone(memory_format=torch.preserve_format)
+    forward = torch.compile(bare_loss) if is_compiled(config, device) else bare_loss
     while True:
         with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
-            loss = torch.nn.functional.cross_entropy(trainer.model(images), target)
+            loss = forward(trainer.model, images, target)
         loss.backward()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         yield len(target)
+
+
+def bare_loss(model: torch.nn.Module, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(model(images), target)
 
 
 def wait_for(device: torch.device) -> None:
@@ -100,16 +104,18 @@ def wait_for(device: torch.device) -> None:
 
 
 def random_pack(folder: Path, config: Config, console: Console) -> Pack:
-    """100 target classes of random images in the size of the recipe: as JPEG, or as PNG where they are small."""
+    """100 target classes, each with an auxiliary, of random images in the size of the recipe: JPEG, or PNG where they are small."""
     rng = np.random.default_rng(0)
     ending = "png" if config.data.size <= 64 else "jpg"
-    for split, count in (("target", 20), ("val", 1)):
+    for split, prefix, count in (("target", "t", 20), ("auxiliary", "a", 20), ("val", "t", 1)):
         for name in range(100):
-            (folder / split / f"{name:03}").mkdir(parents=True)
+            (folder / split / f"{prefix}{name:03}").mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 256, (config.data.size, config.data.size, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / f"{name:03}" / f"{i}.{ending}")
-    collection = read_collection(folder / "target", None, folder / "val", None, None, None)
+                Image.fromarray(pixels).save(folder / split / f"{prefix}{name:03}" / f"{i}.{ending}")
+    pairs = folder / "pairs.csv"
+    pairs.write_text("target,auxiliary\n" + "".join(f"t{name:03},a{name:03}\n" for name in range(100)), encoding="utf-8")
+    collection = read_collection(folder / "target", folder / "auxiliary", folder / "val", pairs, None, None)
     return open_pack(write_pack(collection, PackOptions(out=folder / "pack"), console))
 
 

@@ -1,6 +1,7 @@
 """The entry point: a UserError becomes one line and exit code 2; anything else is a defect of ours and keeps its traceback."""
 
 import sys
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +12,11 @@ from fastlt.errors import UserError
 def main() -> None:
     from fastlt.cli import app
 
+    speak_to_the_user(app)
+
+
+def speak_to_the_user(app: Callable[[], object]) -> None:
+    """Runs a command line."""
     try:
         app()
     except UserError as error:

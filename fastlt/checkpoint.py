@@ -56,12 +56,18 @@ def remove_leftovers(run: Path) -> None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return {key: state[key] for key in ("step", "class_space", "pack", "at")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{checkpoint} is no readable checkpoint: remove it to go on from the one before") from error
 
 
-def check_class_space(checkpoint: Path, state: dict[str, Any], space: ClassSpace) -> None:
+def check_pack(checkpoint: Path, state: dict[str, Any], space: ClassSpace, pack_id: str) -> None:
+    """Another class space gives the rows of the classifier another meaning; other images or pairs, the order and the prior."""
+    if state["class_space"] == class_space_id(space) and state["pack"] != pack_id:
+        raise UserError(
+            f"the pack has changed since {checkpoint} was written: use the pack it was trained on, or another RUN folder"
+        )
     if state["class_space"] != class_space_id(space):
         raise UserError(
             f"{checkpoint} belongs to another class space than the pack: use the pack it was trained on, or another RUN folder"
@@ -117,4 +123,4 @@ def fill_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
         parameter = parameters[int(index)]
         if tensor.shape == parameter.shape:
             tensor = torch.empty_like(parameter).copy_(tensor)
-        optimizer.state[parameter][name] = tensor
+        optimizer.state[parameter][name] = tensor.to(parameter.device)

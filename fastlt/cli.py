@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from fastlt.config import load_config, recipe_names
+from fastlt.config import as_override, load_config, recipe_names
 from fastlt.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def train(
     from fastlt.report import write_report
     from fastlt.train import train as train_run
 
-    config = load_config(recipe, [*(settings or []), f"data.pack={json.dumps(str(data.resolve()))}"])
+    config = load_config(recipe, [*(settings or []), as_override("data.pack", str(data.resolve()))])
     result = train_run(config, out, console)
     print_result(result, str(out))
     console.print(f"report: {write_report(out)}")
@@ -168,6 +168,8 @@ def collect(
     if source is None:
         if target is None or val is None:
             raise UserError("nothing to pack: name images with --target and --val, or give cifar100:DIR")
+        if task is not None:
+            raise UserError(f"--task {task.value} is for cifar100:DIR, not for --target: leave it out")
         return read_collection(target, Path(auxiliary) if auxiliary else None, val, pairs, root, class_names)
     kind, _, folder = source.partition(":")
     if kind != "cifar100" or not folder:
@@ -185,7 +187,7 @@ def collect(
 
 def print_result(result: dict[str, Any], name: str) -> None:
     """The last epoch; the best one, chosen by the test images themselves, is named beside it."""
-    table = Table("", "top-1", "many", "medium", "few", "balanced", "harmonic", "ECE", title=name, title_justify="left")
+    table = Table("", "top-1", "many", "medium", "few", "balanced", "harmonic", "ECE", title=escape(name), title_justify="left")
     table.columns[0].no_wrap = True
     columns = ("top1", "many", "medium", "few", "balanced_accuracy", "harmonic_mean", "ece")
     table.add_row("last epoch", *(figure(result[column]) for column in columns))
@@ -203,10 +205,10 @@ def print_classes(result: dict[str, Any], run: Path) -> None:
     table = Table("class", "training images", "accuracy", "most often taken for")
     mistaken: dict[int, str] = {}
     for true, predicted, count in result["confusion"]:  # most frequent first
-        mistaken.setdefault(true, f"{space.target_names[predicted]} ({count} x)")
+        mistaken.setdefault(true, escape(f"{space.target_names[predicted]} ({count} x)"))
     for target in sorted(range(space.num_targets), key=lambda t: -space.train_counts[t]):
         accuracy = figure(result["per_class"][target])
-        table.add_row(space.target_names[target], f"{space.train_counts[target]:,}", accuracy, mistaken.get(target, ""))
+        table.add_row(escape(space.target_names[target]), f"{space.train_counts[target]:,}", accuracy, mistaken.get(target, ""))
     console.print(table)
 
 

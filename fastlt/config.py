@@ -1,6 +1,7 @@
 """The configuration: one tree of values, read from a recipe, changed by `section.key=value`, kept in RUN/config.toml."""
 
 import difflib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -18,7 +19,10 @@ else:
     import tomli as tomllib
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Epoch = Annotated[str, Field(pattern=r"^[0-9]+$")]
 Count = Annotated[int, Field(ge=0)]
 Several = Annotated[int, Field(ge=1)]
 
@@ -49,7 +53,7 @@ class DataConfig(Section):
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     flip: bool = True
     eval_resize: Count = 0  # shorter side before the centre crop; 0: as `size`
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     auxiliary: bool = True  # false: train on the targets alone
     target_sampling: Literal["once", "class-balanced"] = "once"
@@ -73,11 +77,11 @@ class LossConfig(Section):
     tau: Annotated[float, Field(ge=0)] = 1.0  # strength of the prior
     directions: Literal["both", "target_rows", "aux_rows"] = "both"
     few_shot_below: Count = 0  # silence only around targets with fewer training images; 0: around all
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: BelowOne = 0.0
     gamma: Annotated[float, Field(ge=0)] = 2.0  # focal
-    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999  # class-balanced, and the weights of DRW
+    beta: BelowOne = 0.9999  # class-balanced, and the weights of DRW
     max_margin: Positive = 0.5  # LDAM
-    drw_epoch: Count = 0  # from this epoch on, re-weight the classes (DRW); 0: never
+    drw_epoch: Count = 0  # LDAM: from this epoch on, re-weight the classes (DRW); 0: never
 
 
 class OptimConfig(Section):
@@ -86,25 +90,25 @@ class OptimConfig(Section):
     lr_base_batch: Count = 0  # > 0: lr is per this many images, and scaled by batch / lr_base_batch ("blr" of the release: 256)
     momentum: Share = 0.9
     nesterov: bool = False
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # learning rate per layer below the head, timm backbones
     clip: Annotated[float, Field(ge=0)] = 0.0  # gradient norm; 0: off
     accumulate: Several = 1  # batches per optimiser step
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of averaged weights, which are then evaluated too; 0: off
+    ema: BelowOne = 0.0  # decay of averaged weights, which are then those evaluated and exported; 0: off
 
 
 class ScheduleConfig(Section):
     name: Literal["cosine", "step", "one-cycle"] = "cosine"
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     final_lr: Annotated[float, Field(ge=0)] = 0.0  # of cosine, as a share of lr
-    steps: dict[str, float] = {}  # of step: epoch -> factor on lr from that epoch on
+    steps: dict[Epoch, Annotated[float, Field(ge=0)]] = {}  # of step: epoch -> factor on lr from that epoch on
     head_only_epochs: Count = 0  # the backbone is frozen for these first epochs
 
 
 class TrainConfig(Section):
     epochs: Several = 200
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
@@ -126,15 +130,40 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        if self.loss.name == "ldam" and self.model.head != "cosine":
-            raise ValueError("loss.name=ldam needs model.head=cosine: its margins are between normalised features and weights")
-        if self.loss.name not in LINEAR_LOSSES and (self.augment.mixup or self.augment.cutmix or self.loss.label_smoothing):
-            raise ValueError(f"loss.name={self.loss.name} does not go with mixup, cutmix or label smoothing")
-        if self.schedule.name == "step" and not self.schedule.steps:
-            raise ValueError("schedule.name=step needs schedule.steps, e.g. {160 = 0.01, 180 = 0.0001}")
-        if self.model.weights and self.model.pretrained:
-            raise ValueError("model.weights and model.pretrained exclude each other")
+        for wrong, message in self._misfits():
+            if wrong:
+                raise ValueError(message)
         return self
+
+    def _misfits(self) -> Iterator[tuple[bool, str]]:
+        """What each value alone does not tell: (whether it is so, what to do about it)."""
+        loss, data, schedule = self.loss, self.data, self.schedule
+        mixes = bool(self.augment.mixup or self.augment.cutmix or loss.label_smoothing)
+        yield (
+            loss.name == "ldam" and self.model.head != "cosine",
+            "loss.name=ldam needs model.head=cosine, as its margins are angles",
+        )
+        yield loss.drw_epoch > 0 and loss.name != "ldam", "loss.drw_epoch is for loss.name=ldam: set it to 0"
+        yield (
+            mixes and loss.name not in LINEAR_LOSSES,
+            f"loss.name={loss.name} does not go with mixup, cutmix or label smoothing: switch them off",
+        )
+        yield (
+            schedule.name == "step" and not schedule.steps,
+            "schedule.name=step needs schedule.steps, e.g. {160 = 0.01, 180 = 0.0001}",
+        )
+        yield (
+            schedule.name == "one-cycle" and schedule.warmup_epochs > 0,
+            "schedule.name=one-cycle warms up by itself: drop warmup_epochs",
+        )
+        yield bool(self.model.weights) and self.model.pretrained, "model.weights and model.pretrained exclude each other"
+        yield not data.scale[0] <= data.scale[1] <= 1, f"data.scale={list(data.scale)} must ascend and end at 1 or below"
+        yield data.ratio[0] > data.ratio[1], f"data.ratio={list(data.ratio)} must ascend"
+        yield (
+            0 < data.eval_resize < data.size,
+            f"data.eval_resize={data.eval_resize} is less than data.size={data.size}: raise it, or 0",
+        )
+        yield self.optim.nesterov and self.optim.momentum == 0, "optim.nesterov needs optim.momentum above 0"
 
 
 LINEAR_LOSSES = ("neighbor-silencing", "balanced-ce", "ce")  # linear in the label, so mixed and smoothed labels are defined
@@ -148,15 +177,23 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     return checked(tree, recipe)
 
 
-def read_recipe(recipe: str) -> dict[str, Any]:
-    """The tables of a recipe on top of those of the recipe that it `extends`."""
+def read_recipe(recipe: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tables of a recipe on top of those of the recipe that it `extends`, a name or a path beside its own file."""
+    if recipe in extended_by:
+        raise UserError(f"the recipe {recipe} extends itself: {' -> '.join([*extended_by, recipe])}")
     text = _recipe_text(recipe)
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{recipe} is not valid TOML: {error}") from error
     base = tree.pop("extends", None)
-    return merged(read_recipe(base), tree) if base else tree
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"{recipe}: extends = {base!r} must be the name of a recipe or the path of a .toml file")
+    if base.endswith(".toml"):
+        base = str(Path(recipe).parent / base)
+    return merged(read_recipe(base, (*extended_by, recipe)), tree)
 
 
 def _recipe_text(recipe: str) -> str:
@@ -166,6 +203,8 @@ def _recipe_text(recipe: str) -> str:
             return path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"the recipe {path} is not UTF-8 text") from error
     if recipe not in recipe_names():
         raise UserError(
             f"there is no recipe '{recipe}'{did_you_mean(recipe, recipe_names())}; recipes: {', '.join(recipe_names())}"
@@ -218,7 +257,9 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     known = list(setting_names())
     if name not in known:
         raise UserError(f"there is no setting '{name}'{did_you_mean(name, known)}")
-    tree.setdefault(keys[0], {})[keys[1]] = value
+    section = tree.setdefault(keys[0], {})
+    if isinstance(section, dict):  # anything else is refused when the whole is checked
+        section[keys[1]] = value
 
 
 def setting_names() -> Iterator[str]:
@@ -230,6 +271,11 @@ def setting_names() -> Iterator[str]:
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f", did you mean '{near[0]}'?" if near else ""
+
+
+def as_override(key: str, value: str) -> str:
+    """`key=value` with the value quoted, whatever it contains."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 def to_toml(config: Config) -> str:

@@ -32,7 +32,7 @@ def run_demo(out: Path, console: Console) -> None:
     call(console, "pack", *images, f"--pairs={data / 'pairs.csv'}", "--out", pack)
     call(console, "train", "demo", "--data", pack, "--out", plain, *alone)
     call(console, "train", "demo", "--data", pack, "--out", method)
-    epochs = round(result_of(plain)["epochs"] * images_seen(result_of(method)) / images_seen(result_of(plain)))
+    epochs = round(result_of(plain)["epochs"] * result_of(method)["images"] / result_of(plain)["images"])
     call(console, "train", "demo", "--data", pack, "--out", longer, *alone, f"train.epochs={epochs}")
     for run in (plain, method):
         call(console, "eval", run)
@@ -42,10 +42,13 @@ def run_demo(out: Path, console: Console) -> None:
 
 
 def start_anew(out: Path) -> None:
-    if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
         raise UserError(f"{out} exists and is not from an earlier demo: name another folder with --out")
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; name another folder with --out") from error
     (out / MARK).touch()
 
 
@@ -64,13 +67,9 @@ def comparison(runs: dict[str, Path]) -> Table:
     for name, run in runs.items():
         result = result_of(run)
         figures = ("-" if result[column] is None else f"{result[column]:.1f}" for column in columns)
-        table.add_row(name, *figures, str(result["epochs"]), f"{images_seen(result):,.0f}", f"{result['seconds']:.0f}")
+        table.add_row(name, *figures, str(result["epochs"]), f"{result['images']:,}", f"{result['seconds']:.0f}")
     return table
 
 
 def result_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "result.json").read_text(encoding="utf-8"))
-
-
-def images_seen(result: dict[str, Any]) -> float:
-    return result["seconds"] * result["images_per_second"]

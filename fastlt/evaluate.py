@@ -60,14 +60,15 @@ def evaluate_run(run: Path, pack: Path | None = None) -> dict[str, Any]:
     """`fastlt eval`: scores RUN/model.safetensors on the val split of its pack, or of another one with the same targets.
 
     Returns what `score` does and the confusions, and `best` where the images are those that the run was evaluated on. Groups are
-    by the run's own training images.
+    by the run's own training images. Device and engine are what this machine has, wherever the model was trained.
     """
     config = run_config(run)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"device": "auto"})})
     opened = open_pack(pack or config.data.pack)
     model, names = load_exported(run / "model.safetensors")
     check_targets(names, opened)
     device, dtype = choose_device(config)
-    loader = Loader(opened.val, config.data.size, config.data.engine, config.data.workers, opened.beton.get("val"))
+    loader = Loader(opened.val, config.data.size, "auto", config.data.workers, opened.beton.get("val"))
     try:
         batches = evaluation_batches(opened.val, evaluation_geometry(config.data), EVALUATION_BATCH)
         predictions = predict(on_device(model, config, device), loader, batches, config.data, opened.space, device, dtype)

@@ -120,6 +120,8 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
 
 def export_run(run: Path, to: Path) -> str:
     """`fastlt export`: by the ending of `to`. Returns a sentence about what was checked."""
+    if to.is_dir():
+        raise UserError(f"{to} is a folder: name a file that ends in .safetensors or .onnx")
     source = run / "model.safetensors"
     metadata = read_metadata(source)
     if to.suffix == ".onnx":

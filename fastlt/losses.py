@@ -37,7 +37,8 @@ def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
 def focal(logits: Tensor, target: Tensor, *, gamma: float) -> Tensor:
     """Mean of (1 - p_y)^gamma * CE (Lin et al. 2017, arXiv 1708.02002)."""
     ce = F.cross_entropy(logits.float(), target, reduction="none")
-    return ((1 - torch.exp(-ce)) ** gamma * ce).mean()
+    missing = (1 - torch.exp(-ce)).clamp(min=1e-8)  # the gradient of 0 ** gamma is not finite for gamma below 1
+    return (missing**gamma * ce).mean()
 
 
 def weighted_ce(logits: Tensor, target: Tensor, *, weights: Tensor | None) -> Tensor:

@@ -112,6 +112,8 @@ def cifar_backbone(config: ModelConfig) -> nn.Module | None:
     depths = [depth for depth in CIFAR_DEPTHS if config.name == f"resnet{depth}"]
     if depths and config.pretrained:
         raise UserError(f"there are no pretrained weights for {config.name}: set model.pretrained=false")
+    if depths and config.drop_path:
+        raise UserError(f"{config.name} has no drop path: set model.drop_path=0")
     return CifarResNet(depths[0]) if depths else None
 
 
@@ -133,12 +135,14 @@ def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
         options["drop_path_rate"] = config.drop_path
     try:
         return timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **options)
-    except OSError as error:
-        raise UserError(f"the pretrained weights of {config.name} cannot be fetched: give a file with model.weights=") from error
+    except TypeError as error:
+        raise UserError(f"timm's {config.name} does not take {', '.join(options)}: set model.drop_path=0") from error
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"there are no pretrained weights of {config.name} to be had: give a file with model.weights=") from error
 
 
 def load_backbone(backbone: nn.Module, path: Path) -> None:
-    """Weights from a safetensors file; those of a classifier are passed over, everything else must fit."""
+    """Weights from a safetensors file, which must hold all of the backbone's; what else it holds is passed over."""
     weights = read_weights(path)
     own = backbone.state_dict()
     weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}

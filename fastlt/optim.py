@@ -1,12 +1,12 @@
 """Optimisers, learning-rate schedules and averaged weights."""
 
+import copy
 import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastlt.config import OptimConfig, ScheduleConfig
 from fastlt.errors import UserError
@@ -15,7 +15,7 @@ from fastlt.model import CifarResNet, Classifier
 
 def build_optimizer(config: OptimConfig, model: Classifier, batch: int) -> Optimizer:
     """Each group carries `base_lr`; the schedule multiplies it."""
-    lr = config.lr * batch / config.lr_base_batch if config.lr_base_batch else config.lr
+    lr = config.lr * batch * config.accumulate / config.lr_base_batch if config.lr_base_batch else config.lr
     groups = parameter_groups(config, model)
     if config.name == "sgd":
         optimizer: Optimizer = SGD(groups, lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov)
@@ -27,8 +27,10 @@ def build_optimizer(config: OptimConfig, model: Classifier, batch: int) -> Optim
 
 
 def parameter_groups(config: OptimConfig, model: Classifier) -> list[dict]:
-    """SGD decays everything, as the CIFAR and ImageNet-LT protocols do; AdamW spares biases and norms; with layer decay, the
-    deeper a layer lies below the head, the smaller its rate (BEiT, arXiv 2106.08254)."""
+    """SGD decays everything, as the CIFAR and ImageNet-LT protocols do; AdamW spares biases, norms and what timm names (position
+    embeddings, class tokens). With layer decay a layer's rate is the smaller, the deeper it lies below the head (BEiT, arXiv
+    2106.08254), and the same are spared.
+    """
     if config.layer_decay < 1:
         return [*_layer_decay_groups(config, model.backbone), *_decay_groups(model.head, config.weight_decay)]
     if config.name == "sgd":
@@ -36,11 +38,20 @@ def parameter_groups(config: OptimConfig, model: Classifier) -> list[dict]:
     return _decay_groups(model, config.weight_decay)
 
 
-def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    matrices = [p for p in module.parameters() if p.ndim > 1]
-    vectors = [p for p in module.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    spared = spared_names(model.backbone, "backbone.") if isinstance(model, Classifier) else set()
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (others if parameter.ndim <= 1 or name in spared else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def spared_names(backbone: nn.Module, prefix: str = "") -> set[str]:
+    """Parameters that a timm backbone wants without weight decay."""
+    names = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()  # type: ignore[operator]
+    return {prefix + name for name in names}
 
 
 def _layer_decay_groups(config: OptimConfig, backbone: nn.Module) -> list[dict]:
@@ -48,7 +59,8 @@ def _layer_decay_groups(config: OptimConfig, backbone: nn.Module) -> list[dict]:
         raise UserError("optim.layer_decay is for timm backbones: set it to 1 for the CIFAR ResNets")
     from timm.optim import param_groups_layer_decay  # present: the backbone came from timm
 
-    groups = param_groups_layer_decay(backbone, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
+    spared = tuple(spared_names(backbone))
+    groups = param_groups_layer_decay(backbone, config.weight_decay, spared, layer_decay=config.layer_decay)
     for group in groups:
         group["lr_scale"] *= config.layer_decay  # timm gives the topmost layer it sees 1, but here the head lies above it
     return groups
@@ -76,7 +88,7 @@ def _step(config: ScheduleConfig, epochs: int) -> Callable[[float], float]:
     def factor(epoch: float) -> float:
         whole = math.floor(epoch)
         if whole < config.warmup_epochs:
-            return (whole + 1) / config.warmup_epochs
+            return min(1.0, (whole + 1) / config.warmup_epochs)
         return next((value for start, value in reversed(steps) if whole >= start), 1.0)
 
     return factor
@@ -93,17 +105,34 @@ def _one_cycle(config: ScheduleConfig, epochs: int) -> Callable[[float], float]:
     return factor
 
 
-def set_lr(optimizer: Optimizer, factor: float) -> float:
+def set_lr(optimizer: Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    return optimizer.param_groups[-1]["lr"]  # of the head
 
 
-def averaged(config: OptimConfig, model: nn.Module) -> AveragedModel | None:
-    """Exponential moving average of the weights; the batch-norm statistics are copied."""
-    if not config.ema:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+class Averaged:
+    """Exponential moving average of weights and batch-norm statistics, which belong together.
+
+    The decay warms up as (1 + n) / (10 + n) over the steps n, or the first, random weights would linger.
+    """
+
+    def __init__(self, model: Classifier, decay: float):
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, steps: int) -> None:
+        """steps: optimiser steps so far, from the caller, so that it needs no state of its own and no wait for the device."""
+        weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
+        mine, theirs = ([*net.parameters(), *net.buffers()] for net in (self.model, model))
+        smooth = [i for i, tensor in enumerate(mine) if tensor.is_floating_point()]
+        torch._foreach_lerp_([mine[i] for i in smooth], [theirs[i].detach() for i in smooth], weight)
+        for i in set(range(len(mine))) - set(smooth):
+            mine[i].copy_(theirs[i])
+
+
+def averaged(config: OptimConfig, model: Classifier) -> Averaged | None:
+    return Averaged(model, config.ema) if config.ema else None
 
 
 def clip(model: nn.Module, norm: float) -> None:

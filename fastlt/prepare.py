@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from fastlt.classes import ClassSpace
 from fastlt.config import Config
@@ -20,7 +19,7 @@ from fastlt.data.plan import Plan, Sampling
 from fastlt.errors import UserError
 from fastlt.losses import silencing_graph
 from fastlt.model import Classifier, build_model
-from fastlt.optim import averaged, build_optimizer, lr_factor
+from fastlt.optim import Averaged, averaged, build_optimizer, lr_factor
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Trainer:
     train_loader: Loader
     val_loader: Loader
     model: Classifier
-    ema: AveragedModel | None
+    ema: Averaged | None
     optimizer: Optimizer
     factor: Callable[[float], float]
     at: Progressed
@@ -78,14 +77,20 @@ def prepare(config: Config, run: Path, pack: Pack) -> Trainer:
 
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
-    name = config.train.device
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"train.device={name}, but torch finds no such device here: set train.device=cpu")
+    device = find_device(config.train.device)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
     return device, torch.bfloat16 if bf16 else torch.float32
+
+
+def find_device(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"train.device={name}, but torch finds no such device here: set train.device=auto") from error
+    return device
 
 
 def on_device(model: Classifier, config: Config, device: torch.device) -> Classifier:
@@ -106,7 +111,7 @@ def introduce(trainer: Trainer, console: Console) -> None:
     config, space, plan = trainer.config, trainer.space, trainer.plan
     graph = silencing_graph(config.loss, space)
     groups = ", ".join(f"{len(members)} {name}" for name, members in space.groups().items())
-    auxiliary_images = int(plan.class_counts()[space.num_targets :].sum())
+    auxiliary_images = int(plan.class_counts[space.num_targets :].sum())
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     optimiser = f"{config.optim.name}, {config.schedule.name} schedule"
     silenced = (

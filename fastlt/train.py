@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from fastlt import checkpoint as ckpt
-from fastlt.config import Config, to_toml
+from fastlt.config import Config, load_config, to_toml
 from fastlt.data.loader import normalise
 from fastlt.data.mix import erase, mixup_or_cutmix, randaugment
 from fastlt.data.packed import Pack, open_pack
@@ -47,9 +47,11 @@ def train(config: Config, run: Path, console: Console) -> dict[str, Any]:
         trainer = prepare(config, run, pack)
         try:
             resume(trainer, console)
+            if trainer.at.epoch == config.train.epochs and (run / "result.json").is_file():
+                console.print(f"{run} has finished already")
+                return json.loads((run / "result.json").read_text(encoding="utf-8"))
             introduce(trainer, console)
-            fit(trainer, console)
-            return finish(trainer)
+            return finish(trainer, fit(trainer, console))
         finally:
             trainer.train_loader.close()
             trainer.val_loader.close()
@@ -65,7 +67,10 @@ def no_pack() -> Pack:
 @contextmanager
 def only_run(run: Path) -> Iterator[None]:
     """Two trainings in one RUN folder would overwrite each other. The kernel releases the lock however the process ends."""
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {run}: {error.strerror}; choose another --out") from error
     with (run / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,14 +79,26 @@ def only_run(run: Path) -> Iterator[None]:
         yield
 
 
+MAY_CHANGE = ("data.pack", "data.workers", "data.engine", "train.device", "train.threads", "train.checkpoint_minutes", "train.keep")
+
+
 def keep_config(config: Config, run: Path) -> None:
-    """Writes config.toml; a run that went on under another configuration would be neither the one nor the other."""
-    path, text = run / "config.toml", to_toml(config)
-    if path.is_file() and ckpt.checkpoints(run) and path.read_text(encoding="utf-8") != text:
-        raise UserError(
-            f"{run} holds a run with another configuration (see its config.toml): choose another --out, or remove the folder"
-        )
-    write_text(path, text)
+    """Writes config.toml; a run that went on under another configuration would be neither the one nor the other.
+
+    What says how, not what, may change. The pack may move: whether it is the same is told by its content.
+    """
+    path = run / "config.toml"
+    if path.is_file() and ckpt.checkpoints(run):
+        kept, wanted = (flat(c) for c in (load_config(str(path)), config))
+        if changed := [key for key in wanted if wanted[key] != kept[key] and key not in MAY_CHANGE]:
+            what = f"{changed[0]} = {kept[changed[0]]!r}, not {wanted[changed[0]]!r}"
+            raise UserError(f"{run} holds a run with another configuration ({what}): choose another --out, or remove the folder")
+    write_text(path, to_toml(config))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """`section.key` -> value."""
+    return {f"{section}.{key}": value for section, values in config.model_dump().items() for key, value in values.items()}
 
 
 def resume(trainer: Trainer, console: Console) -> None:
@@ -90,8 +107,9 @@ def resume(trainer: Trainer, console: Console) -> None:
     saved = ckpt.checkpoints(trainer.run)
     if saved:
         state = ckpt.read_state(saved[-1])
-        ckpt.check_class_space(saved[-1], state, trainer.space)
-        ckpt.load_checkpoint(saved[-1], trainer.model, trainer.optimizer, trainer.ema)
+        ckpt.check_pack(saved[-1], state, trainer.space, trainer.pack.id)
+        ema = trainer.ema.model if trainer.ema is not None else None
+        ckpt.load_checkpoint(saved[-1], trainer.model, trainer.optimizer, ema)
         trainer.at = Progressed(**state["at"])
         console.print(f"going on from {saved[-1].name}: epoch {trainer.at.epoch + 1}, step {trainer.at.step_in_epoch}")
     keep_lines(trainer.run / "metrics.jsonl", trainer.at.epoch)
@@ -107,28 +125,31 @@ def keep_lines(path: Path, epochs: int) -> None:
 # --- loop
 
 
-def fit(trainer: Trainer, console: Console) -> None:
+def fit(trainer: Trainer, console: Console) -> Predictions | None:
+    """All epochs that are left. Returns the predictions of the last one, None where none was left."""
     config, at = trainer.config, trainer.at
-    writer = SummaryWriter(str(trainer.run), purge_step=at.step)
+    predictions = None
+    writer = SummaryWriter(str(trainer.run), purge_step=at.step + 1)
     with writer, progress_bar(console) as bar:
         task = bar.add_task("", total=config.train.epochs * trainer.plan.steps_per_epoch, completed=at.step, rate=0.0, note="")
         while at.epoch < config.train.epochs:
             rate = train_epoch(trainer, lambda done, note: bar.update(task, completed=trainer.at.step, rate=done, note=note))
-            record = record_epoch(trainer, rate)
+            predictions = evaluate(trainer) if is_evaluated(config, at.epoch) else None
+            record = record_epoch(trainer, rate, predictions)
             for name, value in record.items():
                 if isinstance(value, float):
                     writer.add_scalar(name, value, at.step)
             if "top1" in record:
                 bar.console.print(epoch_line(record, config.train.epochs), highlight=False, soft_wrap=True)
             save(trainer)
+    return predictions
 
 
 def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float:
     """One epoch from where `trainer.at` stands. Returns images/s."""
     config, at, plan = trainer.config, trainer.at, trainer.plan
     forward = forward_of(trainer, at.epoch)
-    trainer.model.backbone.requires_grad_(at.epoch >= config.schedule.head_only_epochs)
-    trainer.model.train()
+    set_modes(trainer)
     losses: list[Tensor] = []
     began = last_saved = time.perf_counter()
     images_before, seconds_before = at.images, at.seconds
@@ -153,10 +174,17 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
     return (at.images - images_before) / seconds
 
 
+def set_modes(trainer: Trainer) -> None:
+    """In the head-only epochs the backbone stands still, its batch-norm statistics too."""
+    trainer.model.train()
+    if frozen_epochs := trainer.config.schedule.head_only_epochs:
+        frozen = trainer.at.epoch < frozen_epochs
+        trainer.model.backbone.requires_grad_(not frozen).train(not frozen)
+
+
 def train_step(trainer: Trainer, forward: Callable[..., Tensor], batch: Batch, pixels: Tensor) -> Tensor:
     """One batch: its loss, still on the device."""
     config, at, device = trainer.config, trainer.at, trainer.device
-    accumulate = config.optim.accumulate
     generator = torch.Generator().manual_seed(step_seed(config.train.seed, at.step, 0))
     torch.manual_seed(step_seed(config.train.seed, at.step, 1))  # dropout and the like
     factor = trainer.factor(at.epoch + at.step_in_epoch / trainer.plan.steps_per_epoch)
@@ -164,22 +192,29 @@ def train_step(trainer: Trainer, forward: Callable[..., Tensor], batch: Batch, p
     images, target, target_b, mix = make_input(config, pixels, torch.from_numpy(batch.labels), generator, device)
     with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
         loss = forward(trainer.model, images, target, target_b, mix)
-    (loss / accumulate if accumulate > 1 else loss).backward()
-    if (at.step_in_epoch + 1) % accumulate == 0 or at.step_in_epoch + 1 == trainer.plan.steps_per_epoch:
+    group, is_last = accumulation(config.optim.accumulate, at.step_in_epoch, trainer.plan.steps_per_epoch)
+    (loss / group if group > 1 else loss).backward()
+    if is_last:
         clip(trainer.model, config.optim.clip)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         if trainer.ema is not None:
-            trainer.ema.update_parameters(trainer.model)
+            trainer.ema.update(trainer.model, at.step // config.optim.accumulate)
     return loss.detach()
+
+
+def accumulation(accumulate: int, step: int, steps: int) -> tuple[int, bool]:
+    """How many batches the group of this step has (the last of an epoch may have fewer), and whether the step ends it."""
+    start = step // accumulate * accumulate
+    group = min(accumulate, steps - start)
+    return group, step + 1 == start + group
 
 
 def make_input(
     config: Config, pixels: Tensor, labels: Tensor, generator: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """uint8 pixels (N, H, W, 3) to augmented, normalised images (N, 3, H, W) and labels on the device."""
-    target = labels.to(device, non_blocking=True)
-    pixels = pixels.to(device, non_blocking=True)
+    target, pixels = to_device(labels, device), to_device(pixels, device)
     if config.augment.randaugment:
         planes = randaugment(pixels.permute(0, 3, 1, 2), config.augment.randaugment, config.augment.randaugment_ops, generator)
         pixels = planes.permute(0, 2, 3, 1)
@@ -187,6 +222,11 @@ def make_input(
     images = erase(images, config.augment.erasing, generator)
     mixed = mixup_or_cutmix(config.augment, images, target, generator)
     return mixed.images, target, mixed.target_b, mixed.mix
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory the copy runs beside the computation."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def step_seed(seed: int, step: int, stream: int) -> int:
@@ -197,12 +237,14 @@ def forward_of(trainer: Trainer, epoch: int) -> Callable[..., Tensor]:
     """`forward(model, images, target, target_b, mix)` to the loss: model and loss as one graph where that is compiled."""
     drw = in_drw(trainer.config.loss, epoch)
     if drw not in trainer.forward:
-        counts = torch.from_numpy(trainer.plan.class_counts()[: trainer.space.num_classes])
+        counts = torch.from_numpy(trainer.plan.class_counts[: trainer.space.num_classes])
         criterion = build_criterion(trainer.config.loss, trainer.space, counts, trainer.model, drw, trainer.device)
-        wanted = trainer.config.train.compile
-        on = wanted == "on" or (wanted == "auto" and trainer.device.type == "cuda")
-        trainer.forward[drw] = torch.compile(criterion.loss) if on else criterion.loss
+        trainer.forward[drw] = torch.compile(criterion.loss) if is_compiled(trainer.config, trainer.device) else criterion.loss
     return trainer.forward[drw]
+
+
+def is_compiled(config: Config, device: torch.device) -> bool:
+    return config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
 
 
 def read_losses(losses: list[Tensor], at: Progressed) -> float:
@@ -221,15 +263,19 @@ def read_losses(losses: list[Tensor], at: Progressed) -> float:
 # --- after an epoch
 
 
-def record_epoch(trainer: Trainer, rate: float) -> dict[str, Any]:
-    """Evaluates where it is due, writes the line of metrics.jsonl, and moves on to the next epoch."""
-    config, at = trainer.config, trainer.at
+def is_evaluated(config: Config, epoch: int) -> bool:
+    return (epoch + 1) % config.train.eval_every == 0 or epoch + 1 == config.train.epochs
+
+
+def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None) -> dict[str, Any]:
+    """Scores the predictions, writes the line of metrics.jsonl, and moves on to the next epoch."""
+    at = trainer.at
     record: dict[str, Any] = {
         "epoch": at.epoch, "step": at.step, "loss": at.loss_sum / max(1, at.step_in_epoch),
         "lr": trainer.optimizer.param_groups[-1]["lr"], "images_per_second": rate, "seconds": at.seconds,
     }  # fmt: skip
-    if (at.epoch + 1) % config.train.eval_every == 0 or at.epoch + 1 == config.train.epochs:
-        figures = score(evaluate(trainer), trainer.space)
+    if predictions is not None:
+        figures = score(predictions, trainer.space)
         record |= {name: figures[name] for name in ("top1", "many", "medium", "few")}
         if figures["top1"] > at.best.get("top1", -1.0):
             at.best = {"epoch": at.epoch + 1, **{name: figures[name] for name in ("top1", "many", "medium", "few")}}
@@ -239,8 +285,8 @@ def record_epoch(trainer: Trainer, rate: float) -> dict[str, Any]:
     return record
 
 
-def evaluated_model(trainer: Trainer) -> nn.Module:
-    return trainer.model if trainer.ema is None else trainer.ema.module
+def evaluated_model(trainer: Trainer) -> Classifier:
+    return trainer.model if trainer.ema is None else trainer.ema.model
 
 
 def evaluate(trainer: Trainer) -> Predictions:
@@ -251,23 +297,23 @@ def evaluate(trainer: Trainer) -> Predictions:
 
 
 def save(trainer: Trainer) -> None:
-    state = {"class_space": ckpt.class_space_id(trainer.space), "at": vars(trainer.at)}
+    state = {"class_space": ckpt.class_space_id(trainer.space), "pack": trainer.pack.id, "at": vars(trainer.at)}
     keep = trainer.config.train.keep
-    ckpt.save_checkpoint(trainer.run, trainer.at.step, trainer.model, trainer.optimizer, trainer.ema, state, keep)
+    ema = trainer.ema.model if trainer.ema is not None else None
+    ckpt.save_checkpoint(trainer.run, trainer.at.step, trainer.model, trainer.optimizer, ema, state, keep)
 
 
-def finish(trainer: Trainer) -> dict[str, Any]:
+def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
     """The last epoch's model and figures, the best epoch named beside."""
-    predictions = evaluate(trainer)
-    model = evaluated_model(trainer)
-    assert isinstance(model, Classifier)
-    export_safetensors(model, trainer.config, trainer.space.target_names, trainer.run / "model.safetensors")
+    predictions = predictions or evaluate(trainer)
+    export_safetensors(evaluated_model(trainer), trainer.config, trainer.space.target_names, trainer.run / "model.safetensors")
     trainer.space.save(trainer.run / "classes.json")
     save_predictions(predictions, trainer.run / "val_predictions.npz")
     result = score(predictions, trainer.space)
     result |= {
         "best": trainer.at.best, "epochs": trainer.config.train.epochs, "confusion": confusions(predictions),
-        "seconds": trainer.at.seconds, "images_per_second": trainer.at.images / max(1e-9, trainer.at.seconds),
+        "seconds": trainer.at.seconds, "images": trainer.at.images,
+        "images_per_second": trainer.at.images / max(1e-9, trainer.at.seconds),
     }  # fmt: skip
     write_text(trainer.run / "result.json", json.dumps(result, indent=1) + "\n")
     return result

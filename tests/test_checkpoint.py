@@ -59,10 +59,12 @@ def test_only_the_last_ones_are_kept_and_nothing_partial_stays(tmp_path):
 
 def test_another_class_space_is_refused(tmp_path):
     other = ClassSpace(target_names=["b", "a"], train_counts=[5, 5], val_counts=[1, 1])
-    state = {"class_space": ckpt.class_space_id(SPACE)}
-    ckpt.check_class_space(tmp_path, state, SPACE)
+    state = {"class_space": ckpt.class_space_id(SPACE), "pack": "a"}
+    ckpt.check_pack(tmp_path, state, SPACE, "a")
     with pytest.raises(UserError, match="another class space"):
-        ckpt.check_class_space(tmp_path, state, other)
+        ckpt.check_pack(tmp_path, state, other, "b")
+    with pytest.raises(UserError, match="the pack has changed"):
+        ckpt.check_pack(tmp_path, state, SPACE, "b")
 
 
 class Bomb:

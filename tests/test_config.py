@@ -1,6 +1,6 @@
 import pytest
 
-from fastlt.config import Config, load_config, recipe_names, setting_names, to_toml
+from fastlt.config import Config, as_override, load_config, recipe_names, setting_names, to_toml
 from fastlt.errors import UserError
 
 
@@ -42,8 +42,8 @@ def test_overrides_are_read_as_toml(override, value):
 
 
 def test_a_typo_names_the_nearest_key(tmp_path):
-    with pytest.raises(UserError, match=r"'optim\.leaning_rate'.*|did you mean 'optim\.lr'"):
-        load_config("demo", ["optim.leaning_rate=1"])
+    with pytest.raises(UserError, match=r"no setting 'optim\.momentun', did you mean 'optim\.momentum'\?"):
+        load_config("demo", ["optim.momentun=1"])
     with pytest.raises(UserError, match=r"did you mean 'loss\.silence'\?"):
         load_config("demo", ["loss.silense=0.1"])
     (tmp_path / "mine.toml").write_text("[data]\nbugdet = 3\n")
@@ -64,6 +64,13 @@ def test_an_unknown_recipe_names_the_nearest():
         ("data.batch=0", "greater than or equal to 1"),
         ("nonsense", "section.key=value"),
         ("schedule.name=step", "needs schedule.steps"),
+        ("schedule.steps={a=0.1}", "match pattern"),
+        ("loss.drw_epoch=3", "is for loss.name=ldam"),
+        ("schedule.warmup_epochs=2", "warms up by itself"),
+        ("data.scale=[0.9, 0.1]", "must ascend"),
+        ("data.mean=[nan, 0.0, 0.0]", "finite number"),
+        ("data.eval_resize=8", "less than data.size"),
+        ("train.seed=-1", "greater than or equal to 0"),
     ],
 )
 def test_bad_values_are_told_in_one_sentence(override, message):
@@ -81,6 +88,27 @@ def test_every_setting_can_be_named():
     names = list(setting_names())
     assert len(names) == len(set(names))
     assert all(name.split(".")[0] in Config.model_fields for name in names)
+
+
+def test_a_recipe_that_extends_one_beside_it_and_one_that_extends_itself(tmp_path):
+    (tmp_path / "base.toml").write_text('extends = "demo"\n[loss]\ntau = 0.5\n')
+    (tmp_path / "mine.toml").write_text('extends = "base.toml"\n[optim]\nlr = 0.3\n')
+    config = load_config(str(tmp_path / "mine.toml"))
+    assert (config.loss.tau, config.optim.lr, config.model.name) == (0.5, 0.3, "resnet8")
+    (tmp_path / "base.toml").write_text('extends = "base.toml"\n')
+    with pytest.raises(UserError, match="extends itself"):
+        load_config(str(tmp_path / "mine.toml"))
+
+
+def test_a_section_that_is_no_table_is_refused(tmp_path):
+    (tmp_path / "mine.toml").write_text("data = 3\n")
+    with pytest.raises(UserError, match="data = 3"):
+        load_config(str(tmp_path / "mine.toml"), ["data.batch=4"])
+
+
+def test_any_path_survives_as_an_override():
+    for path in ("/a b/'c'", '/a"b', "/p\U0001f600", "/back\\slash"):
+        assert load_config("demo", [as_override("data.pack", path)]).data.pack == path
 
 
 def test_broken_toml_names_the_file(tmp_path):

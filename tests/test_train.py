@@ -1,5 +1,6 @@
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -12,12 +13,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fastlt.config import load_config
+from fastlt.data.pack import PackOptions, write_pack
 from fastlt.data.packed import open_pack
+from fastlt.data.source import read_collection
 from fastlt.errors import UserError
 from fastlt.evaluate import evaluate_run
 from fastlt.export import export_run, load_exported
 from fastlt.prepare import prepare
-from fastlt.train import only_run, step_seed, train
+from fastlt.train import accumulation, only_run, step_seed, train
 
 QUIET = Console(quiet=True)
 SMALL = [
@@ -171,27 +174,62 @@ def kill_once_checkpointed(command: list[str], run: Path, delay: float = 0.0) ->
     process.wait(timeout=60)
 
 
-def test_another_configuration_in_the_same_folder_is_refused(finished, small_pack):
-    with pytest.raises(UserError, match="another configuration"):
+def test_another_configuration_in_the_same_folder_is_refused_and_named(finished, small_pack):
+    with pytest.raises(UserError, match=r"another configuration \(optim.lr = 0.1, not 0.01\)"):
         train(config_of(small_pack, "optim.lr=0.01"), finished[0], QUIET)
 
 
-def test_a_checkpoint_of_another_class_space_is_refused(finished, small_pack, tmp_path):
-    import shutil
+def test_what_says_how_and_not_what_may_change_and_a_finished_run_is_left_alone(finished, small_pack):
+    run, result = finished
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name in ("model.safetensors", "metrics.jsonl")}
+    assert train(config_of(small_pack, "train.keep=5", "data.workers=1"), run, QUIET) == result
+    assert before["model.safetensors"] == (run / "model.safetensors").stat().st_mtime_ns
 
-    copy, run = tmp_path / "pack", tmp_path / "run"
-    shutil.copytree(small_pack, copy)
-    train(config_of(copy, "train.epochs=1"), run, QUIET)
-    state = next((run / "checkpoints").iterdir()) / "state.json"
-    state.write_text(json.dumps({**json.loads(state.read_text()), "class_space": "0123456789abcdef"}))
-    with pytest.raises(UserError, match="belongs to another class space"):
-        train(config_of(copy, "train.epochs=1"), run, QUIET)
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 5), (2, 5), (3, 3), (4, 6), (9, 4)])
+def test_accumulated_groups_cover_the_epoch(accumulate, steps):
+    groups = [accumulation(accumulate, step, steps) for step in range(steps)]
+    assert sum(1 / size for size, _ in groups) == pytest.approx(sum(last for _, last in groups))
+    assert groups[-1][1]
+
+
+def test_accumulating_is_training_on_the_larger_batch(small_pack, tmp_path):
+    """With the backbone standing still nothing depends on the batch, so two halves give the gradient of the whole."""
+    constant = ["schedule.name=step", "schedule.steps={9=0.1}", "schedule.head_only_epochs=2", "train.epochs=2", "loss.name=ce"]
+    runs = {"whole": [], "halves": ["data.batch=8", "optim.accumulate=2"]}
+    for name, settings in runs.items():
+        train(config_of(small_pack, *constant, "data.drop_last=true", "data.budget=49", *settings), tmp_path / name, QUIET)
+    whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in runs)
+    torch.testing.assert_close(halves["head.weight"], whole["head.weight"], rtol=1e-4, atol=1e-5)
+
+
+def test_averaged_weights_learn_too(small_pack, tmp_path):
+    result = train(config_of(small_pack, "train.epochs=12", "train.eval_every=12", "optim.ema=0.99"), tmp_path / "run", QUIET)
+    assert result["top1"] > 60
+
+
+@pytest.mark.parametrize(("change", "message"), [("rename", "belongs to another class space"), ("images", "the pack has changed")])
+def test_a_checkpoint_of_another_pack_is_refused(image_folders, tmp_path, change, message):
+    """The pack at the same path is made anew, with a class of another name, or with fewer images of the same classes."""
+    folders, run = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(image_folders, folders)
+    train(config_of(packed(folders, tmp_path / "pack"), "train.epochs=1"), run, QUIET)
+    if change == "rename":
+        (folders / "target" / "c").rename(folders / "target" / "d")
+        (folders / "val" / "c").rename(folders / "val" / "d")
+    else:
+        (folders / "target" / "a" / "0.png").unlink()
+    shutil.rmtree(tmp_path / "pack")
+    with pytest.raises(UserError, match=message):
+        train(config_of(packed(folders, tmp_path / "pack"), "train.epochs=1"), run, QUIET)
+
+
+def packed(folders: Path, out: Path) -> Path:
+    names = ("target", "auxiliary", "val", "pairs.csv")
+    return write_pack(read_collection(*(folders / name for name in names)), PackOptions(out=out, workers=1), QUIET)
 
 
 def test_evaluating_on_other_targets_is_refused(finished, image_folders, tmp_path):
-    from fastlt.data.pack import PackOptions, write_pack
-    from fastlt.data.source import read_collection
-
     collection = read_collection(image_folders / "auxiliary", None, image_folders / "auxiliary", None, None, None)
     pack = write_pack(collection, PackOptions(out=tmp_path / "other", workers=1), QUIET)
     with pytest.raises(UserError, match="other targets"):
@@ -204,9 +242,6 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
 
 
 def test_silencing_without_a_pair_stops_before_the_first_step(image_folders, tmp_path):
-    from fastlt.data.pack import PackOptions, write_pack
-    from fastlt.data.source import read_collection
-
     collection = read_collection(image_folders / "target", None, image_folders / "val", None, None, None)
     pack = write_pack(collection, PackOptions(out=tmp_path / "pack", workers=1), QUIET)
     with pytest.raises(UserError, match="no pair of classes is silenced"):

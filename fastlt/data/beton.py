@@ -4,6 +4,7 @@ Written here and not by FFCV's DatasetWriter, which waits for ever where a worke
 field, a record per image, the images in order, and the table of what lies where.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def _stored_image(split: Split, image: int) -> "StoredImage":
 def _jpeg_header(split: Split, image: int) -> tuple[int, int, int] | None:
     """(height, width, EXIF orientation) of a grey or colour JPEG; None for what must be stored as pixels."""
     try:
-        opened = open_image(split.read(image))
+        opened = open_image(split.read(image), max_pixels=sys.maxsize)
     except BadImage:
         return None  # `picture` says what is wrong
     if opened.format != "JPEG" or opened.mode not in ("L", "RGB"):

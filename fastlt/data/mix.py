@@ -28,7 +28,7 @@ def mixup_or_cutmix(config: AugmentConfig, images: Tensor, target: Tensor, gener
         images, share = cutmix(images, share, generator)
     else:
         images = images * share + images.flip(0) * (1 - share)
-    return Mixed(images, target.flip(0), torch.tensor(share, device=images.device))
+    return Mixed(images, target.flip(0), torch.full((), share, device=images.device))
 
 
 def cutmix(images: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, float]:
@@ -57,17 +57,22 @@ def erase(images: Tensor, probability: float, generator: torch.Generator) -> Ten
     in_rows = (rows >= top[:, None]) & (rows < (top + h)[:, None]) & (u[0] < probability)[:, None]
     in_columns = (columns >= left[:, None]) & (columns < (left + w)[:, None])
     hole = (in_rows[:, None, :, None] & in_columns[:, None, None, :]).to(images.device)
-    noise = torch.randn(images.shape, generator=generator).to(images)
+    on_device = torch.Generator(images.device).manual_seed(generator.initial_seed())  # all that noise is not to be copied there
+    noise = torch.randn(images.shape, generator=on_device, device=images.device, dtype=images.dtype)
     return torch.where(hole, noise, images)
 
 
 def randaugment(images: Tensor, magnitude: int, operations: int, generator: torch.Generator) -> Tensor:
-    """RandAugment (arXiv 1909.13719) on (N, 3, H, W) uint8: each image draws its operations; those of one kind go together."""
+    """RandAugment (arXiv 1909.13719) on (N, 3, H, W) uint8: each image draws its operations; those of one kind go together.
+
+    As in timm's, which the release trains with, a drawn operation is carried out with probability 1/2.
+    """
     if not magnitude:
         return images
     space = _operations(magnitude, *images.shape[2:])
     for _ in range(operations):
         kinds = torch.randint(len(space), (len(images),), generator=generator)
+        kinds[torch.rand(len(images), generator=generator) < 0.5] = 0  # the identity
         signs = torch.rand(len(images), generator=generator) < 0.5
         images = _apply_by_kind(images, space, kinds, signs)
     return images
@@ -85,7 +90,7 @@ def _apply_by_kind(images: Tensor, space: list[tuple[str, float, bool]], kinds: 
 
 
 def _operations(magnitude: int, height: int, width: int) -> list[tuple[str, float, bool]]:
-    """Name, strength at `magnitude` of 10, and whether its sign is drawn. The space and ranges of torchvision's RandAugment."""
+    """Name, strength at `magnitude` of 10, and whether its sign is drawn; the ranges at 10 are torchvision's largest."""
     m = magnitude / 10
     return [
         ("identity", 0.0, False), ("shear_x", 0.3 * m, True), ("shear_y", 0.3 * m, True),

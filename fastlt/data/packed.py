@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import sys
 import zipfile
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -69,6 +70,12 @@ class Pack:
     space: ClassSpace
     train: Split
     val: Split
+
+    @property
+    def id(self) -> str:
+        """Changes with the classes, the pairs, and what is stored where."""
+        files = self.manifest["files"]
+        return "-".join(files[name]["sha256"][:16] for name in ("classes.json", "index.npz"))
 
     @cached_property
     def beton(self) -> dict[str, Path]:
@@ -141,7 +148,7 @@ def check_shards(split: Split) -> None:
 def picture(split: Split, image: int) -> Image.Image:
     """One image, upright RGB. Raises UserError that names shard and key where it cannot be decoded."""
     try:
-        found = decode_pil(split.read(image))
+        found = decode_pil(split.read(image), max_pixels=sys.maxsize)  # what is too large was left out by packing
     except (BadImage, OSError, ValueError) as error:
         raise UserError(f"{split.where(image)}: {error}; the pack is damaged: copy it again or pack again") from error
     if found.size != (split.width[image], split.height[image]):

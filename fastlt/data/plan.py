@@ -1,11 +1,12 @@
 """Which image comes when. Every engine takes the plan as it is, so engines agree, runs resume at any step and ranks never overlap.
 
 An epoch is a pure function of (seed, epoch); its batches are cut from one global order, so the images of a step, seen as a
-set over the ranks, do not depend on how many ranks there are.
+set over the ranks, do not depend on how many ranks there are (but for a last batch that the ranks cannot share equally).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -51,6 +52,7 @@ class Plan:
         if self.batch % self.world:
             raise UserError(f"data.batch={self.batch} cannot be shared equally by {self.world} ranks: choose a multiple of that")
 
+    @cached_property
     def class_counts(self) -> np.ndarray:
         """Images of each of the C classes in every epoch, (C,) int64: the n_j of the prior."""
         stored = np.bincount(self.split.label, minlength=self.num_classes)
@@ -64,11 +66,11 @@ class Plan:
         targets = stored[: self.num_targets]
         return max(1, round(targets.sum() / max(1, np.count_nonzero(targets))))
 
-    @property
+    @cached_property
     def images_per_epoch(self) -> int:
-        return int(self.class_counts().sum())
+        return int(self.class_counts.sum())
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         whole, rest = divmod(self.images_per_epoch, self.batch)
         return whole + (1 if rest >= self.world and not self.drop_last else 0)
@@ -85,7 +87,7 @@ class Plan:
     def order(self, epoch: int) -> np.ndarray:
         """Image indices of the whole epoch over all ranks, (images_per_epoch,) int64."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        images = draw_by_class(self.split.label, self.class_counts(), rng)
+        images = draw_by_class(self.split.label, self.class_counts, rng)
         return rng.permutation(images)
 
     def _batch(self, images: np.ndarray, places: np.ndarray, epoch: int) -> Batch:

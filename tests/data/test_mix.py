@@ -60,7 +60,7 @@ def test_randaugment_is_reproducible_keeps_shape_and_changes_most_images():
     assert torch.equal(first, again)
     assert first.shape == images.shape and first.dtype == torch.uint8
     changed = (first != images).flatten(1).any(dim=1).float().mean()
-    assert 0.6 < changed <= 1
+    assert 0.4 < changed < 0.95
     assert not torch.equal(first, randaugment(images, 9, 2, generator(2)))
 
 

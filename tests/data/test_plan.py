@@ -32,7 +32,7 @@ def drawn(plan: Plan, epoch: int = 0) -> np.ndarray:
 
 
 def test_counts_are_the_targets_once_and_the_budget_of_each_auxiliary():
-    assert plan().class_counts().tolist() == [9, 4, 1, 50, 50, 50, 0]
+    assert plan().class_counts.tolist() == [9, 4, 1, 50, 50, 50, 0]
 
 
 @pytest.mark.parametrize("targets", ["once", "class-balanced"])
@@ -41,12 +41,12 @@ def test_an_epoch_holds_exactly_the_counts_that_the_prior_uses(targets, budget):
     made = plan(targets=targets, budget=budget)
     for epoch in range(2):
         seen = np.bincount(labels()[drawn(made, epoch)], minlength=NUM_CLASSES)
-        assert seen.tolist() == made.class_counts().tolist()
+        assert seen.tolist() == made.class_counts.tolist()
         assert made.images_per_epoch == seen.sum()
 
 
 def test_class_balanced_gives_every_target_class_equally_many():
-    counts = plan(targets="class-balanced").class_counts()[:NUM_TARGETS]
+    counts = plan(targets="class-balanced").class_counts[:NUM_TARGETS]
     assert counts.tolist() == [5, 5, 5]  # as many as are stored, 14 in 3 classes, rounded
 
 
