@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -505,9 +506,10 @@ def test_a_worker_that_dies_is_an_error_not_a_hang(pets: Path, tmp_path: Path) -
 
 
 def packing_in_a_child(collection: Collection, out: Path) -> int:
-    """Forks a packing process and returns its id once it is at work."""
+    """Forks a packing process that stops itself amid the training images, and returns its id once it stands still there."""
     child = os.fork()
     if child == 0:
+        stop_at_image(len(collection.val) + 100)
         try:
             write_pack(collection, PackOptions(out, workers=1), Console(quiet=True))
         except KeyboardInterrupt:
@@ -515,17 +517,29 @@ def packing_in_a_child(collection: Collection, out: Path) -> int:
         except SystemExit as stop:
             os._exit(int(str(stop.code)))
         os._exit(0)
-    while not list(out.parent.glob(f".{out.name}.*.partial/train/*.tar")):
-        time.sleep(0.001)
+    assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1]), "it ended before it stopped"
     return child
+
+
+def stop_at_image(number: int) -> None:
+    """Makes this process stop, as with Ctrl-Z, where it writes that image: no test need hope that a signal comes in time."""
+    write, written = ShardWriter.add, itertools.count(1)
+
+    def add(*arguments: Any) -> tuple[int, int]:
+        if next(written) == number:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return write(*arguments)
+
+    ShardWriter.add = add  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 3), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_an_interrupted_pack_leaves_nothing(pets: Path, tmp_path: Path, number: int, code: int) -> None:
     collection = collect(pets)
-    collection.train *= 5_000
+    collection.train *= 100
     child = packing_in_a_child(collection, tmp_path / "pack")
     os.kill(child, number)
+    os.kill(child, signal.SIGCONT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
     assert no_trace_of(tmp_path / "pack")
 
@@ -533,7 +547,7 @@ def test_an_interrupted_pack_leaves_nothing(pets: Path, tmp_path: Path, number: 
 def test_a_killed_pack_is_no_pack_and_its_remains_go_with_the_next(pets: Path, tmp_path: Path) -> None:
     out = tmp_path / "pack"
     collection = collect(pets)
-    long = Collection(collection.target_names, collection.train * 5_000, collection.val, collection.auxiliary_names)
+    long = Collection(collection.target_names, collection.train * 100, collection.val, collection.auxiliary_names)
     child = packing_in_a_child(long, out)
     with pytest.raises(UserError, match=r"another process is writing .*pack now"):
         pack(collection, out)
@@ -556,7 +570,7 @@ from fastlt.data.pack import PackOptions, write_pack
 from fastlt.data.source import read_collection
 root, out = map(Path, sys.argv[1:])
 collection = read_collection(root / "train", None, root / "val", None, None, None)
-collection.train *= 5_000
+collection.train *= 20_000
 write_pack(collection, PackOptions(out, workers=2), Console(quiet=True))
 """
 
@@ -571,7 +585,7 @@ def test_workers_of_a_killed_pack_end_too(pets: Path, tmp_path: Path) -> None:
     assert len(workers) >= 2
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(is_running(worker) for worker in workers):
         assert time.monotonic() < deadline, "workers outlived their parent"
         time.sleep(0.005)
