@@ -62,12 +62,12 @@ def call(console: Console, *arguments: str | Path) -> None:
 
 def comparison(runs: dict[str, Path]) -> Table:
     columns = ("top1", "many", "medium", "few")
-    table = Table("", "top-1", *columns[1:], "epochs", "images seen", "seconds", title="the last epoch of each run, in percent")
+    table = Table("", "top-1", *columns[1:], "epochs", "images", "time", title="the last epoch of each run, in percent")
     table.columns[0].no_wrap = True
     for name, run in runs.items():
         result = result_of(run)
         figures = ("-" if result[column] is None else f"{result[column]:.1f}" for column in columns)
-        table.add_row(name, *figures, str(result["epochs"]), f"{result['images']:,}", f"{result['seconds']:.0f}")
+        table.add_row(name, *figures, str(result["epochs"]), f"{result['images']:,}", f"{result['seconds']:.0f} s")
     return table
 
 
