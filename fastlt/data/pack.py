@@ -75,7 +75,7 @@ def write_pack(collection: Collection, options: PackOptions, console: Console) -
     start = time.perf_counter()
     with whole_output(options.out) as folder:
         space, train, val = _write_images(collection, options, folder, console)
-        _write_tables(options, folder, space, {"train": train, "val": val})
+        _write_tables(options, folder, space, {"train": train, "val": val}, console)
     seconds = time.perf_counter() - start
     _print_summary(collection, options, space, train, val, seconds, console)
     return options.out
@@ -195,7 +195,7 @@ def _class_space(collection: Collection, train: Packed, val: Packed) -> ClassSpa
     )
 
 
-def _write_tables(options: PackOptions, folder: Path, space: ClassSpace, splits: dict[str, Packed]) -> None:
+def _write_tables(options: PackOptions, folder: Path, space: ClassSpace, splits: dict[str, Packed], console: Console) -> None:
     """classes.json, index.npz, the FFCV files where asked for, and the manifest last."""
     space.save(folder / "classes.json")
     columns: dict[str, Any] = {
@@ -208,7 +208,8 @@ def _write_tables(options: PackOptions, folder: Path, space: ClassSpace, splits:
 
         for name, packed in splits.items():
             split = Split(name, folder / name, tuple(packed.files), **packed.columns())
-            write_beton(split, folder / f"{name}.beton", options.workers or cores())
+            with console.status(f"writing {name}.beton: {len(split):,} images"):
+                write_beton(split, folder / f"{name}.beton", options.workers or cores())
     files = {f"{name}/{shard}": entry for name, packed in splits.items() for shard, entry in packed.files.items()}
     files |= {path.name: _entry(path) for path in sorted(folder.iterdir()) if path.is_file()}
     write_text(folder / "manifest.json", json.dumps(_manifest(options, space, splits, files), indent=1) + "\n")
