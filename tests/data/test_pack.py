@@ -509,6 +509,7 @@ def packing_in_a_child(collection: Collection, out: Path) -> int:
     """Forks a packing process that stops itself amid the training images, and returns its id once it stands still there."""
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
         stop_at_image(len(collection.val) + 100)
         try:
             write_pack(collection, PackOptions(out, workers=1), Console(quiet=True))
