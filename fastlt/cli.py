@@ -176,6 +176,8 @@ def collect(
         raise UserError(
             f"unknown source '{source}': it must be cifar100:DIR; folders are named with --target, --auxiliary and --val"
         )
+    if target or val or pairs or root or class_names:
+        raise UserError("--target, --val, --pairs, --root and --class-names do not go with cifar100:DIR: leave them out")
     if task is None:
         raise UserError("cifar100 needs --task cifar100-lt or --task cifar100-siblings")
     controls = ["siblings", "random", "none"]

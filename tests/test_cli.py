@@ -44,6 +44,7 @@ def test_the_way_of_a_user(image_folders, tmp_path):
         (["export", "nowhere", "--to", "m.onnx"], "nowhere"),
         (["pack", "--target", "nowhere", "--val", "nowhere", "--out", "p"], "nowhere"),
         (["pack", "cifar100:nowhere", "--task", "cifar100-lt", "--out", "p"], "nowhere"),
+        (["pack", "cifar100:x", "--task", "cifar100-lt", "--target", "y", "--out", "p"], "do not go with cifar100:DIR"),
         (["pack", "cifar10:x", "--out", "p"], "must be cifar100:DIR"),
         (["pack", "--verify", "nowhere"], "there is no pack at nowhere"),
     ],

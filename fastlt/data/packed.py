@@ -108,6 +108,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a pack: its manifest.json is of something else; make one with `fastlt pack`")
     if manifest["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path} has pack format {manifest['format_version']}, this version reads {FORMAT_VERSION}: pack again")
+    if not all(isinstance(manifest.get(part), dict) for part in ("files", "shards")):
+        raise UserError(f"{path} is damaged: its manifest.json lists no files or shards; copy the pack again or pack again")
     return manifest
 
 
