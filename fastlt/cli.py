@@ -30,6 +30,12 @@ class Task(str, Enum):
     siblings = "cifar100-siblings"
 
 
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 @app.command()
 def pack(
     source: Annotated[str | None, typer.Argument(help="cifar100:DIR, or nothing where --target names the data.")] = None,
@@ -156,6 +162,24 @@ def bench_train(
     from fastlt_benchmarks.train import run_bench_train
 
     run_bench_train(recipe, settings or [], data, steps, rounds, csv, console)
+
+
+@app.command("bench-loss")
+def bench_loss(
+    quick: Annotated[bool, typer.Option("--quick", help="A first look: two small sizes, nothing compiled.")] = False,
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of the batch, N; may be repeated.")] = None,
+    classes: Annotated[list[int] | None, typer.Option(min=2, help="Classes, C; may be repeated.")] = None,
+    width: Annotated[list[int] | None, typer.Option(min=1, help="Features, D; may be repeated.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="By default bfloat16 on a GPU and float32 on a CPU.")] = None,
+    contender: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this one, as the table names it; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where loss-<device>.csv and .png go.")] = Path("benchmarks/results"),
+) -> None:
+    """Time and memory of the losses and their peers over a grid of sizes, against the floor of the device."""
+    from fastlt_benchmarks.loss import run_bench_loss
+
+    run_bench_loss(quick, rows, classes, width, dtype.value if dtype else None, contender, out, console)
 
 
 def collect(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlt_kernels.graph import ClassGraph
+from fastlt_kernels.labels import IGNORE_INDEX
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -48,7 +49,7 @@ def check_loss(
     reduction: str,
     backend: str,
 ) -> None:
-    """What both losses share."""
+    """What all the losses share."""
     _check_options(silence, label_smoothing, reduction, backend)
     values = should_check_values(device)
     _check_labels("target", target, rows, classes, device, values)
@@ -62,6 +63,11 @@ def check_loss(
 def check_chunk_bytes(chunk_bytes: int) -> None:
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+
+
+def check_predicted(num_targets: int, classes: int) -> None:
+    if not 0 <= num_targets <= classes:
+        raise ValueError(f"num_targets must be in 0..{classes}, got {num_targets}")
 
 
 def should_check_values(device: torch.device) -> bool:
@@ -100,8 +106,6 @@ def _check_options(silence: float, label_smoothing: float, reduction: str, backe
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
-    if backend == "triton":
-        raise ValueError("backend 'triton': this version has no Triton kernels; use 'auto' or 'torch'")
 
 
 def _check_labels(name: str, labels: Tensor, rows: int, classes: int, device: torch.device, values: bool) -> None:
@@ -110,8 +114,9 @@ def _check_labels(name: str, labels: Tensor, rows: int, classes: int, device: to
     if labels.dtype not in LABEL_DTYPES:
         raise ValueError(f"{name} must hold integer class ids, got {labels.dtype}")
     _check_device(name, labels, device)
-    if values and rows and not (labels.min() >= 0 and labels.max() < classes):
-        raise ValueError(f"{name} must be in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+    counted = labels[labels != IGNORE_INDEX] if values else labels[:0]
+    if counted.numel() and not (counted.min() >= 0 and counted.max() < classes):
+        raise ValueError(f"{name} must be in 0..{classes - 1} (or -100), got {int(counted.min())}..{int(counted.max())}")
 
 
 def _check_graph(graph: ClassGraph | None, classes: int, device: torch.device) -> None:

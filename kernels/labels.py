@@ -5,15 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+IGNORE_INDEX = -100  # PyTorch's own: a label that has no loss and does not count in the mean
+
 
 def stack_labels(target: Tensor, target_b: Tensor | None, mix: float | Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Labels (L, N) int64 and their shares (L, N) of the given dtype, which sum to 1 over L = 1 or 2."""
+    """Labels (L, N) int64 and their shares (L, N) of the given dtype, which sum to 1 over L = 1 or 2.
+
+    An ignored label has share 0, and stands as class 0 so that it can be looked up.
+    """
     whole = torch.ones(target.shape, dtype=dtype, device=target.device)
     if target_b is None or mix is None:
-        return target.long()[None], whole[None]
-    # A product, not torch.full: under torch.compile, full makes a new graph for every number.
-    share = whole * (mix.detach().to(target.device, dtype) if isinstance(mix, Tensor) else mix)
-    return torch.stack([target.long(), target_b.long()]), torch.stack([share, 1 - share])
+        labels, shares = target.long()[None], whole[None]
+    else:
+        # A product, not torch.full: under torch.compile, full makes a new graph for every number.
+        share = whole * (mix.detach().to(target.device, dtype) if isinstance(mix, Tensor) else mix)
+        labels, shares = torch.stack([target.long(), target_b.long()]), torch.stack([share, 1 - share])
+    ignored = labels == IGNORE_INDEX
+    return labels.masked_fill(ignored, 0), shares.masked_fill(ignored, 0)
+
+
+def counted_rows(shares: Tensor) -> Tensor:
+    """What "mean" divides by, (): the rows that are not ignored; 1 where all are, so that their mean is 0."""
+    count = shares.sum()
+    return torch.where(count > 0, count, torch.ones_like(count))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import math
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastlt_kernels.checks import check_logits, check_loss
+from fastlt_kernels.backends import choose_backend
+from fastlt_kernels.checks import check_logits, check_loss, check_predicted
 from fastlt_kernels.graph import ClassGraph
-from fastlt_kernels.labels import accumulation_dtype, stack_labels
+from fastlt_kernels.labels import accumulation_dtype, counted_rows, stack_labels
+from fastlt_kernels.rows import Rows, describe_rows, implementation, losses_of
+from fastlt_kernels.saved import save_mixed, saved_mixed, scaled
+from fastlt_kernels.torch_logits import torch_losses
+
+
+class LossOutput(NamedTuple):
+    """The loss, and what the same pass knows beside it; the latter two have no gradient."""
+
+    loss: Tensor  # fp32 or fp64: () or (N,)
+    log_sum_exp: Tensor  # (N,), over the logits with prior and silencing of `target`
+    prediction: Tensor  # (N,) int64, the best target class by logit alone, as at inference
 
 
 def neighbor_silencing_loss(
     logits: Tensor,  # (N, C) fp32, fp16, bf16 or fp64
-    target: Tensor,  # (N,) integer class ids
+    target: Tensor,  # (N,) integer class ids; -100 is ignored
     *,
     graph: ClassGraph | None = None,
     log_prior: Tensor | None = None,  # (C,) float
@@ -31,43 +45,155 @@ def neighbor_silencing_loss(
 
     log_prior is a constant (tau already in it); -inf drops a class that never occurs. silence = 1 is Balanced Softmax,
     0 drops the silenced terms; no graph, no silencing. Two labels: mix * L(target) + (1 - mix) * L(target_b), each with
-    its own silenced set. label_smoothing spreads its mass over the unsilenced classes only.
+    its own silenced set. label_smoothing spreads its mass over the unsilenced classes only. Rows labelled -100 have no loss,
+    and "mean" is over the others (0 if there are none).
 
+    backend "triton" makes loss and gradient in one pass, on a GPU; "torch" is plain torch, on anything; "auto" chooses.
     Returns the loss in float32 (float64 for float64 logits): a scalar for reduction "mean" and "sum", (N,) for "none".
-    Arithmetic inside is float32 or float64; differentiable in logits. Raises ValueError naming the argument.
+    Arithmetic inside is float32 or float64; differentiable in logits, by "triton" once. Logits are never overwritten.
+    Raises ValueError naming the argument.
     """
+    return _outputs(
+        logits, target, 0, graph, log_prior, silence, target_b, mix, label_smoothing, reduction, backend
+    )[0]  # fmt: skip
+
+
+def neighbor_silencing_outputs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    num_targets: int,
+    graph: ClassGraph | None = None,
+    log_prior: Tensor | None = None,
+    silence: float = 0.1,
+    target_b: Tensor | None = None,
+    mix: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> LossOutput:
+    """`neighbor_silencing_loss` with the log-sum-exp and the predictions among classes 0..num_targets - 1 of the same pass."""
+    return LossOutput(
+        *_outputs(logits, target, num_targets, graph, log_prior, silence, target_b, mix, label_smoothing, reduction, backend)
+    )
+
+
+def _outputs(
+    logits: Tensor, target: Tensor, num_predicted: int, graph: ClassGraph | None, log_prior: Tensor | None, silence: float,
+    target_b: Tensor | None, mix: float | Tensor | None, label_smoothing: float, reduction: str, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     check_logits(logits)
-    rows, classes = logits.shape
-    check_loss(rows, classes, logits.device, target, graph, log_prior, silence, target_b, mix, label_smoothing, reduction, backend)
-    base = logits.to(accumulation_dtype(logits.dtype))
-    if log_prior is not None:
-        base = base + log_prior.detach().to(base.dtype)
-    labels, shares = stack_labels(target, target_b, mix, base.dtype)
-    per_label = [_label_losses(base, label, graph, silence, label_smoothing) for label in labels.unbind()]
-    losses = (shares * torch.stack(per_label)).sum(dim=0)
-    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
+    count, classes = logits.shape
+    check_loss(count, classes, logits.device, target, graph, log_prior, silence, target_b, mix, label_smoothing, reduction, backend)
+    check_predicted(num_predicted, classes)
+    labels, shares = stack_labels(target, target_b, mix, accumulation_dtype(logits.dtype))
+    rows = describe_rows(labels, shares, log_prior, graph, classes, silence, label_smoothing, num_predicted)
+    if choose_backend(backend, logits, count) == "torch":
+        losses, log_sum, best = torch_losses(logits, rows)
+        return reduced(losses, shares, reduction), log_sum, best
+    # One pass can make the gradient too where its scale is known by then. For rows that will count each on its own it is
+    # not; nor in half precision, where gradients divided by the rows would vanish before the loss scale lifts them.
+    summed = reduction != "none" and logits.dtype != torch.float16
+    if summed and reduction == "mean":
+        rows = rows._replace(shares=shares / counted_rows(shares))
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    loss, log_sum, best, _ = torch.ops.fastlt_kernels.logits_loss(logits, *rows, summed, wanted)
+    return loss if summed else reduced(loss, shares, reduction), log_sum[0], best
 
 
-def _label_losses(base: Tensor, labels: Tensor, graph: ClassGraph | None, silence: float, label_smoothing: float) -> Tensor:
-    """(N,) losses of one label per row; base (N, C) is logits plus prior."""
-    silenced = _silenced_mask(base, labels, graph) if graph is not None and graph.max_degree > 0 and silence < 1 else None
-    log_sum = torch.logsumexp(base if silenced is None else _silence(base, silenced, silence), dim=1)
-    losses = log_sum - (1 - label_smoothing) * base.gather(1, labels[:, None])[:, 0]
-    if label_smoothing == 0:
+def reduced(losses: Tensor, shares: Tensor, reduction: str) -> Tensor:
+    """losses (N,) to what the reduction asks for."""
+    if reduction == "none":
         return losses
-    unsilenced = base if silenced is None else base.masked_fill(silenced, 0)
-    count = base.shape[1] if silenced is None else base.shape[1] - silenced.sum(dim=1)
-    return losses - label_smoothing * unsilenced.sum(dim=1) / count
+    return losses.sum() if reduction == "sum" else losses.sum() / counted_rows(shares)
 
 
-def _silenced_mask(base: Tensor, labels: Tensor, graph: ClassGraph) -> Tensor:
-    """(N, C) bool. A scatter of constants needs no gradient, and padding, which points at the label, is undone at the end."""
-    columns, _ = graph.neighbours(labels)
-    mask = torch.zeros(base.shape, dtype=torch.bool, device=base.device)
-    return mask.scatter(1, columns, True).scatter(1, labels[:, None], False)
+ROWS_SCHEMA = (
+    "Tensor labels, Tensor shares, Tensor? log_prior, Tensor? smoothing, Tensor? graph_rows, Tensor? indptr, Tensor? indices, "
+    "SymInt max_degree, float silence, float label_smoothing, SymInt num_predicted"
+)
 
 
-def _silence(base: Tensor, silenced: Tensor, silence: float) -> Tensor:
-    if silence == 0:
-        return base.masked_fill(silenced, -torch.inf)
-    return torch.where(silenced, base + math.log(silence), base)
+@torch.library.custom_op(
+    "fastlt_kernels::logits_loss",
+    mutates_args=(),
+    schema=f"(Tensor logits, {ROWS_SCHEMA}, bool summed, bool wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _logits_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, summed () or per row (N,); log-sum-exp (L, N); prediction (N,); if summed, d loss / d logits (N, C), if wanted."""
+    *described, summed, wanted = args
+    rows = Rows(*described)
+    gradient = _empty_gradient(logits, summed and wanted)
+    terms = triton_rows().row_loss_and_gradient(_packed(logits), rows, gradient if summed and wanted else None)
+    losses = losses_of(terms, rows)
+    best = torch.zeros_like(rows.labels[0]) if terms.best is None else terms.best
+    return losses.sum() if summed else losses, terms.log_sum, best, gradient
+
+
+@torch.library.custom_op(
+    "fastlt_kernels::logits_loss_gradient",
+    mutates_args=(),
+    schema=f"(Tensor logits, {ROWS_SCHEMA}, Tensor log_sum) -> Tensor",
+)
+def _logits_loss_gradient(logits: Tensor, *args: Any) -> Tensor:
+    """(N, C), of the sum of shares * loss, shares being whatever each row's loss is to count."""
+    *described, log_sum = args
+    gradient = _empty_gradient(logits, True)
+    triton_rows().row_gradient(_packed(logits), 0, Rows(*described), log_sum, gradient)
+    return gradient
+
+
+@_logits_loss.register_fake
+def _(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *described, summed, wanted = args
+    shares = Rows(*described).shares
+    return (
+        shares.new_empty(() if summed else shares.shape[1:]),
+        torch.empty_like(shares),
+        shares.new_empty(shares.shape[1:], dtype=torch.int64),
+        _empty_gradient(logits, summed and wanted),
+    )
+
+
+@_logits_loss_gradient.register_fake
+def _(logits: Tensor, *args: Any) -> Tensor:
+    return _empty_gradient(logits, True)
+
+
+def triton_rows() -> ModuleType:
+    return implementation("triton")
+
+
+def _packed(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _empty_gradient(logits: Tensor, wanted: bool) -> Tensor:
+    return logits.new_empty(logits.shape if wanted else (0,))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, *described, ctx.summed, wanted = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.has_gradient = wanted
+    if ctx.summed:
+        ctx.save_for_backward(output[3])
+        return
+    save_mixed(ctx, [logits, *described, output[1]])
+
+
+@once_differentiable
+def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Any) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (len(Rows._fields) + 2)
+    if grad_loss is None or not ctx.has_gradient:
+        return None, *nothing
+    if ctx.summed:
+        return scaled(ctx.saved_tensors[0], grad_loss), *nothing
+    logits, *described, log_sum = saved_mixed(ctx)
+    rows = Rows(*described)
+    rows = rows._replace(shares=rows.shares * grad_loss)
+    return torch.ops.fastlt_kernels.logits_loss_gradient(logits, *rows, log_sum), *nothing
+
+
+_logits_loss.register_autograd(_backward, setup_context=_setup_context)

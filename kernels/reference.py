@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlt_kernels.graph import ClassGraph
+from fastlt_kernels.labels import IGNORE_INDEX
 
 
 def reference_loss(
@@ -31,11 +32,14 @@ def reference_loss(
 ) -> Tensor:
     """`neighbor_silencing_loss`, formula by formula, with dense (N, C) masks, in the dtype of logits (N, C)."""
     base = logits if log_prior is None else logits + log_prior.to(logits.dtype)
-    losses = _label_losses(base, target, graph, silence, label_smoothing)
+    losses, counted = _label_losses(base, target, graph, silence, label_smoothing)
     if target_b is not None and mix is not None:
         share = mix.to(logits) if isinstance(mix, Tensor) else mix
-        losses = share * losses + (1 - share) * _label_losses(base, target_b, graph, silence, label_smoothing)
-    return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
+        losses_b, counted_b = _label_losses(base, target_b, graph, silence, label_smoothing)
+        losses, counted = share * losses + (1 - share) * losses_b, share * counted + (1 - share) * counted_b
+    if reduction == "mean":
+        return losses.sum() / counted.sum() if counted.any() else losses.sum()
+    return losses if reduction == "none" else losses.sum()
 
 
 def silenced_mask(graph: ClassGraph | None, labels: Tensor, num_classes: int) -> Tensor:
@@ -54,11 +58,15 @@ def target_mass(labels: Tensor, silenced: Tensor, label_smoothing: float, dtype:
     return (1 - label_smoothing) * label + label_smoothing * unsilenced / unsilenced.sum(dim=1, keepdim=True)
 
 
-def _label_losses(base: Tensor, labels: Tensor, graph: ClassGraph | None, silence: float, label_smoothing: float) -> Tensor:
-    """(N,) losses for one label each; base (N, C) is logits plus prior."""
+def _label_losses(
+    base: Tensor, labels: Tensor, graph: ClassGraph | None, silence: float, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """(N,) losses for one label each, and 1 for each that counts, 0 for an ignored one; base (N, C) is logits plus prior."""
+    counted = labels != IGNORE_INDEX
+    labels = torch.where(counted, labels, 0)
     silenced = silenced_mask(graph if silence < 1 else None, labels, base.shape[1])
     log_silence = math.log(silence) if silence > 0 else -math.inf
     silenced_logits = torch.where(silenced, base + log_silence, base)
     mass = target_mass(labels, silenced, label_smoothing, base.dtype)
     expected = (mass * base.masked_fill(mass == 0, 0)).sum(dim=1)  # 0 * inf has no say here
-    return torch.logsumexp(silenced_logits, dim=1) - expected
+    return torch.where(counted, torch.logsumexp(silenced_logits, dim=1) - expected, 0), counted.to(base.dtype)

@@ -107,3 +107,23 @@ def test_a_class_that_never_occurs_may_have_no_prior(loss):
     got = loss(logits, torch.tensor([0, 1]), graph=GRAPH, log_prior=prior)
     torch.testing.assert_close(got, F.cross_entropy(logits[:, :2], torch.tensor([0, 1])))
     assert torch.isfinite(torch.autograd.grad(got, logits)[0]).all()
+
+
+@every_loss
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_ignored_rows_have_no_say(loss, reduction):
+    logits = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    target = torch.tensor([0, -100, 2, -100])
+    got = loss(logits, target, reduction=reduction, log_prior=LOG_PRIOR)
+    wanted = F.cross_entropy(logits + LOG_PRIOR, target, reduction=reduction)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), logits), torch.autograd.grad(wanted.sum(), logits))
+
+
+@every_loss
+def test_where_all_rows_are_ignored_the_mean_is_zero(loss):
+    logits = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    prior = torch.tensor([-torch.inf, 0, 0, 0], dtype=torch.float64)
+    got = loss(logits, torch.full((4,), -100), graph=GRAPH, log_prior=prior)
+    assert got == 0
+    assert torch.autograd.grad(got, logits)[0].abs().max() == 0

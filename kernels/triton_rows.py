@@ -1,0 +1,175 @@
+"""The terms and the gradient of a tile of logits, by the Triton kernels of `row_kernels`: how they are cut and launched."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastlt_kernels import row_kernels
+from fastlt_kernels.rows import Rows, Terms, merge_terms
+
+# In elements of a program. At 8 a thread two programs or more fit into a processor's registers, so that one loads while
+# another computes.
+WHOLE_ROW = 8_192
+SMALL_BLOCK = 2_048  # of short rows, several go into a program
+LONG_BLOCK = 4_096
+LARGE_BLOCK = 8_192  # few rows at a time, so that the second reading of long ones still finds them in the L2 cache
+LARGE_FROM = 32_768  # classes
+ELEMENTS_PER_THREAD = 8
+
+
+class Cut(NamedTuple):
+    """How rows of logits go to programs."""
+
+    rows: int  # of a program
+    block: int  # columns of a program at a time, a power of two
+    warps: int
+    parts: int  # programs that share a row
+
+
+def plan_cut(rows: int, classes: int, labels: int, processors: int) -> Cut:
+    """Whole rows in registers where they fit; long rows in one program while that keeps all processors busy, else in parts."""
+    # Two labels keep two sets of values and their gradient.
+    if classes <= WHOLE_ROW // labels:
+        block = triton.next_power_of_2(max(classes, 16))
+        together = max(1, min(SMALL_BLOCK // block, triton.next_power_of_2(max(1, rows // (2 * processors)))))
+        return Cut(together, block, _warps(together * block), 1)
+    block = (LONG_BLOCK if classes < LARGE_FROM else LARGE_BLOCK) // labels
+    programs = 2 * processors
+    parts = 1 if rows >= programs else min(triton.cdiv(classes, 2 * block), triton.cdiv(programs, max(rows, 1)))
+    return Cut(1, block, _warps(block), parts)
+
+
+def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
+    """logits (n, c) are those of the classes first..first + c - 1, and are left as they are."""
+    rows = _laid_out(rows)
+    count, columns = logits.shape
+    labels = rows.labels.shape[0]
+    cut = _cut(logits, labels)
+    out = _empty_terms(rows, logits, cut.parts)
+    with _on(logits):
+        row_kernels.part_terms[triton.cdiv(count, cut.rows), cut.parts](
+            logits, logits.stride(0), rows.log_prior, rows.labels, rows.smoothing, rows.graph_rows, rows.indptr, rows.indices,
+            *out, count, columns, first, _span(columns, cut), rows.num_predicted, _log_silence(rows), _steps(rows),
+            LABELS=labels, ROWS=cut.rows, BLOCK=cut.block, num_warps=cut.warps,
+        )  # fmt: skip
+    return _merged(out)
+
+
+def row_gradient(logits: Tensor, first: int, rows: Rows, log_sum: Tensor, out: Tensor) -> None:
+    """log_sum (L, n) is over all classes; out (n, c) gets the gradient, and may be logits."""
+    rows = _laid_out(rows)
+    count, columns = logits.shape
+    labels = rows.labels.shape[0]
+    cut = _cut(logits, labels)
+    with _on(logits):
+        row_kernels.part_gradient[triton.cdiv(count, cut.rows), cut.parts](
+            logits, logits.stride(0), out, out.stride(0), rows.log_prior, rows.labels, rows.shares, rows.smoothing,
+            rows.graph_rows, rows.indptr, rows.indices, log_sum.contiguous(),
+            count, columns, first, _span(columns, cut), _log_silence(rows), rows.label_smoothing, _steps(rows),
+            LABELS=labels, ROWS=cut.rows, BLOCK=cut.block, num_warps=cut.warps,
+        )  # fmt: skip
+
+
+def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor | None) -> Terms:
+    """The terms of logits (n, C) over all classes; out (n, C) gets the gradient, and may be logits, or None for none."""
+    rows = _laid_out(rows)
+    count, columns = logits.shape
+    labels = rows.labels.shape[0]
+    cut = _cut(logits, labels)
+    whole = columns <= cut.block
+    if not whole and (out is None or cut.parts > 1):
+        terms = row_terms(logits, 0, rows)
+        if out is not None:
+            row_gradient(logits, 0, rows, terms.log_sum, out)
+        return terms
+    written = _empty_terms(rows, logits, 1)
+    kernel = row_kernels.whole_rows if whole else row_kernels.long_rows
+    with _on(logits):
+        kernel[triton.cdiv(count, cut.rows), 1](
+            logits, logits.stride(0), out, 0 if out is None else out.stride(0), rows.log_prior, rows.labels, rows.shares,
+            rows.smoothing, rows.graph_rows, rows.indptr, rows.indices, *written,
+            count, columns, rows.num_predicted, _log_silence(rows), rows.label_smoothing, _steps(rows),
+            LABELS=labels, ROWS=cut.rows, BLOCK=cut.block, num_warps=cut.warps,
+        )  # fmt: skip
+    return _merged(written)
+
+
+def scale_(values: Tensor, scale: Tensor) -> Tensor:
+    """values *= scale (), in place; memory is not touched where scale is 1, which the device alone knows."""
+    block = 4096
+    with _on(values):
+        row_kernels.scale_in_place[(triton.cdiv(values.numel(), block),)](values, scale, values.numel(), BLOCK=block, num_warps=8)
+    return values
+
+
+def _laid_out(rows: Rows) -> Rows:
+    """Some of the rows of two labels are not contiguous; the kernels take (L, n) as it comes."""
+    tensors = {name: getattr(rows, name) for name in ("labels", "shares", "smoothing", "graph_rows", "log_prior")}
+    return rows._replace(**{name: t.contiguous() for name, t in tensors.items() if t is not None})
+
+
+class _Out(NamedTuple):
+    """Terms as the kernels write them, one set per part but for the label's logit."""
+
+    log_sums: Tensor  # (parts, L, n)
+    label_logits: Tensor  # (L, n)
+    logit_sums: Tensor | None  # (parts, L, n)
+    best_logits: Tensor | None  # (parts, n)
+    bests: Tensor | None
+
+
+def _empty_terms(rows: Rows, logits: Tensor, parts: int) -> _Out:
+    labels, count = rows.labels.shape
+    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=logits.device)  # noqa: E731
+    predicted = rows.num_predicted > 0
+    return _Out(
+        new(parts, labels, count),
+        new(labels, count),
+        None if rows.smoothing is None else new(parts, labels, count),
+        new(parts, count) if predicted else None,
+        new(parts, count, dtype=torch.int64) if predicted else None,
+    )
+
+
+def _merged(out: _Out) -> Terms:
+    parts = out.log_sums.shape[0]
+    pieces = [(None,) * parts if t is None else t.unbind() for t in (out.log_sums, out.logit_sums, out.best_logits, out.bests)]
+    return merge_terms([Terms(s, out.label_logits, total, value, best) for s, total, value, best in zip(*pieces, strict=True)])
+
+
+def _cut(logits: Tensor, labels: int) -> Cut:
+    return plan_cut(logits.shape[0], logits.shape[1], labels, _processors(logits.device))
+
+
+def _span(columns: int, cut: Cut) -> int:
+    """Columns of a part, whole blocks."""
+    return triton.cdiv(triton.cdiv(columns, cut.parts), cut.block) * cut.block
+
+
+def _warps(elements: int) -> int:
+    return min(32, max(1, triton.next_power_of_2(elements) // (32 * ELEMENTS_PER_THREAD)))
+
+
+def _log_silence(rows: Rows) -> float:
+    return math.log(rows.silence) if rows.silence > 0 else -math.inf
+
+
+def _steps(rows: Rows) -> int:
+    """Bisections that find a place among max_degree neighbours."""
+    return rows.max_degree.bit_length()
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _on(tensor: Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device_of(tensor)
