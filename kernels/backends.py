@@ -25,6 +25,13 @@ def choose_backend(backend: str, matrix: Tensor, count: int) -> str:
     return "triton" if backend == "triton" or matrix.is_cuda else "torch"
 
 
+def is_transformed() -> bool:
+    """Whether this runs under torch.func (grad, vmap, jvp) or forward-mode differentiation, which the fast paths do not know."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def _obstacle(matrix: Tensor) -> str:
     if matrix.dtype == torch.float64:
         return "computes in float32, and the input is float64"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastlt_kernels.backends import choose_backend
+from fastlt_kernels.backends import choose_backend, is_transformed
 from fastlt_kernels.checks import check_chunk_bytes, check_linear, check_loss, check_predicted
 from fastlt_kernels.chunk_work import ChunkWork
 from fastlt_kernels.chunks import plan_chunks, slices
@@ -99,6 +99,11 @@ def _outputs(
         count, classes, features.device, target, graph, log_prior, silence, target_b, mix, label_smoothing, reduction, backend
     )
     check_predicted(num_predicted, classes)
+    if is_transformed():
+        raise RuntimeError(
+            "linear_neighbor_silencing_loss does not run under torch.func or forward-mode differentiation: "
+            "use neighbor_silencing_loss(features @ weight.T, ..., backend='torch')"
+        )
     backend = choose_backend(backend, features, count)
     product = product_dtype(features, autocast)
     labels, shares = stack_labels(target, target_b, mix, accumulation_dtype(features.dtype))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastlt_kernels.backends import choose_backend
+from fastlt_kernels.backends import choose_backend, is_transformed
 from fastlt_kernels.checks import check_logits, check_loss, check_predicted
 from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels.labels import accumulation_dtype, counted_rows, stack_labels
-from fastlt_kernels.rows import Rows, describe_rows, implementation, losses_of
+from fastlt_kernels.rows import Rows, Terms, describe_rows, implementation, losses_of
 from fastlt_kernels.saved import save_mixed, saved_mixed, scaled
 from fastlt_kernels.torch_logits import torch_losses
+
+# Measured on AVX-512, for the torch rows on a CPU: of fewer logits, plain torch's few calls cost less.
+FUSE_FROM_LOGITS = 2**18
 
 
 class LossOutput(NamedTuple):
@@ -48,9 +50,10 @@ def neighbor_silencing_loss(
     its own silenced set. label_smoothing spreads its mass over the unsilenced classes only. Rows labelled -100 have no loss,
     and "mean" is over the others (0 if there are none).
 
-    backend "triton" makes loss and gradient in one pass, on a GPU; "torch" is plain torch, on anything; "auto" chooses.
+    backend "triton" makes loss and gradient in one pass, on a GPU; "torch" is plain torch, on anything, and differentiable as
+    often as wanted; "auto" takes Triton on a GPU, and on a CPU blocks of rows that stay in cache where there are many logits.
     Returns the loss in float32 (float64 for float64 logits): a scalar for reduction "mean" and "sum", (N,) for "none".
-    Arithmetic inside is float32 or float64; differentiable in logits, by "triton" once. Logits are never overwritten.
+    Arithmetic inside is float32 or float64; differentiable in logits, once but by "torch". Logits are never overwritten.
     Raises ValueError naming the argument.
     """
     return _outputs(
@@ -88,7 +91,10 @@ def _outputs(
     check_predicted(num_predicted, classes)
     labels, shares = stack_labels(target, target_b, mix, accumulation_dtype(logits.dtype))
     rows = describe_rows(labels, shares, log_prior, graph, classes, silence, label_smoothing, num_predicted)
-    if choose_backend(backend, logits, count) == "torch":
+    chosen = choose_backend(backend, logits, count)
+    if is_transformed() and backend == "triton":
+        raise RuntimeError("backend 'triton' does not run under torch.func or forward-mode differentiation: use backend='torch'")
+    if backend == "torch" or is_transformed() or (chosen == "torch" and count * classes < FUSE_FROM_LOGITS):
         losses, log_sum, best = torch_losses(logits, rows)
         return reduced(losses, shares, reduction), log_sum, best
     # One pass can make the gradient too where its scale is known by then. For rows that will count each on its own it is
@@ -97,7 +103,7 @@ def _outputs(
     if summed and reduction == "mean":
         rows = rows._replace(shares=shares / counted_rows(shares))
     wanted = torch.is_grad_enabled() and logits.requires_grad
-    loss, log_sum, best, _ = torch.ops.fastlt_kernels.logits_loss(logits, *rows, summed, wanted)
+    loss, log_sum, best, _ = torch.ops.fastlt_kernels.logits_loss(logits, *rows, chosen, summed, wanted)
     return loss if summed else reduced(loss, shares, reduction), log_sum[0], best
 
 
@@ -117,14 +123,14 @@ ROWS_SCHEMA = (
 @torch.library.custom_op(
     "fastlt_kernels::logits_loss",
     mutates_args=(),
-    schema=f"(Tensor logits, {ROWS_SCHEMA}, bool summed, bool wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor logits, {ROWS_SCHEMA}, str backend, bool summed, bool wanted) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _logits_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, summed () or per row (N,); log-sum-exp (L, N); prediction (N,); if summed, d loss / d logits (N, C), if wanted."""
-    *described, summed, wanted = args
+    *described, backend, summed, wanted = args
     rows = Rows(*described)
     gradient = _empty_gradient(logits, summed and wanted)
-    terms = triton_rows().row_loss_and_gradient(_packed(logits), rows, gradient if summed and wanted else None)
+    terms = _terms(_packed(logits), rows, backend, gradient if summed and wanted else None)
     losses = losses_of(terms, rows)
     best = torch.zeros_like(rows.labels[0]) if terms.best is None else terms.best
     return losses.sum() if summed else losses, terms.log_sum, best, gradient
@@ -133,19 +139,19 @@ def _logits_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Te
 @torch.library.custom_op(
     "fastlt_kernels::logits_loss_gradient",
     mutates_args=(),
-    schema=f"(Tensor logits, {ROWS_SCHEMA}, Tensor log_sum) -> Tensor",
+    schema=f"(Tensor logits, {ROWS_SCHEMA}, str backend, Tensor log_sum) -> Tensor",
 )
 def _logits_loss_gradient(logits: Tensor, *args: Any) -> Tensor:
     """(N, C), of the sum of shares * loss, shares being whatever each row's loss is to count."""
-    *described, log_sum = args
+    *described, backend, log_sum = args
     gradient = _empty_gradient(logits, True)
-    triton_rows().row_gradient(_packed(logits), 0, Rows(*described), log_sum, gradient)
+    implementation(backend).row_gradient(_packed(logits), 0, Rows(*described), log_sum, gradient)
     return gradient
 
 
 @_logits_loss.register_fake
 def _(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *described, summed, wanted = args
+    *described, _backend, summed, wanted = args
     shares = Rows(*described).shares
     return (
         shares.new_empty(() if summed else shares.shape[1:]),
@@ -160,8 +166,11 @@ def _(logits: Tensor, *args: Any) -> Tensor:
     return _empty_gradient(logits, True)
 
 
-def triton_rows() -> ModuleType:
-    return implementation("triton")
+def _terms(logits: Tensor, rows: Rows, backend: str, gradient: Tensor | None) -> Terms:
+    """And the gradient, where there is room for it."""
+    if gradient is None:
+        return implementation(backend).row_terms(logits, 0, rows)
+    return implementation(backend).row_loss_and_gradient(logits, rows, gradient)
 
 
 def _packed(logits: Tensor) -> Tensor:
@@ -173,7 +182,7 @@ def _empty_gradient(logits: Tensor, wanted: bool) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, *described, ctx.summed, wanted = inputs
+    logits, *described, ctx.backend, ctx.summed, wanted = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.has_gradient = wanted
@@ -185,7 +194,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 @once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (len(Rows._fields) + 2)
+    nothing = (None,) * (len(Rows._fields) + 3)
     if grad_loss is None or not ctx.has_gradient:
         return None, *nothing
     if ctx.summed:
@@ -193,7 +202,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Any) -> tuple[Tensor
     logits, *described, log_sum = saved_mixed(ctx)
     rows = Rows(*described)
     rows = rows._replace(shares=rows.shares * grad_loss)
-    return torch.ops.fastlt_kernels.logits_loss_gradient(logits, *rows, log_sum), *nothing
+    return torch.ops.fastlt_kernels.logits_loss_gradient(logits, *rows, ctx.backend, log_sum), *nothing
 
 
 _logits_loss.register_autograd(_backward, setup_context=_setup_context)

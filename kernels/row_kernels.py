@@ -108,7 +108,7 @@ def _mass(columns, first, label, unsilenced, share, smooth, label_smoothing, smo
 @triton.jit
 def whole_rows(
     logits, stride,  # (n, C), rows contiguous
-    out, out_stride,  # (n, C) the gradient, may be logits; or None
+    out, out_stride,  # (n, C) the gradient, may be logits
     log_prior,  # (C,) fp32 or None
     labels, shares, smoothing,  # (L, n) int64; fp32; fp32 or None
     graph_rows, indptr, indices,  # (L, n) int64, CSR; or None
@@ -117,7 +117,7 @@ def whole_rows(
     rows, classes, num_predicted, log_silence, label_smoothing, steps,
     LABELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows that fit into one block: terms, and the gradient if out is given."""
+    """Rows that fit into one block: terms and gradient."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     mask = row < rows
@@ -144,15 +144,13 @@ def whole_rows(
             smooth = tl.load(smoothing + label_row, mask=mask, other=0.0)
             logit_sum = tl.sum(tl.where(unsilenced & inside, base, 0.0), axis=1)
             tl.store(logit_sums + label_row, logit_sum, mask=mask)
-        if out is not None:
-            share = tl.load(shares + label_row, mask=mask, other=0.0)
-            gradient += exponentials * (share / total)[:, None]
-            gradient -= _mass(columns, 0, label, unsilenced, share, smooth, label_smoothing, smoothing)
-    if out is not None:
-        # Where out is logits, other warps may still have to read the label's logit.
-        tl.debug_barrier()
-        place = out + row.to(tl.int64)[:, None] * out_stride + columns[None, :]
-        tl.store(place, gradient.to(out.dtype.element_ty), mask=inside)
+        share = tl.load(shares + label_row, mask=mask, other=0.0)
+        gradient += exponentials * (share / total)[:, None]
+        gradient -= _mass(columns, 0, label, unsilenced, share, smooth, label_smoothing, smoothing)
+    # Where out is logits, other warps may still have to read the label's logit.
+    tl.debug_barrier()
+    place = out + row.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    tl.store(place, gradient.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

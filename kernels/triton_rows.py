@@ -76,23 +76,22 @@ def row_gradient(logits: Tensor, first: int, rows: Rows, log_sum: Tensor, out: T
         )  # fmt: skip
 
 
-def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor | None) -> Terms:
-    """The terms of logits (n, C) over all classes; out (n, C) gets the gradient, and may be logits, or None for none."""
+def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
+    """The terms of logits (n, C) over all classes; out (n, C) gets the gradient, and may be logits."""
     rows = _laid_out(rows)
     count, columns = logits.shape
     labels = rows.labels.shape[0]
     cut = _cut(logits, labels)
     whole = columns <= cut.block
-    if not whole and (out is None or cut.parts > 1):
+    if not whole and cut.parts > 1:
         terms = row_terms(logits, 0, rows)
-        if out is not None:
-            row_gradient(logits, 0, rows, terms.log_sum, out)
+        row_gradient(logits, 0, rows, terms.log_sum, out)
         return terms
     written = _empty_terms(rows, logits, 1)
     kernel = row_kernels.whole_rows if whole else row_kernels.long_rows
     with _on(logits):
         kernel[triton.cdiv(count, cut.rows), 1](
-            logits, logits.stride(0), out, 0 if out is None else out.stride(0), rows.log_prior, rows.labels, rows.shares,
+            logits, logits.stride(0), out, out.stride(0), rows.log_prior, rows.labels, rows.shares,
             rows.smoothing, rows.graph_rows, rows.indptr, rows.indices, *written,
             count, columns, rows.num_predicted, _log_silence(rows), rows.label_smoothing, _steps(rows),
             LABELS=labels, ROWS=cut.rows, BLOCK=cut.block, num_warps=cut.warps,

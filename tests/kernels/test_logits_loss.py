@@ -2,7 +2,13 @@ import pytest
 import torch
 from loss_cases import MIXES, SHAPES, assert_as_exact_as_eager, assert_near, loss_and_gradients, make_case
 
-from fastlt_kernels import neighbor_silencing_loss, reference_loss
+from fastlt_kernels import linear_neighbor_silencing_loss, logits_loss, neighbor_silencing_loss, reference_loss
+
+
+@pytest.fixture(autouse=True, params=[2**62, 0], ids=["plain", "blocks"])
+def way(request, monkeypatch):
+    """Both ways that "auto" has on a CPU."""
+    monkeypatch.setattr(logits_loss, "FUSE_FROM_LOGITS", request.param)
 
 
 def both(case, dtype=torch.float64, **options):
@@ -108,3 +114,18 @@ def test_a_number_for_mix_does_not_recompile():
 
     for mix in [0.05 * i for i in range(1, 13)]:  # more than the number of graphs that torch.compile allows
         torch.testing.assert_close(compiled(mix), neighbor_silencing_loss(logits, case.target, mix=mix, **case.options))
+
+
+def test_under_torch_func():
+    case = make_case(3, 4, 9, 2)
+    logits = case.logits(torch.float64).detach()
+    wanted = loss_and_gradients(reference_loss(logits.requires_grad_(), case.target, **case.options), [logits])[1]
+    loss = lambda z, **options: neighbor_silencing_loss(z, case.target, **case.options, **options)  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(loss)(logits.detach()), wanted)
+    tangent = torch.ones_like(wanted)
+    torch.testing.assert_close(torch.func.jvp(loss, (logits.detach(),), (tangent,))[1], wanted.sum())
+    assert torch.autograd.gradgradcheck(lambda z: loss(z, backend="torch"), [logits])
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(lambda z: loss(z, backend="triton"))(logits.detach().float())
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(lambda x: linear_neighbor_silencing_loss(x, case.weight, case.target))(case.features)

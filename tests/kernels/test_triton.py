@@ -1,5 +1,6 @@
 """The Triton kernels against the specification: on a GPU where there is one, else in Triton's interpreter."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -202,9 +203,9 @@ def test_opcheck():
     labels = torch.stack([case.target, case.target.flip(0)]).to(DEVICE)
     shares = torch.full(labels.shape, 0.5, device=DEVICE)
     described = rows.describe_rows(labels, shares, None, case.options["graph"].to(DEVICE), 30, 0.1, 0.1, 4)
-    for summed in (True, False):
+    for summed, backend in itertools.product((True, False), ("torch", "triton")):
         logits = case.logits(torch.float32).detach().to(DEVICE).requires_grad_()
-        torch.library.opcheck(torch.ops.fastlt_kernels.logits_loss.default, (logits, *described, summed, True))
+        torch.library.opcheck(torch.ops.fastlt_kernels.logits_loss.default, (logits, *described, backend, summed, True))
 
 
 def test_compiles_whole():
