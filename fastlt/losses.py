@@ -6,7 +6,7 @@ Every loss takes logits (N, C) and targets (N,) and gives a scalar; those that a
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fastlt.classes import ClassSpace
 from fastlt.config import LINEAR_LOSSES, LossConfig
 from fastlt.errors import UserError
 from fastlt.model import Classifier, CosineHead, LinearHead
-from fastlt_kernels import ClassGraph, linear_neighbor_silencing_loss, neighbor_silencing_loss
+from fastlt_kernels import ClassGraph, LossOutput, linear_neighbor_silencing_outputs, neighbor_silencing_outputs
 
 FUSE_FROM_CLASSES = 4096  # below, the logits of a batch are small and a plain product is at least as fast
 
@@ -58,20 +58,43 @@ def ldam(logits: Tensor, target: Tensor, *, margin: Tensor, scale: float, weight
     return weighted_ce(lowered, target, weights=weights)
 
 
+class Step(NamedTuple):
+    """The loss of a batch, and how many of its target images the model got right in the same pass; each ()."""
+
+    loss: Tensor
+    correct: Tensor  # of mixed labels, the share of the one that was predicted
+    counted: Tensor  # labels that are targets; auxiliaries are not predicted
+
+
 @dataclass(frozen=True)
 class Criterion:
     """Model and labels to loss."""
 
-    of_logits: Callable[..., Tensor]
-    of_features: Callable[..., Tensor] | None = None  # never makes the (N, C) logits; where that pays
+    of_logits: Callable[..., Tensor | LossOutput]
+    num_targets: int
+    of_features: Callable[..., LossOutput] | None = None  # never makes the (N, C) logits; where that pays
 
-    def loss(self, model: Classifier, images: Tensor, target: Tensor, target_b: Tensor | None, mix: Tensor | None) -> Tensor:
-        """images (N, 3, H, W), target and target_b (N,), mix () or (N,): a scalar."""
+    def step(self, model: Classifier, images: Tensor, target: Tensor, target_b: Tensor | None, mix: Tensor | None) -> Step:
+        """images (N, 3, H, W), target and target_b (N,), mix () or (N,)."""
         mixed = {} if target_b is None else {"target_b": target_b, "mix": mix}
-        if self.of_features is None:
-            return self.of_logits(model(images), target, **mixed)
-        features = model.backbone(images)
-        return self.of_features(features, model.head.weight, target, bias=model.head.bias, **mixed)
+        if self.of_features is not None:
+            features = model.backbone(images)
+            output = self.of_features(features, model.head.weight, target, bias=model.head.bias, **mixed)
+            return self._scored(output.loss, output.prediction, target, target_b, mix)
+        logits = model(images)
+        result = self.of_logits(logits, target, **mixed)
+        if isinstance(result, LossOutput):
+            return self._scored(result.loss, result.prediction, target, target_b, mix)
+        return self._scored(result, logits.detach()[:, : self.num_targets].argmax(dim=1), target, target_b, mix)
+
+    def _scored(self, loss: Tensor, prediction: Tensor, target: Tensor, target_b: Tensor | None, mix: Tensor | None) -> Step:
+        counted = (target < self.num_targets).float()
+        correct = counted * (prediction == target)
+        if target_b is not None and mix is not None:
+            counted_b = (target_b < self.num_targets).float()
+            correct = mix * correct + (1 - mix) * counted_b * (prediction == target_b)
+            counted = mix * counted + (1 - mix) * counted_b
+        return Step(loss, correct.sum(), counted.sum())
 
 
 def in_drw(config: LossConfig, epoch: int) -> bool:
@@ -92,12 +115,12 @@ def build_criterion(
     if drw or config.name == "class-balanced":
         weights = effective_number_weights(counts, config.beta).to(device)
     if config.name == "focal":
-        return Criterion(partial(focal, gamma=config.gamma))
+        return Criterion(partial(focal, gamma=config.gamma), space.num_targets)
     if config.name == "class-balanced":
-        return Criterion(partial(weighted_ce, weights=weights))
+        return Criterion(partial(weighted_ce, weights=weights), space.num_targets)
     assert isinstance(model.head, CosineHead)  # the configuration was refused otherwise
     margin = margins(counts, config.max_margin).to(device)
-    return Criterion(partial(ldam, margin=margin, scale=model.head.scale, weights=weights))
+    return Criterion(partial(ldam, margin=margin, scale=model.head.scale, weights=weights), space.num_targets)
 
 
 def _linear_in_the_label(
@@ -105,15 +128,15 @@ def _linear_in_the_label(
 ) -> Criterion:
     silent = silencing_graph(config, space)
     options: dict[str, Any] = {
+        "num_targets": space.num_targets,
         "graph": silent.to(device) if silent is not None else None,
         "log_prior": None if config.name == "ce" or config.tau == 0 else log_prior(counts, config.tau).to(device),
         "silence": config.silence if silent is not None else 1.0,
         "label_smoothing": config.label_smoothing,
     }
     fuse = isinstance(model.head, LinearHead) and space.num_classes >= FUSE_FROM_CLASSES
-    return Criterion(
-        partial(neighbor_silencing_loss, **options), partial(linear_neighbor_silencing_loss, **options) if fuse else None
-    )
+    of_features = partial(linear_neighbor_silencing_outputs, **options) if fuse else None
+    return Criterion(partial(neighbor_silencing_outputs, **options), space.num_targets, of_features)
 
 
 def silencing_graph(config: LossConfig, space: ClassSpace) -> ClassGraph | None:

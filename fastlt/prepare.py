@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from torch.optim import Optimizer
 
 from fastlt.classes import ClassSpace
@@ -17,7 +16,7 @@ from fastlt.data.loader import Loader, choose_engine
 from fastlt.data.packed import Pack
 from fastlt.data.plan import Plan, Sampling
 from fastlt.errors import UserError
-from fastlt.losses import silencing_graph
+from fastlt.losses import Step, silencing_graph
 from fastlt.model import Classifier, build_model
 from fastlt.optim import Averaged, averaged, build_optimizer, lr_factor
 
@@ -30,6 +29,8 @@ class Progressed:
     step_in_epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0  # of this epoch so far
+    correct: float = 0.0  # target images of this epoch so far that the model got right while it trained
+    counted: float = 0.0
     seconds: float = 0.0  # of training, over all starts
     images: int = 0
     best: dict[str, Any] = field(default_factory=dict)
@@ -53,7 +54,7 @@ class Trainer:
     optimizer: Optimizer
     factor: Callable[[float], float]
     at: Progressed
-    forward: dict[bool, Callable[..., Tensor]] = field(default_factory=dict)  # by `in_drw`: compiled once, not once an epoch
+    forward: dict[bool, Callable[..., Step]] = field(default_factory=dict)  # by `in_drw`: compiled once, not once an epoch
 
 
 def prepare(config: Config, run: Path, pack: Pack) -> Trainer:

@@ -30,7 +30,7 @@ from fastlt.errors import UserError
 from fastlt.evaluate import EVALUATION_BATCH, evaluation_geometry, predict, save_predictions
 from fastlt.export import export_safetensors
 from fastlt.files import write_text
-from fastlt.losses import build_criterion, in_drw
+from fastlt.losses import Step, build_criterion, in_drw
 from fastlt.metrics import Predictions, confusions, score
 from fastlt.model import Classifier
 from fastlt.optim import clip, set_lr
@@ -150,25 +150,25 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
     config, at, plan = trainer.config, trainer.at, trainer.plan
     forward = forward_of(trainer, at.epoch)
     set_modes(trainer)
-    losses: list[Tensor] = []
+    steps: list[Tensor] = []
     began = last_saved = time.perf_counter()
     images_before, seconds_before = at.images, at.seconds
     for batch, pixels in trainer.train_loader.iterate(plan.epoch(at.epoch, at.step_in_epoch)):
-        losses.append(train_step(trainer, forward, batch, pixels))
+        steps.append(train_step(trainer, forward, batch, pixels))
         at.step, at.step_in_epoch, at.images = at.step + 1, at.step_in_epoch + 1, at.images + len(batch.labels)
         if at.step % READ_LOSS_EVERY == 0:
-            at.loss_sum += read_losses(losses, at)
+            read_steps(steps, at)
             report(
                 (at.images - images_before) / (time.perf_counter() - began),
-                f"epoch {at.epoch + 1} loss {at.loss_sum / at.step_in_epoch:.3f}",
+                f"epoch {at.epoch + 1} loss {at.loss_sum / at.step_in_epoch:.3f} train {train_top1(at):.1f}",
             )
         is_due = time.perf_counter() - last_saved > 60 * config.train.checkpoint_minutes
         if is_due and at.step_in_epoch % config.optim.accumulate == 0 and at.step_in_epoch < plan.steps_per_epoch:
-            at.loss_sum += read_losses(losses, at)
+            read_steps(steps, at)
             at.seconds = seconds_before + time.perf_counter() - began
             save(trainer)
             last_saved = time.perf_counter()
-    at.loss_sum += read_losses(losses, at)
+    read_steps(steps, at)
     seconds = time.perf_counter() - began
     at.seconds = seconds_before + seconds
     return (at.images - images_before) / seconds
@@ -182,8 +182,8 @@ def set_modes(trainer: Trainer) -> None:
         trainer.model.backbone.requires_grad_(not frozen).train(not frozen)
 
 
-def train_step(trainer: Trainer, forward: Callable[..., Tensor], batch: Batch, pixels: Tensor) -> Tensor:
-    """One batch: its loss, still on the device."""
+def train_step(trainer: Trainer, forward: Callable[..., Step], batch: Batch, pixels: Tensor) -> Tensor:
+    """One batch: its `Step` as one tensor (3,), still on the device."""
     config, at, device = trainer.config, trainer.at, trainer.device
     generator = torch.Generator().manual_seed(step_seed(config.train.seed, at.step, 0))
     torch.manual_seed(step_seed(config.train.seed, at.step, 1))  # dropout and the like
@@ -191,7 +191,7 @@ def train_step(trainer: Trainer, forward: Callable[..., Tensor], batch: Batch, p
     set_lr(trainer.optimizer, factor)
     images, target, target_b, mix = make_input(config, pixels, torch.from_numpy(batch.labels), generator, device)
     with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
-        loss = forward(trainer.model, images, target, target_b, mix)
+        loss, correct, counted = forward(trainer.model, images, target, target_b, mix)
     group, is_last = accumulation(config.optim.accumulate, at.step_in_epoch, trainer.plan.steps_per_epoch)
     (loss / group if group > 1 else loss).backward()
     if is_last:
@@ -200,7 +200,7 @@ def train_step(trainer: Trainer, forward: Callable[..., Tensor], batch: Batch, p
         trainer.optimizer.zero_grad()
         if trainer.ema is not None:
             trainer.ema.update(trainer.model, at.step // config.optim.accumulate)
-    return loss.detach()
+    return torch.stack([loss.detach(), correct, counted])
 
 
 def accumulation(accumulate: int, step: int, steps: int) -> tuple[int, bool]:
@@ -233,13 +233,13 @@ def step_seed(seed: int, step: int, stream: int) -> int:
     return int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def forward_of(trainer: Trainer, epoch: int) -> Callable[..., Tensor]:
-    """`forward(model, images, target, target_b, mix)` to the loss: model and loss as one graph where that is compiled."""
+def forward_of(trainer: Trainer, epoch: int) -> Callable[..., Step]:
+    """`forward(model, images, target, target_b, mix)` to loss and hits: model and loss as one graph where that is compiled."""
     drw = in_drw(trainer.config.loss, epoch)
     if drw not in trainer.forward:
         counts = torch.from_numpy(trainer.plan.class_counts[: trainer.space.num_classes])
         criterion = build_criterion(trainer.config.loss, trainer.space, counts, trainer.model, drw, trainer.device)
-        trainer.forward[drw] = torch.compile(criterion.loss) if is_compiled(trainer.config, trainer.device) else criterion.loss
+        trainer.forward[drw] = torch.compile(criterion.step) if is_compiled(trainer.config, trainer.device) else criterion.step
     return trainer.forward[drw]
 
 
@@ -247,17 +247,22 @@ def is_compiled(config: Config, device: torch.device) -> bool:
     return config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
 
 
-def read_losses(losses: list[Tensor], at: Progressed) -> float:
-    """Sum of the losses since the last look; waits for the device. Raises UserError where training has diverged."""
-    if not losses:
-        return 0.0
-    total = float(torch.stack(losses).sum())
-    losses.clear()
-    if not math.isfinite(total):
+def read_steps(steps: list[Tensor], at: Progressed) -> None:
+    """Adds the steps since the last look to the epoch's sums; waits for the device. UserError where training has diverged."""
+    if not steps:
+        return
+    loss, correct, counted = torch.stack(steps).sum(dim=0).tolist()
+    steps.clear()
+    if not math.isfinite(loss):
         raise UserError(
             f"the loss is not finite at epoch {at.epoch + 1}, step {at.step_in_epoch}: lower optim.lr or set optim.clip=1"
         )
-    return total
+    at.loss_sum, at.correct, at.counted = at.loss_sum + loss, at.correct + correct, at.counted + counted
+
+
+def train_top1(at: Progressed) -> float:
+    """Percent of this epoch's target images that the model, as it was at their step, got right among the targets."""
+    return 100 * at.correct / max(1e-9, at.counted)
 
 
 # --- after an epoch
@@ -272,7 +277,8 @@ def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None)
     at = trainer.at
     record: dict[str, Any] = {
         "epoch": at.epoch, "step": at.step, "loss": at.loss_sum / max(1, at.step_in_epoch),
-        "lr": trainer.optimizer.param_groups[-1]["lr"], "images_per_second": rate, "seconds": at.seconds,
+        "train_top1": train_top1(at), "lr": trainer.optimizer.param_groups[-1]["lr"],
+        "images_per_second": rate, "seconds": at.seconds,
     }  # fmt: skip
     if predictions is not None:
         figures = score(predictions, trainer.space)
@@ -281,7 +287,7 @@ def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None)
             at.best = {"epoch": at.epoch + 1, **{name: figures[name] for name in ("top1", "many", "medium", "few")}}
     with (trainer.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-    at.epoch, at.step_in_epoch, at.loss_sum = at.epoch + 1, 0, 0.0
+    at.epoch, at.step_in_epoch, at.loss_sum, at.correct, at.counted = at.epoch + 1, 0, 0.0, 0.0, 0.0
     return record
 
 
@@ -324,7 +330,7 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
 
 def progress_bar(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.fields[note]:<24}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[note]:<36}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[rate]:>7,.0f} images/s"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         console=console, transient=True,
     )  # fmt: skip

@@ -15,10 +15,6 @@ from fastlt_kernels.rows import Rows, Terms, implementation, join_terms, merge_t
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # None: all processes
 
-# torch 2.13 renames the collectives on one tensor, and warns of the old names.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 
 def shard_of(num_classes: int, rank: int, world: int) -> slice:
     """The classes of a rank: torch.chunk's and DTensor's cut, of which the last may be shorter or empty."""
@@ -34,7 +30,9 @@ def gather(local: Tensor, group: Group) -> Tensor:
     """(world, ...): the tensors of all ranks, which are of one shape."""
     world = dist.get_world_size(group)
     whole = local.new_empty(world * local.shape[0], *local.shape[1:])
-    _all_gather(whole, local.contiguous(), group=group)
+    # torch 2.13 renames the collectives on one tensor, and warns of the old names.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(whole, local.contiguous(), group=group)
     return whole.view(world, *local.shape)
 
 
@@ -78,7 +76,8 @@ class Scattering:
     def __init__(self, partial: Tensor, group: Group) -> None:
         self.partial = partial.contiguous()  # must live until the exchange is over
         self.own = partial.new_empty(partial.shape[0] // dist.get_world_size(group), *partial.shape[1:])
-        self.work = _reduce_scatter(self.own, self.partial, group=group, async_op=True)
+        collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        self.work = collective(self.own, self.partial, group=group, async_op=True)
 
     def result(self) -> Tensor:
         if self.work is not None:

@@ -34,7 +34,7 @@ def value(config, mixed=False, drw=False, cosine=False):
     features, target = torch.randn(33, 16), torch.randint(12, (33,))
     target_b, mix = (target.flip(0), torch.tensor(0.3)) if mixed else (None, None)
     criterion = build_criterion(config, space(), COUNTS, net, drw, CPU)
-    return criterion.loss(net, features, target, target_b, mix), net(features), target
+    return criterion.step(net, features, target, target_b, mix).loss, net(features), target
 
 
 def prior(tau=1.0):
@@ -85,6 +85,28 @@ def test_directions_silence_only_their_rows(directions):
 def test_the_few_shot_restriction_keeps_pairs_of_rare_targets():
     graph = silencing_graph(LossConfig(few_shot_below=10), space())
     assert sorted(map(tuple, graph.pairs().tolist())) == [(3, 9), (4, 11)]
+
+
+@pytest.mark.parametrize("name", ["neighbor-silencing", "focal"])
+def test_hits_are_counted_among_the_targets(name):
+    torch.manual_seed(3)
+    net, features = model(), torch.randn(12, 16)
+    best = net(features)[:, :TARGETS].argmax(dim=1)
+    criterion = build_criterion(LossConfig(name=name), space(), COUNTS, net, False, CPU)
+    target = torch.where(torch.arange(12) % 3 == 0, best, TARGETS)  # every third a target that is hit, the others auxiliaries
+    step = criterion.step(net, features, target, None, None)
+    assert (step.correct, step.counted) == (4, 4)
+    step = criterion.step(net, features, (best + 1) % TARGETS, None, None)
+    assert (step.correct, step.counted) == (0, 12)
+
+
+def test_hits_of_mixed_labels_count_their_share():
+    torch.manual_seed(4)
+    net, features = model(), torch.randn(12, 16)
+    best = net(features)[:, :TARGETS].argmax(dim=1)
+    criterion = build_criterion(LossConfig(), space(), COUNTS, net, False, CPU)
+    step = criterion.step(net, features, best, torch.full((12,), TARGETS), torch.tensor(0.25))
+    assert (step.correct, step.counted) == (3, 3)
 
 
 def test_silencing_nothing_is_an_error():
@@ -140,7 +162,9 @@ def test_many_classes_take_the_fused_loss_with_the_same_value():
     net, features, target = model(classes), torch.randn(9, 16), torch.randint(classes, (9,))
     criterion = build_criterion(LossConfig(), big, torch.full((classes,), 9), net, False, CPU)
     assert criterion.of_features is not None
-    torch.testing.assert_close(criterion.loss(net, features, target, None, None), criterion.of_logits(net(features), target))
+    torch.testing.assert_close(
+        criterion.step(net, features, target, None, None).loss, criterion.of_logits(net(features), target).loss
+    )
 
 
 def test_a_class_without_images_has_no_prior():
