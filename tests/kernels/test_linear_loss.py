@@ -33,6 +33,10 @@ def exact(case, **options):
     return loss_and_gradients(reference_of_linear(case, inputs, **options), inputs)
 
 
+poisoned = pytest.mark.usefixtures("poisoned_memory")
+
+
+@poisoned
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("silence", [0.0, 0.1, 1.0])
@@ -42,6 +46,7 @@ def test_is_the_reference(shape, silence, label_smoothing, mix):
     assert_near(result(case, case.inputs(torch.float64)), exact(case))
 
 
+@poisoned
 @pytest.mark.parametrize("chunk_bytes", [1, 5_000, 20_000, 10**9])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_chunks_do_not_show(reduction, chunk_bytes, monkeypatch):
@@ -49,6 +54,26 @@ def test_chunks_do_not_show(reduction, chunk_bytes, monkeypatch):
     case = make_case(23, 20, 61, 7, mix="rows", label_smoothing=0.1)
     got = result(case, case.inputs(torch.float64), reduction=reduction, chunk_bytes=chunk_bytes)
     assert_near(got, exact(case, reduction=reduction))
+
+
+in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, Triton does not take CPU tensors")
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=in_the_interpreter)])
+def test_a_batch_in_two_parts_is_the_same(backend):
+    case = make_case(13, 20, 61, 7, mix="rows", label_smoothing=0.1)
+    options = case.options
+    inputs = case.inputs(torch.float32)
+    whole = loss_and_gradients(loss_of(case, inputs, backend=backend, reduction="sum"), inputs)
+    parts = []
+    for part in (slice(0, 5), slice(5, 13)):
+        features, weight, bias = inputs
+        mixed = {"target_b": options["target_b"][part], "mix": options["mix"][part]}
+        loss = linear_neighbor_silencing_loss(
+            features[part], weight, case.target[part], bias=bias, backend=backend, reduction="sum", **{**options, **mixed}
+        )
+        parts.append(loss_and_gradients(loss, inputs))
+    torch.testing.assert_close([a + b for a, b in zip(*parts, strict=True)], whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("direction", ["target_rows", "aux_rows"])
