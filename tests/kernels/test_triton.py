@@ -291,3 +291,28 @@ def test_more_than_2_to_the_31_logits():
     (gradient,) = torch.autograd.grad(losses.sum(), logits)
     torch.testing.assert_close(gradient[-1, target[-1]].item(), -1.0, rtol=1e-2, atol=0)
     assert gradient[-1, -1] > 0
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: CUDA graphs")
+def test_is_captured_by_a_cuda_graph():
+    """A host synchronisation anywhere would end the capture."""
+    case = make_case(64, 30, 5000, 32, mix="rows", label_smoothing=0.1)
+    inputs = [t.detach().to(DEVICE).requires_grad_() for t in case.inputs(torch.float32)]
+    target, options = case.target.to(DEVICE), on_device(case.options)
+
+    def work():
+        features, weight, bias = inputs
+        loss = linear_neighbor_silencing_loss(features, weight, target, bias=bias, chunk_bytes=2**20, **options)
+        return [loss, *torch.autograd.grad(loss, inputs)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    with torch.no_grad():
+        inputs[0].mul_(0.5)
+    graph.replay()
+    torch.testing.assert_close(captured, work())
