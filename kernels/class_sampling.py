@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlt_kernels.graph import ClassGraph, padded_neighbours
 from fastlt_kernels.rows import Rows
-from fastlt_kernels.shards import length
+from fastlt_kernels.shards import length, shard_of
 
 BEYOND = torch.iinfo(torch.int32).max  # above every position, and where the kernels end a row themselves
 
@@ -35,6 +35,11 @@ def sample_size(shard: slice, graph: ClassGraph, sample_rate: float, labels: int
     # A target label forces its neighbours, an auxiliary one itself, its neighbours being targets.
     forced = min(auxiliaries, labels * max(1, graph.max_degree) + 1)
     return targets + max(math.ceil(sample_rate * auxiliaries), forced)
+
+
+def sampled_classes(num_classes: int, world: int, graph: ClassGraph, sample_rate: float, labels: int) -> int:
+    """How many all ranks draw together."""
+    return sum(sample_size(shard_of(num_classes, rank, world), graph, sample_rate, labels) for rank in range(world))
 
 
 def draw(

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlt_kernels.backends import choose_backend, is_transformed
 from fastlt_kernels.checks import check_chunk_bytes, check_linear, check_loss, check_predicted
@@ -26,7 +25,7 @@ from fastlt_kernels.labels import accumulation_dtype, counted_rows, stack_labels
 from fastlt_kernels.logits_loss import ROWS_SCHEMA, LossOutput
 from fastlt_kernels.products import kept_dtype, product_dtype
 from fastlt_kernels.rows import Rows, Terms, describe_rows, join_terms, losses_of
-from fastlt_kernels.saved import save_mixed, saved_mixed, scaled
+from fastlt_kernels.saved import refuse_twice, save_mixed, saved_mixed, scaled
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of features, weight and bias; empty where not wanted
 
@@ -208,8 +207,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     save_mixed(ctx, problem.flat())
 
 
-@once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Any) -> tuple[Tensor | None, ...]:
+    refuse_twice("linear_neighbor_silencing_loss")
     nothing = (None,) * (len(Rows._fields) + 5)
     if grad_loss is None:
         return None, None, None, *nothing

@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlt_kernels.backends import choose_backend, is_transformed
 from fastlt_kernels.checks import check_logits, check_loss, check_predicted
 from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels.labels import accumulation_dtype, counted_rows, stack_labels
 from fastlt_kernels.rows import Rows, Terms, describe_rows, implementation, losses_of
-from fastlt_kernels.saved import save_mixed, saved_mixed, scaled
+from fastlt_kernels.saved import refuse_twice, save_mixed, saved_mixed, scaled
 from fastlt_kernels.torch_logits import torch_losses
 
 # Measured on AVX-512, for the torch rows on a CPU: of fewer logits, plain torch's few calls cost less.
@@ -192,8 +191,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     save_mixed(ctx, [logits, *described, output[1]])
 
 
-@once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Any) -> tuple[Tensor | None, ...]:
+    refuse_twice("neighbor_silencing_loss")
     nothing = (None,) * (len(Rows._fields) + 3)
     if grad_loss is None or not ctx.has_gradient:
         return None, *nothing

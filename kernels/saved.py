@@ -22,6 +22,12 @@ def saved_mixed(ctx: Any) -> list[Any]:
     return [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
 
 
+def refuse_twice(name: str) -> None:
+    """For the backward: with create_graph its gradient would be wanted, and it would silently count as a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} is differentiable once here: for create_graph, use backend='torch' on logits")
+
+
 def scaled(saved: Tensor, grad_loss: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """saved * grad_loss (), in dtype.
 

@@ -196,10 +196,8 @@ def test_no_gradient_work_without_gradients():
 def test_differentiating_twice_is_refused():
     case = make_case(3, 4, 9, 2)
     inputs = case.inputs(torch.float64)
-    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss_of(case, inputs) * scale, inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss_of(case, inputs), inputs[0], create_graph=True)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
