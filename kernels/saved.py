@@ -25,7 +25,7 @@ def saved_mixed(ctx: Any) -> list[Any]:
 def refuse_twice(name: str) -> None:
     """For the backward: with create_graph its gradient would be wanted, and it would silently count as a constant."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{name} is differentiable once here: for create_graph, use backend='torch' on logits")
+        raise RuntimeError(f"{name} is differentiable once: use neighbor_silencing_loss(..., backend='torch')")
 
 
 def scaled(saved: Tensor, grad_loss: Tensor, dtype: torch.dtype | None = None) -> Tensor:
