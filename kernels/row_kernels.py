@@ -71,8 +71,9 @@ def _silenced(
     """base with its silenced columns lowered, and whether each column is unsilenced, (ROWS, BLOCK)."""
     if indices is None:
         return base, tl.full((ROWS, BLOCK), 1, tl.int1)
-    penalty = _penalty(indptr, indices, graph_rows, label_row, mask, first, start, log_silence, steps, ROWS, BLOCK)
-    return base + penalty, penalty == 0.0
+    else:  # the compiler goes on after a return that is not at the end
+        penalty = _penalty(indptr, indices, graph_rows, label_row, mask, first, start, log_silence, steps, ROWS, BLOCK)
+        return base + penalty, penalty == 0.0
 
 
 @triton.jit
