@@ -114,7 +114,8 @@ def _check_labels(name: str, labels: Tensor, rows: int, classes: int, device: to
     if labels.dtype not in LABEL_DTYPES:
         raise ValueError(f"{name} must hold integer class ids, got {labels.dtype}")
     _check_device(name, labels, device)
-    counted = labels[labels != IGNORE_INDEX] if values else labels[:0]
+    counted = labels.long() if values else labels[:0]  # not uint8, in which -100 is 156
+    counted = counted[counted != IGNORE_INDEX]
     if counted.numel() and not (counted.min() >= 0 and counted.max() < classes):
         raise ValueError(f"{name} must be in 0..{classes - 1} (or -100), got {int(counted.min())}..{int(counted.max())}")
 

@@ -18,7 +18,7 @@ from fastlt_kernels.checks import check_chunk_bytes, check_linear, check_loss, c
 from fastlt_kernels.class_parallel_checks import check_alike, check_sampling, check_shard, place_in
 from fastlt_kernels.class_sampling import Sample, draw, rows_in_sample, sampled_classes
 from fastlt_kernels.graph import ClassGraph
-from fastlt_kernels.labels import accumulation_dtype, counted_rows, stack_labels
+from fastlt_kernels.labels import accumulation_dtype, divided, stack_labels
 from fastlt_kernels.logits_loss import LossOutput
 from fastlt_kernels.products import product_dtype
 from fastlt_kernels.rows import Rows, Terms, describe_rows, losses_of
@@ -73,10 +73,11 @@ def class_parallel_loss(
     Temporaries stay within chunk_bytes as there, beside features (N, D) and their gradient, N being all ranks' rows. torch.compile
     runs this outside of its graphs. Differentiable once. Raises ValueError as there, on all ranks where values are checked.
     """
-    return _untraced(
-        features, weight, bias, target, num_classes, 0, graph, log_prior, silence, target_b, mix, label_smoothing, reduction,
-        backend, chunk_bytes, sample_rate, generator, group,
-    )[0]  # fmt: skip
+    return class_parallel_outputs(
+        features, weight, target, num_classes=num_classes, num_targets=0, bias=bias, graph=graph, log_prior=log_prior,
+        silence=silence, target_b=target_b, mix=mix, label_smoothing=label_smoothing, reduction=reduction, backend=backend,
+        chunk_bytes=chunk_bytes, sample_rate=sample_rate, generator=generator, group=group,
+    ).loss  # fmt: skip
 
 
 def class_parallel_outputs(
@@ -101,18 +102,12 @@ def class_parallel_outputs(
     group: Group = None,
 ) -> LossOutput:
     """`class_parallel_loss` with the log-sum-exp and the predictions among classes 0..num_targets - 1 of this rank's rows."""
-    return LossOutput(
-        *_untraced(
-            features, weight, bias, target, num_classes, num_targets, graph, log_prior, silence, target_b, mix, label_smoothing,
-            reduction, backend, chunk_bytes, sample_rate, generator, group,
-        )
-    )  # fmt: skip
-
-
-def _untraced(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     # Not as a decorator: that takes the import of this module as long as that of torch.
     outputs = torch.compiler.disable(_outputs) if torch.compiler.is_compiling() else _outputs
-    return outputs(*args)
+    return outputs(
+        features, weight, bias, target, num_classes, num_targets, graph, log_prior, silence, target_b, mix, label_smoothing,
+        reduction, backend, chunk_bytes, sample_rate, generator, group,
+    )  # fmt: skip
 
 
 def _outputs(
@@ -120,7 +115,7 @@ def _outputs(
     graph: ClassGraph | None, log_prior: Tensor | None, silence: float, target_b: Tensor | None, mix: float | Tensor | None,
     label_smoothing: float, reduction: str, backend: str, chunk_bytes: int, sample_rate: float,
     generator: torch.Generator | None, group: Group,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> LossOutput:  # fmt: skip
     rank, world = place_in(group)
     if is_transformed():
         raise RuntimeError("class_parallel_loss does not run under torch.func or forward-mode differentiation")
@@ -146,12 +141,9 @@ def _outputs(
     labels, shares = stack_labels(target, target_b, mix, accumulation_dtype(features.dtype))
     labels, shares = gather_labels(labels, shares, group)
     product = product_dtype(features, autocast)
-    # Half floats would lose small gradients divided by the number of rows.
-    late = reduction == "mean" and product == torch.float16
-    divisor = counted_rows(shares)
+    counted, divisor = divided(shares, reduction, product)
     sampled = graph if sample_rate < 1 else None
     seen = classes if sampled is None else sampled_classes(classes, world, sampled, sample_rate, labels.numel())
-    counted = shares / divisor if reduction == "mean" and not late else shares
     rows = describe_rows(labels, counted, log_prior, graph, seen, silence, label_smoothing, num_predicted)
     first, sample = shard.start, None
     if sampled is not None:
@@ -159,7 +151,7 @@ def _outputs(
         rows = rows_in_sample(rows, sample, sampled, shard)
     job = Job(rows, first, sample, shard, num_predicted > 0, product, chunk_bytes, backend, reduction != "none", wanted, group)
     loss, log_sum, best = _ClassParallelLoss.apply(features, weight, bias, job)
-    return loss / divisor if late else loss, log_sum, best
+    return LossOutput(loss if divisor is None else loss / divisor, log_sum, best)
 
 
 class Job(NamedTuple):

@@ -18,7 +18,10 @@ def stack_labels(target: Tensor, target_b: Tensor | None, mix: float | Tensor | 
         labels, shares = target.long()[None], whole[None]
     else:
         # A product, not torch.full: under torch.compile, full makes a new graph for every number.
-        share = whole * (mix.detach().to(target.device, dtype) if isinstance(mix, Tensor) else mix)
+        if isinstance(mix, Tensor):
+            # A scalar on the CPU goes into the product as it is: moved to a GPU, it would be waited for.
+            mix = mix.detach().to(dtype) if mix.ndim == 0 and mix.is_cpu else mix.detach().to(target.device, dtype)
+        share = whole * mix
         labels, shares = torch.stack([target.long(), target_b.long()]), torch.stack([share, 1 - share])
     ignored = labels == IGNORE_INDEX
     return labels.masked_fill(ignored, 0), shares.masked_fill(ignored, 0)
@@ -28,6 +31,17 @@ def counted_rows(shares: Tensor) -> Tensor:
     """What "mean" divides by, (): the rows that are not ignored; 1 where all are, so that their mean is 0."""
     count = shares.sum()
     return torch.where(count > 0, count, torch.ones_like(count))
+
+
+def divided(shares: Tensor, reduction: str, product: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Shares (L, N) with the mean's divisor in, and what is left to divide the summed loss by, if anything.
+
+    In half precision gradients divided by the rows would vanish before a loss scale lifts them: there the division is last.
+    """
+    if reduction != "mean":
+        return shares, None
+    divisor = counted_rows(shares)
+    return (shares, divisor) if product == torch.float16 else (shares / divisor, None)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

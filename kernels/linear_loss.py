@@ -18,16 +18,15 @@ from torch import Tensor
 
 from fastlt_kernels.backends import choose_backend, is_transformed
 from fastlt_kernels.checks import check_chunk_bytes, check_linear, check_loss, check_predicted
-from fastlt_kernels.chunk_work import ChunkWork
+from fastlt_kernels.chunk_work import ChunkWork, Gradients
 from fastlt_kernels.chunks import plan_chunks, slices
 from fastlt_kernels.graph import ClassGraph
-from fastlt_kernels.labels import accumulation_dtype, counted_rows, stack_labels
+from fastlt_kernels.labels import accumulation_dtype, divided, stack_labels
 from fastlt_kernels.logits_loss import ROWS_SCHEMA, LossOutput
 from fastlt_kernels.products import kept_dtype, product_dtype
 from fastlt_kernels.rows import Rows, Terms, describe_rows, join_terms, losses_of
 from fastlt_kernels.saved import refuse_twice, save_mixed, saved_mixed, scaled
-
-Gradients = tuple[Tensor, Tensor, Tensor]  # of features, weight and bias; empty where not wanted
+from fastlt_kernels.tile import Tile
 
 
 def linear_neighbor_silencing_loss(
@@ -53,10 +52,10 @@ def linear_neighbor_silencing_loss(
     returned in the parameter's dtype. Under autocast the products are made in its dtype (float32 for float16 on a CPU).
     Other arguments, the result and the errors are as there. Differentiable once, in features, weight and bias.
     """
-    return _outputs(
-        features, weight, bias, target, 0, graph, log_prior, silence, target_b, mix, label_smoothing, reduction, backend,
-        chunk_bytes,
-    )[0]  # fmt: skip
+    return linear_neighbor_silencing_outputs(
+        features, weight, target, num_targets=0, bias=bias, graph=graph, log_prior=log_prior, silence=silence, target_b=target_b,
+        mix=mix, label_smoothing=label_smoothing, reduction=reduction, backend=backend, chunk_bytes=chunk_bytes,
+    ).loss  # fmt: skip
 
 
 def linear_neighbor_silencing_outputs(
@@ -77,19 +76,6 @@ def linear_neighbor_silencing_outputs(
     chunk_bytes: int = 512 * 2**20,
 ) -> LossOutput:
     """`linear_neighbor_silencing_loss` with the log-sum-exp and the predictions among the targets, of the same pass."""
-    return LossOutput(
-        *_outputs(
-            features, weight, bias, target, num_targets, graph, log_prior, silence, target_b, mix, label_smoothing,
-            reduction, backend, chunk_bytes,
-        )
-    )  # fmt: skip
-
-
-def _outputs(
-    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, num_predicted: int, graph: ClassGraph | None,
-    log_prior: Tensor | None, silence: float, target_b: Tensor | None, mix: float | Tensor | None, label_smoothing: float,
-    reduction: str, backend: str, chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     autocast = torch.is_autocast_enabled(features.device.type)
     check_linear(features, weight, bias, autocast)
     check_chunk_bytes(chunk_bytes)
@@ -97,7 +83,7 @@ def _outputs(
     check_loss(
         count, classes, features.device, target, graph, log_prior, silence, target_b, mix, label_smoothing, reduction, backend
     )
-    check_predicted(num_predicted, classes)
+    check_predicted(num_targets, classes)
     if is_transformed():
         raise RuntimeError(
             "linear_neighbor_silencing_loss does not run under torch.func or forward-mode differentiation: "
@@ -106,24 +92,13 @@ def _outputs(
     backend = choose_backend(backend, features, count)
     product = product_dtype(features, autocast)
     labels, shares = stack_labels(target, target_b, mix, accumulation_dtype(features.dtype))
-    # Half floats would lose small gradients divided by the number of rows.
-    late = reduction == "mean" and product == torch.float16
-    divisor = counted_rows(shares)
-    rows = describe_rows(
-        labels,
-        shares / divisor if reduction == "mean" and not late else shares,
-        log_prior,
-        graph,
-        classes,
-        silence,
-        label_smoothing,
-        num_predicted,
-    )
+    counted, divisor = divided(shares, reduction, product)
+    rows = describe_rows(labels, counted, log_prior, graph, classes, silence, label_smoothing, num_targets)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (features, weight, bias)]
     loss, log_sum, best, *_ = torch.ops.fastlt_kernels.linear_loss(
         features, weight, bias, *rows, product, chunk_bytes, backend, reduction != "none", wanted
     )
-    return loss / divisor if late else loss, log_sum, best
+    return LossOutput(loss if divisor is None else loss / divisor, log_sum, best)
 
 
 class Problem(NamedTuple):
@@ -159,7 +134,7 @@ def _linear_loss(*args: Any) -> tuple[Tensor, ...]:
     """Loss, summed () or per row (N,); log-sum-exp and prediction (N,); if summed, gradients in features, weight, bias."""
     *shared, summed, wanted = args
     problem = Problem.of(*shared)
-    losses, terms, gradients = run(problem, wanted if summed else (False, False, False))
+    losses, terms, gradients = _run(problem, wanted if summed else (False, False, False))
     best = torch.zeros_like(problem.rows.labels[0]) if terms.best is None else terms.best.clone()
     return losses.sum() if summed else losses, terms.log_sum[0].clone(), best, *gradients
 
@@ -172,7 +147,7 @@ def _linear_loss(*args: Any) -> tuple[Tensor, ...]:
 def _linear_loss_gradients(*args: Any) -> Gradients:
     """The gradients of the sum of shares * loss, shares being whatever each row's loss is to count."""
     *shared, wanted = args
-    return run(Problem.of(*shared), wanted)[2]
+    return _run(Problem.of(*shared), wanted)[2]
 
 
 @_linear_loss.register_fake
@@ -227,33 +202,33 @@ _linear_loss.register_autograd(_backward, setup_context=_setup_context)
 
 def _empty_gradients(problem: Problem, wanted: Sequence[bool]) -> Gradients:
     """Uninitialised; of zero length where not wanted."""
-    features, weight = problem.features, problem.weight
+    features, weight, bias = problem[:3]
     return (
         features.new_empty(features.shape if wanted[0] else (0,), dtype=kept_dtype(problem.product_dtype)),
         weight.new_empty(weight.shape if wanted[1] else (0,), dtype=kept_dtype(weight.dtype)),
-        weight.new_empty(weight.shape[:1] if wanted[2] else (0,), dtype=kept_dtype(weight.dtype)),
+        weight.new_empty(weight.shape[:1] if wanted[2] else (0,), dtype=kept_dtype((weight if bias is None else bias).dtype)),
     )
 
 
-def run(problem: Problem, wanted: Sequence[bool]) -> tuple[Tensor, Terms, Gradients]:
+def _run(problem: Problem, wanted: Sequence[bool]) -> tuple[Tensor, Terms, Gradients]:
     """Losses (N,), terms, and the wanted gradients of the sum of losses, chunk by chunk."""
+    features, weight, bias, rows, product, chunk_bytes, backend = problem
     plan = plan_chunks(
-        rows=problem.features.shape[0],
-        width=problem.features.shape[1],
-        classes=problem.weight.shape[0],
-        slots=problem.rows.labels.shape[0] * problem.rows.max_degree,
-        weight_dtype=problem.weight.dtype,
-        product=problem.product_dtype,
-        total=problem.rows.shares.dtype,
-        on_cpu=problem.features.is_cpu,
-        chunk_bytes=problem.chunk_bytes,
-        gradients=any(wanted),
+        features.shape[0],
+        features.shape[1],
+        weight.shape[0],
+        slots=rows.labels.shape[0] * rows.max_degree,
+        weight_dtype=weight.dtype,
+        product=product,
+        total=rows.shares.dtype,
+        device=features.device.type,
+        in_torch=backend == "torch",
+        chunk_bytes=chunk_bytes,
     )
     gradients = _empty_gradients(problem, wanted)
-    work = ChunkWork(problem, plan, gradients, wanted)
     # The dtypes of the products are chosen already; autocast must not choose again.
-    with torch.no_grad(), torch.autocast(problem.features.device.type, enabled=False):
-        terms = [work.chunk(rows) for rows in slices(problem.features.shape[0], plan.rows)]
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        work = ChunkWork(features, rows, Tile(weight, bias, product, plan), plan, backend, gradients, wanted)
+        terms = join_terms([work.chunk(part) for part in slices(features.shape[0], plan.rows)])
         work.finish()
-    joined = join_terms(terms)
-    return losses_of(joined, problem.rows), joined, gradients
+    return losses_of(terms, rows), terms, gradients

@@ -55,9 +55,10 @@ def neighbor_silencing_loss(
     Arithmetic inside is float32 or float64; differentiable in logits, once but by "torch". Logits are never overwritten.
     Raises ValueError naming the argument.
     """
-    return _outputs(
-        logits, target, 0, graph, log_prior, silence, target_b, mix, label_smoothing, reduction, backend
-    )[0]  # fmt: skip
+    return neighbor_silencing_outputs(
+        logits, target, num_targets=0, graph=graph, log_prior=log_prior, silence=silence, target_b=target_b, mix=mix,
+        label_smoothing=label_smoothing, reduction=reduction, backend=backend,
+    ).loss  # fmt: skip
 
 
 def neighbor_silencing_outputs(
@@ -75,27 +76,19 @@ def neighbor_silencing_outputs(
     backend: str = "auto",
 ) -> LossOutput:
     """`neighbor_silencing_loss` with the log-sum-exp and the predictions among classes 0..num_targets - 1 of the same pass."""
-    return LossOutput(
-        *_outputs(logits, target, num_targets, graph, log_prior, silence, target_b, mix, label_smoothing, reduction, backend)
-    )
-
-
-def _outputs(
-    logits: Tensor, target: Tensor, num_predicted: int, graph: ClassGraph | None, log_prior: Tensor | None, silence: float,
-    target_b: Tensor | None, mix: float | Tensor | None, label_smoothing: float, reduction: str, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     check_logits(logits)
     count, classes = logits.shape
     check_loss(count, classes, logits.device, target, graph, log_prior, silence, target_b, mix, label_smoothing, reduction, backend)
-    check_predicted(num_predicted, classes)
+    check_predicted(num_targets, classes)
     labels, shares = stack_labels(target, target_b, mix, accumulation_dtype(logits.dtype))
-    rows = describe_rows(labels, shares, log_prior, graph, classes, silence, label_smoothing, num_predicted)
+    rows = describe_rows(labels, shares, log_prior, graph, classes, silence, label_smoothing, num_targets)
     chosen = choose_backend(backend, logits, count)
     if is_transformed() and backend == "triton":
         raise RuntimeError("backend 'triton' does not run under torch.func or forward-mode differentiation: use backend='torch'")
-    if backend == "torch" or is_transformed() or (chosen == "torch" and count * classes < FUSE_FROM_LOGITS):
+    blocks_pay = logits.is_cpu and count * classes >= FUSE_FROM_LOGITS
+    if backend == "torch" or is_transformed() or (chosen == "torch" and not blocks_pay):
         losses, log_sum, best = torch_losses(logits, rows)
-        return reduced(losses, shares, reduction), log_sum, best
+        return LossOutput(_reduced(losses, shares, reduction), log_sum, best)
     # One pass can make the gradient too where its scale is known by then. For rows that will count each on its own it is
     # not; nor in half precision, where gradients divided by the rows would vanish before the loss scale lifts them.
     summed = reduction != "none" and logits.dtype != torch.float16
@@ -103,10 +96,10 @@ def _outputs(
         rows = rows._replace(shares=shares / counted_rows(shares))
     wanted = torch.is_grad_enabled() and logits.requires_grad
     loss, log_sum, best, _ = torch.ops.fastlt_kernels.logits_loss(logits, *rows, chosen, summed, wanted)
-    return loss if summed else reduced(loss, shares, reduction), log_sum[0], best
+    return LossOutput(loss if summed else _reduced(loss, shares, reduction), log_sum[0], best)
 
 
-def reduced(losses: Tensor, shares: Tensor, reduction: str) -> Tensor:
+def _reduced(losses: Tensor, shares: Tensor, reduction: str) -> Tensor:
     """losses (N,) to what the reduction asks for."""
     if reduction == "none":
         return losses

@@ -8,7 +8,8 @@ The silenced classes of a label are a row of the class graph, ascending. Each bl
 compares its columns with those few alone; no mask over rows and classes is ever made.
 
 Offsets of rows are 64 bits wide: 16k rows of 1M classes are more than 2^31 logits. Names: L labels per row (1 or 2),
-ROWS and BLOCK the shape of a block, `first` the class of column 0, `part` one of several programs of a row.
+ROWS and BLOCK the shape of a block, `first` the class of column 0, `part` one of several programs of a row, `width` the columns
+that memory has, of which those from `classes` on mean nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ NEVER = tl.constexpr(2147483647)  # above every class
 
 
 @triton.jit
-def _logits(logits, stride, row, columns, mask):
-    """(ROWS, BLOCK) fp32; -inf beyond the mask."""
-    return tl.load(logits + row.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+def _logits(logits, stride, row, columns, mask, stop):
+    """(ROWS, BLOCK) fp32; -inf from column `stop` on. The mask says where there is memory, in wide strides where it can."""
+    read = tl.load(logits + row.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+    return tl.where((columns < stop)[None, :], read, float("-inf"))
 
 
 @triton.jit
@@ -36,8 +38,8 @@ def _add_prior(base, log_prior, first, columns, classes):
 @triton.jit
 def _neighbour(indices, slot, end, first):
     """(ROWS,) int32, the silenced class in each row's slot, as a column; NEVER after the last."""
-    found = tl.load(indices + slot, mask=slot < end, other=NEVER + first) - first
-    return tl.minimum(found, NEVER).to(tl.int32)
+    found = tl.load(indices + slot, mask=slot < end, other=0) - first
+    return tl.where(slot < end, tl.minimum(found, NEVER), NEVER).to(tl.int32)
 
 
 @triton.jit
@@ -115,15 +117,15 @@ def whole_rows(
     graph_rows, indptr, indices,  # (L, n) int64, CSR; or None
     log_sums, label_logits, logit_sums,  # (L, n) fp32, written
     best_logits, bests,  # (n,) fp32 and int64, written; or None
-    rows, classes, num_predicted, log_silence, label_smoothing, steps,
+    rows, classes, width, num_predicted, log_silence, label_smoothing,
     LABELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows that fit into one block: terms and gradient."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     mask = row < rows
-    inside = mask[:, None] & (columns < classes)[None, :]
-    base = _logits(logits, stride, row, columns, inside)
+    inside = mask[:, None] & (columns < width)[None, :]
+    base = _logits(logits, stride, row, columns, inside, classes)
     if bests is not None:
         best_logit = tl.full((ROWS,), float("-inf"), tl.float32)
         best_logit, best = _best_of(base, columns, 0, 0, num_predicted, best_logit, tl.zeros((ROWS,), tl.int64))
@@ -135,7 +137,8 @@ def whole_rows(
         label_row = which * rows + row
         label = tl.load(labels + label_row, mask=mask, other=0)
         tl.store(label_logits + label_row, _label_logit(logits, stride, row, log_prior, label, classes, 0, mask), mask=mask)
-        values, unsilenced = _silenced(base, indptr, indices, graph_rows, label_row, mask, 0, 0, log_silence, steps, ROWS, BLOCK)
+        # Column 0 is class 0: the first neighbour is the row's first, and nothing has to be searched.
+        values, unsilenced = _silenced(base, indptr, indices, graph_rows, label_row, mask, 0, 0, log_silence, 0, ROWS, BLOCK)
         highest = tl.maximum(tl.max(values, axis=1), LOWEST)
         exponentials = tl.exp(values - highest[:, None])
         total = tl.sum(exponentials, axis=1)
@@ -143,10 +146,10 @@ def whole_rows(
         smooth = tl.zeros((ROWS,), tl.float32)
         if smoothing is not None:
             smooth = tl.load(smoothing + label_row, mask=mask, other=0.0)
-            logit_sum = tl.sum(tl.where(unsilenced & inside, base, 0.0), axis=1)
+            logit_sum = tl.sum(tl.where(unsilenced & (columns < classes)[None, :], base, 0.0), axis=1)
             tl.store(logit_sums + label_row, logit_sum, mask=mask)
         share = tl.load(shares + label_row, mask=mask, other=0.0)
-        gradient += exponentials * (share / total)[:, None]
+        gradient += tl.where((share != 0)[:, None], exponentials * (share / total)[:, None], 0.0)
         gradient -= _mass(columns, 0, label, unsilenced, share, smooth, label_smoothing, smoothing)
     # Where out is logits, other warps may still have to read the label's logit.
     tl.debug_barrier()
@@ -158,7 +161,7 @@ def whole_rows(
 def _scan(
     logits, stride, log_prior, smoothing, graph_rows, indptr, indices,
     log_sums, logit_sums, best_logits, bests, part,
-    row, mask, rows, begin, stop, classes, first, num_predicted, log_silence, steps,
+    row, mask, rows, begin, stop, classes, width, first, num_predicted, log_silence, steps,
     LABELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Terms over the columns begin..stop - 1, stored as those of this part; returns log-sum-exp (LABELS, ROWS)."""
@@ -170,8 +173,8 @@ def _scan(
     best = tl.zeros((ROWS,), tl.int64)
     for start in range(begin, stop, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = mask[:, None] & (columns < stop)[None, :]
-        base = _logits(logits, stride, row, columns, inside)
+        inside = mask[:, None] & (columns < width)[None, :]
+        base = _logits(logits, stride, row, columns, inside, stop)
         if bests is not None and start + first < num_predicted:
             best_logit, best = _best_of(base, columns, start, first, num_predicted, best_logit, best)
         base = _add_prior(base, log_prior, first, columns, classes)
@@ -186,7 +189,9 @@ def _scan(
             total = total * tl.exp(highest - higher) + tl.where(mine, added[None, :], 0.0)
             highest = higher
             if smoothing is not None:
-                logit_sum += tl.where(mine, tl.sum(tl.where(unsilenced & inside, base, 0.0), axis=1)[None, :], 0.0)
+                logit_sum += tl.where(
+                    mine, tl.sum(tl.where(unsilenced & (columns < stop)[None, :], base, 0.0), axis=1)[None, :], 0.0
+                )
     log_sum = highest + tl.log(total)
     place = (part.to(tl.int64) * LABELS + which_label) * rows + row[None, :]
     tl.store(log_sums + place, log_sum, mask=mask[None, :])
@@ -201,14 +206,14 @@ def _scan(
 @triton.jit
 def _write_gradient(
     logits, stride, out, out_stride, log_prior, labels, shares, smoothing, graph_rows, indptr, indices, log_sum,
-    row, mask, rows, begin, stop, classes, first, log_silence, label_smoothing, steps,
+    row, mask, rows, begin, stop, classes, width, first, log_silence, label_smoothing, steps,
     LABELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient at the columns begin..stop - 1; log_sum (LABELS, ROWS) is over all classes."""
     for start in range(begin, stop, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = mask[:, None] & (columns < stop)[None, :]
-        base = _add_prior(_logits(logits, stride, row, columns, inside), log_prior, first, columns, classes)
+        inside = mask[:, None] & (columns < width)[None, :]
+        base = _add_prior(_logits(logits, stride, row, columns, inside, stop), log_prior, first, columns, classes)
         gradient = tl.zeros((ROWS, BLOCK), tl.float32)
         for which in tl.static_range(LABELS):
             label_row = which * rows + row
@@ -221,7 +226,7 @@ def _write_gradient(
             if smoothing is not None:
                 smooth = tl.load(smoothing + label_row, mask=mask, other=0.0)
             of_label = tl.sum(tl.where((tl.arange(0, LABELS) == which)[:, None], log_sum, 0.0), axis=0)
-            gradient += tl.exp(values - of_label[:, None]) * share[:, None]
+            gradient += tl.where((share != 0)[:, None], tl.exp(values - of_label[:, None]) * share[:, None], 0.0)
             gradient -= _mass(columns, first, label, unsilenced, share, smooth, label_smoothing, smoothing)
         place = out + row.to(tl.int64)[:, None] * out_stride + columns[None, :]
         tl.store(place, gradient.to(out.dtype.element_ty), mask=inside)
@@ -241,7 +246,7 @@ def _store_label_logits(
 def long_rows(
     logits, stride, out, out_stride, log_prior, labels, shares, smoothing, graph_rows, indptr, indices,
     log_sums, label_logits, logit_sums, best_logits, bests,
-    rows, classes, num_predicted, log_silence, label_smoothing, steps,
+    rows, classes, width, num_predicted, log_silence, label_smoothing, steps,
     LABELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As `whole_rows`, for rows of several blocks: the second time they come from the cache."""
@@ -251,13 +256,13 @@ def long_rows(
     log_sum = _scan(
         logits, stride, log_prior, smoothing, graph_rows, indptr, indices,
         log_sums, logit_sums, best_logits, bests, tl.program_id(1),
-        row, mask, rows, 0, classes, classes, 0, num_predicted, log_silence, steps, LABELS, ROWS, BLOCK,
+        row, mask, rows, 0, classes, classes, width, 0, num_predicted, log_silence, steps, LABELS, ROWS, BLOCK,
     )  # fmt: skip
     # Where out is logits, every warp must have read the labels' logits before any warp writes.
     tl.debug_barrier()
     _write_gradient(
         logits, stride, out, out_stride, log_prior, labels, shares, smoothing, graph_rows, indptr, indices, log_sum,
-        row, mask, rows, 0, classes, classes, 0, log_silence, label_smoothing, steps, LABELS, ROWS, BLOCK,
+        row, mask, rows, 0, classes, classes, width, 0, log_silence, label_smoothing, steps, LABELS, ROWS, BLOCK,
     )  # fmt: skip
 
 
@@ -265,7 +270,7 @@ def long_rows(
 def part_terms(
     logits, stride, log_prior, labels, smoothing, graph_rows, indptr, indices,
     log_sums, label_logits, logit_sums, best_logits, bests,  # the first, third, fourth and fifth once per part
-    rows, classes, first, span, num_predicted, log_silence, steps,
+    rows, classes, width, first, span, num_predicted, log_silence, steps,
     LABELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Terms of a part of each row, `span` columns of a tile whose column 0 is class `first`."""
@@ -278,7 +283,7 @@ def part_terms(
     _scan(
         logits, stride, log_prior, smoothing, graph_rows, indptr, indices,
         log_sums, logit_sums, best_logits, bests, part,
-        row, mask, rows, begin, tl.minimum(begin + span, classes), classes, first, num_predicted, log_silence, steps,
+        row, mask, rows, begin, tl.minimum(begin + span, classes), classes, width, first, num_predicted, log_silence, steps,
         LABELS, ROWS, BLOCK,
     )  # fmt: skip
 
@@ -286,7 +291,7 @@ def part_terms(
 @triton.jit
 def part_gradient(
     logits, stride, out, out_stride, log_prior, labels, shares, smoothing, graph_rows, indptr, indices, log_sums,
-    rows, classes, first, span, log_silence, label_smoothing, steps,
+    rows, classes, width, first, span, log_silence, label_smoothing, steps,
     LABELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a part of each row; log_sums (L, n) are over all classes."""
@@ -296,7 +301,7 @@ def part_gradient(
     log_sum = tl.load(log_sums + tl.arange(0, LABELS)[:, None] * rows + row[None, :], mask=mask[None, :], other=0.0)
     _write_gradient(
         logits, stride, out, out_stride, log_prior, labels, shares, smoothing, graph_rows, indptr, indices, log_sum,
-        row, mask, rows, begin, tl.minimum(begin + span, classes), classes, first, log_silence, label_smoothing, steps,
+        row, mask, rows, begin, tl.minimum(begin + span, classes), classes, width, first, log_silence, label_smoothing, steps,
         LABELS, ROWS, BLOCK,
     )  # fmt: skip
 

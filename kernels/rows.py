@@ -67,16 +67,20 @@ def describe_rows(
 ) -> Rows:
     """The rows of labels and shares (L, n); silencing that changes nothing is left out."""
     silencing = graph if graph is not None and graph.max_degree > 0 and silence < 1 else None
+    # Where values are not looked at, a label out of range gives an infinite loss, and no reading outside of the graph.
+    graph_rows = None if silencing is None else labels.clamp(0, silencing.num_classes - 1)
     smoothing = None
     if label_smoothing > 0:
-        silenced = 0 if silencing is None else silencing.indptr[labels + 1] - silencing.indptr[labels]
-        smoothing = label_smoothing / (torch.ones_like(shares) * (num_classes - silenced))
+        unsilenced = torch.full_like(shares, num_classes)
+        if silencing is not None and graph_rows is not None:
+            unsilenced -= silencing.indptr[graph_rows + 1] - silencing.indptr[graph_rows]
+        smoothing = label_smoothing / unsilenced
     return Rows(
         labels,
         shares,
         None if log_prior is None else log_prior.detach().to(shares.dtype),
         smoothing,
-        None if silencing is None else labels,
+        graph_rows,
         None if silencing is None else silencing.indptr,
         None if silencing is None else silencing.indices,
         0 if silencing is None else silencing.max_degree,

@@ -35,6 +35,8 @@ def scaled(saved: Tensor, grad_loss: Tensor, dtype: torch.dtype | None = None) -
     loss.backward()) its memory is not even touched. Else, a second backward will want it as it is.
     """
     dtype = dtype or saved.dtype
+    if _is_batched(grad_loss):
+        return (saved * grad_loss).to(dtype)
     if dtype == saved.dtype and _is_ours_alone(saved):
         return _scaled_in_place(saved, grad_loss)
     # Of one dimension at least, or it would be rounded to saved's type first, and a loss scale of 65536 is infinite in half.
@@ -53,7 +55,12 @@ def _is_ours_alone(saved: Tensor) -> bool:
     """Whether this is a real tensor, outside torch.compile's tracing, in a backward after which the graph is gone."""
     if type(saved) is not Tensor or not saved.is_contiguous() or torch.compiler.is_compiling():
         return False
-    if not saved.is_cpu and not (saved.is_cuda and HAS_TRITON):
+    if not saved.is_cpu and not (saved.is_cuda and HAS_TRITON and saved.dtype != torch.float64):  # the kernel computes in fp32
         return False
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps_graph is not None and not keeps_graph()
+
+
+def _is_batched(grad_loss: Tensor) -> bool:
+    """Whether it stands for several scales at once, as autograd.grad's is_grads_batched has it."""
+    return torch._C._dispatch_keys(grad_loss).has(torch._C._parse_dispatch_key("Batched"))

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastlt_kernels.chunks import Chunking, plan_chunks, slices
-from fastlt_kernels.products import add_product_, kept_dtype, logits_of
+from fastlt_kernels.products import kept_dtype
 from fastlt_kernels.rows import Rows, Terms, implementation, join_terms, merge_terms
+from fastlt_kernels.tile import Tile
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # None: all processes
 
@@ -110,17 +111,17 @@ class ShardWork:
         backend: str,
         gradients: bool,
     ) -> None:
-        self.features, self.bias, self.rows, self.first = features, bias, rows, first
+        self.features, self.rows, self.first = features, rows, first
+        self.classes = weight.shape[0]
         self.backend = implementation(backend)
-        self.plan = _plan(features, weight, rows, chunk_bytes, gradients)
-        self.kept = kept_dtype(weight.dtype)
-        self.weight = weight.to(features.dtype) if self.plan.cast_weight_once else weight
-        self.tile = features.new_empty(self.plan.rows * self.plan.classes)
+        self.plan = _plan(features, weight, rows, chunk_bytes, backend, gradients)
+        self.kept = [kept_dtype(weight.dtype), kept_dtype((weight if bias is None else bias).dtype)]
+        self.tile = Tile(weight, bias, features.dtype, self.plan)
         self.held: tuple[slice, slice] | None = None  # whose logits the tile holds
 
     def terms(self) -> Terms:
         """Over this rank's classes, of all rows."""
-        if self.weight.shape[0] == 0:
+        if self.classes == 0:
             return _no_terms(self.rows)
         return join_terms([self._terms_of(part) for part in self._row_parts()])
 
@@ -130,50 +131,49 @@ class ShardWork:
         The sum of the features' gradient over ranks goes on while the last tile's part of the weight's is made.
         """
         count, width = self.features.shape
-        classes = self.weight.shape[0]
         total = self.rows.shares.dtype
-        pieces = [(part, tile) for part in self._row_parts() for tile in slices(classes, self.plan.classes)] if classes else []
-        fresh = len(pieces) == 1
+        several = self.features.shape[0] > self.plan.rows
         of_weight, of_bias = (
-            self.features.new_zeros(shape, dtype=total if len(pieces) > 1 else self.kept) if want else None
-            for shape, want in zip(((classes, width), (classes,)), wanted[1:], strict=True)
+            self.features.new_empty(shape, dtype=total if several else kept) if want else None
+            for shape, kept, want in zip(((self.classes, width), (self.classes,)), self.kept, wanted[1:], strict=True)
         )
         of_features = self.features.new_zeros(count, width, dtype=total) if wanted[0] else None
         scattering = None
-        for piece in pieces:
-            gradient = self._gradient(*piece, log_sum)
+        pieces = [(part, tile) for part in self._row_parts() for tile in self._tiles()] if self.classes else []
+        for part, classes in pieces:
+            gradient = self._gradient(part, classes, log_sum)
             if of_features is not None:
-                self._add_of_features(of_features, *piece, gradient)
-                scattering = scatter(of_features) if piece == pieces[-1] else None
-            self._add_of_classes(of_weight, of_bias, *piece, gradient, fresh)
+                self.tile.add_to_features(of_features[part], gradient, classes)
+                scattering = scatter(of_features) if (part, classes) == pieces[-1] else None
+            fresh = part.start == 0
+            if of_weight is not None:
+                self.tile.add_to_weight(of_weight, gradient, self.features[part], classes, fresh)
+            if of_bias is not None:
+                self.tile.add_to_bias(of_bias, gradient, classes, fresh)
         if of_features is not None and not pieces:
             scattering = scatter(of_features)
         return ShardGradients(
             None if scattering is None else scattering.result(),
-            None if of_weight is None else of_weight.to(self.kept),
-            None if of_bias is None else of_bias.to(self.kept),
+            None if of_weight is None else of_weight.to(self.kept[0]),
+            None if of_bias is None else of_bias.to(self.kept[1]),
         )
 
     def _row_parts(self) -> list[slice]:
         return list(slices(self.features.shape[0], self.plan.rows))
 
+    def _tiles(self) -> list[slice]:
+        return list(slices(self.classes, self.plan.classes))
+
     def _terms_of(self, part: slice) -> Terms:
         rows = self.rows.part(part)
-        tiles = slices(self.weight.shape[0], self.plan.classes)
-        return merge_terms([self.backend.row_terms(self._logits(part, t), self.first + t.start, rows) for t in tiles])
+        return merge_terms([self.backend.row_terms(self._logits(part, t), self.first + t.start, rows) for t in self._tiles()])
 
     def _logits(self, part: slice, classes: slice) -> Tensor:
-        """(n, c) in the one buffer."""
-        features = self.features[part]
-        shape = features.shape[0], length(classes)
-        logits = self.tile[: shape[0] * shape[1]].view(shape)
+        """(n, c), in the one buffer."""
         if self.held == (part, classes):
-            return logits
-        for few in slices(classes.stop, self.plan.products, classes.start):
-            columns = logits[:, few.start - classes.start : few.stop - classes.start]
-            logits_of(features, self.weight[few], None if self.bias is None else self.bias[few], columns)
+            return self.tile.buffer[: length(part), : length(classes)]
         self.held = part, classes
-        return logits
+        return self.tile.logits(self.features[part], classes)
 
     def _gradient(self, part: slice, classes: slice, log_sum: Tensor) -> Tensor:
         """(n, c) d loss / d logits, where the logits were."""
@@ -182,37 +182,22 @@ class ShardWork:
         self.backend.row_gradient(logits, self.first + classes.start, self.rows.part(part), log_sum[:, part], logits)
         return logits
 
-    def _add_of_features(self, total: Tensor, part: slice, classes: slice, gradient: Tensor) -> None:
-        for few in slices(classes.stop, self.plan.products, classes.start):
-            columns = gradient[:, few.start - classes.start : few.stop - classes.start]
-            add_product_(total[part], columns, self.weight[few].to(gradient.dtype), False)
 
-    def _add_of_classes(
-        self, weights: Tensor | None, biases: Tensor | None, part: slice, classes: slice, gradient: Tensor, fresh: bool
-    ) -> None:
-        if biases is not None:
-            biases[classes].add_(gradient.sum(dim=0, dtype=self.rows.shares.dtype))
-        for few in slices(classes.stop, self.plan.products, classes.start) if weights is not None else ():
-            assert weights is not None
-            columns = gradient[:, few.start - classes.start : few.stop - classes.start]
-            add_product_(weights[few], columns.T, self.features[part], fresh)
-
-
-def _plan(features: Tensor, weight: Tensor, rows: Rows, chunk_bytes: int, gradients: bool) -> Chunking:
+def _plan(features: Tensor, weight: Tensor, rows: Rows, chunk_bytes: int, backend: str, gradients: bool) -> Chunking:
     """As in one process, but logits that fit as a whole stay one tile: they wait for the other ranks' terms."""
     count, width = features.shape
     classes = weight.shape[0]
     plan = plan_chunks(
-        rows=count,
-        width=width,
-        classes=classes,
+        count,
+        width,
+        classes,
         slots=rows.labels.shape[0] * rows.max_degree,
         weight_dtype=weight.dtype,
         product=features.dtype,
         total=rows.shares.dtype,
-        on_cpu=features.is_cpu,
+        device=features.device.type,
+        in_torch=backend == "torch",
         chunk_bytes=chunk_bytes,
-        gradients=gradients,
     )
     # The other half is for products and a cast weight, which the plan keeps to a quarter each.
     whole = gradients and count * classes * features.dtype.itemsize <= chunk_bytes // 2

@@ -17,9 +17,7 @@ def torch_losses(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     if rows.log_prior is not None:
         base = base + rows.log_prior
     per_label = [_label_losses(base, rows, which) for which in range(rows.labels.shape[0])]
-    losses = rows.shares * torch.stack([loss for loss, _ in per_label])
-    # A label of no share has no say, whatever its logit: 0 * inf is not 0.
-    losses = torch.where(rows.shares == 0, torch.zeros_like(losses), losses).sum(dim=0)
+    losses = (rows.shares * torch.stack([loss for loss, _ in per_label])).sum(dim=0)
     predicted = logits.detach()[:, : rows.num_predicted]
     best = predicted.argmax(dim=1) if rows.num_predicted > 0 else torch.zeros_like(rows.labels[0])
     return losses, per_label[0][1].detach(), best
@@ -28,6 +26,8 @@ def torch_losses(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
 def _label_losses(base: Tensor, rows: Rows, which: int) -> tuple[Tensor, Tensor]:
     """(N,) losses and log-sum-exp of one label per row; base (N, C) is logits plus prior."""
     labels = rows.labels[which]
+    # A label of no share has no say in loss or gradient, whatever the logits: 0 * inf is not 0.
+    base = base.masked_fill((rows.shares[which] == 0)[:, None], 0)
     silenced = _silenced_mask(base, rows, which)
     log_sum = torch.logsumexp(base if silenced is None else _silence(base, silenced, rows.silence), dim=1)
     losses = log_sum - (1 - rows.label_smoothing) * base.gather(1, labels[:, None])[:, 0]

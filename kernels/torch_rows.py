@@ -17,6 +17,7 @@ from torch import Tensor
 from fastlt_kernels.graph import padded_neighbours
 from fastlt_kernels.rows import Rows, Terms, join_terms
 
+DEVICE_BLOCK_BYTES = 2**26  # off the CPU there is no such cache, and each block is some twenty launches
 BLOCK_BYTES = 2**20  # measured: 0.5 to 2 MiB of rows at a time are equal, smaller blocks cost calls, larger ones cache
 
 
@@ -119,14 +120,24 @@ def _to_gradient_(base: Tensor, first: int, rows: Rows, silenced: SilencedColumn
     """base (n, c), from `_exponentials_`, becomes sum over labels of share * (softmax - target mass)."""
     columns, _, by_label = silenced
     shares = rows.shares
-    base.mul_((shares * torch.exp(shared.highest - log_sum)).sum(dim=0)[:, None])
-    probabilities = torch.exp(shared.silenced_values - log_sum[..., None])
+    # What has no share has no say, whatever its logits: 0 * inf is not 0.
+    base.mul_((shares * torch.exp(shared.highest - log_sum)).masked_fill_(shares == 0, 0).sum(dim=0)[:, None])
+    _zero_rows_(base, (shares == 0).all(dim=0))
+    probabilities = torch.exp(shared.silenced_values - log_sum[..., None]).masked_fill_((shares == 0)[..., None], 0)
     if rows.smoothing is not None:
         base.sub_((shares * rows.smoothing).sum(dim=0)[:, None])
         probabilities = probabilities + rows.smoothing[..., None] * by_label  # gives back what a silenced class must not lose
     base.scatter_add_(1, columns, (shares[..., None] * probabilities).sum(dim=0))
     column, inside = _label_columns(first, rows.labels, base.shape[1])
     base.scatter_add_(1, column.T, ((rows.label_smoothing - 1) * shares * inside).T)
+
+
+def _zero_rows_(base: Tensor, rows: Tensor) -> None:
+    """base (n, c) where rows (n,) bool are; on a CPU a look at them costs less than a pass over all."""
+    if not base.is_cpu:
+        base.masked_fill_(rows[:, None], 0)
+    elif rows.any():
+        base[rows] = 0
 
 
 def _label_columns(first: int, labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -143,7 +154,10 @@ def _label_logit(base: Tensor, first: int, labels: Tensor) -> Tensor:
 def _unsilenced_sum_(base: Tensor, values: Tensor, silenced: SilencedColumns) -> Tensor:
     """(L, n): sum of base over what label L does not silence; leaves base zero at the union of silenced columns."""
     columns, real, by_label = silenced
-    base.scatter_add_(1, columns, torch.where(real, -values, torch.zeros_like(values)))  # v - v is zero exactly
+    # Up and down, which leaves alone what slots that are not real point at, and minds no infinity.
+    infinite = torch.full_like(values, torch.inf)
+    base.scatter_reduce_(1, columns, torch.where(real, infinite, -infinite), "amax")
+    base.scatter_reduce_(1, columns, infinite.masked_fill(real, 0), "amin")
     return base.sum(dim=1) + torch.where(real & ~by_label, values, torch.zeros_like(values)).sum(dim=2)
 
 
@@ -158,7 +172,7 @@ def _blocks(logits: Tensor, rows: Rows, out: Tensor | None) -> Iterator[tuple[sl
     """A few rows at a time in the dtype of the sums: of logits itself where out is logits, else a copy."""
     count, columns = logits.shape
     dtype = rows.shares.dtype
-    step = BLOCK_BYTES // max(1, columns * dtype.itemsize)
+    step = (BLOCK_BYTES if logits.is_cpu else DEVICE_BLOCK_BYTES) // max(1, columns * dtype.itemsize)
     in_place = out is not None and out.data_ptr() == logits.data_ptr() and logits.dtype == dtype
     step = max(1, step if in_place else min(step, count // 8))  # copies must not add much to the tile
     scratch = None if in_place else logits.new_empty(min(step, count), columns, dtype=dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +74,29 @@ def make_case(
     return case
 
 
+def random_case(seed: int) -> Case:
+    """A case of any shape, with any options; many are odd, some have one row, no auxiliaries or no pairs."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    def one_of(*choices: Any) -> Any:
+        return choices[number(0, len(choices))]
+
+    targets = number(1, 60)
+    classes = targets + one_of(0, number(1, 400), number(1, 400))
+    options = {"silence": one_of(0.0, 0.03, 0.1, 1.0), "label_smoothing": one_of(0.0, 0.1), "mix": one_of(*MIXES)}
+    case = make_case(one_of(1, number(2, 40), number(2, 40)), targets, classes, number(1, 30), seed=seed, **options)
+    graph = case.options["graph"]
+    case.options["graph"] = one_of(graph, graph, graph.directed("target_rows"), ClassGraph.from_pairs(targets, classes, []), None)
+    case.options["log_prior"] = one_of(case.options["log_prior"], case.options["log_prior"], None)
+    case.options["reduction"] = one_of("mean", "sum", "none")
+    if one_of(True, False, False):
+        case.target[:: number(1, 4)] = -100
+    return case
+
+
 def loss_and_gradients(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     """The loss and its gradients in the inputs; each row of an unreduced loss counts differently."""
     weights = torch.arange(1, loss.numel() + 1, dtype=loss.dtype).reshape(loss.shape) / loss.numel()
@@ -106,12 +128,3 @@ def reference_of_linear(case: Case, inputs: list[Tensor], **options: Any) -> Ten
     logits = torch.nn.functional.linear(features, weight, bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return reference_loss(logits, case.target, **case.options, **options)
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most memory that torch's CPU allocator held at once beyond what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = torch.tensor([nbytes for _, nbytes in sorted(events, key=lambda event: event[0])]).cumsum(0)
-    return int(held.max())

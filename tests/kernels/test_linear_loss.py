@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from loss_cases import (
@@ -7,11 +9,12 @@ from loss_cases import (
     assert_near,
     loss_and_gradients,
     make_case,
-    peak_bytes,
+    random_case,
     reference_of_linear,
 )
 from torch.nn import functional as F
 
+from fastlt_benchmarks.timing import peak_bytes
 from fastlt_kernels import chunks, linear_neighbor_silencing_loss, neighbor_silencing_loss
 from fastlt_kernels.chunks import plan_chunks
 from fastlt_kernels.rows import describe_rows
@@ -44,6 +47,15 @@ poisoned = pytest.mark.usefixtures("poisoned_memory")
 def test_is_the_reference(shape, silence, label_smoothing, mix):
     case = make_case(*shape, mix=mix, silence=silence, label_smoothing=label_smoothing)
     assert_near(result(case, case.inputs(torch.float64)), exact(case))
+
+
+@poisoned
+@pytest.mark.parametrize("chunk_bytes", [2**29, 30_000])
+@pytest.mark.parametrize("seed", range(30))
+def test_any_case_is_the_reference(seed, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(chunks, "LEAST_CLASSES", 64)
+    case = random_case(seed)
+    assert_near(result(case, case.inputs(torch.float64), chunk_bytes=chunk_bytes), exact(case))
 
 
 @poisoned
@@ -141,6 +153,17 @@ def test_autocast_takes_lowered_features_with_float32_parameters():
     assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.float32]
 
 
+def test_each_gradient_has_its_parameters_dtype_and_precision():
+    """Under autocast a float32 bias may stand beside a bfloat16 weight."""
+    features, weight = torch.zeros(3, 4), torch.zeros(7, 4, dtype=torch.bfloat16)
+    bias = torch.zeros(7, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_neighbor_silencing_loss(features, weight, torch.tensor([0, 0, 1]), bias=bias, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, bias)
+    torch.testing.assert_close(gradient[2:], torch.full((5,), 3 / 7), rtol=1e-2, atol=0)
+    assert gradient.dtype == torch.float32
+
+
 @pytest.mark.parametrize("chunk_bytes", [3_000, 2**29])
 def test_many_chunks_do_not_wear_off_the_weight_gradient(chunk_bytes):
     """512 rows of one class, a few at a time: summed in bfloat16, most of the later rows would vanish.
@@ -235,31 +258,35 @@ def test_memory_is_bounded(dtype, reduction):
         features, weight, bias = inputs
         return neighbor_silencing_loss(F.linear(features, weight, bias), case.target, backend="torch", **case.options)
 
+    peak = partial(peak_bytes, device=torch.device("cpu"))
     for tensor in inputs:
         tensor.grad = torch.zeros_like(tensor)  # so that gradients count as temporaries both times
     gradients = 4 * (rows * width + classes * width + classes)
     logits = 4 * rows * classes
     # Those of the sum, kept for a second backward, and those returned; and vectors of N and C.
-    assert peak_bytes(lambda: work(lambda: loss_of(case, inputs, chunk_bytes=chunk_bytes))) < chunk_bytes + 2 * gradients + 2**17
-    assert peak_bytes(lambda: work(materialised)) > 2 * logits > 10 * chunk_bytes
+    assert peak(lambda: work(lambda: loss_of(case, inputs, chunk_bytes=chunk_bytes))) < chunk_bytes + 2 * gradients + 2**17
+    assert peak(lambda: work(materialised)) > 2 * logits > 10 * chunk_bytes
 
 
 def test_plan():
-    def plan(rows, classes, width, weight, product, chunk_bytes=2**29, on_cpu=False):
+    def plan(rows, classes, width, weight, product, chunk_bytes=2**29, device="cuda"):
         dtypes = {"weight_dtype": weight, "product": product, "total": torch.float32}
-        return plan_chunks(rows, width, classes, slots=16, on_cpu=on_cpu, chunk_bytes=chunk_bytes, **dtypes)
+        return plan_chunks(
+            rows, width, classes, slots=16, device=device, in_torch=device == "cpu", chunk_bytes=chunk_bytes, **dtypes
+        )
 
     fp32, bf16 = torch.float32, torch.bfloat16
     assert plan(1024, 10_000, 768, fp32, fp32) == (1024, 10_000, 10_000, False)
-    assert plan(1024, 10_000, 768, fp32, fp32, on_cpu=True).rows == 512
-    assert plan(1024, 10_000, 768, bf16, bf16, on_cpu=True).rows == 1024
+    assert plan(1024, 10_000, 768, fp32, fp32, device="cpu").rows == 512
+    assert plan(1024, 10_000, 768, bf16, bf16, device="cpu").rows == 1024
     assert plan(1024, 10_000, 768, fp32, bf16).cast_weight_once
-    assert plan(16_384, 100_000, 768, bf16, bf16)[:2] >= (1024, 100_000)
+    assert plan(16_384, 100_000, 768, bf16, bf16)[:2] == (2341, 100_000)  # of 7 equal chunks
     huge = plan(16_384, 1_000_000, 2048, fp32, bf16)
     assert not huge.cast_weight_once
-    assert huge.products * 2048 * 8 <= 2**27
-    assert huge.rows >= 1024  # and so the classes have to be cut
-    assert 1024 <= huge.classes <= 2**29 // (2 * huge.rows)
+    assert huge.products * 2048 * 2 <= 2**27
+    assert huge.rows >= 8192  # and so the classes have to be cut
+    assert 8192 <= huge.classes <= 2**29 // (2 * huge.rows)
+    assert huge.classes % 64 == huge.products % 64 == 0
     assert plan(8, 1_000_000, 2048, fp32, fp32, chunk_bytes=1)[:2] == (1, 1024)
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from loss_cases import MIXES, SHAPES, assert_as_exact_as_eager, assert_near, loss_and_gradients, make_case
+from loss_cases import MIXES, SHAPES, assert_as_exact_as_eager, assert_near, loss_and_gradients, make_case, random_case
 
-from fastlt_kernels import linear_neighbor_silencing_loss, logits_loss, neighbor_silencing_loss, reference_loss
+from fastlt_kernels import ClassGraph, linear_neighbor_silencing_loss, logits_loss, neighbor_silencing_loss, reference_loss
 
 
 @pytest.fixture(autouse=True, params=[2**62, 0], ids=["plain", "blocks"])
@@ -27,6 +27,12 @@ def both(case, dtype=torch.float64, **options):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_the_reference(shape, silence, label_smoothing, mix):
     wanted, got = both(make_case(*shape, mix=mix, silence=silence, label_smoothing=label_smoothing))
+    assert_near(got, wanted)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_case_is_the_reference(seed):
+    wanted, got = both(random_case(seed))
     assert_near(got, wanted)
 
 
@@ -129,3 +135,41 @@ def test_under_torch_func():
         torch.func.grad(lambda z: loss(z, backend="triton"))(logits.detach().float())
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(lambda x: linear_neighbor_silencing_loss(x, case.weight, case.target))(case.features)
+
+
+in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, Triton does not take CPU tensors")
+every_backend = pytest.mark.parametrize("backend", ["auto", "torch", pytest.param("triton", marks=in_the_interpreter)])
+
+
+@every_backend
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_what_is_ignored_or_silenced_may_be_infinite(label_smoothing, backend):
+    """A masked logit that the label silences, and an ignored row of NaN."""
+    graph = ClassGraph.from_pairs(2, 4, [(1, 2), (1, 3)])
+    logits = torch.tensor([[0.5, 1.0, -torch.inf, 2.0], [torch.nan, torch.inf, 0.0, 1.0]], requires_grad=True)
+    options = {"graph": graph, "silence": 0.0, "label_smoothing": label_smoothing, "backend": backend}
+    loss = neighbor_silencing_loss(logits, torch.tensor([1, -100]), **options)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    p = torch.softmax(torch.tensor([0.5, 1.0]), 0)
+    mass = torch.tensor([label_smoothing / 2, 1 - label_smoothing / 2])
+    torch.testing.assert_close(loss.detach(), -(mass * p.log()).sum())
+    torch.testing.assert_close(gradient, torch.tensor([[*(p - mass), 0, 0], [0, 0, 0, 0]]))
+
+
+@every_backend
+def test_an_ignored_row_whose_stand_in_has_no_finite_sum(backend):
+    """An ignored label is looked up as class 0."""
+    prior = torch.tensor([-torch.inf, 0.0, 0.0])
+    graph = ClassGraph.from_pairs(1, 3, [(0, 1), (0, 2)])
+    logits = torch.zeros(2, 3, requires_grad=True)
+    loss = neighbor_silencing_loss(logits, torch.tensor([-100, 1]), graph=graph, log_prior=prior, silence=0.0, backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], torch.tensor([[0, 0, 0], [0, -0.5, 0.5]]))
+
+
+def test_batched_gradients():
+    case = make_case(3, 4, 9, 2)
+    logits = case.logits(torch.float64)
+    loss = neighbor_silencing_loss(logits, case.target, **case.options)
+    scales = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    one, three = torch.autograd.grad(loss, logits, scales, is_grads_batched=True)[0]
+    torch.testing.assert_close(three, 3 * one)

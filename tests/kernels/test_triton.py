@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from loss_cases import MIXES, assert_as_exact_as_eager, loss_and_gradients, make_case, reference_of_linear
+from loss_cases import MIXES, assert_as_exact_as_eager, loss_and_gradients, make_case, random_case, reference_of_linear
 
 from fastlt_kernels import (
     linear_neighbor_silencing_loss,
@@ -68,6 +68,13 @@ def test_logits(shape, silence, label_smoothing, mix, cut):
 
 
 @every_cut
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(8))
+def test_any_logits(seed, dtype, cut):
+    check_logits(random_case(seed), dtype)
+
+
+@every_cut
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_logits_in_low_precision(reduction, dtype, cut):
@@ -107,9 +114,10 @@ def test_classes_of_no_prior_and_huge_logits(cut):
     check_logits(case, torch.float32)
 
 
-def test_rows_that_are_not_packed():
+@pytest.mark.parametrize("stride", [130, 144])  # odd, or so wide that the kernels read whole vectors beyond the classes
+def test_rows_that_are_not_packed(stride):
     case = make_case(7, 5, 107, 4)
-    wide = torch.full((7, 130), torch.nan, device=DEVICE)
+    wide = torch.full((7, stride), torch.nan, device=DEVICE)
     wide[:, :107] = case.logits(torch.float32).detach()
     losses = [
         neighbor_silencing_loss(z, case.target.to(DEVICE), backend="triton", **on_device(case.options))
@@ -136,7 +144,9 @@ def test_outputs(cut):
 
 @pytest.mark.parametrize("least", [16, 2**30])  # class tiles, or whole rows
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16] if DEVICE == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
+)
 def test_linear(dtype, reduction, least, monkeypatch):
     monkeypatch.setattr(chunks, "LEAST_CLASSES", 32)
     monkeypatch.setattr(chunks, "CPU_LEAST_ROWS", least)
@@ -152,6 +162,22 @@ def test_linear(dtype, reduction, least, monkeypatch):
         got,
         loss_and_gradients(reference_of_linear(case, eager, reduction=reduction), eager),
         loss_and_gradients(reference_of_linear(case, exact, reduction=reduction), exact),
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_linear(seed, monkeypatch):
+    monkeypatch.setattr(chunks, "LEAST_CLASSES", 64)
+    case = random_case(seed)
+    inputs = [t.detach().to(DEVICE).requires_grad_() for t in case.inputs(torch.float32)]
+    features, weight, bias = inputs
+    options = {**on_device(case.options), "bias": bias, "chunk_bytes": 40_000, "backend": "triton"}
+    got = loss_and_gradients(linear_neighbor_silencing_loss(features, weight, case.target.to(DEVICE), **options).cpu(), inputs)
+    exact, eager = case.inputs(torch.float64), case.inputs(torch.float32)
+    assert_as_exact_as_eager(
+        [t.cpu() for t in got],
+        loss_and_gradients(reference_of_linear(case, eager), eager),
+        loss_and_gradients(reference_of_linear(case, exact), exact),
     )
 
 
@@ -206,6 +232,8 @@ def test_opcheck():
     for summed, backend in itertools.product((True, False), ("torch", "triton")):
         logits = case.logits(torch.float32).detach().to(DEVICE).requires_grad_()
         torch.library.opcheck(torch.ops.fastlt_kernels.logits_loss.default, (logits, *described, backend, summed, True))
+        arguments = (logits.detach(), *described, backend, torch.zeros_like(shares))
+        torch.library.opcheck(torch.ops.fastlt_kernels.logits_loss_gradient.default, arguments)
 
 
 def test_compiles_whole():
@@ -247,7 +275,7 @@ for name in ("whole_rows", "long_rows", "part_terms", "part_gradient"):
     constants = {"LABELS": int(sys.argv[3]), "ROWS": 1, "BLOCK": 1024}
     constants |= {name: None for name in left_out & set(kernel.arg_names)}
     scalars = {"stride": "i64", "out_stride": "i64", "log_silence": "fp32", "label_smoothing": "fp32"}
-    scalars |= dict.fromkeys(("rows", "classes", "first", "span", "num_predicted", "steps"), "i32")
+    scalars |= dict.fromkeys(("rows", "classes", "width", "first", "span", "num_predicted", "steps"), "i32")
     signature = {}
     for argument in kernel.arg_names:
         pointer = "*i64" if argument in integers else "*bf16" if argument in ("logits", "out") else "*fp32"
