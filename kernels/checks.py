@@ -7,6 +7,8 @@ checked on CPU tensors, and elsewhere only with FASTLT_KERNELS_DEBUG=1; never wh
 from __future__ import annotations
 
 import os
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +20,23 @@ LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
-def check_logits(logits: Tensor) -> None:
-    _check_matrix("logits", logits, "(N, C)")
+def check_matrix(name: str, matrix: Tensor, shape: str) -> None:
+    _check_tensor(name, matrix)
+    if matrix.ndim != 2:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(matrix.shape)}")
+    if matrix.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {matrix.dtype}")
 
 
 def check_linear(features: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
-    _check_matrix("features", features, "(N, D)")
-    _check_matrix("weight", weight, "(C, D)")
+    """The rest, once features is known to be a matrix."""
+    check_matrix("weight", weight, "(C, D)")
     if weight.shape[1] != features.shape[1]:
         raise ValueError(f"weight must have the {features.shape[1]} columns of features, got {weight.shape[1]}")
     _check_linear_dtype("weight", weight, features, autocast)
     if bias is None:
         return
+    _check_tensor("bias", bias)
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     _check_linear_dtype("bias", bias, features, autocast)
@@ -50,6 +57,8 @@ def check_loss(
     backend: str,
 ) -> None:
     """What all the losses share."""
+    if rows > 0 and classes == 0:
+        raise ValueError("logits, or weight, must have at least one class")
     _check_options(silence, label_smoothing, reduction, backend)
     values = should_check_values(device)
     _check_labels("target", target, rows, classes, device, values)
@@ -61,11 +70,13 @@ def check_loss(
 
 
 def check_chunk_bytes(chunk_bytes: int) -> None:
-    if chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    _check_integer("chunk_bytes", chunk_bytes)
+    if not 0 < chunk_bytes < 2**63:
+        raise ValueError(f"chunk_bytes must be positive and below 2^63, got {chunk_bytes}")
 
 
 def check_predicted(num_targets: int, classes: int) -> None:
+    _check_integer("num_targets", num_targets)
     if not 0 <= num_targets <= classes:
         raise ValueError(f"num_targets must be in 0..{classes}, got {num_targets}")
 
@@ -77,11 +88,21 @@ def should_check_values(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("FASTLT_KERNELS_DEBUG") == "1"
 
 
-def _check_matrix(name: str, matrix: Tensor, shape: str) -> None:
-    if matrix.ndim != 2:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(matrix.shape)}")
-    if matrix.dtype not in LOGIT_DTYPES:
-        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {matrix.dtype}")
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        what = f"{value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} must be a dense torch tensor, got a {what}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    # A tensor of one number would be waited for, and its gradient dropped without a word.
+    if not isinstance(value, Real | torch.SymInt | torch.SymFloat) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {type(value).__name__}")
 
 
 def _check_linear_dtype(name: str, tensor: Tensor, features: Tensor, autocast: bool) -> None:
@@ -98,6 +119,8 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def _check_options(silence: float, label_smoothing: float, reduction: str, backend: str) -> None:
+    _check_number("silence", silence)
+    _check_number("label_smoothing", label_smoothing)
     if not 0 <= silence <= 1:
         raise ValueError(f"silence must be in [0, 1], got {silence}")
     if not 0 <= label_smoothing < 1:
@@ -109,6 +132,7 @@ def _check_options(silence: float, label_smoothing: float, reduction: str, backe
 
 
 def _check_labels(name: str, labels: Tensor, rows: int, classes: int, device: torch.device, values: bool) -> None:
+    _check_tensor(name, labels)
     if labels.shape != (rows,):
         raise ValueError(f"{name} must have shape ({rows},), got {tuple(labels.shape)}")
     if labels.dtype not in LABEL_DTYPES:
@@ -123,6 +147,8 @@ def _check_labels(name: str, labels: Tensor, rows: int, classes: int, device: to
 def _check_graph(graph: ClassGraph | None, classes: int, device: torch.device) -> None:
     if graph is None:
         return
+    if not isinstance(graph, ClassGraph):
+        raise ValueError(f"graph must be a ClassGraph, got {type(graph).__name__}")
     if graph.num_classes != classes:
         raise ValueError(f"graph has {graph.num_classes} classes, the logits have {classes}")
     if graph.indptr.device != device:
@@ -132,6 +158,7 @@ def _check_graph(graph: ClassGraph | None, classes: int, device: torch.device) -
 def _check_log_prior(log_prior: Tensor | None, classes: int, device: torch.device, label_smoothing: float, values: bool) -> None:
     if log_prior is None:
         return
+    _check_tensor("log_prior", log_prior)
     if log_prior.shape != (classes,) or log_prior.dtype not in LOGIT_DTYPES:
         raise ValueError(f"log_prior must have shape ({classes},) and hold floats, got {tuple(log_prior.shape)} {log_prior.dtype}")
     _check_device("log_prior", log_prior, device)
@@ -156,5 +183,9 @@ def _check_mix(target_b: Tensor | None, mix: float | Tensor | None, rows: int, d
             _check_device("mix", mix, device)
         if values and not ((mix >= 0) & (mix <= 1)).all():
             raise ValueError("mix must be in [0, 1]")
-    elif mix is not None and not 0 <= mix <= 1:
+        return
+    if mix is None:
+        return
+    _check_number("mix", mix)
+    if not 0 <= mix <= 1:
         raise ValueError(f"mix must be in [0, 1], got {mix}")

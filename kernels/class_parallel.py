@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastlt_kernels.backends import choose_backend, is_transformed
-from fastlt_kernels.checks import check_chunk_bytes, check_linear, check_loss, check_predicted
+from fastlt_kernels.checks import check_chunk_bytes, check_linear, check_loss, check_matrix, check_predicted
 from fastlt_kernels.class_parallel_checks import check_alike, check_sampling, check_shard, place_in
 from fastlt_kernels.class_sampling import Sample, draw, rows_in_sample, sampled_classes
 from fastlt_kernels.graph import ClassGraph
@@ -119,10 +119,11 @@ def _outputs(
     rank, world = place_in(group)
     if is_transformed():
         raise RuntimeError("class_parallel_loss does not run under torch.func or forward-mode differentiation")
-    autocast = torch.is_autocast_enabled(features.device.type)
     shard = shard_of(classes, rank, world)
-    wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (features, weight, bias))
+    wanted = tuple(torch.is_grad_enabled() and isinstance(t, Tensor) and t.requires_grad for t in (features, weight, bias))
     try:
+        check_matrix("features", features, "(n, D)")
+        autocast = torch.is_autocast_enabled(features.device.type)
         check_linear(features, weight, bias, autocast)
         check_chunk_bytes(chunk_bytes)
         check_loss(
@@ -134,7 +135,8 @@ def _outputs(
         check_sampling(sample_rate, graph, num_predicted)
         backend = choose_backend(backend, features, features.shape[0])
     except ValueError as error:
-        check_alike(features, target_b, wanted[0], reduction, error, group)
+        if isinstance(features, Tensor):
+            check_alike(features, target_b, wanted[0], reduction, error, group)
         raise
     check_alike(features, target_b, wanted[0], reduction, None, group)
 

@@ -63,8 +63,8 @@ class ClassGraph:
 
     def restricted(self, keep: Tensor) -> ClassGraph:
         """Only the pairs of targets where keep (T,) bool is True (the release's few-shot restriction); same direction."""
-        if keep.shape != (self.num_targets,) or keep.dtype != torch.bool:
-            raise ValueError(f"keep must be a ({self.num_targets},) bool mask, got {tuple(keep.shape)} {keep.dtype}")
+        if not isinstance(keep, Tensor) or keep.shape != (self.num_targets,) or keep.dtype != torch.bool:
+            raise ValueError(f"keep must be a ({self.num_targets},) bool mask, got {_described(keep)}")
         rows, columns = _entries(self)
         kept = keep.to(rows.device)[torch.minimum(rows, columns)]
         return _from_entries(self.num_targets, self.num_classes, rows[kept], columns[kept])
@@ -88,7 +88,14 @@ def padded_neighbours(indptr: Tensor, indices: Tensor, max_degree: int, labels: 
     return torch.where(real, columns, labels[:, None]), real
 
 
+def _described(value: object) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def _check_counts(num_targets: int, num_classes: int) -> None:
+    for name, value in (("num_targets", num_targets), ("num_classes", num_classes)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool):
+            raise ValueError(f"{name} must be an integer, got {type(value).__name__}")
     if num_targets < 1:
         raise ValueError(f"num_targets must be at least 1, got {num_targets}")
     if num_classes < num_targets:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlt_kernels.backends import choose_backend, is_transformed
-from fastlt_kernels.checks import check_chunk_bytes, check_linear, check_loss, check_predicted
+from fastlt_kernels.checks import check_chunk_bytes, check_linear, check_loss, check_matrix, check_predicted
 from fastlt_kernels.chunk_work import ChunkWork, Gradients
 from fastlt_kernels.chunks import plan_chunks, slices
 from fastlt_kernels.graph import ClassGraph
@@ -76,6 +76,7 @@ def linear_neighbor_silencing_outputs(
     chunk_bytes: int = 512 * 2**20,
 ) -> LossOutput:
     """`linear_neighbor_silencing_loss` with the log-sum-exp and the predictions among the targets, of the same pass."""
+    check_matrix("features", features, "(N, D)")
     autocast = torch.is_autocast_enabled(features.device.type)
     check_linear(features, weight, bias, autocast)
     check_chunk_bytes(chunk_bytes)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlt_kernels.backends import choose_backend, is_transformed
-from fastlt_kernels.checks import check_logits, check_loss, check_predicted
+from fastlt_kernels.checks import check_loss, check_matrix, check_predicted
 from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels.labels import accumulation_dtype, counted_rows, stack_labels
 from fastlt_kernels.rows import Rows, Terms, describe_rows, implementation, losses_of
@@ -76,7 +76,7 @@ def neighbor_silencing_outputs(
     backend: str = "auto",
 ) -> LossOutput:
     """`neighbor_silencing_loss` with the log-sum-exp and the predictions among classes 0..num_targets - 1 of the same pass."""
-    check_logits(logits)
+    check_matrix("logits", logits, "(N, C)")
     count, classes = logits.shape
     check_loss(count, classes, logits.device, target, graph, log_prior, silence, target_b, mix, label_smoothing, reduction, backend)
     check_predicted(num_targets, classes)

@@ -29,9 +29,9 @@ def _logits(logits, stride, row, columns, mask, stop):
 
 
 @triton.jit
-def _add_prior(base, log_prior, first, columns, classes):
+def _add_prior(base, log_prior, first, columns, width):
     if log_prior is not None:
-        base += tl.load(log_prior + first + columns, mask=columns < classes, other=0.0)[None, :]
+        base += tl.load(log_prior + first + columns, mask=columns < width, other=0.0)[None, :]
     return base
 
 
@@ -112,7 +112,7 @@ def _mass(columns, first, label, unsilenced, share, smooth, label_smoothing, smo
 def whole_rows(
     logits, stride,  # (n, C), rows contiguous
     out, out_stride,  # (n, C) the gradient, may be logits
-    log_prior,  # (C,) fp32 or None
+    log_prior,  # fp32, (C,) and readable up to the tile's width; or None
     labels, shares, smoothing,  # (L, n) int64; fp32; fp32 or None
     graph_rows, indptr, indices,  # (L, n) int64, CSR; or None
     log_sums, label_logits, logit_sums,  # (L, n) fp32, written
@@ -131,7 +131,7 @@ def whole_rows(
         best_logit, best = _best_of(base, columns, 0, 0, num_predicted, best_logit, tl.zeros((ROWS,), tl.int64))
         tl.store(best_logits + row, best_logit, mask=mask)
         tl.store(bests + row, best, mask=mask)
-    base = _add_prior(base, log_prior, 0, columns, classes)
+    base = _add_prior(base, log_prior, 0, columns, width)
     gradient = tl.zeros((ROWS, BLOCK), tl.float32)
     for which in tl.static_range(LABELS):
         label_row = which * rows + row
@@ -177,7 +177,7 @@ def _scan(
         base = _logits(logits, stride, row, columns, inside, stop)
         if bests is not None and start + first < num_predicted:
             best_logit, best = _best_of(base, columns, start, first, num_predicted, best_logit, best)
-        base = _add_prior(base, log_prior, first, columns, classes)
+        base = _add_prior(base, log_prior, first, columns, width)
         for which in tl.static_range(LABELS):
             values, unsilenced = _silenced(
                 base, indptr, indices, graph_rows, which * rows + row, mask, first, start, log_silence, steps, ROWS, BLOCK
@@ -213,7 +213,7 @@ def _write_gradient(
     for start in range(begin, stop, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = mask[:, None] & (columns < width)[None, :]
-        base = _add_prior(_logits(logits, stride, row, columns, inside, stop), log_prior, first, columns, classes)
+        base = _add_prior(_logits(logits, stride, row, columns, inside, stop), log_prior, first, columns, width)
         gradient = tl.zeros((ROWS, BLOCK), tl.float32)
         for which in tl.static_range(LABELS):
             label_row = which * rows + row

@@ -63,4 +63,4 @@ def _is_ours_alone(saved: Tensor) -> bool:
 
 def _is_batched(grad_loss: Tensor) -> bool:
     """Whether it stands for several scales at once, as autograd.grad's is_grads_batched has it."""
-    return torch._C._dispatch_keys(grad_loss).has(torch._C._parse_dispatch_key("Batched"))
+    return torch._C._dispatch_keys(grad_loss).has(torch._C._parse_dispatch_key("Batched"))  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from torch import Tensor
 from fastlt_kernels import row_kernels
 from fastlt_kernels.rows import Rows, Terms, merge_terms
 
-# In elements of a program. Compiled for sm_90 with silencing and one label, the kernels take 57 to 64 registers a thread: of
-# the largest whole rows one program fits on a processor, of blocks of long rows two, so that one loads while another computes.
-# Two programs a processor are also few enough rows that the second reading of long ones finds them in the L2 cache.
+# In elements of a program. Compiled for sm_90, for one label, whole rows take 32 registers a thread (62 with smoothing) and long
+# rows 40 to 111: one or two programs fit on a processor, so that one can load while another computes, and there are few enough
+# rows at a time that the second reading of long ones finds them in the L2 cache.
 WHOLE_ROW = 8_192
 SMALL_BLOCK = 2_048  # of short rows, several go into a program
 LONG_BLOCK = 4_096
@@ -108,9 +108,10 @@ def scale_(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _laid_out(rows: Rows) -> Rows:
-    """Some of the rows of two labels are not contiguous; the kernels take (L, n) as it comes."""
-    tensors = {name: getattr(rows, name) for name in ("labels", "shares", "smoothing", "graph_rows", "log_prior")}
-    return rows._replace(**{name: t.contiguous() for name, t in tensors.items() if t is not None})
+    """Some of the rows of two labels are not contiguous, and the kernels take (L, n) as it comes; the prior is read in vectors."""
+    tensors = {name: getattr(rows, name) for name in ("labels", "shares", "smoothing", "graph_rows")}
+    prior = None if rows.log_prior is None else torch.nn.functional.pad(rows.log_prior, (0, VECTOR))
+    return rows._replace(log_prior=prior, **{name: t.contiguous() for name, t in tensors.items() if t is not None})
 
 
 class _Out(NamedTuple):

@@ -34,6 +34,14 @@ both_losses = pytest.mark.parametrize("loss", [from_logits, from_features])
         ("label_smoothing", {"label_smoothing": -0.1}),
         ("reduction", {"reduction": "average"}),
         ("backend", {"backend": "cuda"}),
+        ("silence must be a number", {"silence": "0.1"}),
+        ("silence must be a number", {"silence": None}),
+        ("silence must be a number", {"silence": torch.tensor(0.1)}),
+        ("label_smoothing must be a number", {"label_smoothing": "0.1"}),
+        ("graph must be a ClassGraph", {"graph": (0, 2)}),
+        ("log_prior must be a dense torch tensor, got a list", {"log_prior": [0.0] * CLASSES}),
+        ("target_b must be a dense torch tensor", {"target_b": TARGET.tolist(), "mix": 0.5}),
+        ("mix must be a number", {"target_b": TARGET, "mix": [0.5] * ROWS}),
         ("mix is missing", {"target_b": TARGET}),
         ("target_b is missing", {"mix": 0.5}),
         ("mix", {"target_b": TARGET, "mix": 1.5}),
@@ -62,6 +70,9 @@ def test_options(loss, name, options):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
+        (TARGET.tolist(), "target must be a dense torch tensor, got a list"),
+        (None, "target must be a dense torch tensor"),
+        (torch.tensor([0, 2, 156], dtype=torch.uint8), "target must be in 0..5"),  # which is -100 in eight bits
         (TARGET[:2], "target must have shape"),
         (TARGET[:, None], "target must have shape"),
         (TARGET.float(), "target must hold integer"),
@@ -83,7 +94,15 @@ def test_any_integer_target_will_do(loss, dtype):
 
 
 @pytest.mark.parametrize(
-    "logits", [torch.zeros(CLASSES), torch.zeros(1, ROWS, CLASSES), torch.zeros(ROWS, CLASSES, dtype=torch.int64)]
+    "logits",
+    [
+        [[0.0]],
+        torch.zeros(ROWS, CLASSES).to_sparse(),
+        torch.zeros(ROWS, 0),
+        torch.zeros(CLASSES),
+        torch.zeros(1, ROWS, CLASSES),
+        torch.zeros(ROWS, CLASSES, dtype=torch.int64),
+    ],
 )
 def test_logits(logits):
     with pytest.raises(ValueError, match="logits"):
@@ -103,6 +122,11 @@ def test_logits(logits):
         ("bias must have shape", FEATURES, WEIGHT, {"bias": torch.zeros(1, CLASSES)}),
         ("bias must have the dtype", FEATURES, WEIGHT, {"bias": torch.zeros(CLASSES).double()}),
         ("bias must be on", FEATURES, WEIGHT, {"bias": torch.zeros(CLASSES, device="meta")}),
+        ("features", None, WEIGHT, {}),
+        ("weight must be a dense", FEATURES, WEIGHT.tolist(), {}),
+        ("bias must be a dense", FEATURES, WEIGHT, {"bias": [0.0] * CLASSES}),
+        ("chunk_bytes must be an integer", FEATURES, WEIGHT, {"chunk_bytes": 1e6}),
+        ("chunk_bytes must be positive and below", FEATURES, WEIGHT, {"chunk_bytes": 2**70}),
         ("chunk_bytes", FEATURES, WEIGHT, {"chunk_bytes": 0}),
     ],
 )

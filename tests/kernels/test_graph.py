@@ -78,6 +78,8 @@ def test_to_moves_the_tensors():
 @pytest.mark.parametrize(
     ("targets", "classes", "pairs", "message"),
     [
+        ("3", 6, [], "num_targets must be an integer"),
+        (3, 6.0, [], "num_classes must be an integer"),
         (0, 3, [], "num_targets"),
         (4, 3, [], "num_classes"),
         (3, 6, [(0, 3, 1)], r"pairs must have shape \(P, 2\)"),
