@@ -169,16 +169,18 @@ def _contained(columns: Tensor, real: Tensor, others: Tensor, others_real: Tenso
 
 
 def _blocks(logits: Tensor, rows: Rows, out: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """A few rows at a time in the dtype of the sums: of logits itself where out is logits, else a copy."""
+    """A few rows at a time in the dtype of the sums: in out where that is as wide, else in a copy."""
     count, columns = logits.shape
     dtype = rows.shares.dtype
     step = (BLOCK_BYTES if logits.is_cpu else DEVICE_BLOCK_BYTES) // max(1, columns * dtype.itemsize)
-    in_place = out is not None and out.data_ptr() == logits.data_ptr() and logits.dtype == dtype
-    step = max(1, step if in_place else min(step, count // 8))  # copies must not add much to the tile
-    scratch = None if in_place else logits.new_empty(min(step, count), columns, dtype=dtype)
+    in_out = out is not None and out.dtype == dtype
+    step = max(1, step if in_out else min(step, count // 8))  # copies must not add much to the tile
+    room = out if in_out else logits.new_empty(min(step, count), columns, dtype=dtype)
+    assert room is not None
     for start in range(0, max(count, 1), step):
         block = slice(start, min(start + step, count))
-        yield block, logits[block] if scratch is None else scratch[: block.stop - start].copy_(logits[block])
+        base = room[block] if in_out else room[: block.stop - start]
+        yield block, base if base.data_ptr() == logits[block].data_ptr() else base.copy_(logits[block])
 
 
 def _store(out: Tensor, base: Tensor) -> None:
