@@ -13,7 +13,7 @@ def fastlt(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_help_names_every_command():
     text = fastlt("--help").stdout
-    for command in ("pack", "train", "eval", "export", "report", "demo", "bench-train"):
+    for command in ("pack", "train", "eval", "export", "report", "demo", "bench-train", "bench-loss"):
         assert command in text
 
 
