@@ -1,7 +1,7 @@
 """Every argument check of the losses, in one place: a ValueError that names the argument.
 
 Shapes and dtypes are always checked. Values (ids in range, a usable prior) cost a device synchronisation, so they are
-checked on CPU tensors, and elsewhere only with FASTLT_KERNELS_DEBUG=1; never while torch.compile is tracing.
+checked on CPU tensors, and elsewhere only with FASTLT_KERNELS_DEBUG=1; never while torch.compile or torch.func is tracing.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlt_kernels.backends import is_transformed
 from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels.labels import IGNORE_INDEX
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_matrix(name: str, matrix: Tensor, shape: str) -> None:
@@ -70,20 +71,20 @@ def check_loss(
 
 
 def check_chunk_bytes(chunk_bytes: int) -> None:
-    _check_integer("chunk_bytes", chunk_bytes)
+    check_integer("chunk_bytes", chunk_bytes)
     if not 0 < chunk_bytes < 2**63:
         raise ValueError(f"chunk_bytes must be positive and below 2^63, got {chunk_bytes}")
 
 
 def check_predicted(num_targets: int, classes: int) -> None:
-    _check_integer("num_targets", num_targets)
+    check_integer("num_targets", num_targets)
     if not 0 <= num_targets <= classes:
         raise ValueError(f"num_targets must be in 0..{classes}, got {num_targets}")
 
 
 def should_check_values(device: torch.device) -> bool:
     """Whether to look at the values of tensors on this device."""
-    if torch.compiler.is_compiling() or device.type == "meta":
+    if torch.compiler.is_compiling() or is_transformed() or device.type == "meta":
         return False
     return device.type == "cpu" or os.environ.get("FASTLT_KERNELS_DEBUG") == "1"
 
@@ -94,13 +95,13 @@ def _check_tensor(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a dense torch tensor, got a {what}")
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
     # A tensor of one number would be waited for, and its gradient dropped without a word.
     if not isinstance(value, Real | torch.SymInt | torch.SymFloat) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def _check_integer(name: str, value: Any) -> None:
+def check_integer(name: str, value: Any) -> None:
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
         raise ValueError(f"{name} must be an integer, got {type(value).__name__}")
 
@@ -119,8 +120,8 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def _check_options(silence: float, label_smoothing: float, reduction: str, backend: str) -> None:
-    _check_number("silence", silence)
-    _check_number("label_smoothing", label_smoothing)
+    check_number("silence", silence)
+    check_number("label_smoothing", label_smoothing)
     if not 0 <= silence <= 1:
         raise ValueError(f"silence must be in [0, 1], got {silence}")
     if not 0 <= label_smoothing < 1:
@@ -138,7 +139,9 @@ def _check_labels(name: str, labels: Tensor, rows: int, classes: int, device: to
     if labels.dtype not in LABEL_DTYPES:
         raise ValueError(f"{name} must hold integer class ids, got {labels.dtype}")
     _check_device(name, labels, device)
-    counted = labels.long() if values else labels[:0]  # not uint8, in which -100 is 156
+    if not values:  # nor a mask, whose length nobody knows while tracing
+        return
+    counted = labels.long()  # not uint8, in which -100 is 156
     counted = counted[counted != IGNORE_INDEX]
     if counted.numel() and not (counted.min() >= 0 and counted.max() < classes):
         raise ValueError(f"{name} must be in 0..{classes - 1} (or -100), got {int(counted.min())}..{int(counted.max())}")
@@ -186,6 +189,6 @@ def _check_mix(target_b: Tensor | None, mix: float | Tensor | None, rows: int, d
         return
     if mix is None:
         return
-    _check_number("mix", mix)
+    check_number("mix", mix)
     if not 0 <= mix <= 1:
         raise ValueError(f"mix must be in [0, 1], got {mix}")

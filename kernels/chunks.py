@@ -50,7 +50,8 @@ def plan_chunks(
     products = min(classes, max(ALIGNED, _down(chunk_bytes // 4 // per_class))) if per_class else classes
     left = chunk_bytes - products * per_class - (classes * cast_bytes if cast_once else 0)
 
-    per_logit = product.itemsize + (total.itemsize / 8 if in_torch else 0)  # and the copies that torch's rows are worked on in
+    # torch's rows need room for an eighth of their softmax and, where they are not as wide as the sums, of a wide copy.
+    per_logit = product.itemsize + (total.itemsize * (1 if product == total else 2) / 8 if in_torch else 0)
     per_row = width * (product.itemsize + total.itemsize) + widened  # features and their gradient
     per_row += slots * 13 * total.itemsize if in_torch else 0  # indices, masks and values of the silenced columns, as measured
     wanted = min(rows, CPU_ROWS if device == "cpu" and product == total else 4 * GPU_ROWS)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fastlt_kernels.backends import choose_backend, is_transformed
 from fastlt_kernels.checks import check_chunk_bytes, check_linear, check_loss, check_matrix, check_predicted
-from fastlt_kernels.class_parallel_checks import check_alike, check_sampling, check_shard, place_in
+from fastlt_kernels.class_parallel_checks import check_alike, check_classes, check_sampling, check_shard, place_in
 from fastlt_kernels.class_sampling import Sample, draw, rows_in_sample, sampled_classes
 from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels.labels import accumulation_dtype, divided, stack_labels
 from fastlt_kernels.logits_loss import LossOutput
-from fastlt_kernels.products import product_dtype
+from fastlt_kernels.products import is_autocast, product_dtype
 from fastlt_kernels.rows import Rows, Terms, describe_rows, losses_of
 from fastlt_kernels.saved import refuse_twice, scaled
 from fastlt_kernels.shards import (
@@ -119,11 +119,12 @@ def _outputs(
     rank, world = place_in(group)
     if is_transformed():
         raise RuntimeError("class_parallel_loss does not run under torch.func or forward-mode differentiation")
-    shard = shard_of(classes, rank, world)
     wanted = tuple(torch.is_grad_enabled() and isinstance(t, Tensor) and t.requires_grad for t in (features, weight, bias))
     try:
+        check_classes(classes)
+        shard = shard_of(classes, rank, world)
         check_matrix("features", features, "(n, D)")
-        autocast = torch.is_autocast_enabled(features.device.type)
+        autocast = is_autocast(features)
         check_linear(features, weight, bias, autocast)
         check_chunk_bytes(chunk_bytes)
         check_loss(
@@ -132,7 +133,7 @@ def _outputs(
         )  # fmt: skip
         check_predicted(num_predicted, classes)
         check_shard(weight, classes, shard, rank, world)
-        check_sampling(sample_rate, graph, num_predicted)
+        check_sampling(sample_rate, generator, graph, num_predicted)
         backend = choose_backend(backend, features, features.shape[0])
     except ValueError as error:
         if isinstance(features, Tensor):

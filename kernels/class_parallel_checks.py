@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastlt_kernels.checks import should_check_values
+from fastlt_kernels.checks import check_integer, check_number, should_check_values
 from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels.shards import Group, gather, length
 
@@ -29,7 +29,16 @@ def check_shard(weight: Tensor, classes: int, shard: slice, rank: int, world: in
         )  # fmt: skip
 
 
-def check_sampling(sample_rate: float, graph: ClassGraph | None, num_predicted: int) -> None:
+def check_classes(num_classes: int) -> None:
+    check_integer("num_classes", num_classes)
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+
+
+def check_sampling(sample_rate: float, generator: torch.Generator | None, graph: ClassGraph | None, num_predicted: int) -> None:
+    check_number("sample_rate", sample_rate)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}")
     if sample_rate < 1 and graph is None:

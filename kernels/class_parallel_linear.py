@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastlt_kernels.class_parallel import class_parallel_loss
-from fastlt_kernels.class_parallel_checks import place_in
-from fastlt_kernels.products import logits_of, product_dtype
+from fastlt_kernels.class_parallel_checks import check_classes, place_in
+from fastlt_kernels.products import is_autocast, logits_of, product_dtype
 from fastlt_kernels.shards import Group, gather, length, shard_of
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class ClassParallelLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_classes(num_classes)
         self.in_features, self.num_classes, self.group = in_features, num_classes, group
         self.shard = shard_of(num_classes, *place_in(group))
         weights, biases = _initial(in_features, num_classes, self.shard, seed)
@@ -61,7 +62,7 @@ class ClassParallelLinear(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """All logits (n, num_classes) of this rank's features (n, D), as many on every rank; for evaluation, no gradients."""
         device = features.device.type
-        product = product_dtype(features, torch.is_autocast_enabled(device))
+        product = product_dtype(features, is_autocast(features))
         with torch.autocast(device, enabled=False):
             everyones = gather(features.to(product), self.group)  # (world, n, D)
             world, count = everyones.shape[:2]

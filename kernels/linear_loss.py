@@ -23,7 +23,7 @@ from fastlt_kernels.chunks import plan_chunks, slices
 from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels.labels import accumulation_dtype, divided, stack_labels
 from fastlt_kernels.logits_loss import ROWS_SCHEMA, LossOutput
-from fastlt_kernels.products import kept_dtype, product_dtype
+from fastlt_kernels.products import is_autocast, kept_dtype, product_dtype
 from fastlt_kernels.rows import Rows, Terms, describe_rows, join_terms, losses_of
 from fastlt_kernels.saved import refuse_twice, save_mixed, saved_mixed, scaled
 from fastlt_kernels.tile import Tile
@@ -77,7 +77,7 @@ def linear_neighbor_silencing_outputs(
 ) -> LossOutput:
     """`linear_neighbor_silencing_loss` with the log-sum-exp and the predictions among the targets, of the same pass."""
     check_matrix("features", features, "(N, D)")
-    autocast = torch.is_autocast_enabled(features.device.type)
+    autocast = is_autocast(features)
     check_linear(features, weight, bias, autocast)
     check_chunk_bytes(chunk_bytes)
     count, classes = features.shape[0], weight.shape[0]

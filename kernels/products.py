@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+def is_autocast(features: Tensor) -> bool:
+    return features.device.type != "meta" and torch.is_autocast_enabled(features.device.type)
+
+
 def product_dtype(features: Tensor, autocast: bool) -> torch.dtype:
     device = features.device.type
     dtype = torch.get_autocast_dtype(device) if autocast and features.dtype != torch.float64 else features.dtype

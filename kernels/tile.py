@@ -42,7 +42,11 @@ class Tile:
     def add_to_bias(self, total: Tensor, gradient: Tensor, classes: slice, fresh: bool) -> None:
         """total (C,) += the sum of gradient over its rows, in fp32 or total's float64; `fresh`: it is overwritten."""
         dtype = torch.promote_types(total.dtype, torch.float32)
-        of_classes = gradient.sum(dim=0, dtype=dtype)
+        # A few rows at a time, for a CPU widens all that it is to sum.
+        step = gradient.shape[0] if dtype == gradient.dtype or gradient.is_cuda else max(1, gradient.shape[0] // 16)
+        of_classes = gradient[:step].sum(dim=0, dtype=dtype)
+        for part in slices(gradient.shape[0], step, step) if gradient.shape[0] > step else ():
+            of_classes += gradient[part].sum(dim=0, dtype=dtype)
         total[classes].copy_(of_classes) if fresh else total[classes].add_(of_classes)
 
 

@@ -1,8 +1,8 @@
 """The terms and the gradient of a tile of logits, in torch: in place, and a few rows at a time so that they stay in cache.
 
-With one exponential per element. The columns that any label of the row silences (a few) are taken out of the tile and
-handled beside it. So two labels with different silenced sets share one pass, each with its own log-sum-exp, and nothing
-is ever subtracted from a sum.
+torch's softmax makes one exponential per element, and its largest value tells the log-sum-exp. The columns that any label of
+the row silences (a few) are taken out of the tile and handled beside it. So two labels with different silenced sets share
+one pass, each with its own log-sum-exp, and nothing is ever subtracted from a sum.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
     """logits (n, c) are those of the classes first..first + c - 1, and are left as they are."""
     silenced = silenced_columns(rows, first, logits.shape[1])
     terms = []
-    for block, base in _blocks(logits, rows, None):
+    for block, base, room in _blocks(logits, rows, None):
         best = _best(base, first, rows.num_predicted)
         part, part_silenced = rows.part(block), silenced.part(block)
-        terms.append(_exponentials_(_add_prior_(base, first, rows), first, part, part_silenced).terms._replace(**best))
+        terms.append(_softmax_(_add_prior_(base, first, rows), room, first, part, part_silenced).terms._replace(**best))
     return join_terms(terms)
 
 
 def row_gradient(logits: Tensor, first: int, rows: Rows, log_sum: Tensor, out: Tensor) -> None:
     """log_sum (L, n) is over all classes; out (n, c) gets the gradient, and may be logits."""
     silenced = silenced_columns(rows, first, logits.shape[1])
-    for block, base in _blocks(logits, rows, out):
+    for block, base, room in _blocks(logits, rows, out):
         part, part_silenced = rows.part(block), silenced.part(block)
-        shared = _exponentials_(_add_prior_(base, first, rows), first, part, part_silenced)
-        _to_gradient_(base, first, part, part_silenced, shared, log_sum[:, block])
+        shared = _softmax_(_add_prior_(base, first, rows), room, first, part, part_silenced)
+        _write_gradient(base, first, part, part_silenced, shared, log_sum[:, block])
         _store(out[block], base)
 
 
@@ -46,12 +46,12 @@ def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
     """The terms of logits (n, C) over all classes; out (n, C) gets the gradient, and may be logits."""
     silenced = silenced_columns(rows, 0, logits.shape[1])
     terms = []
-    for block, base in _blocks(logits, rows, out):
+    for block, base, room in _blocks(logits, rows, out):
         best = _best(base, 0, rows.num_predicted)
         part, part_silenced = rows.part(block), silenced.part(block)
-        shared = _exponentials_(_add_prior_(base, 0, rows), 0, part, part_silenced)
+        shared = _softmax_(_add_prior_(base, 0, rows), room, 0, part, part_silenced)
         terms.append(shared.terms._replace(**best))
-        _to_gradient_(base, 0, part, part_silenced, shared, shared.terms.log_sum)
+        _write_gradient(base, 0, part, part_silenced, shared, shared.terms.log_sum)
         _store(out[block], base)
     return join_terms(terms)
 
@@ -91,15 +91,16 @@ def _inside(silenced: SilencedColumns, first: int, columns: int) -> SilencedColu
 
 
 class Shared(NamedTuple):
-    """What the gradient needs of the pass that made the exponentials."""
+    """What the gradient needs of the first pass."""
 
     terms: Terms
-    highest: Tensor  # (n,), taken off the logits before the exponential
+    softmax: Tensor  # (n, c), over the columns that no label silences; 0 at the others
+    log_rest: Tensor  # (n,), log-sum-exp over those columns
     silenced_values: Tensor  # (L, n, M), logits plus prior of the silenced columns, silenced where this label does
 
 
-def _exponentials_(base: Tensor, first: int, rows: Rows, silenced: SilencedColumns) -> Shared:
-    """base (n, c), logits plus prior, becomes exp(base - highest), and 0 at silenced columns."""
+def _softmax_(base: Tensor, room: Tensor, first: int, rows: Rows, silenced: SilencedColumns) -> Shared:
+    """base (n, c) is logits plus prior, which its silenced columns lose; the softmax goes to room (n, c)."""
     columns, real, by_label = silenced
     label_logit = _label_logit(base, first, rows.labels)
     values = base.gather(1, columns).masked_fill_(~real, -torch.inf)
@@ -107,21 +108,25 @@ def _exponentials_(base: Tensor, first: int, rows: Rows, silenced: SilencedColum
 
     # Adding, not writing: slots that are not real add zero, wherever they point.
     base.scatter_add_(1, columns, torch.where(real, -torch.inf, torch.zeros_like(values)))
-    highest = base.amax(dim=1).clamp_(min=torch.finfo(base.dtype).min)  # finite even if every class is silenced by one label
-    base.sub_(highest[:, None]).exp_()
-    log_rest = highest + base.sum(dim=1).log_()
+    highest = base.amax(dim=1)
+    torch.softmax(base, dim=1, out=room)
+    # The largest probability is one over the sum of the exponentials that highest was taken off.
+    is_empty = highest == -torch.inf  # where every class is silenced by one label
+    log_rest = highest.sub(room.amax(dim=1).log_()).masked_fill_(is_empty, -torch.inf)
+    _zero_rows_(room, is_empty)
 
     silenced_values = torch.where(by_label, values + (math.log(rows.silence) if rows.silence > 0 else -math.inf), values)
     log_sum = torch.logsumexp(torch.cat([log_rest.expand(rows.labels.shape)[..., None], silenced_values], dim=2), dim=2)
-    return Shared(Terms(log_sum, label_logit, logit_sum, None, None), highest, silenced_values)
+    return Shared(Terms(log_sum, label_logit, logit_sum, None, None), room, log_rest, silenced_values)
 
 
-def _to_gradient_(base: Tensor, first: int, rows: Rows, silenced: SilencedColumns, shared: Shared, log_sum: Tensor) -> None:
-    """base (n, c), from `_exponentials_`, becomes sum over labels of share * (softmax - target mass)."""
+def _write_gradient(base: Tensor, first: int, rows: Rows, silenced: SilencedColumns, shared: Shared, log_sum: Tensor) -> None:
+    """base (n, c) becomes sum over labels of share * (softmax - target mass)."""
     columns, _, by_label = silenced
     shares = rows.shares
     # What has no share has no say, whatever its logits: 0 * inf is not 0.
-    base.mul_((shares * torch.exp(shared.highest - log_sum)).masked_fill_(shares == 0, 0).sum(dim=0)[:, None])
+    factor = (shares * torch.exp(shared.log_rest - log_sum)).masked_fill_(shares == 0, 0).sum(dim=0)
+    torch.mul(shared.softmax, factor[:, None], out=base)
     _zero_rows_(base, (shares == 0).all(dim=0))
     probabilities = torch.exp(shared.silenced_values - log_sum[..., None]).masked_fill_((shares == 0)[..., None], 0)
     if rows.smoothing is not None:
@@ -168,19 +173,19 @@ def _contained(columns: Tensor, real: Tensor, others: Tensor, others_real: Tenso
     return real & (haystack.gather(1, slot) == columns)
 
 
-def _blocks(logits: Tensor, rows: Rows, out: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """A few rows at a time in the dtype of the sums: in out where that is as wide, else in a copy."""
+def _blocks(logits: Tensor, rows: Rows, out: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A few rows at a time in the dtype of the sums, in out where that is as wide, else in a copy; and room for as many."""
     count, columns = logits.shape
     dtype = rows.shares.dtype
     step = (BLOCK_BYTES if logits.is_cpu else DEVICE_BLOCK_BYTES) // max(1, columns * dtype.itemsize)
+    step = max(1, min(step, count // 8))  # copies must not add much to the tile
     in_out = out is not None and out.dtype == dtype
-    step = max(1, step if in_out else min(step, count // 8))  # copies must not add much to the tile
-    room = out if in_out else logits.new_empty(min(step, count), columns, dtype=dtype)
-    assert room is not None
+    room = logits.new_empty(1 if in_out else 2, min(step, count), columns, dtype=dtype)
     for start in range(0, max(count, 1), step):
         block = slice(start, min(start + step, count))
-        base = room[block] if in_out else room[: block.stop - start]
-        yield block, base if base.data_ptr() == logits[block].data_ptr() else base.copy_(logits[block])
+        base = out[block] if in_out and out is not None else room[1, : block.stop - start]
+        base = base if base.data_ptr() == logits[block].data_ptr() else base.copy_(logits[block])
+        yield block, base, room[0, : block.stop - start]
 
 
 def _store(out: Tensor, base: Tensor) -> None:

@@ -88,7 +88,7 @@ def test_target(loss, target, message):
 
 
 @both_losses
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
 def test_any_integer_target_will_do(loss, dtype):
     assert torch.equal(loss(TARGET.to(dtype), graph=GRAPH), loss(TARGET, graph=GRAPH))
 

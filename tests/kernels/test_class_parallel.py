@@ -499,6 +499,26 @@ def sample_of_none(rank, world):
     return class_parallel_loss(torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(2).long(), num_classes=6, sample_rate=0.0)
 
 
+def of_a_wrong_type(rank, world, given):
+    given = {"num_classes": 6, "graph": ClassGraph.from_pairs(3, 6, [[0, 3]]), **given}
+    return class_parallel_loss(torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(2).long(), **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_classes": "10"}, "num_classes must be an integer, got str"),
+        ({"num_classes": -5}, "num_classes must be at least 1, got -5"),
+        ({"sample_rate": "a"}, "sample_rate must be a number, got str"),
+        ({"sample_rate": 0.5, "generator": 3}, "generator must be a torch.Generator, got int"),
+    ],
+)
+def test_wrong_types_are_errors_on_every_rank(ranks_of, given, message):
+    for error in ranks_of(2).run(of_a_wrong_type, given):
+        with pytest.raises(ValueError, match=message):
+            raise error
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

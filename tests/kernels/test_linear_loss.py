@@ -268,6 +268,26 @@ def test_memory_is_bounded(dtype, reduction):
     assert peak(lambda: work(materialised)) > 2 * logits > 10 * chunk_bytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_needs_no_more_memory(dtype):
+    rows, classes, width, chunk_bytes = 1024, 8192, 8, 2**22
+    features, weight, bias = (
+        torch.randn(*shape).to(dtype).requires_grad_() for shape in ((rows, width), (classes, width), (classes,))
+    )
+    target = torch.randint(classes, (rows,))
+    for tensor in (features, weight, bias):
+        tensor.grad = torch.zeros_like(tensor)
+    peaks = [
+        peak_bytes(
+            lambda: linear_neighbor_silencing_loss(features, weight, target, bias=given, chunk_bytes=chunk_bytes).backward(),  # noqa: B023
+            torch.device("cpu"),
+        )
+        for given in (None, bias)
+    ]
+    assert peaks[1] < peaks[0] + 2**18
+    assert peaks[1] < chunk_bytes + 2**20
+
+
 def test_plan():
     def plan(rows, classes, width, weight, product, chunk_bytes=2**29, device="cuda"):
         dtypes = {"weight_dtype": weight, "product": product, "total": torch.float32}

@@ -137,6 +137,35 @@ def test_under_torch_func():
         torch.func.grad(lambda x: linear_neighbor_silencing_loss(x, case.weight, case.target))(case.features)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_gradients_per_sample(backend):
+    case = make_case(5, 4, 9, 2, label_smoothing=0.1)
+    logits = case.logits(torch.float64)
+    neighbor_silencing_loss(logits, case.target, reduction="sum", **case.options).backward()
+
+    def one(row, label):
+        return neighbor_silencing_loss(row[None], label[None], backend=backend, **case.options)
+
+    found = torch.func.vmap(torch.func.grad(one))(logits.detach(), case.target)
+    torch.testing.assert_close(found, logits.grad)
+    priors = torch.randn(3, 9, dtype=torch.float64)
+    losses = torch.func.vmap(lambda prior: neighbor_silencing_loss(logits, case.target, log_prior=prior, backend=backend))(priors)
+    torch.testing.assert_close(losses, torch.stack([neighbor_silencing_loss(logits, case.target, log_prior=p) for p in priors]))
+
+
+def test_no_graph_break_where_one_would_be_let_pass():
+    """A graph that breaks is no error without fullgraph=True, and slow."""
+    case = make_case(5, 4, 9, 2, mix="rows", label_smoothing=0.1)
+    weight = case.weight.clone().requires_grad_()
+
+    def losses(features):
+        logits = torch.nn.functional.linear(features, weight)
+        linear = linear_neighbor_silencing_loss(features, weight, case.target, **case.options)
+        return linear + neighbor_silencing_loss(logits, case.target, **case.options)
+
+    assert torch._dynamo.explain(losses)(case.features).graph_break_count == 0
+
+
 in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, Triton does not take CPU tensors")
 every_backend = pytest.mark.parametrize("backend", ["auto", "torch", pytest.param("triton", marks=in_the_interpreter)])
 
