@@ -177,8 +177,8 @@ def _blocks(logits: Tensor, rows: Rows, out: Tensor | None) -> Iterator[tuple[sl
     """A few rows at a time in the dtype of the sums, in out where that is as wide, else in a copy; and room for as many."""
     count, columns = logits.shape
     dtype = rows.shares.dtype
-    step = (BLOCK_BYTES if logits.is_cpu else DEVICE_BLOCK_BYTES) // max(1, columns * dtype.itemsize)
-    step = max(1, min(step, count // 8))  # copies must not add much to the tile
+    fitting = (BLOCK_BYTES if logits.is_cpu else DEVICE_BLOCK_BYTES) // max(1, columns * dtype.itemsize)
+    step = max(1, fitting // 4, min(fitting, count // 8))  # room must be little in itself, or beside the tile
     in_out = out is not None and out.dtype == dtype
     room = logits.new_empty(1 if in_out else 2, min(step, count), columns, dtype=dtype)
     for start in range(0, max(count, 1), step):
