@@ -21,7 +21,7 @@ from fastlt_benchmarks.loss_contenders import Contender, Size, all_contenders, l
 from fastlt_benchmarks.loss_plot import draw
 from fastlt_benchmarks.loss_table import PHASES, TABLE_WIDTH, Row, method, reasons, table
 from fastlt_benchmarks.loss_trials import Bench, Trial, find_faults, floor_ms, measure
-from fastlt_benchmarks.results_file import append_rows
+from fastlt_benchmarks.results_file import append_rows, check_place
 from fastlt_benchmarks.timing import Pace, bounded_memory, measure_ceilings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,7 +76,7 @@ def run_bench_loss(
     default = QUICK_GRID if quick else GPU_GRID if device.type == "cuda" else CPU_GRID
     grid = Grid(*(sorted(set(given or usual)) for given, usual in zip((rows, classes, widths), default, strict=True)))
     path = out / f"loss-{device_slug(device)}.csv"
-    check_place(path)
+    check_place(path, COLUMNS)
     with bounded_memory(device):
         with console.status("measuring the ceilings"):
             ceilings = measure_ceilings(kind, device, quick)
@@ -112,21 +112,6 @@ def device_slug(device: torch.device) -> str:
         return "cpu"
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
     return next((short for short in ("h100", "h200") if short in name.split("-")), name)
-
-
-def check_place(path: Path) -> None:
-    """Before minutes are spent: the folder can be made, and the file there is one of this benchmark."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8"):
-            pass
-        header = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-    except OSError as error:
-        raise UserError(f"cannot write to {path} ({error.strerror}): name another folder with --out") from error
-    if not header:
-        path.unlink()
-    elif not header.startswith(",".join(COLUMNS) + ","):
-        raise UserError(f"{path} has other columns than this benchmark writes: name another folder with --out")
 
 
 def run_grid(bench: Bench, grid: Grid, path: Path, console: Console) -> list[Row]:

@@ -34,6 +34,24 @@ def command(program: str) -> str:
     return f"{program} " + shlex.join(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
 
 
+def check_place(path: Path, columns: tuple[str, ...]) -> None:
+    """Before minutes are spent: the folder can be made, its files written, and the one there has the columns of this benchmark."""
+    picture = path.with_suffix(".png")
+    if picture.is_dir():
+        raise UserError(f"cannot write to {picture} (it is a folder): name another folder with --out")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8"):
+            pass
+        header = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error.strerror}): name another folder with --out") from error
+    if not header:
+        path.unlink()
+    elif not header.startswith(",".join(columns) + ","):
+        raise UserError(f"{path} has other columns than this benchmark writes: name another folder with --out")
+
+
 def append_rows(path: Path, rows: list[dict[str, Any]], program: str = "fastlt") -> None:
     """Adds rows under the header that the file has; a file of other columns is refused."""
     context = {

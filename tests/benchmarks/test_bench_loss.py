@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from fastlt.cli import app
 from fastlt.errors import UserError
-from fastlt_benchmarks.loss import COLUMNS, Grid, check_place, choose, run_grid
+from fastlt_benchmarks.loss import COLUMNS, Grid, choose, run_grid
 from fastlt_benchmarks.loss_contenders import Inputs, Problem, Size, all_contenders, make_graph, plain
 from fastlt_benchmarks.loss_table import TABLE_WIDTH, table
 from fastlt_benchmarks.loss_trials import Bench, Trial, attempt, find_faults, measure, start
+from fastlt_benchmarks.results_file import check_place
 from fastlt_benchmarks.timing import Ceilings, Pace, Pass, bounded_memory, copies_beyond_cache, peak_bytes
 
 CPU = torch.device("cpu")
@@ -129,8 +130,15 @@ def test_a_file_of_another_benchmark_is_refused_before_anything_is_measured(tmp_
     path = tmp_path / "loss-cpu.csv"
     path.write_text("recipe,ratio\n")
     with pytest.raises(UserError, match="other columns"):
-        check_place(path)
+        check_place(path, COLUMNS)
     assert path.read_text() == "recipe,ratio\n"
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "loss-cpu.png").mkdir()
+    with pytest.raises(UserError, match=r"loss-cpu\.png \(it is a folder\)"):
+        check_place(tmp_path / "loss-cpu.csv", COLUMNS)
+    assert [path.name for path in tmp_path.iterdir()] == ["loss-cpu.png"]
 
 
 def test_rows_that_are_done_survive_an_interruption(tmp_path):
