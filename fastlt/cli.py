@@ -21,7 +21,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Long-tailed image classification with auxiliary classes and neighbour silencing.")  # fmt: skip
 console = Console()
 
-PackPath = Annotated[Path, typer.Option("--data", help="The folder that `fastlt pack` wrote.")]
+PackPath = Annotated[
+    str, typer.Option("--data", help="What `fastlt pack` wrote: a folder, or an address such as s3://bucket/pack.")
+]
 Run = Annotated[Path, typer.Argument(help="The folder that `fastlt train` wrote.")]
 
 
@@ -62,6 +64,9 @@ def pack(
         int, typer.Option(min=0, help="Shrink larger images to this many pixels a side and store JPEG; 0: do not.")
     ] = 0,
     quality: Annotated[int, typer.Option(min=0, max=100, help="Store all images as JPEG of this quality; 0: as they are.")] = 0,
+    transcode: Annotated[
+        bool, typer.Option("--transcode", help="Rewrite JPEGs, losslessly, so that crops of them are decoded faster.")
+    ] = False,
     beton: Annotated[bool, typer.Option("--beton", help="Write the FFCV files too.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be used.")] = False,
@@ -83,6 +88,7 @@ def pack(
         workers=workers,
         max_side=max_side,
         quality=quality,
+        transcode=transcode,
         strict=strict,
         drop_leaks=drop_leaks,
         beton=beton,
@@ -99,12 +105,19 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings on top of the recipe.")
     ] = None,
+    exact_decode: Annotated[
+        bool, typer.Option("--exact-decode", help="Decode whole images, as Pillow does: data.decode=exact.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at an image that cannot be decoded, instead of taking another: data.strict=true.")
+    ] = False,
 ) -> None:
     """Train a classifier on a PACK. Killed at any moment and called again, it goes on."""
     from fastlt.report import write_report
     from fastlt.train import train as train_run
 
-    config = load_config(recipe, [*(settings or []), as_override("data.pack", str(data.resolve()))])
+    flags = [*(["data.decode=exact"] if exact_decode else []), *(["data.strict=true"] if strict else [])]
+    config = load_config(recipe, [*(settings or []), *flags, as_override("data.pack", pack_place(data))])
     result = train_run(config, out, console)
     print_result(result, str(out))
     console.print(f"report: {write_report(out)}")
@@ -113,7 +126,7 @@ def train(
 @app.command("eval")
 def evaluate(
     run: Run,
-    data: Annotated[Path | None, typer.Option(help="Another pack with the same targets; by default the run's own.")] = None,
+    data: Annotated[str | None, typer.Option(help="Another pack with the same targets; by default the run's own.")] = None,
 ) -> None:
     """Score a trained model: top-1 over the targets, by group and by class."""
     from fastlt.evaluate import evaluate_run
@@ -174,12 +187,40 @@ def bench_loss(
     contender: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Only this one, as the table names it; may be repeated.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where loss-<device>.csv and .png go.")] = Path("benchmarks/results"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where loss-<device>.csv, which is added to, and .png go.")] = Path(
+        "benchmarks/results"
+    ),
 ) -> None:
-    """Time and memory of the losses and their peers over a grid of sizes, against the floor of the device."""
+    """Time and memory of the losses and their peers over a grid of sizes, against the floor of the device.
+
+    The picture is of this run, at the smallest N and D.
+    """
     from fastlt_benchmarks.loss import run_bench_loss
 
     run_bench_loss(quick, rows, classes, width, dtype.value if dtype else None, contender, out, console)
+
+
+@app.command("bench-data")
+def bench_data(
+    data: Annotated[Path | None, typer.Option(metavar="PACK", help="Images of this pack's training split, at most 10,000.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Or images below this folder, as many; by default photos are made.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=1, max=4096, help="Pixels a side of what is made of them.")] = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes or threads of each; by default one per core.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Epochs of each after its first, in turn.")] = 3,
+    contender: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this one, as the table names it; may be repeated.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look: 200 images.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Find the fastest engine and settings for `fastlt train` instead.")] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where data-<device>.csv and .png go.")] = Path("benchmarks/results"),
+) -> None:
+    """Images/s and CPU time of the loaders and their peers on the same JPEGs, against decoding alone."""
+    from fastlt_benchmarks.data import run_bench_data
+
+    run_bench_data(data, images, size, batch, workers, rounds, contender, quick, tune, out, console)
 
 
 def collect(
@@ -209,6 +250,13 @@ def collect(
     if auxiliary not in (None, *controls):
         raise UserError(f"--auxiliary {auxiliary}: for cifar100 it is one of {', '.join(controls)}")
     return read_cifar100(Path(folder), task.value, imbalance, auxiliary or default)
+
+
+def pack_place(data: str) -> str:
+    """As the run's configuration keeps it: wherever the command is called from."""
+    from fastlt.data.remote import is_remote
+
+    return data if is_remote(data) else str(Path(data).resolve())
 
 
 def print_result(result: dict[str, Any], name: str) -> None:

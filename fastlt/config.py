@@ -19,6 +19,7 @@ else:
     import tomli as tomllib
 
 Share = Annotated[float, Field(ge=0, le=1)]
+HalfTurn = Annotated[float, Field(ge=0, le=0.5)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -42,9 +43,15 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    pack: str = ""
-    engine: Literal["auto", "torch", "ffcv"] = "auto"
+    pack: str = ""  # a folder, or an address such as s3://bucket/pack
+    mix: dict[str, Positive] = {}  # further packs whose training images are added: folder -> weight of each of its images
+    cache_gb: Positive = 100.0  # of shards of a pack at an address that are kept on the local disk
+    engine: Literal["auto", "torch", "ffcv", "dali"] = "auto"
+    decode: Literal["auto", "region", "exact"] = "auto"  # of training images; auto: region where its decoder was compiled
+    strict: bool = False  # stop at a training image that cannot be decoded; else another one of its class takes its place
     workers: Count = 2
+    prefetch: Several = 2  # batches ahead, of the dali engine
+    hw_decoder_load: Share = 0.65  # of the dali engine: share of the JPEGs that a GPU's decoding hardware takes
     batch: Several = 128  # over all ranks
     size: Several = 32  # pixels a side
     crop: Literal["random-resized-crop", "pad-crop", "centre-crop"] = "pad-crop"
@@ -56,8 +63,13 @@ class DataConfig(Section):
     mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     auxiliary: bool = True  # false: train on the targets alone
-    target_sampling: Literal["once", "class-balanced"] = "once"
+    target_sampling: Literal["once", "class-balanced", "square-root"] = "once"
     budget: Several = 50  # images per auxiliary class and epoch
+    budgets: dict[str, Count] = {}  # the same for single auxiliary classes, by name
+    auxiliary_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # > 0: auxiliary per target images, for budget
+    repeats: Several = 1  # times that an image comes in a row, each time cut anew; an epoch has as many images as without
+    start_size: Count = 0  # progressive resizing: pixels a side at first; 0: `size` from the start
+    ramp: tuple[Count, Count] = (0, 0)  # epochs between which the side grows from start_size to size
     drop_last: bool = False
 
 
@@ -68,6 +80,7 @@ class AugmentConfig(Section):
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     randaugment: Annotated[int, Field(ge=0, le=10)] = 0  # magnitude; 0: off
     randaugment_ops: Several = 2
+    jitter: tuple[Share, Share, Share, HalfTurn] = (0, 0, 0, 0)  # of brightness, contrast, saturation and hue
     erasing: Share = 0.0  # probability per image
 
 
@@ -162,6 +175,12 @@ class Config(Section):
         yield (
             0 < data.eval_resize < data.size,
             f"data.eval_resize={data.eval_resize} is less than data.size={data.size}: raise it, or 0",
+        )
+        yield data.auxiliary_ratio > 0 and bool(data.budgets), "data.auxiliary_ratio and data.budgets exclude each other"
+        yield data.start_size > data.size, f"data.start_size={data.start_size} is more than data.size={data.size}: lower it, or 0"
+        yield (
+            data.start_size > 0 and not data.ramp[0] < data.ramp[1],
+            f"data.start_size needs data.ramp, the epochs from and to which images grow, not {list(data.ramp)}",
         )
         yield self.optim.nesterov and self.optim.momentum == 0, "optim.nesterov needs optim.momentum above 0"
 

@@ -56,7 +56,7 @@ def save_predictions(predictions: Predictions, path: Path) -> None:
         np.savez(file, **vars(predictions))
 
 
-def evaluate_run(run: Path, pack: Path | None = None) -> dict[str, Any]:
+def evaluate_run(run: Path, pack: Path | str | None = None) -> dict[str, Any]:
     """`fastlt eval`: scores RUN/model.safetensors on the val split of its pack, or of another one with the same targets.
 
     Returns what `score` does and the confusions, and `best` where the images are those that the run was evaluated on. Groups are
@@ -64,7 +64,7 @@ def evaluate_run(run: Path, pack: Path | None = None) -> dict[str, Any]:
     """
     config = run_config(run)
     config = config.model_copy(update={"train": config.train.model_copy(update={"device": "auto"})})
-    opened = open_pack(pack or config.data.pack)
+    opened = open_pack(pack or config.data.pack, round(config.data.cache_gb * 1e9))
     model, names = load_exported(run / "model.safetensors")
     check_targets(names, opened)
     device, dtype = choose_device(config)

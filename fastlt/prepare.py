@@ -5,16 +5,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch.optim import Optimizer
 
 from fastlt.classes import ClassSpace
-from fastlt.config import Config
+from fastlt.config import Config, DataConfig
 from fastlt.data.augment import Geometry
-from fastlt.data.loader import Loader, choose_engine
+from fastlt.data.loader import Loader
 from fastlt.data.packed import Pack
-from fastlt.data.plan import Plan, Sampling
+from fastlt.data.plan import Plan, Sampling, spread_budget
 from fastlt.errors import UserError
 from fastlt.losses import Step, silencing_graph
 from fastlt.model import Classifier, build_model
@@ -34,6 +35,7 @@ class Progressed:
     seconds: float = 0.0  # of training, over all starts
     images: int = 0
     best: dict[str, Any] = field(default_factory=dict)
+    damaged: list[int] = field(default_factory=list)  # training images that could not be decoded, and were replaced
 
 
 @dataclass
@@ -60,21 +62,56 @@ class Trainer:
 def prepare(config: Config, run: Path, pack: Pack) -> Trainer:
     device, dtype = choose_device(config)
     space = pack.space if config.data.auxiliary else pack.space.targets_only()
-    plan = build_plan(config, pack)
+    data = config.data
+    plan = build_plan(config, pack, size_at(data, 0))
     if plan.steps_per_epoch == 0:
         raise UserError(
             f"an epoch has {plan.images_per_epoch} images, less than one batch of {config.data.batch}: set data.batch lower"
         )
     torch.manual_seed(config.train.seed)
-    model = on_device(build_model(config.model, space.num_classes, config.data.size), config, device)
-    data = config.data
+    model = on_device(build_model(config.model, space.num_classes, data.size), config, device)
+    check_sizes(model, config, device)
     return Trainer(
         config, run, pack, space, plan, device, dtype,
-        Loader(pack.train, data.size, choose_engine(pack, "train", data.engine), data.workers, pack.beton.get("train")),
-        Loader(pack.val, data.size, choose_engine(pack, "val", data.engine), data.workers, pack.beton.get("val")),
+        train_loader(data, pack, device, plan.geometry.size), val_loader(data, pack, device),
         model, averaged(config.optim, model), build_optimizer(config.optim, model, data.batch),
         lr_factor(config.schedule, config.train.epochs), Progressed(),
     )  # fmt: skip
+
+
+def check_sizes(model: Classifier, config: Config, device: torch.device) -> None:
+    """Some models take images of one size alone: told now, not when images begin to grow."""
+    if not config.data.start_size:
+        return
+    side = config.data.start_size
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, side, side, device=device))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{config.model.name} does not take images of {side} pixels ({reason}): set data.start_size=0") from error
+
+
+def grow(trainer: Trainer) -> None:
+    """Plan and loader for images of this epoch's size."""
+    size = size_at(trainer.config.data, trainer.at.epoch)
+    if size != trainer.plan.geometry.size:
+        trainer.train_loader.close()
+        trainer.plan = build_plan(trainer.config, trainer.pack, size)
+        trainer.train_loader = train_loader(trainer.config.data, trainer.pack, trainer.device, size)
+
+
+def train_loader(data: DataConfig, pack: Pack, device: torch.device, size: int) -> Loader:
+    return Loader(
+        pack.train, size, data.engine, data.workers, pack.beton.get("train"), decode=data.decode, strict=data.strict,
+        device=device, prefetch=data.prefetch, hw_decoder_load=data.hw_decoder_load,
+    )  # fmt: skip
+
+
+def val_loader(data: DataConfig, pack: Pack, device: torch.device) -> Loader:
+    """Decodes exactly, so that a figure does not depend on the machine; but for the dali engine, which cannot."""
+    decode = "region" if data.engine == "dali" else "exact"
+    return Loader(pack.val, data.size, data.engine, data.workers, pack.beton.get("val"), decode=decode, device=device)
 
 
 def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
@@ -100,11 +137,46 @@ def on_device(model: Classifier, config: Config, device: torch.device) -> Classi
     return model.to(memory_format=torch.channels_last) if config.train.channels_last else model  # type: ignore[call-overload]
 
 
-def build_plan(config: Config, pack: Pack) -> Plan:
+def build_plan(config: Config, pack: Pack, size: int | None = None) -> Plan:
+    """The training order, for images of `size` pixels a side: by default those of the last epoch."""
     data, space = config.data, pack.space
-    geometry = Geometry(data.crop, data.size, data.flip, data.scale, data.ratio, data.padding, data.eval_resize)
-    sampling = Sampling(data.target_sampling, data.budget if data.auxiliary else 0)
-    return Plan(pack.train, space.num_targets, space.num_classes, geometry, sampling, data.batch, config.train.seed, data.drop_last)
+    geometry = Geometry(data.crop, size or data.size, data.flip, data.scale, data.ratio, data.padding, data.eval_resize)
+    sampling = Sampling(data.target_sampling, budgets_of(data, space), data.repeats)
+    return Plan(
+        pack.train, space.num_targets, space.num_classes, geometry, sampling, data.batch, config.train.seed, data.drop_last,
+        window=window_of(data, pack),
+    )  # fmt: skip
+
+
+def window_of(data: DataConfig, pack: Pack) -> int:
+    """Half of the cache, where it cannot hold all shards: the other half is for those that come next."""
+    remote = pack.train.remote
+    if remote is None or sum(entry["size"] for entry in remote.files.values()) <= remote.limit:
+        return 0
+    return max(1, remote.limit // 2)
+
+
+def budgets_of(data: DataConfig, space: ClassSpace) -> int | tuple[int, ...]:
+    """Images of each auxiliary class in an epoch."""
+    if not data.auxiliary:
+        return 0
+    stored = np.array(space.train_counts)
+    if data.auxiliary_ratio:
+        return spread_budget(round(data.auxiliary_ratio * stored[: space.num_targets].sum()), stored[space.num_targets :])
+    if unknown := [name for name in data.budgets if name not in space.auxiliary_names]:
+        raise UserError(f"data.budgets names '{unknown[0]}', but the pack has no such auxiliary class")
+    return tuple(data.budgets.get(name, data.budget) for name in space.auxiliary_names) if data.budgets else data.budget
+
+
+def size_at(data: DataConfig, epoch: int) -> int:
+    """Pixels a side: growing from start_size to size over the ramp, in steps of 32 (of 4 where images are smaller than 96)."""
+    if not data.start_size:
+        return data.size
+    first, last = data.ramp
+    share = min(1.0, max(0.0, (epoch - first) / (last - first)))
+    step = 32 if data.start_size >= 96 else 4
+    size = data.start_size + share * (data.size - data.start_size)
+    return data.size if share == 1 else min(data.size, max(data.start_size, round(size / step) * step))
 
 
 def introduce(trainer: Trainer, console: Console) -> None:
@@ -124,7 +196,8 @@ def introduce(trainer: Trainer, console: Console) -> None:
         "images": f"{plan.images_per_epoch:,} an epoch, of which {auxiliary_images:,} auxiliary; "
         f"{plan.steps_per_epoch:,} steps of {config.data.batch}",
         "model": f"{config.model.name}, {parameters:.2f} M parameters; loss {config.loss.name}; {optimiser}",
-        "machine": f"{trainer.device}, {str(trainer.dtype).removeprefix('torch.')}, loader {trainer.train_loader.engine_name}",
+        "machine": f"{trainer.device}, {str(trainer.dtype).removeprefix('torch.')}, "
+        f"loader {trainer.train_loader.engine_name}, {trainer.train_loader.decode} decode",
     }
     for name, text in lines.items():
         console.print(f"[bold]{name:>9}[/]  {text}", highlight=False, soft_wrap=True)

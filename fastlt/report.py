@@ -174,7 +174,7 @@ def find_pack(run: Run, path: Path | None) -> tuple[Pack | None, str]:
     if not where:
         return None, "The configuration names no pack, so there are no sample images."
     try:
-        pack = open_pack(Path(where))
+        pack = open_pack(where)
         if pack.space.target_names != run.space.target_names:
             raise UserError(f"the pack {where} has other target classes than the run {run.path}: name the pack it was trained on")
     except UserError as error:

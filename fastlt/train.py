@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from fastlt import checkpoint as ckpt
-from fastlt.config import Config, load_config, to_toml
+from fastlt.config import Config, DataConfig, load_config, to_toml
+from fastlt.data.jitter import colour_jitter
 from fastlt.data.loader import normalise
 from fastlt.data.mix import erase, mixup_or_cutmix, randaugment
+from fastlt.data.mixture import mix_packs
 from fastlt.data.packed import Pack, open_pack
 from fastlt.data.plan import Batch, evaluation_batches
 from fastlt.errors import UserError
@@ -34,14 +37,15 @@ from fastlt.losses import Step, build_criterion, in_drw
 from fastlt.metrics import Predictions, confusions, score
 from fastlt.model import Classifier
 from fastlt.optim import clip, set_lr
-from fastlt.prepare import Progressed, Trainer, introduce, prepare
+from fastlt.prepare import Progressed, Trainer, grow, introduce, prepare
 
+DAMAGED_SHOWN = 5  # images that are named at the end of an epoch
 READ_LOSS_EVERY = 20  # steps between looks at the loss: each look waits for the device
 
 
 def train(config: Config, run: Path, console: Console) -> dict[str, Any]:
     """`fastlt train`: goes on where an earlier call in the same RUN stopped. Returns what result.json holds."""
-    pack = open_pack(config.data.pack) if config.data.pack else no_pack()
+    pack = open_packs(config.data)
     with only_run(run):
         keep_config(config, run)
         trainer = prepare(config, run, pack)
@@ -57,8 +61,12 @@ def train(config: Config, run: Path, console: Console) -> dict[str, Any]:
             trainer.val_loader.close()
 
 
-def no_pack() -> Pack:
-    raise UserError("no pack to train on: name one with --data PACK")
+def open_packs(data: DataConfig) -> Pack:
+    """The pack of the configuration, with those that it mixes in."""
+    if not data.pack:
+        raise UserError("no pack to train on: name one with --data PACK")
+    main = open_pack(data.pack, round(data.cache_gb * 1e9))
+    return mix_packs(main, {place: open_pack(place) for place in data.mix}, data.mix) if data.mix else main
 
 
 # --- start
@@ -79,7 +87,11 @@ def only_run(run: Path) -> Iterator[None]:
         yield
 
 
-MAY_CHANGE = ("data.pack", "data.workers", "data.engine", "train.device", "train.threads", "train.checkpoint_minutes", "train.keep")
+MAY_CHANGE = (
+    "data.pack", "data.cache_gb", "data.workers", "data.engine", "data.strict", "data.prefetch", "data.hw_decoder_load",
+    "train.device", "train.threads", "train.checkpoint_minutes",
+    "train.keep",
+)  # fmt: skip
 
 
 def keep_config(config: Config, run: Path) -> None:
@@ -133,7 +145,9 @@ def fit(trainer: Trainer, console: Console) -> Predictions | None:
     with writer, progress_bar(console) as bar:
         task = bar.add_task("", total=config.train.epochs * trainer.plan.steps_per_epoch, completed=at.step, rate=0.0, note="")
         while at.epoch < config.train.epochs:
+            grow(trainer)
             rate = train_epoch(trainer, lambda done, note: bar.update(task, completed=trainer.at.step, rate=done, note=note))
+            tell_damaged(trainer, bar.console)
             predictions = evaluate(trainer) if is_evaluated(config, at.epoch) else None
             record = record_epoch(trainer, rate, predictions)
             for name, value in record.items():
@@ -172,6 +186,16 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
     seconds = time.perf_counter() - began
     at.seconds = seconds_before + seconds
     return (at.images - images_before) / seconds
+
+
+def tell_damaged(trainer: Trainer, console: Console) -> None:
+    """Names the images that were found to be damaged since the last time."""
+    found = {image: reason for image, reason in trainer.train_loader.damaged.items() if image not in trainer.at.damaged}
+    for reason in list(found.values())[:DAMAGED_SHOWN]:
+        console.print(f"[yellow]note:[/] {escape(reason)}; another image of its class was taken", highlight=False, soft_wrap=True)
+    if len(found) > DAMAGED_SHOWN:
+        console.print(f"[yellow]note:[/] and {len(found) - DAMAGED_SHOWN} more; `fastlt pack --verify` reads the whole pack")
+    trainer.at.damaged = sorted({*trainer.at.damaged, *found})
 
 
 def set_modes(trainer: Trainer) -> None:
@@ -215,12 +239,13 @@ def make_input(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """uint8 pixels (N, H, W, 3) to augmented, normalised images (N, 3, H, W) and labels on the device."""
     target, pixels = to_device(labels, device), to_device(pixels, device)
-    if config.augment.randaugment:
-        planes = randaugment(pixels.permute(0, 3, 1, 2), config.augment.randaugment, config.augment.randaugment_ops, generator)
-        pixels = planes.permute(0, 2, 3, 1)
+    augment = config.augment
+    if augment.randaugment or any(augment.jitter):
+        planes = colour_jitter(pixels.permute(0, 3, 1, 2), augment.jitter, generator)
+        pixels = randaugment(planes, augment.randaugment, augment.randaugment_ops, generator).permute(0, 2, 3, 1)
     images = normalise(pixels, config.data.mean, config.data.std, channels_last=config.train.channels_last)
-    images = erase(images, config.augment.erasing, generator)
-    mixed = mixup_or_cutmix(config.augment, images, target, generator)
+    images = erase(images, augment.erasing, generator)
+    mixed = mixup_or_cutmix(augment, images, target, generator)
     return mixed.images, target, mixed.target_b, mixed.mix
 
 
@@ -319,7 +344,7 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
     result |= {
         "best": trainer.at.best, "epochs": trainer.config.train.epochs, "confusion": confusions(predictions),
         "seconds": trainer.at.seconds, "images": trainer.at.images,
-        "images_per_second": trainer.at.images / max(1e-9, trainer.at.seconds),
+        "images_per_second": trainer.at.images / max(1e-9, trainer.at.seconds), "damaged_images": len(trainer.at.damaged),
     }  # fmt: skip
     write_text(trainer.run / "result.json", json.dumps(result, indent=1) + "\n")
     return result

@@ -1,4 +1,5 @@
 import contextlib
+import io
 import json
 import shutil
 import subprocess
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
 from fastlt.config import load_config
 from fastlt.data.pack import PackOptions, write_pack
 from fastlt.data.packed import open_pack
+from fastlt.data.region import has_region
 from fastlt.data.source import read_collection
 from fastlt.errors import UserError
 from fastlt.evaluate import evaluate_run
@@ -251,11 +254,13 @@ def test_silencing_without_a_pair_stops_before_the_first_step(image_folders, tmp
 @pytest.mark.parametrize(
     "settings",
     [
-        ["augment.mixup=0.8", "augment.cutmix=1.0", "loss.label_smoothing=0.1", "augment.erasing=0.5", "augment.randaugment=9"],
+        ["augment.mixup=0.8", "augment.cutmix=1.0", "loss.label_smoothing=0.1", "augment.erasing=0.5", "augment.randaugment=9",
+         "augment.jitter=[0.4, 0.4, 0.4, 0.1]"],
         ["optim.name=adamw", "optim.lr=1e-3", "optim.clip=1.0", "optim.accumulate=2", "optim.ema=0.9", "train.precision=bf16"],
         ["loss.name=ldam", "model.head=cosine", "loss.drw_epoch=1", "schedule.name=step", "schedule.steps={1=0.1}"],
         ["loss.name=focal", "data.auxiliary=false", "schedule.head_only_epochs=1", "data.crop=random-resized-crop"],
         ["data.target_sampling=class-balanced", "train.channels_last=false", "data.budget=7", "loss.directions=target_rows"],
+        ["data.target_sampling=square-root", "data.auxiliary_ratio=0.5", "data.repeats=3", "data.start_size=8", "data.ramp=[0, 1]"],
         ["loss.name=class-balanced", "schedule.name=cosine", "schedule.warmup_epochs=1", "data.eval_resize=20"],
     ],
 )  # fmt: skip
@@ -270,6 +275,38 @@ def test_without_auxiliaries_the_head_has_the_targets_alone(small_pack, tmp_path
     trainer = prepare(config, tmp_path, open_pack(small_pack))
     assert trainer.model.head.weight.shape[0] == 3
     assert trainer.plan.images_per_epoch == 21
+
+
+@pytest.fixture
+def damaged_pack(tmp_path) -> Path:
+    """Photos of two targets; one of the first is no image any more."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (70 + i, 80, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.jpg")
+    collection = read_collection(tmp_path / "train", None, tmp_path / "val", None, None, None)
+    pack = open_pack(write_pack(collection, PackOptions(tmp_path / "pack", workers=1), QUIET))
+    with (pack.train.folder / pack.train.shards[0]).open("r+b") as file:
+        file.seek(int(pack.train.offset[2]))
+        file.write(b"overwritten")
+    return tmp_path / "pack"
+
+
+@pytest.mark.parametrize("decode", ["exact", "region"])
+def test_a_damaged_image_is_named_replaced_and_counted(damaged_pack, tmp_path, decode):
+    said = io.StringIO()
+    settings = ["data.auxiliary=false", "data.batch=4", "loss.name=balanced-ce", f"data.decode={decode}"]
+    if decode == "region" and not has_region():
+        pytest.skip("fastlt's JPEG decoder is not compiled here")
+    config = config_of(damaged_pack, *settings)
+    result = train(config, tmp_path / "run", Console(file=said, width=400))
+    assert result["damaged_images"] == 1
+    assert said.getvalue().count("a/2.jpg") == 1 and "another image of its class was taken" in said.getvalue()
+    with pytest.raises(UserError, match=r"a/2\.jpg"):
+        train(config_of(damaged_pack, *settings, "data.strict=true"), tmp_path / "strict", QUIET)
 
 
 def test_a_step_draws_the_same_whatever_came_before():

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 venv=$PWD/.venv
 stamp=$venv/.set-up-from
-wanted=$(cat pyproject.toml tools/setup.sh tools/constraints-cpu.txt | sha256sum | cut -d' ' -f1)
+wanted=$(cat pyproject.toml tools/setup.sh tools/constraints-cpu.txt fastlt/data/jpeg.c | sha256sum | cut -d' ' -f1)
 [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
 say() { printf '\033[1m%s\033[0m\n' "$*"; }
@@ -47,11 +47,31 @@ install_torch() {
     fi
 }
 
+has_libjpeg() {
+    command -v cc >/dev/null && printf '#include <stdio.h>\n#include <jpeglib.h>\n' | cc -E - >/dev/null 2>&1
+}
+
+install_libjpeg() {
+    if ! has_libjpeg && is_root; then
+        say "installing libjpeg's headers"
+        apt_install libjpeg-dev gcc libc6-dev || true
+    fi
+    has_libjpeg || say "going on without fastlt's own JPEG decoder; for it, run: sudo apt-get install libjpeg-dev gcc && rm -f .venv/.set-up-from && make setup"
+}
+
 install_fastlt() {
     say "installing fastlt"
     local constraints=()
     has_gpu || constraints=(-c tools/constraints-cpu.txt)
     "$venv/bin/pip" install -qq "${constraints[@]}" -e '.[dev,timm,onnx]'
+}
+
+install_dali() {
+    "$venv/bin/python" -c 'import nvidia.dali' 2>/dev/null && return
+    say "installing DALI"
+    local constraints=()
+    has_gpu || constraints=(-c tools/constraints-cpu.txt)
+    "$venv/bin/pip" install -qq "${constraints[@]}" 'nvidia-dali-cuda130>=2.4' || say "DALI cannot be installed here: going on without the dali engine"
 }
 
 ffcv_libraries=(libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev pkg-config g++)
@@ -92,7 +112,9 @@ install_ffcv() {
 
 make_venv
 install_torch
+install_libjpeg
 install_fastlt
+install_dali
 install_ffcv
 echo "$wanted" >"$stamp"
 say "ready: .venv/bin/fastlt --help"

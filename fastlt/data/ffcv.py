@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from fastlt.data.beton import check_beton, write_beton
+from fastlt.data.damage import stand_in
 from fastlt.data.native import has_ffcv, import_ffcv
 from fastlt.data.packed import Split
 from fastlt.data.plan import Batch
@@ -16,30 +17,36 @@ __all__ = ["FfcvEngine", "has_ffcv", "write_beton"]
 
 
 class FfcvEngine:
-    """Raises UserError where FFCV is missing, or the .beton is damaged or another split's."""
+    """decode and strict as in TorchEngine. Raises UserError where FFCV is missing, or the .beton is damaged or another split's."""
 
-    def __init__(self, split: Split, size: int, workers: int, beton: Path) -> None:
+    def __init__(self, split: Split, size: int, workers: int, beton: Path, decode: str = "exact", strict: bool = True) -> None:
         parts, self._jit = import_ffcv()
         check_beton(beton, split)
-        self._split, self._beton = split, beton
-        self._decoder = parts.SquareDecoder(size, workers)
+        self.damaged: dict[int, str] = {}
+        self._split, self._beton, self._size, self._strict = split, beton, size, strict
+        self._decoder = parts.SquareDecoder(size, workers, decode == "region")
         self._loader = parts.make_loader(str(beton), self._decoder)
         self._epoch = parts.Epoch
 
     def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
-        """The images of each batch, (n, size, size, 3) uint8, the caller's to keep. Raises UserError naming a damaged image."""
+        """The images of each batch, (n, size, size, 3) uint8, the caller's to keep."""
         epoch = self._epoch(self._loader, map(self._rows, batches))
         try:
             for rows, images in epoch:
-                if (damaged := np.flatnonzero(rows[:, self._jit.STATUS])).size:
-                    raise UserError(self._complaint(int(rows[damaged[0], self._jit.IMAGE])))
+                for place in np.flatnonzero(rows[:, self._jit.STATUS]).tolist():
+                    images[place] = self._stand_in(rows[place])
                 yield torch.from_numpy(images)
         finally:
             epoch.stop()
 
-    def _complaint(self, image: int) -> str:
+    def _stand_in(self, row: np.ndarray) -> np.ndarray:
+        image = int(row[self._jit.IMAGE])
         where = self._split.where(image)
-        return f"{self._beton}: {where} cannot be decoded; the file is damaged: copy it again or pack again"
+        reason = f"{self._beton}: {where} cannot be decoded; the file is damaged: copy it again or pack again"
+        if self._strict:
+            raise UserError(reason)
+        self.damaged[image] = reason
+        return stand_in(self._split, image, row[self._jit.TOP : self._jit.FLIP], bool(row[self._jit.FLIP]), self._size, reason)
 
     def _rows(self, batch: Batch) -> np.ndarray:
         """A batch as (n, ROW) int64. Checked, for compiled code would read beyond the table."""

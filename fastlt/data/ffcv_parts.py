@@ -22,6 +22,7 @@ from ffcv.pipeline.state import State
 
 from fastlt.data import ffcv_jit as jit
 from fastlt.data.native import torch_threads_kept
+from fastlt.data.region import decode_boxes
 from fastlt.errors import UserError
 
 FIELD = "image"
@@ -70,9 +71,9 @@ class SquareDecoder(Operation):
     Threads of our own: numba's prange would abort the process where two loaders run and no tbb or OpenMP is installed.
     """
 
-    def __init__(self, size: int, workers: int) -> None:
+    def __init__(self, size: int, workers: int, region: bool) -> None:
         super().__init__()
-        self.size, self.workers = size, max(1, workers)
+        self.size, self.workers, self.region = size, max(1, workers), region
         self.pool = ThreadPoolExecutor(self.workers, "fastlt-ffcv")
 
     def accept_globals(self, metadata: np.ndarray, memory_read: Callable[..., Any]) -> None:
@@ -87,10 +88,29 @@ class SquareDecoder(Operation):
         def decode(rows: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple[np.ndarray, ...]) -> np.ndarray:
             file, step = np.asarray(storage[0]), 1 + len(rows) // (PIECES * self.workers)
             parts = [slice(start, start + step) for start in range(0, len(rows), step)]
-            list(self.pool.map(lambda part: jit.decode_rows(rows[part], self.images, file, out[part]), parts))
+            list(self.pool.map(lambda part: self._decode(rows[part], file, out[part]), parts))
             return out
 
         return decode
+
+    def _decode(self, rows: np.ndarray, file: np.ndarray, out: np.ndarray) -> None:
+        """Where a region alone was not to be had, the whole image is decoded."""
+        if not self.region:
+            jit.decode_rows(rows, self.images, file, out)
+            return
+        decoded = decode_regions(rows, self.images[rows[:, jit.IMAGE]], file, out)
+        for i in np.flatnonzero(~decoded).tolist():
+            jit.decode_rows(rows[i : i + 1], self.images, file, out[i : i + 1])
+
+
+def decode_regions(rows: np.ndarray, images: np.ndarray, file: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """rows (n, ROW) and their images (n, 6) int64, file (bytes,) uint8 to out (n, size, size, 3). Returns which were decoded."""
+    addresses = images[:, jit.STORED_AT].astype(np.uint64) + np.uint64(file.ctypes.data)
+    sizes = images[:, jit.STORED_SIZE] * (images[:, jit.STORED_MODE] == jit.JPEG)  # no bytes, nothing decoded
+    heights, widths = images[:, jit.STORED_HEIGHT], images[:, jit.STORED_WIDTH]
+    quarter = images[:, jit.STORED_TURN] >= 5
+    upright = np.where(quarter, widths, heights), np.where(quarter, heights, widths)
+    return decode_boxes(addresses, sizes, *upright, rows[:, jit.TOP : jit.FLIP], rows[:, jit.FLIP], out)
 
 
 def image_table(metadata: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """One front for training and evaluation: a plan's batches in, each with its images out, whichever engine makes them.
 
-An engine is a class with `batches(batches) -> Iterator[Tensor]` and `close()`; all give the same images. GPU decoding would be
-one more.
+An engine is a class with `batches(batches) -> Iterator[Tensor]`, `damaged` and `close()`. Decoding exactly, all on a CPU give the
+same images; decoding regions, or with DALI, nearly the same.
 """
 
 from collections import deque
@@ -12,32 +12,73 @@ from pathlib import Path
 
 import torch
 
-from fastlt.data import resident
+from fastlt.data import dali, resident
+from fastlt.data.dali import DaliEngine, has_dali, import_dali
 from fastlt.data.ffcv import FfcvEngine
 from fastlt.data.native import has_ffcv, import_ffcv
 from fastlt.data.packed import Pack, Split
 from fastlt.data.plan import Batch
+from fastlt.data.region import check_region, has_region
+from fastlt.data.remote import Fetcher
 from fastlt.data.resident import ResidentEngine
 from fastlt.data.torch import TorchEngine
 from fastlt.errors import UserError
 
-Engine = TorchEngine | ResidentEngine | FfcvEngine
-ENGINES = ("auto", "torch", "ffcv")
+Engine = TorchEngine | ResidentEngine | FfcvEngine | DaliEngine
+ENGINES = ("auto", "torch", "ffcv", "dali")
+DECODES = ("auto", "region", "exact")
+CPU = torch.device("cpu")
 
 
 class Loader:
-    """Images of `size` pixels a side from a split. `engine` is one of ENGINES, or what `choose_engine` has made of it."""
+    """Images of `size` pixels a side from a split. `engine` is one of ENGINES, or what `choose_engine` has made of it.
 
-    def __init__(self, split: Split, size: int, engine: str = "auto", workers: int = 2, beton: Path | None = None) -> None:
-        self.engine_name = _choose(split, beton, engine)
-        self._engine = _make(self.engine_name, split, size, workers, beton)
+    decode: `exact` decodes whole images, as Pillow does; `region` only what the crop needs; `auto` does so where it can. Not
+    `strict`, an image that cannot be decoded is replaced by another one of its class. device, prefetch (batches) and
+    hw_decoder_load (share of the JPEGs for a GPU's decoding hardware) are for the dali engine.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        size: int,
+        engine: str = "auto",
+        workers: int = 2,
+        beton: Path | None = None,
+        *,
+        decode: str = "exact",
+        strict: bool = True,
+        device: torch.device = CPU,
+        prefetch: int = dali.PREFETCH,
+        hw_decoder_load: float = dali.HW_DECODER_LOAD,
+    ) -> None:
+        self._split = split
+        self.engine_name = name = _choose(split, beton, engine, decode, device)
+        self.decode = "exact" if name == "resident" else "region" if name == "dali" else choose_decode(decode)
+        self._engine: Engine
+        if name == "dali":
+            self._engine = DaliEngine(split, size, workers, device, strict, prefetch, hw_decoder_load)
+        elif name == "ffcv":
+            assert beton is not None
+            self._engine = FfcvEngine(split, size, workers, beton, self.decode, strict)
+        else:
+            self._engine = (
+                ResidentEngine(split, size) if name == "resident" else TorchEngine(split, size, workers, self.decode, strict)
+            )
+
+    @property
+    def damaged(self) -> dict[int, str]:
+        """The images that were replaced so far, with the reason."""
+        return self._engine.damaged
 
     def iterate(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """Each batch with its images, (n, size, size, 3) uint8 on the CPU, the caller's to keep. Engines read the plan ahead."""
+        """Each batch with its images, (n, size, size, 3) uint8, the caller's to keep, on the CPU or, of the dali engine, on its
+        device. Engines read the plan ahead."""
         ahead: deque[Batch] = deque()
+        source = batches if self._split.remote is None else Fetcher(self._split).ahead(batches)
 
         def noted() -> Iterator[Batch]:
-            for batch in batches:
+            for batch in source:
                 ahead.append(batch)
                 yield batch
 
@@ -50,30 +91,41 @@ class Loader:
         self._engine.close()
 
 
-def choose_engine(pack: Pack, split_name: str, engine: str) -> str:
-    """The engine for a split: `resident`, `ffcv` or `torch`. Raises UserError where the one asked for cannot be had."""
+def choose_engine(pack: Pack, split_name: str, engine: str, decode: str = "exact", device: torch.device = CPU) -> str:
+    """The engine for a split: `resident`, `dali`, `ffcv` or `torch`. Raises UserError where the one asked for cannot be had."""
     split = {"train": pack.train, "val": pack.val}[split_name]
-    return _choose(split, pack.beton.get(split_name), engine)
+    return _choose(split, pack.beton.get(split_name), engine, decode, device)
 
 
-def _choose(split: Split, beton: Path | None, engine: str) -> str:
+def _choose(split: Split, beton: Path | None, engine: str, decode: str, device: torch.device) -> str:
     if engine not in (*ENGINES, "resident"):
         raise UserError(f"there is no engine '{engine}': data.engine is one of {', '.join(ENGINES)}")
     if engine == "ffcv":
         import_ffcv()
+        if split.remote is not None:
+            raise UserError(f"the ffcv engine needs its pack at hand, and this one is at {split.remote.url}: set data.engine=torch")
         if beton is None:
             raise UserError(f"the ffcv engine needs {split.folder}.beton: pack again with --beton, or set data.engine=torch")
         return "ffcv"
+    if engine == "dali":
+        import_dali()
+        if decode == "exact":
+            raise UserError("the dali engine decodes regions alone: leave exact decoding to data.engine=torch or ffcv")
+        return "dali"
     if resident.fits(split):  # the torch engine's images, for a hundredth of its time
         return "resident"
+    if engine == "auto" and device.type == "cuda" and decode != "exact" and has_dali():
+        return "dali"
     return "ffcv" if engine == "auto" and beton is not None and has_ffcv() else "torch"
 
 
-def _make(name: str, split: Split, size: int, workers: int, beton: Path | None) -> Engine:
-    if name == "ffcv":
-        assert beton is not None
-        return FfcvEngine(split, size, workers, beton)
-    return ResidentEngine(split, size) if name == "resident" else TorchEngine(split, size, workers)
+def choose_decode(decode: str) -> str:
+    """`region` or `exact`. Raises UserError where the one asked for cannot be had."""
+    if decode not in DECODES:
+        raise UserError(f"there is no decode '{decode}': data.decode is one of {', '.join(DECODES)}")
+    if decode == "region":
+        check_region("data.decode=region")
+    return "region" if decode != "exact" and has_region() else "exact"
 
 
 def normalise(

@@ -28,6 +28,7 @@ from fastlt.data.images import MAX_PIXELS
 from fastlt.data.output import whole_output
 from fastlt.data.packed import COLUMNS, FORMAT_VERSION, Split, check_sizes, read_manifest
 from fastlt.data.pool import OrderedMap, cores, ordered_map
+from fastlt.data.region import check_region
 from fastlt.data.shards import ShardWriter, member_keys
 from fastlt.data.stored import ImageSettings, Stored, store_batch
 from fastlt.errors import UserError
@@ -43,6 +44,7 @@ class PackOptions:
     workers: int = 0  # processes; 0: one per core
     max_side: int = 0  # pixels; larger images are shrunk and stored as JPEG; 0: none
     quality: int = 0  # of JPEG; without max_side every image is stored so; 0: images stay as they are
+    transcode: bool = False  # rewrite JPEGs losslessly, with restart markers: crops of them are decoded faster
     strict: bool = False  # stop at the first image that cannot be used
     drop_leaks: bool = False  # leave out training images that are in val as well
     beton: bool = False  # write the FFCV files too
@@ -84,7 +86,7 @@ def write_pack(collection: Collection, options: PackOptions, console: Console) -
 def verify_pack(path: Path, console: Console | None = None) -> int:
     """Reads every byte of the pack and compares it with the manifest. Returns the number of files; UserError names a bad one."""
     manifest = read_manifest(path)
-    check_sizes(path, manifest)
+    check_sizes(path, manifest, manifest["files"])
     files = manifest["files"]
     with _progress(console, "MB/s", scale=1e-6) as progress:
         task = progress.add_task("verifying", total=sum(entry["size"] for entry in files.values()))
@@ -107,6 +109,8 @@ def _check(collection: Collection, options: PackOptions) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be {least} or more")
     if options.quality > 100:
         raise UserError(f"--quality is {options.quality}: it must be 1 to 100, or 0 to leave images as they are")
+    if options.transcode:
+        check_region("--transcode")
     if options.beton:
         from fastlt.data.native import import_ffcv  # an extra that not everyone has
 
@@ -134,7 +138,7 @@ def _write_images(
 def _results(
     refs: list[ImageRef], options: PackOptions, apply: OrderedMap, advance: Callable[[int], None]
 ) -> Iterator[Stored | str]:
-    settings = ImageSettings(options.max_side, options.quality, options.max_pixels)
+    settings = ImageSettings(options.max_side, options.quality, options.max_pixels, options.transcode)
     batches = (refs[start : start + BATCH] for start in range(0, len(refs), BATCH))
     for batch in apply(partial(store_batch, settings=settings), batches):
         advance(len(batch))
@@ -222,7 +226,7 @@ def _manifest(options: PackOptions, space: ClassSpace, splits: dict[str, Packed]
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "fastlt": version("fastlt"),
         "counts": {name: len(packed.rows) for name, packed in splits.items()} | counts,
-        "images": {"max_side": options.max_side, "quality": options.quality, "max_pixels": options.max_pixels},
+        "images": {name: getattr(options, name) for name in ("max_side", "quality", "max_pixels", "transcode")},
         "files": files,
         "shards": {name: list(packed.files) for name, packed in splits.items()},
         "skipped": [entry for packed in splits.values() for entry in packed.skipped],

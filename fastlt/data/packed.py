@@ -4,6 +4,7 @@ import json
 import mmap
 import sys
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +15,12 @@ from PIL import Image
 
 from fastlt.classes import ClassSpace
 from fastlt.data.images import BadImage, decode_pil
+from fastlt.data.remote import TABLES, Remote, fetch_tables, is_remote
 from fastlt.errors import UserError
 
 FORMAT_VERSION = 1
+MAPPED_AT_ONCE = 4  # shards of a remote pack
+ATTEMPTS = 5
 COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int32, "label": np.int32, "height": np.int32, "width": np.int32}
 
 
@@ -33,6 +37,7 @@ class Split:
     label: np.ndarray  # (n,) int32
     height: np.ndarray  # (n,) int32, pixels
     width: np.ndarray  # (n,) int32, pixels
+    remote: Remote | None = None  # where the shards come from, if they are not in `folder` from the start
     _maps: dict[int, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -43,6 +48,13 @@ class Split:
         offset = int(self.offset[image])
         return memoryview(self._map(int(self.shard[image])))[offset : offset + int(self.size[image])]
 
+    def addresses(self, images: np.ndarray) -> tuple[np.ndarray, list[mmap.mmap]]:
+        """Where the encoded bytes of images (n,) lie in memory, (n,) uint64, for as long as the second result lives."""
+        maps = {int(shard): self._map(int(shard)) for shard in np.unique(self.shard[images])}
+        starts = {shard: int(np.frombuffer(mapped, np.uint8).ctypes.data) for shard, mapped in maps.items()}
+        first = np.array([starts[shard] for shard in self.shard[images].tolist()], np.uint64)
+        return first + self.offset[images].astype(np.uint64), list(maps.values())
+
     def key(self, image: int) -> str:
         """The image's key in its shard, as `tar tf` lists it: read from the tar header that stands before the bytes."""
         header = memoryview(self._map(int(self.shard[image])))
@@ -51,13 +63,32 @@ class Split:
 
     def where(self, image: int) -> str:
         """For messages: shard and key of an image."""
-        return f"{self.folder / self.shards[int(self.shard[image])]}:{self.key(image)}"
+        folder = self.folder if self.remote is None else f"{self.remote.url}/{self.name}"
+        return f"{folder}/{self.shards[int(self.shard[image])]}:{self.key(image)}"
+
+    def fetched(self, shard: int) -> Path:
+        """The shard's local file. Raises UserError where it cannot be had."""
+        name = self.shards[shard]
+        return self.folder / name if self.remote is None else self.remote.fetch(f"{self.name}/{name}")
 
     def _map(self, shard: int) -> mmap.mmap:
         if shard not in self._maps:
-            with (self.folder / self.shards[shard]).open("rb") as file:
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps[shard] = self._mapped(shard)
+            if self.remote is not None and len(self._maps) > MAPPED_AT_ONCE:  # a mapped file takes its space until then
+                del self._maps[next(iter(self._maps))]
         return self._maps[shard]
+
+    def _mapped(self, shard: int) -> mmap.mmap:
+        for _ in range(ATTEMPTS):
+            path = self.fetched(shard)
+            try:
+                with path.open("rb") as file:
+                    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except FileNotFoundError:
+                if self.remote is None:
+                    break
+                continue  # another process made room in the cache just now
+        raise UserError(f"{path} has vanished from the pack: copy the pack again, or raise data.cache_gb")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # a mapping cannot travel to a worker process; it is made anew there
@@ -84,16 +115,18 @@ class Pack:
         return {split: path for split, path in paths.items() if path.is_file()}
 
 
-def open_pack(path: Path | str) -> Pack:
-    """Opens what `fastlt pack` wrote.
+def open_pack(path: Path | str, cache_bytes: int = 100 * 10**9) -> Pack:
+    """Opens what `fastlt pack` wrote; path may be an address, of whose shards cache_bytes at most are kept here.
 
     Raises UserError where it is no pack or one of another version, and where a file is missing or truncated.
     """
-    path = Path(path)
+    url = str(path).rstrip("/") if is_remote(str(path)) else ""
+    path = fetch_tables(url) if url else Path(path)
     manifest = read_manifest(path)
-    check_sizes(path, manifest)
+    check_sizes(path, manifest, TABLES if url else manifest["files"])
     columns = _read_index(path / "index.npz")
-    train, val = (_split(path, name, manifest, columns) for name in ("train", "val"))
+    remote = Remote(url, path, cache_bytes, manifest["files"]) if url else None
+    train, val = (_split(path, name, manifest, columns, remote) for name in ("train", "val"))
     return Pack(path, manifest, ClassSpace.load(path / "classes.json"), train, val)
 
 
@@ -124,9 +157,11 @@ def _read_index(file: Path) -> dict[str, np.ndarray]:
     return columns
 
 
-def check_sizes(path: Path, manifest: dict[str, Any]) -> None:
-    """Every file of the manifest is there with its full length: cheap enough for every start, and it finds truncation."""
+def check_sizes(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
+    """The files are there with their full length: cheap enough for every start, and it finds truncation."""
     for name, entry in manifest["files"].items():
+        if name not in names:
+            continue
         file = path / name
         if not file.is_file():
             raise UserError(f"{file} is missing from the pack: pack again, or copy it again")
@@ -137,6 +172,8 @@ def check_sizes(path: Path, manifest: dict[str, Any]) -> None:
 
 def check_shards(split: Split) -> None:
     """The shards are there and long enough for the index: for engines, which may be given a split that no manifest covers."""
+    if split.remote is not None:  # each is checked when it comes
+        return
     ends = np.zeros(len(split.shards), np.int64)
     np.maximum.at(ends, split.shard, split.offset + split.size)
     for name, end in zip(split.shards, ends.tolist(), strict=True):
@@ -159,5 +196,6 @@ def picture(split: Split, image: int) -> Image.Image:
     return found
 
 
-def _split(path: Path, name: str, manifest: dict[str, Any], columns: dict[str, Any]) -> Split:
-    return Split(name, path / name, tuple(manifest["shards"][name]), **{c: columns[f"{name}_{c}"] for c in COLUMNS})
+def _split(path: Path, name: str, manifest: dict[str, Any], columns: dict[str, Any], remote: Remote | None) -> Split:
+    values = {column: columns[f"{name}_{column}"] for column in COLUMNS}
+    return Split(name, path / name, tuple(manifest["shards"][name]), remote=remote, **values)

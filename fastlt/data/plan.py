@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from fastlt.data.augment import Geometry, boxes_of
+from fastlt.data.mixture import MixedSplit
 from fastlt.data.packed import Split
 from fastlt.errors import UserError
 
@@ -27,15 +28,35 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How often each class is seen in an epoch."""
+    """How often each class is seen in an epoch.
 
-    targets: str = "once"  # once: every stored target image once; class-balanced: every target class equally often
-    budget: int = 50  # images per auxiliary class and epoch, whatever it stores; 0: none
+    targets: `once`, every stored target image once; or as many target images as are stored, but every class equally often
+    (`class-balanced`) or in proportion to the square root of its images (`square-root`).
+    """
+
+    targets: str = "once"
+    budget: int | tuple[int, ...] = 50  # images per auxiliary class and epoch, whatever it stores, or a number for each class
+    repeats: int = 1  # times that an image comes in a row, each time cut anew (repeated augmentation); the counts stay
+
+
+def spread_budget(total: int, stored: np.ndarray) -> tuple[int, ...]:
+    """A budget per auxiliary class that comes to `total` images, even over those that store any: stored (A,) int."""
+    having = np.flatnonzero(stored)
+    if not len(having):
+        return (0,) * len(stored)
+    budgets = np.zeros(len(stored), np.int64)
+    budgets[having] = total // len(having)
+    budgets[having[: total % len(having)]] += 1
+    return tuple(budgets.tolist())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The training order. `batch` is the global batch; a rank gets every world-th image of it."""
+    """The training order. `batch` is the global batch; a rank gets every world-th image of it.
+
+    window > 0 is for shards that are not all at hand: that many bytes of them are shuffled together, then the next ones, and a
+    rank gets neighbouring shards of a batch, so that it needs few.
+    """
 
     split: Split
     num_targets: int
@@ -47,6 +68,7 @@ class Plan:
     drop_last: bool = False
     rank: int = 0
     world: int = 1
+    window: int = 0
 
     def __post_init__(self) -> None:
         if self.batch % self.world:
@@ -55,16 +77,28 @@ class Plan:
     @cached_property
     def class_counts(self) -> np.ndarray:
         """Images of each of the C classes in every epoch, (C,) int64: the n_j of the prior."""
-        stored = np.bincount(self.split.label, minlength=self.num_classes)
-        targets = np.arange(self.num_classes) < self.num_targets
-        if self.sampling.targets == "class-balanced":
-            stored = np.where(targets & (stored > 0), self._balanced_budget(stored), stored)
-        return np.where(targets | (stored == 0), stored, self.sampling.budget).astype(np.int64)
+        stored = np.rint(self._strata.sum(axis=1)).astype(np.int64)
+        targets, auxiliaries = stored[: self.num_targets], stored[self.num_targets :]
+        budget = np.broadcast_to(self.sampling.budget, auxiliaries.shape)
+        counts = [_target_counts(targets, self.sampling.targets), np.where(auxiliaries == 0, 0, budget)]
+        return np.concatenate(counts).astype(np.int64)
 
-    def _balanced_budget(self, stored: np.ndarray) -> int:
-        """As many target images an epoch as are stored, spread evenly over the classes."""
-        targets = stored[: self.num_targets]
-        return max(1, round(targets.sum() / max(1, np.count_nonzero(targets))))
+    @cached_property
+    def _strata(self) -> np.ndarray:
+        """What each class stores in each of the packs that are mixed, counted by its weight, (C, packs) float64."""
+        split = self.split
+        if not isinstance(split, MixedSplit):
+            return np.bincount(split.label, minlength=self.num_classes)[:, None].astype(np.float64)
+        packs = len(split.parts)
+        stored = np.bincount(split.label * packs + split.part, minlength=self.num_classes * packs)
+        return stored.reshape(-1, packs) * np.array(split.weights)
+
+    def _draw(self, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """counts[c] images of each class, from each pack its share."""
+        split = self.split
+        if not isinstance(split, MixedSplit):
+            return draw_by_class(split.label, counts, rng)
+        return draw_by_class(split.label * len(split.parts) + split.part, shared_out(counts, self._strata).reshape(-1), rng)
 
     @cached_property
     def images_per_epoch(self) -> int:
@@ -81,18 +115,63 @@ class Plan:
         for step in range(first_step, self.steps_per_epoch):
             start, stop = step * self.batch, min((step + 1) * self.batch, len(order))
             stop = start + (stop - start) // self.world * self.world  # every rank gets equally many
-            places = np.arange(start + self.rank, stop, self.world)
+            places = self._own(np.arange(start, stop), order)
             yield self._batch(order[places], places, epoch)
+
+    def _own(self, places: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """This rank's of a batch's places in the epoch."""
+        if not self.window:
+            return places[self.rank :: self.world]
+        by_shard = places[np.argsort(self.split.shard[order[places]], kind="stable")]
+        share = len(places) // self.world
+        return by_shard[self.rank * share : (self.rank + 1) * share]
 
     def order(self, epoch: int) -> np.ndarray:
         """Image indices of the whole epoch over all ranks, (images_per_epoch,) int64."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        images = draw_by_class(self.split.label, self.class_counts, rng)
-        return rng.permutation(images)
+        repeats = self.sampling.repeats
+        images = rng.permutation(self._draw(-(-self.class_counts // repeats), rng))
+        if self.window:
+            images = images[np.argsort(self._windows(rng)[self.split.shard[images]], kind="stable")]
+        return images if repeats == 1 else np.repeat(images, _times(self.split.label[images], self.class_counts, repeats))
+
+    def _windows(self, rng: np.random.Generator) -> np.ndarray:
+        """The window of each shard, (shards,) int64."""
+        order = rng.permutation(len(self.split.shards))
+        sizes = np.bincount(self.split.shard, self.split.size, len(order))
+        windows = np.empty(len(order), np.int64)
+        windows[order] = (np.cumsum(sizes[order]) - sizes[order]) // self.window
+        return windows
 
     def _batch(self, images: np.ndarray, places: np.ndarray, epoch: int) -> Batch:
         boxes, flips = boxes_of(self.geometry, self.split.height[images], self.split.width[images], places, self.seed, epoch)
         return Batch(images, self.split.label[images].astype(np.int64), boxes, flips)
+
+
+def _target_counts(stored: np.ndarray, sampling: str) -> np.ndarray:
+    """Images of each target class in an epoch, (T,) int; at least one of each that stores any."""
+    if sampling == "once":
+        return stored
+    shares = np.sqrt(stored) if sampling == "square-root" else (stored > 0).astype(float)
+    counts = np.rint(stored.sum() * shares / max(1.0, shares.sum())).astype(np.int64)
+    return np.where(stored > 0, np.maximum(counts, 1), 0)
+
+
+def _times(labels: np.ndarray, counts: np.ndarray, repeats: int) -> np.ndarray:
+    """How often each of the drawn images comes: `repeats` times, but the last of a class as often as its count leaves."""
+    times = np.full(len(labels), repeats)
+    classes, reverse_first = np.unique(labels[::-1], return_index=True)
+    last = len(labels) - 1 - reverse_first
+    times[last] -= -counts[classes] % repeats
+    return times
+
+
+def shared_out(counts: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """counts (C,) int in proportion to shares (C, P), (C, P) int64; what rounding leaves goes to the largest remainders."""
+    exact = counts[:, None] * shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-300)
+    parts = np.floor(exact + 1e-9).astype(np.int64)
+    order = np.argsort(parts - exact, axis=1, kind="stable").argsort(axis=1, kind="stable")
+    return parts + (order < (counts - parts.sum(axis=1))[:, None])
 
 
 def draw_by_class(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -29,6 +29,7 @@ class ResidentEngine:
 
     def __init__(self, split: Split, size: int) -> None:
         check_shards(split)
+        self.damaged: dict[int, str] = {}
         self._size = size
         shape = (len(split), int(split.height[0]), int(split.width[0]), 3)
         self._margin = 0  # black pixels around each image

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import stat
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from PIL import Image
 
 from fastlt.data.cifar import png_bytes
 from fastlt.data.collection import ImageRef
-from fastlt.data.images import DAMAGE, FORMATS, BadImage, decode_pil, open_image, orientation
+from fastlt.data.images import DAMAGE, FORMATS, BadImage, decode, decode_pil, open_image, orientation
+from fastlt.data.region import transcode
 
 DEFAULT_QUALITY = 95  # of JPEG, where images are shrunk and no quality is given
 
@@ -20,6 +22,7 @@ class ImageSettings:
     max_side: int  # pixels; larger images are shrunk and stored as JPEG; 0: none
     quality: int  # of JPEG; without max_side all images are stored so; 0: as they are
     max_pixels: int
+    transcode: bool = False  # JPEG losslessly, so that the region decoder can enter it in its middle
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ def _store_or_reason(ref: ImageRef, settings: ImageSettings) -> Stored | str:
     try:
         data = read_bytes(ref)
         stored, extension, height, width = encode(data, settings)
+        if settings.transcode and extension == ".jpg":
+            stored = transcoded(stored)
     except BadImage as reason:
         return str(reason)
     return Stored(stored, extension, height, width, hashlib.sha256(data).digest())
@@ -83,6 +88,12 @@ def encode(data: bytes, settings: ImageSettings) -> tuple[bytes, str, int, int]:
         return data, FORMATS[str(kind)], height, width
     upright = decode_pil(data, settings.max_pixels)
     return _saved(upright, "PNG"), ".png", upright.height, upright.width
+
+
+def transcoded(data: bytes) -> bytes:
+    """The same JPEG with restart markers; as it was where it cannot be rewritten, or where not every pixel would be the same."""
+    rewritten = transcode(data)
+    return rewritten if rewritten and (decode(rewritten, sys.maxsize) == decode(data, sys.maxsize)).all() else data
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""The `torch` engine, the reference: Pillow in the worker processes of a DataLoader."""
+"""The `torch` engine: the worker processes of a DataLoader. With exact decoding it is the reference, Pillow alone."""
 
 from collections.abc import Generator, Iterable, Iterator
 
@@ -6,20 +6,28 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fastlt.data.damage import stand_in
 from fastlt.data.images import fill_box
 from fastlt.data.packed import Split, check_shards, picture
 from fastlt.data.plan import Batch
+from fastlt.data.region import decode_boxes
 from fastlt.errors import UserError
 
+Made = tuple[torch.Tensor, dict[int, str]]  # images, and those that could not be decoded, with the reason
 PATIENCE = 300  # seconds for one batch: far more than any takes, but not for ever
 
 
 class TorchEngine:
-    """A worker makes a whole batch, so no image is copied twice. workers 0: in this thread. Workers last until `close`."""
+    """A worker makes a whole batch, so no image is copied twice. workers 0: in this thread. Workers last until `close`.
 
-    def __init__(self, split: Split, size: int, workers: int) -> None:
+    decode: `exact`, or `region` for JPEGs (see region.py). An image that cannot be decoded is a UserError if `strict`; else
+    another one of its class takes its place, and `damaged` says why, by image.
+    """
+
+    def __init__(self, split: Split, size: int, workers: int, decode: str = "exact", strict: bool = True) -> None:
         check_shards(split)
-        self._dataset = BatchDataset(split, size)
+        self.damaged: dict[int, str] = {}
+        self._dataset = BatchDataset(split, size, decode == "region", strict)
         self._workers = workers
         self._epoch = EpochSampler()
         self._loader: DataLoader | None = None
@@ -34,9 +42,11 @@ class TorchEngine:
             raise RuntimeError("the engine is still in another epoch: close its iterator first")
         self._reading, self._epoch.batches = True, batches
         try:
-            for images in self._start():
-                if isinstance(images, str):
-                    raise UserError(images)
+            for made in self._start():
+                if isinstance(made, str):
+                    raise UserError(made)
+                images, damaged = made
+                self.damaged |= damaged
                 yield images
         except (RuntimeError, OSError, EOFError) as error:  # as DataLoader tells of a dead worker
             if not self._workers:
@@ -46,7 +56,7 @@ class TorchEngine:
         finally:
             self._reading = False
 
-    def _start(self) -> Iterator[torch.Tensor | str]:
+    def _start(self) -> Iterator[Made | str]:
         if self._loader is None:
             several = self._workers > 0
             self._loader = DataLoader(
@@ -63,18 +73,37 @@ class TorchEngine:
 class BatchDataset(Dataset):
     """Whole batches for items."""
 
-    def __init__(self, split: Split, size: int) -> None:
-        self.split, self.size = split, size
+    def __init__(self, split: Split, size: int, region: bool, strict: bool) -> None:
+        self.split, self.size, self.region, self.strict = split, size, region, strict
 
-    def __getitem__(self, batch: Batch) -> torch.Tensor | str:
+    def __getitem__(self, batch: Batch) -> Made | str:
         """(n, size, size, 3) uint8, or what the user must be told: an exception would come out of a worker as a traceback."""
         out = np.empty((len(batch.images), self.size, self.size, 3), np.uint8)
+        damaged: dict[int, str] = {}
         try:
-            for i, image in enumerate(batch.images.tolist()):
-                out[i] = fill_box(picture(self.split, image), batch.boxes[i], batch.flips[i], self.size)
+            for i in np.flatnonzero(~self._regions(batch, out)).tolist():
+                out[i] = self._exact(int(batch.images[i]), batch.boxes[i], bool(batch.flips[i]), damaged)
         except UserError as error:
             return str(error)
-        return torch.from_numpy(out)
+        return torch.from_numpy(out), damaged
+
+    def _regions(self, batch: Batch, out: np.ndarray) -> np.ndarray:
+        """(n,) bool, which images of the batch are in `out`."""
+        split, images = self.split, batch.images
+        if not self.region:
+            return np.zeros(len(images), bool)
+        addresses, _alive = split.addresses(images)
+        sides = split.height[images], split.width[images]
+        return decode_boxes(addresses, split.size[images], *sides, batch.boxes, batch.flips, out)
+
+    def _exact(self, image: int, box: np.ndarray, flip: bool, damaged: dict[int, str]) -> np.ndarray:
+        try:
+            return fill_box(picture(self.split, image), box, flip, self.size)
+        except UserError as error:
+            if self.strict:
+                raise
+            damaged[image] = str(error)
+            return stand_in(self.split, image, box, flip, self.size, str(error))
 
 
 class EpochSampler(Sampler[Batch]):

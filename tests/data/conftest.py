@@ -13,6 +13,7 @@ from fastlt.data.packed import Pack, Split, open_pack
 from fastlt.data.source import read_collection
 
 ORIENTATION = 0x0112
+QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +58,7 @@ def saved(image: Image.Image, kind: str, turn: int = 1, **options: object) -> by
 
 def pack_folders(train: Path, val: Path, out: Path) -> Pack:
     collection = read_collection(train, None, val, None, None, None)
-    return open_pack(write_pack(collection, PackOptions(out=out, workers=1), Console(quiet=True)))
+    return open_pack(write_pack(collection, PackOptions(out=out, workers=1), QUIET))
 
 
 def bare_split(labels: np.ndarray, height: int = 32, width: int = 32) -> Split:

@@ -106,7 +106,7 @@ def test_manifest_tells_everything(pets: Path, tmp_path: Path) -> None:
     manifest = pack(collect(pets), tmp_path / "pack", max_side=512).manifest
     assert manifest["format_version"] == 1 and manifest["created"].endswith("+00:00") and manifest["fastlt"]
     assert manifest["counts"] == {"train": 9, "val": 2, "targets": 2, "auxiliaries": 1, "pairs": 1}
-    assert manifest["images"] == {"max_side": 512, "quality": 0, "max_pixels": MAX_PIXELS}
+    assert manifest["images"] == {"max_side": 512, "quality": 0, "max_pixels": MAX_PIXELS, "transcode": False}
     assert manifest["shards"] == {"train": ["train-000000.tar"], "val": ["val-000000.tar"]}
     assert (manifest["skipped"], manifest["leaks"]) == ([], [])
     on_disk = {str(path.relative_to(tmp_path / "pack")): path for path in (tmp_path / "pack").rglob("*") if path.is_file()}

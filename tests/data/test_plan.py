@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastlt.data.augment import Geometry
-from fastlt.data.plan import Plan, Sampling, draw_by_class, evaluation_batches
+from fastlt.data.plan import Plan, Sampling, draw_by_class, evaluation_batches, spread_budget
 from fastlt.errors import UserError
 
 from .conftest import bare_split
@@ -149,3 +149,41 @@ def test_evaluation_sees_every_image_once_in_stored_order(world):
     assert all((np.diff(images) > 0).all() for images in seen)
     assert np.array_equal(np.sort(np.concatenate(seen)), np.arange(len(split)))
     assert not any(batch.flips.any() for batches in ranks for batch in batches)
+
+
+# --- more ways to sample
+
+
+def test_square_root_sampling_is_between_once_and_balanced():
+    counts = plan(targets="square-root").class_counts[:NUM_TARGETS]
+    assert counts.tolist() == [7, 5, 2]  # 14 in the ratio 3 : 2 : 1
+
+
+def test_every_auxiliary_may_have_its_own_budget():
+    made = plan(budget=(3, 0, 60, 9))
+    assert made.class_counts[NUM_TARGETS:].tolist() == [3, 0, 60, 0]  # the last stores none
+    assert np.bincount(labels()[drawn(made)], minlength=NUM_CLASSES).tolist() == made.class_counts.tolist()
+
+
+def test_a_total_is_spread_over_the_auxiliaries_that_store_images():
+    assert spread_budget(11, np.array([5, 0, 3, 1])) == (4, 0, 4, 3)
+    assert spread_budget(2, np.array([5, 0, 3, 1])) == (1, 0, 1, 0)
+    assert spread_budget(9, np.array([0, 0])) == (0, 0) and spread_budget(9, np.array([])) == ()
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+def test_repeats_come_in_a_row_and_leave_the_counts(repeats):
+    made = Plan(bare_split(labels()), NUM_TARGETS, NUM_CLASSES, GEOMETRY, Sampling(budget=50, repeats=repeats), 16, 3)
+    order = made.order(0)
+    assert np.bincount(labels()[order], minlength=NUM_CLASSES).tolist() == made.class_counts.tolist()
+    runs = np.diff(np.flatnonzero(np.diff(order, prepend=-1, append=-1)))
+    assert runs.max() >= repeats and np.count_nonzero(runs % repeats) <= NUM_CLASSES
+    targets = order[labels()[order] == 0]
+    assert len(np.unique(targets)) == -(-9 // repeats)
+
+
+def test_the_copies_of_a_repeated_image_are_cut_differently():
+    made = Plan(bare_split(labels()), NUM_TARGETS, NUM_CLASSES, GEOMETRY, Sampling(repeats=4), 16, 3)
+    batch = next(iter(made.epoch(0)))
+    first = batch.images == batch.images[0]
+    assert first.sum() >= 4 and len(np.unique(batch.boxes[first], axis=0)) > 1

@@ -1,0 +1,33 @@
+"""What becomes of an image that cannot be decoded although it is in the pack: training takes another one of its class."""
+
+import numpy as np
+
+from fastlt.data.images import fill_box
+from fastlt.data.packed import Split, picture
+from fastlt.errors import UserError
+
+ATTEMPTS = 20  # other images of the class that are tried: more in a row are no accident
+
+
+def stand_in(split: Split, image: int, box: np.ndarray, flip: bool, size: int, reason: str) -> np.ndarray:
+    """(size, size, 3) uint8 of the next image of the class that can be decoded, cut as `box` would have cut `image`.
+
+    The same for every engine, and in every epoch. Raises UserError with `reason` where the class has no such image.
+    """
+    same = np.flatnonzero(split.label == split.label[image])
+    place = int(np.searchsorted(same, image))
+    for other in np.roll(same, -place)[1 : ATTEMPTS + 1].tolist():
+        try:
+            return fill_box(picture(split, other), _moved(split, image, other, box), flip, size)
+        except UserError:
+            continue
+    raise UserError(f"{reason}, and no other image of its class can be decoded either")
+
+
+def _moved(split: Split, image: int, other: int, box: np.ndarray) -> np.ndarray:
+    """The same share of another image."""
+    heights, widths = split.height[[image, other]].astype(float), split.width[[image, other]].astype(float)
+    scale = np.tile([heights[1] / heights[0], widths[1] / widths[0]], 2)
+    moved = np.rint(box * scale).astype(np.int64)
+    moved[2:] = moved[2:].clip(min=1)
+    return moved
