@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,45 +35,90 @@ def run_bench_train(
         config = load_config(recipe, [*settings, as_override("data.pack", str(pack.path))])
         trainer = prepare(config, Path(folder) / "run", pack)
         try:
-            pairs = measure(trainer, steps, rounds, console)
+            measured = measure(trainer, steps, rounds, console)
         finally:
             trainer.train_loader.close()
             trainer.val_loader.close()
-    show(pairs, trainer, recipe, console)
+    show(measured, trainer, recipe, console)
     if csv is not None:
-        append_rows(csv, [row(pairs, trainer, recipe, steps)])
+        append_rows(csv, [row(measured, trainer, recipe, steps)])
         console.print(f"added to {csv}")
 
 
-def measure(trainer: Trainer, steps: int, rounds: int, console: Console) -> list[tuple[float, float]]:
-    """(bare, loop) images/s of each round."""
-    bare, loop = bare_steps(trainer), loop_steps(trainer)
+class Round(NamedTuple):
+    bare: float  # images/s
+    loop: float
+    waited: float  # share of the loop's time in which the device had nothing to do, for want of images
+
+
+def measure(trainer: Trainer, steps: int, rounds: int, console: Console) -> list[Round]:
+    waits = Waits(trainer.device)
+    bare, loop = bare_steps(trainer), loop_steps(trainer, waits)
     for step in (bare, loop):
         timed(step, WARM_UP, trainer)
-    pairs = []
+    measured = []
     with console.status("measuring") as status:
         for i in range(rounds):
-            pairs.append((timed(bare, steps, trainer), timed(loop, steps, trainer)))
-            status.update(f"measuring: round {i + 1} of {rounds}, bare {pairs[-1][0]:,.0f}, loop {pairs[-1][1]:,.0f} images/s")
-    return pairs
+            (speed, _), _ = timed(bare, steps, trainer), waits.seconds()
+            loop_speed, seconds = timed(loop, steps, trainer)
+            measured.append(Round(speed, loop_speed, waits.seconds() / seconds))
+            status.update(f"measuring: round {i + 1} of {rounds}, bare {speed:,.0f}, loop {loop_speed:,.0f} images/s")
+    return measured
 
 
-def timed(step: Iterator[int], steps: int, trainer: Trainer) -> float:
-    """Images/s of the next steps."""
+def timed(step: Iterator[int], steps: int, trainer: Trainer) -> tuple[float, float]:
+    """Images/s of the next steps, and their seconds."""
     wait_for(trainer.device)
     began = time.perf_counter()
     images = sum(itertools.islice(step, steps))
     wait_for(trainer.device)
-    return images / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return images / seconds, seconds
 
 
-def loop_steps(trainer: Trainer) -> Iterator[int]:
+class Waits:
+    """How long the device had nothing to do between the end of a step and the arrival of the next images.
+
+    A GPU says so itself: a mark that it passes at the end of a step, and one that is set when the images are there. Where it is
+    still at work by then, it passes both at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[tuple[Any, Any]] = []
+        self.ended: Any = None
+
+    def end_step(self) -> None:
+        self.ended = self._mark()
+
+    def images_arrive(self) -> None:
+        if self.ended is not None:
+            self.marks.append((self.ended, self._mark()))
+
+    def seconds(self) -> float:
+        """Since the last look; the first wait of a measurement, in which others were measured, is not counted."""
+        marks, self.marks, self.ended = self.marks, [], None
+        if self.device.type == "cuda":
+            return sum(begun.elapsed_time(over) for begun, over in marks) / 1000
+        return sum(over - begun for begun, over in marks)
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
+
+
+def loop_steps(trainer: Trainer, waits: Waits) -> Iterator[int]:
     """The trainer's own loop: loader, augmentation, loss, backward, step. Yields the images of each step."""
     forward = forward_of(trainer, 0)
     for epoch in itertools.count():
         trainer.at.step_in_epoch = 0
         for batch, pixels in trainer.train_loader.iterate(trainer.plan.epoch(epoch)):
+            waits.images_arrive()
             train_step(trainer, forward, batch, pixels)
+            waits.end_step()
             trainer.at.step, trainer.at.step_in_epoch = trainer.at.step + 1, trainer.at.step_in_epoch + 1
             yield len(batch.labels)
 
@@ -119,22 +165,27 @@ def random_pack(folder: Path, config: Config, console: Console) -> Pack:
     return open_pack(write_pack(collection, PackOptions(out=folder / "pack"), console))
 
 
-def show(pairs: list[tuple[float, float]], trainer: Trainer, recipe: str, console: Console) -> None:
+def show(measured: list[Round], trainer: Trainer, recipe: str, console: Console) -> None:
     table = Table(
         "", "images/s, median", "min", "max", title=f"{recipe}: {trainer.config.model.name}, batch {trainer.config.data.batch}"
     )
-    for name, values in zip(("bare forward + backward + step", "fastlt train"), zip(*pairs, strict=True), strict=True):
+    bare, loop, waited = (list(values) for values in zip(*measured, strict=True))
+    for name, values in (("bare forward + backward + step", bare), ("fastlt train", loop)):
         table.add_row(name, f"{statistics.median(values):,.0f}", f"{min(values):,.0f}", f"{max(values):,.0f}")
     console.print(table)
-    ratios = sorted(loop / bare for bare, loop in pairs)
+    ratios = sorted(pair.loop / pair.bare for pair in measured)
     console.print(f"loop / bare, pair by pair: {statistics.median(ratios):.3f} (from {ratios[0]:.3f} to {ratios[-1]:.3f})")
+    console.print(
+        f"the device waited for images for {statistics.median(waited):.1%} of the time ({trainer.train_loader.engine_name})"
+    )
 
 
-def row(pairs: list[tuple[float, float]], trainer: Trainer, recipe: str, steps: int) -> dict[str, object]:
-    bare, loop = zip(*pairs, strict=True)
+def row(measured: list[Round], trainer: Trainer, recipe: str, steps: int) -> dict[str, object]:
+    bare, loop, waited = zip(*measured, strict=True)
     return {
         "recipe": recipe, "model": trainer.config.model.name, "batch": trainer.config.data.batch, "size": trainer.config.data.size,
-        "loader": trainer.train_loader.engine_name, "steps": steps, "rounds": len(pairs),
+        "loader": trainer.train_loader.engine_name, "decode": trainer.train_loader.decode, "steps": steps, "rounds": len(measured),
         "bare_images_per_second": round(statistics.median(bare), 1), "loop_images_per_second": round(statistics.median(loop), 1),
-        "ratio": round(statistics.median(b / a for a, b in pairs), 4),
+        "ratio": round(statistics.median(pair.loop / pair.bare for pair in measured), 4),
+        "waited": round(statistics.median(waited), 4),
     }  # fmt: skip

@@ -62,9 +62,7 @@ class MixedPack(Pack):
 def _merged(space: ClassSpace, other: ClassSpace, name: str) -> ClassSpace:
     """Without counts of the images, which are counted at the end."""
     if unknown := [target for target in other.target_names if target not in space.target_names]:
-        raise UserError(
-            f"the pack {name} has a target class '{unknown[0]}' that the first lacks: mix packs of the same targets"
-        )
+        raise UserError(f"the pack {name} has a target class '{unknown[0]}' that the first lacks: mix packs of the same targets")
     for target in space.target_names:
         if target in other.auxiliary_names:
             raise UserError(f"'{target}' is a target class, and an auxiliary one in the pack {name}: rename one of them")

@@ -1,9 +1,11 @@
 import csv
 
 import pytest
+import torch
 from rich.console import Console
 
 from fastlt.errors import UserError
+from fastlt_benchmarks import train
 from fastlt_benchmarks.results_file import append_rows
 from fastlt_benchmarks.siblings import CONTROLS, spread, table
 from fastlt_benchmarks.train import run_bench_train
@@ -18,7 +20,22 @@ def test_both_rates_are_printed_and_kept_with_their_context(small_pack, tmp_path
     assert "bare forward + backward + step" in printed and "fastlt train" in printed and "loop / bare" in printed
     (row,) = csv.DictReader(path.open())
     assert float(row["bare_images_per_second"]) > 0 and float(row["loop_images_per_second"]) > 0
+    assert 0 <= float(row["waited"]) < 1 and "waited for images" in printed
     assert row["machine"] and row["torch"] and row["command"].startswith("fastlt ")
+
+
+def test_waiting_is_from_the_end_of_a_step_to_the_arrival_of_images(monkeypatch):
+    now = iter([1.0, 1.5, 4.0, 4.25, 9.0])
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(now))
+    waits = train.Waits(torch.device("cpu"))
+    waits.images_arrive()  # nobody was waiting yet
+    for _ in range(2):
+        waits.end_step()
+        waits.images_arrive()
+    waits.end_step()
+    assert waits.seconds() == 0.75
+    waits.images_arrive()  # something else was measured meanwhile
+    assert waits.seconds() == 0
 
 
 def test_a_pack_is_made_where_none_is_given(tmp_path):
