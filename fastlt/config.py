@@ -47,7 +47,7 @@ class DataConfig(Section):
     mix: dict[str, Positive] = {}  # further packs whose training images are added: folder -> weight of each of its images
     cache_gb: Positive = 100.0  # of shards of a pack at an address that are kept on the local disk
     engine: Literal["auto", "torch", "ffcv", "dali"] = "auto"
-    decode: Literal["auto", "region", "exact"] = "auto"  # of training images; auto: region where its decoder was compiled
+    decode: Literal["auto", "region", "exact", "gpu"] = "auto"  # of training images; auto: gpu with DALI, region, or else exact
     strict: bool = False  # stop at a training image that cannot be decoded; else another one of its class takes its place
     workers: Count = 2
     prefetch: Several = 2  # batches ahead, of the dali engine

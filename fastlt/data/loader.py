@@ -15,6 +15,7 @@ import torch
 from fastlt.data import dali, resident
 from fastlt.data.dali import DaliEngine, has_dali, import_dali
 from fastlt.data.ffcv import FfcvEngine
+from fastlt.data.gpu import GpuEngine, torchvision_decoder
 from fastlt.data.native import has_ffcv, import_ffcv
 from fastlt.data.packed import Pack, Split
 from fastlt.data.plan import Batch
@@ -24,18 +25,19 @@ from fastlt.data.resident import ResidentEngine
 from fastlt.data.torch import TorchEngine
 from fastlt.errors import UserError
 
-Engine = TorchEngine | ResidentEngine | FfcvEngine | DaliEngine
+Engine = TorchEngine | ResidentEngine | FfcvEngine | DaliEngine | GpuEngine
 ENGINES = ("auto", "torch", "ffcv", "dali")
-DECODES = ("auto", "region", "exact")
+DECODES = ("auto", "region", "exact", "gpu")
 CPU = torch.device("cpu")
 
 
 class Loader:
     """Images of `size` pixels a side from a split. `engine` is one of ENGINES, or what `choose_engine` has made of it.
 
-    decode: `exact` decodes whole images, as Pillow does; `region` only what the crop needs; `auto` does so where it can. Not
-    `strict`, an image that cannot be decoded is replaced by another one of its class. device, prefetch (batches) and
-    hw_decoder_load (share of the JPEGs for a GPU's decoding hardware) are for the dali engine.
+    decode: `exact` decodes whole images, as Pillow does; `region` only what the crop needs; `auto` does so where it can; `gpu`
+    decodes on `device`, by DALI or, where that is missing or engine is `torch`, by torchvision. Not `strict`, an image that
+    cannot be decoded is replaced by another one of its class. prefetch (batches) and hw_decoder_load (share of the JPEGs for a
+    GPU's decoding hardware) are for the dali engine.
     """
 
     def __init__(
@@ -54,17 +56,19 @@ class Loader:
     ) -> None:
         self._split = split
         self.engine_name = name = _choose(split, beton, engine, decode, device)
-        self.decode = "exact" if name == "resident" else "region" if name == "dali" else choose_decode(decode)
+        self.decode = choose_decode(decode, name, device)
         self._engine: Engine
         if name == "dali":
             self._engine = DaliEngine(split, size, workers, device, strict, prefetch, hw_decoder_load)
         elif name == "ffcv":
             assert beton is not None
             self._engine = FfcvEngine(split, size, workers, beton, self.decode, strict)
+        elif name == "resident":
+            self._engine = ResidentEngine(split, size)
+        elif self.decode == "gpu":
+            self._engine = GpuEngine(split, size, device, strict, torchvision_decoder(device))
         else:
-            self._engine = (
-                ResidentEngine(split, size) if name == "resident" else TorchEngine(split, size, workers, self.decode, strict)
-            )
+            self._engine = TorchEngine(split, size, workers, self.decode, strict)
 
     @property
     def damaged(self) -> dict[int, str]:
@@ -114,17 +118,26 @@ def _choose(split: Split, beton: Path | None, engine: str, decode: str, device: 
         return "dali"
     if resident.fits(split):  # the torch engine's images, for a hundredth of its time
         return "resident"
-    if engine == "auto" and device.type == "cuda" and decode != "exact" and has_dali():
+    if engine == "auto" and device.type == "cuda" and decode in ("auto", "gpu") and has_dali():
         return "dali"
-    return "ffcv" if engine == "auto" and beton is not None and has_ffcv() else "torch"
+    is_faster = beton is not None and split.remote is None and decode != "gpu" and has_ffcv()
+    return "ffcv" if engine == "auto" and is_faster else "torch"
 
 
-def choose_decode(decode: str) -> str:
-    """`region` or `exact`. Raises UserError where the one asked for cannot be had."""
+def choose_decode(decode: str, engine: str, device: torch.device = CPU) -> str:
+    """`region`, `exact` or `gpu`, as the engine does it. Raises UserError where the one asked for cannot be had."""
     if decode not in DECODES:
         raise UserError(f"there is no decode '{decode}': data.decode is one of {', '.join(DECODES)}")
+    if decode == "gpu" and (device.type != "cuda" or engine == "ffcv"):
+        raise UserError("data.decode=gpu needs an NVIDIA GPU, and data.engine=dali or torch: set data.decode=auto")
+    if engine == "dali":
+        return "gpu" if device.type == "cuda" else "region"
+    if engine == "resident":
+        return "exact"
     if decode == "region":
         check_region("data.decode=region")
+    if decode == "gpu":
+        return "gpu"
     return "region" if decode != "exact" and has_region() else "exact"
 
 

@@ -258,11 +258,13 @@ def test_the_choice_of_decode(mixed_pack, monkeypatch):
     assert Loader(mixed_pack.train, 24, "torch", 0, decode="auto").decode == "region"
     assert Loader(mixed_pack.train, 24, "torch", 0, decode="exact").decode == "exact"
     monkeypatch.setattr(region, "_library", lambda: None)
-    assert choose_decode("auto") == "exact"
+    assert choose_decode("auto", "torch") == "exact"
     with pytest.raises(UserError, match=r"data\.decode=region needs fastlt's JPEG decoder"):
-        choose_decode("region")
+        choose_decode("region", "torch")
+    with pytest.raises(UserError, match=r"data\.decode=gpu needs an NVIDIA GPU"):
+        choose_decode("gpu", "torch")
     with pytest.raises(UserError, match="no decode 'fast'"):
-        choose_decode("fast")
+        choose_decode("fast", "torch")
 
 
 # --- damaged images
