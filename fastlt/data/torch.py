@@ -59,9 +59,11 @@ class TorchEngine:
     def _start(self) -> Iterator[Made | str]:
         if self._loader is None:
             several = self._workers > 0
+            # A fork of a process that is fetching shards inherits its locks, and never gets them.
             self._loader = DataLoader(
                 self._dataset, batch_size=None, sampler=self._epoch, num_workers=self._workers,
                 persistent_workers=several, timeout=PATIENCE if several else 0,
+                multiprocessing_context="spawn" if several and self._dataset.split.remote is not None else None,
             )  # fmt: skip
         return iter(self._loader)
 
