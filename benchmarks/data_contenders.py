@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlt.data.augment import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import Plan, Sampling
-from fastlt.data.region import check_region
+from fastlt.data.region import check_transcoder
 from fastlt_benchmarks.data_images import FILES, PACK, STOCK, TRANSCODED
 from fastlt_benchmarks.data_limits import DecodingAlone
 from fastlt_benchmarks.data_peers import dali_stock, ffcv_stock, pillow, simplejpeg, spdl
@@ -54,7 +54,7 @@ def ours(name: str, what: str, form: str) -> Contender:
 def start_ours(task: Task, engine: str, decode: str, form: str = PACK, **options: Any) -> Source:
     """What `fastlt train` loads with, in a plan's order; options as of Loader, in place of the task's."""
     if form == TRANSCODED:
-        check_region("transcoding")
+        check_transcoder("transcoding")
     pack = task.images.transcoded if form == TRANSCODED else task.images.pack
     assert pack is not None
     settings = {"workers": task.workers, "beton": pack.beton.get("train"), "decode": decode, "device": task.device, **options}

@@ -24,7 +24,7 @@ from fastlt.data.native import has_ffcv
 from fastlt.data.pack import PackOptions, write_pack
 from fastlt.data.packed import Pack, Split, open_pack
 from fastlt.data.pool import cores
-from fastlt.data.region import has_region
+from fastlt.data.region import has_transcoder
 from fastlt.data.stored import read_bytes
 from fastlt.errors import UserError
 from fastlt_benchmarks.data_limits import decodes
@@ -140,7 +140,7 @@ def write_forms(choice: Choice, forms: Names[str], folder: Path, console: Consol
     count = len(choice.refs)
     with console.status(f"packing {count:,} images"):
         pack = pack_in(folder / PACK, choice.refs, transcode=False)
-        transcoded = pack_in(folder / TRANSCODED, choice.refs, transcode=True) if TRANSCODED in forms and has_region() else None
+        transcoded = pack_in(folder / TRANSCODED, choice.refs, transcode=True) if TRANSCODED in forms and has_transcoder() else None
     with console.status(f"writing {count:,} images for the others"):
         stock = write_stock_beton(pack.train, folder / "stock.beton") if STOCK in forms and has_ffcv() else None
         files = write_files(pack.train, folder / FILES) if FILES in forms else []

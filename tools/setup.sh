@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 venv=$PWD/.venv
 stamp=$venv/.set-up-from
-wanted=$(cat pyproject.toml tools/setup.sh tools/constraints-cpu.txt fastlt/data/jpeg.c | sha256sum | cut -d' ' -f1)
+wanted=$(cat pyproject.toml tools/setup.sh tools/constraints-cpu.txt fastlt/data/jpeg/* | sha256sum | cut -d' ' -f1)
 [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
 say() { printf '\033[1m%s\033[0m\n' "$*"; }
@@ -56,7 +56,7 @@ install_libjpeg() {
         say "installing libjpeg's headers"
         apt_install libjpeg-dev gcc libc6-dev || true
     fi
-    has_libjpeg || say "going on without fastlt's own JPEG decoder; for it, run: sudo apt-get install libjpeg-dev gcc && rm -f .venv/.set-up-from && make setup"
+    has_libjpeg || say "going on without 'pack --transcode', and without a C compiler without fastlt's JPEG decoder; for them, run: sudo apt-get install libjpeg-dev gcc && rm -f .venv/.set-up-from && make setup"
 }
 
 install_fastlt() {

@@ -28,7 +28,7 @@ from fastlt.data.images import MAX_PIXELS
 from fastlt.data.output import whole_output
 from fastlt.data.packed import COLUMNS, FORMAT_VERSION, Split, check_sizes, read_manifest
 from fastlt.data.pool import OrderedMap, cores, ordered_map
-from fastlt.data.region import check_region
+from fastlt.data.region import check_transcoder
 from fastlt.data.shards import ShardWriter, member_keys
 from fastlt.data.stored import ImageSettings, Stored, store_batch
 from fastlt.errors import UserError
@@ -110,7 +110,7 @@ def _check(collection: Collection, options: PackOptions) -> None:
     if options.quality > 100:
         raise UserError(f"--quality is {options.quality}: it must be 1 to 100, or 0 to leave images as they are")
     if options.transcode:
-        check_region("--transcode")
+        check_transcoder("--transcode")
     if options.beton:
         from fastlt.data.native import import_ffcv  # an extra that not everyone has
 

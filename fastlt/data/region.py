@@ -1,6 +1,7 @@
-"""Decoding of a JPEG only what a crop needs, and transcoding that makes it cheap: the way to jpeg.c.
+"""Decoding of a JPEG only what a crop needs, and transcoding that makes it cheap: the way to the C in jpeg/.
 
-Free of torch, as packing workers import it. The library is compiled when fastlt is installed, where libjpeg's headers are.
+Free of torch, as packing workers import it. The libraries are compiled when fastlt is installed, where there is a C compiler; for
+transcoding it needs libjpeg's headers, too.
 """
 
 import ctypes
@@ -16,30 +17,57 @@ ARRAY = ctypes.c_void_p
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    found = find_spec("fastlt.data._jpeg")
+    """The decoder, for the best that this machine can run."""
+    plain, wide = _load("fastlt.data._region"), _load("fastlt.data._region_avx2")
+    library = wide if plain is not None and wide is not None and plain.fastlt_jpeg_has_avx2() else plain
+    if library is not None:
+        library.fastlt_jpeg_boxes.argtypes = [ARRAY] * 6 + [ctypes.c_int64, ctypes.c_int32, ARRAY, ARRAY]
+        library.fastlt_jpeg_boxes.restype = None
+    return library
+
+
+@cache
+def _transcoder() -> ctypes.CDLL | None:
+    library = _load("fastlt.data._transcode")
+    if library is not None:
+        library.fastlt_jpeg_transcode.argtypes = [ARRAY, ctypes.c_int64, ARRAY, ARRAY]
+        library.fastlt_jpeg_free.argtypes = [ctypes.c_void_p]
+        library.fastlt_jpeg_free.restype = None
+    return library
+
+
+def _load(name: str) -> ctypes.CDLL | None:
+    found = find_spec(name)
     if found is None or found.origin is None:
         return None
     try:
-        library = ctypes.CDLL(found.origin)
+        return ctypes.CDLL(found.origin)
     except OSError:  # compiled, but the machine has lost its libjpeg
         return None
-    library.fastlt_jpeg_boxes.argtypes = [ARRAY] * 6 + [ctypes.c_int64, ctypes.c_int32, ARRAY, ARRAY]
-    library.fastlt_jpeg_boxes.restype = None
-    library.fastlt_jpeg_transcode.argtypes = [ARRAY, ctypes.c_int64, ARRAY, ARRAY]
-    library.fastlt_jpeg_free.argtypes = [ctypes.c_void_p]
-    library.fastlt_jpeg_free.restype = None
-    return library
 
 
 def has_region() -> bool:
     return _library() is not None
 
 
+def has_transcoder() -> bool:
+    return _transcoder() is not None
+
+
 def check_region(asker: str) -> None:
-    """Raises UserError where there is no library; `asker` is what needs it."""
+    """Raises UserError where there is no decoder; `asker` is what needs it."""
     if not has_region():
         raise UserError(
             f"{asker} needs fastlt's JPEG decoder, which was not compiled when fastlt was installed: `make setup` does it, "
+            "or install a C compiler and then fastlt again"
+        )
+
+
+def check_transcoder(asker: str) -> None:
+    """Raises UserError where transcoding was not compiled; `asker` is what needs it."""
+    if not has_transcoder():
+        raise UserError(
+            f"{asker} needs libjpeg, whose headers were missing when fastlt was installed: `make setup` does it, "
             "or install a C compiler and libjpeg's headers (libjpeg-turbo) and then fastlt again"
         )
 
@@ -55,8 +83,8 @@ def decode_boxes(
 ) -> np.ndarray:
     """(n,) bool: whether an image was decoded; one that was not is damaged or no JPEG of the usual kind.
 
-    As images.fill_box, but that subsampled colours are repeated instead of interpolated, large crops are halved by the decoder,
-    and nothing is rounded twice. The GIL is released meanwhile.
+    As images.fill_box, but that large crops are halved by the decoder, and nothing is rounded but the result. Of progressive, CMYK
+    and other unusual JPEGs there is nothing to be had by parts. The GIL is released meanwhile.
     """
     library = _library()
     assert library is not None
@@ -75,7 +103,7 @@ def transcode(data: bytes) -> bytes | None:
 
     None where it is damaged, or none that libjpeg can rewrite. Metadata is kept.
     """
-    library = _library()
+    library = _transcoder()
     assert library is not None
     written, size = ctypes.c_void_p(), ctypes.c_int64()
     if library.fastlt_jpeg_transcode(data, len(data), ctypes.byref(written), ctypes.byref(size)):

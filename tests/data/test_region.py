@@ -25,12 +25,11 @@ from fastlt.errors import UserError
 
 from .conftest import mixed_images, pack_folders, saved, scene
 
-if not region.has_region():
+if not (region.has_region() and region.has_transcoder()):
     pytest.skip("fastlt's JPEG decoder is not compiled here", allow_module_level=True)
 
 SAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
-ROUNDING = 1  # grey level
-SUBSAMPLED = 3  # grey levels on average: colours are repeated, where Pillow interpolates them
+ROUNDING = 1  # grey level: the whole decode rounds three times, this one once
 
 
 def jpeg(height: int, width: int, turn: int = 1, sampling: str = "4:4:4", **options: object) -> bytes:
@@ -76,22 +75,45 @@ def test_a_crop_is_that_of_the_whole_image(height, width, sampling, restarts):
     boxes = some_boxes(height, width, 40, rng, overhang=6)
     boxes = boxes[np.minimum(boxes[:, 2], boxes[:, 3]) < 2 * 24]  # not halved by the decoder
     found = differences(region.transcode(data) if restarts else data, boxes, rng.random(len(boxes)) < 0.5, 24)
-    assert found.max() < ROUNDING if sampling == "4:4:4" else found.mean() < SUBSAMPLED
+    assert found.mean() < 0.6 * ROUNDING and found.max() < 3 * ROUNDING  # the most where one pixel fills the output
 
 
-def test_crops_of_the_output_size_are_exact():
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_crops_of_the_output_size_are_the_pixels_themselves(sampling):
     rng = np.random.default_rng(0)
     boxes = np.column_stack([rng.integers(-20, 110, 30), rng.integers(-20, 140, 30), np.full((30, 2), 24)])
-    assert (differences(jpeg(120, 150), boxes, rng.random(30) < 0.5, 24) == 0).all()
+    assert differences(jpeg(120, 150, sampling=sampling), boxes, rng.random(30) < 0.5, 24).max() < ROUNDING
+
+
+def test_a_crop_beside_the_image_is_black():
+    made, decoded = decode_all([jpeg(50, 60)], np.array([[-10, -30, 40, 50]]), np.array([False]), 25)
+    assert decoded.all() and not made[0, :6].any() and not made[0, :, :14].any() and made[0, 6:, 16:].any()
+
+
+def test_what_is_compiled_for_newer_processors_makes_the_same_bits(monkeypatch):
+    if region._load("fastlt.data._region_avx2") is None or not region._load("fastlt.data._region").fastlt_jpeg_has_avx2():
+        pytest.skip("this machine has one way alone")
+    rng = np.random.default_rng(2)
+    for sampling, side in itertools.product(SAMPLINGS, (8, 24, 61)):
+        boxes, flips = some_boxes(120, 150, 20, rng, overhang=9), rng.random(20) < 0.5
+        images = [jpeg(120, 150, sampling=sampling)] * 20
+        wide = decode_all(images, boxes, flips, side)
+        with monkeypatch.context() as patch:
+            plain = region._load("fastlt.data._region")
+            plain.fastlt_jpeg_boxes.argtypes = region._library().fastlt_jpeg_boxes.argtypes
+            plain.fastlt_jpeg_boxes.restype = None
+            patch.setattr(region, "_library", lambda library=plain: library)
+            narrow = decode_all(images, boxes, flips, side)
+        assert (wide[0] == narrow[0]).all() and wide[1].all() and narrow[1].all()
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_large_crops_are_halved_by_the_decoder(sampling):
-    """What libjpeg's scaling makes is near to an average, no more; so only the mean is held to it."""
+    """What the lowest frequencies make is near to an average, no more; so only the mean is held to it."""
     rng = np.random.default_rng(3)
     boxes = np.concatenate([some_boxes(600, 700, 30, rng), [[0, 0, 600, 700]]])
     boxes = boxes[np.minimum(boxes[:, 2], boxes[:, 3]) >= 2 * 24]
-    assert differences(jpeg(600, 700, sampling=sampling), boxes, np.zeros(len(boxes), bool), 24).mean() < 2.5
+    assert differences(jpeg(600, 700, sampling=sampling), boxes, np.zeros(len(boxes), bool), 24).mean() < ROUNDING
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -101,7 +123,7 @@ def test_turned_images_are_turned_back(turn):
         height, width = decode(data).shape[:2]
         boxes = some_boxes(height, width, 25, rng, overhang=5)
         boxes = boxes[np.minimum(boxes[:, 2], boxes[:, 3]) < 2 * 24]
-        # Not the largest: at 3 pixels to 2, the middle one goes to the left or to the right, and a mirrored decode picks the other.
+        # On average: at 3 pixels to 2, the middle one goes to the left or to the right, and a mirrored decode picks the other.
         assert differences(data, boxes, rng.random(len(boxes)) < 0.5, 24).mean() < ROUNDING
 
 
@@ -112,12 +134,12 @@ def test_restart_markers_change_no_pixel_of_a_crop():
         boxes, flips = some_boxes(height, width, 30, rng), rng.random(30) < 0.5
         plain, spliced = (decode_all([d] * 30, boxes, flips, 32) for d in (data, region.transcode(data)))
         assert plain[1].all() and spliced[1].all()
-        assert np.abs(plain[0].astype(int) - spliced[0]).max() <= ROUNDING
+        assert (plain[0] == spliced[0]).all()
 
 
-@pytest.mark.parametrize("kind", ["progressive", "grey", "restarts_of_others"])
+@pytest.mark.parametrize("kind", ["grey", "optimised", "restarts_of_others"])
 def test_other_kinds_of_jpeg(kind):
-    options = {"progressive": {"progressive": True}, "grey": {}, "restarts_of_others": {"restart_marker_blocks": 5}}[kind]
+    options = {"optimised": {"optimize": True}, "grey": {}, "restarts_of_others": {"restart_marker_blocks": 5}}[kind]
     image = scene(80, 120).convert("L") if kind == "grey" else scene(80, 120)
     rng = np.random.default_rng(9)
     boxes = some_boxes(80, 120, 20, rng)
@@ -133,7 +155,7 @@ def test_photos_are_close_to_their_whole_decode(shared_data):
         places = np.arange(4)
         boxes, flips = boxes_of(Geometry("random-resized-crop", 224, True), places * 0 + height, places * 0 + width, places, 0, 0)
         found.append(differences(region.transcode(data), boxes, flips, 224))
-    assert np.mean(found) < 0.4  # grey levels; measured: 0.2
+    assert np.mean(found) < 0.5  # grey levels; measured: 0.41
 
 
 # --- transcoding
@@ -201,10 +223,14 @@ def test_damaged_bytes_are_told_of_or_decoded_never_more():
     assert 50 < told < 400
 
 
-NOT_FOR_IT = [b"", b"\xff\xd8", b"\xff\xd8\xff\xd9", saved(scene(30, 30), "PNG"), saved(scene(9, 9).convert("CMYK"), "JPEG")]
+NOT_FOR_IT = {
+    "nothing": b"", "start": b"\xff\xd8", "empty": b"\xff\xd8\xff\xd9", "png": saved(scene(30, 30), "PNG"),
+    "cmyk": saved(scene(9, 9).convert("CMYK"), "JPEG"), "progressive": jpeg(9, 9, progressive=True),
+    "rgb": saved(scene(9, 9), "JPEG", keep_rgb=True),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("other", NOT_FOR_IT, ids=["nothing", "start", "empty", "png", "cmyk"])
+@pytest.mark.parametrize("other", NOT_FOR_IT.values(), ids=NOT_FOR_IT)
 def test_what_is_not_for_this_decoder_is_left_to_the_other(other):
     data = np.frombuffer(other or b"\0", np.uint8)
     out = np.zeros((1, 24, 24, 3), np.uint8)
