@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastlt.classes import ClassSpace
 from fastlt.config import Config, DataConfig, load_config
 from fastlt.data.augment import Geometry
-from fastlt.data.loader import Loader, normalise
+from fastlt.data.batch import normalise
+from fastlt.data.loader import Loader
 from fastlt.data.packed import Pack, open_pack
 from fastlt.data.plan import Batch, evaluation_batches
 from fastlt.errors import UserError

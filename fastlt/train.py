@@ -23,12 +23,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastlt import checkpoint as ckpt
 from fastlt.config import Config, DataConfig, load_config, to_toml
+from fastlt.data.batch import compiled_finish, scale_and_shift
+from fastlt.data.batch import finish as finish_batch
 from fastlt.data.jitter import colour_jitter
-from fastlt.data.loader import normalise
-from fastlt.data.mix import erase, mixup_or_cutmix, randaugment
+from fastlt.data.mix import draw
 from fastlt.data.mixture import mix_packs
 from fastlt.data.packed import Pack, open_pack
 from fastlt.data.plan import Batch, evaluation_batches
+from fastlt.data.randaugment import randaugment
 from fastlt.errors import UserError
 from fastlt.evaluate import EVALUATION_BATCH, evaluation_geometry, predict, save_predictions
 from fastlt.export import export_safetensors
@@ -213,7 +215,7 @@ def train_step(trainer: Trainer, forward: Callable[..., Step], batch: Batch, pix
     torch.manual_seed(step_seed(config.train.seed, at.step, 1))  # dropout and the like
     factor = trainer.factor(at.epoch + at.step_in_epoch / trainer.plan.steps_per_epoch)
     set_lr(trainer.optimizer, factor)
-    images, target, target_b, mix = make_input(config, pixels, torch.from_numpy(batch.labels), generator, device)
+    images, target, target_b, mix = make_input(config, pixels, torch.from_numpy(batch.labels), generator, device, trainer.dtype)
     with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
         loss, correct, counted = forward(trainer.model, images, target, target_b, mix)
     group, is_last = accumulation(config.optim.accumulate, at.step_in_epoch, trainer.plan.steps_per_epoch)
@@ -235,23 +237,35 @@ def accumulation(accumulate: int, step: int, steps: int) -> tuple[int, bool]:
 
 
 def make_input(
-    config: Config, pixels: Tensor, labels: Tensor, generator: torch.Generator, device: torch.device
+    config: Config,
+    pixels: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """uint8 pixels (N, H, W, 3) to augmented, normalised images (N, 3, H, W) and labels on the device."""
+    """uint8 pixels (N, H, W, 3) to augmented, normalised images (N, 3, H, W) and labels on the device.
+
+    dtype: that of autocast, to which the first layer would turn them anyway.
+    """
+    augment, data, compiled = config.augment, config.data, is_compiled(config, device)
     target, pixels = to_device(labels, device), to_device(pixels, device)
-    augment = config.augment
     if augment.randaugment or any(augment.jitter):
-        planes = colour_jitter(pixels.permute(0, 3, 1, 2), augment.jitter, generator)
+        planes = colour_jitter(pixels.permute(0, 3, 1, 2), augment.jitter, generator, compiled)
         pixels = randaugment(planes, augment.randaugment, augment.randaugment_ops, generator).permute(0, 2, 3, 1)
-    images = normalise(pixels, config.data.mean, config.data.std, channels_last=config.train.channels_last)
-    images = erase(images, augment.erasing, generator)
-    mixed = mixup_or_cutmix(augment, images, target, generator)
-    return mixed.images, target, mixed.target_b, mixed.mix
+    count, height, width, _ = pixels.shape
+    draws = draw(augment, count, height, width, generator, device)
+    scales = scale_and_shift(tuple(data.mean), tuple(data.std), device)
+    finish = compiled_finish() if compiled else finish_batch
+    images = finish(pixels, *scales, draws, config.train.channels_last, dtype)
+    return (images, target, None, None) if draws.mix is None else (images, target, target.flip(0), draws.mix[0])
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory the copy runs beside the computation."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """From pinned memory the copy runs beside the computation; what is there already stays."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def step_seed(seed: int, step: int, stream: int) -> int:

@@ -3,7 +3,8 @@
 As torchvision's ColorJitter, which draws an order for each image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,8 +12,11 @@ from torch import Tensor
 GREY = (0.2989, 0.587, 0.114)  # of red, green and blue, as torchvision has them
 
 
-def colour_jitter(images: Tensor, strengths: Sequence[float], generator: torch.Generator) -> Tensor:
-    """images (N, 3, H, W) uint8; strengths of brightness, contrast, saturation (factors 1 - s to 1 + s) and hue (turns -s to s)."""
+def colour_jitter(images: Tensor, strengths: Sequence[float], generator: torch.Generator, compiled: bool = False) -> Tensor:
+    """images (N, 3, H, W) uint8; strengths of brightness, contrast, saturation (factors 1 - s to 1 + s) and hue (turns -s to s).
+
+    compiled: each step is, for there are 24 orders of them.
+    """
     if not any(strengths):
         return images
     uniforms = 2 * torch.rand(len(strengths), len(images), generator=generator) - 1
@@ -20,7 +24,7 @@ def colour_jitter(images: Tensor, strengths: Sequence[float], generator: torch.G
     result = images.float() / 255
     for step in torch.randperm(len(strengths), generator=generator).tolist():
         if strengths[step]:
-            result = STEPS[step](result, amounts[step] if step == HUE else (1 + amounts[step]).clamp(min=0))
+            result = _step(step, compiled)(result, amounts[step] if step == HUE else (1 + amounts[step]).clamp(min=0))
     return (result * 255).round().to(torch.uint8)
 
 
@@ -47,13 +51,17 @@ def hue(images: Tensor, turns: Tensor) -> Tensor:
         highest == red, (green - blue) / safe, torch.where(highest == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     )
     # Each channel falls from highest to lowest and back on its own third of the wheel (hsv to rgb without cases).
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
-    place = (offsets + sixths + 6 * turns) % 6
+    place = torch.cat([offset + sixths + 6 * turns for offset in (5, 3, 1)], dim=1) % 6
     return highest - spread * torch.minimum(place, 4 - place).clamp(0, 1)
 
 
 HUE = 3
 STEPS = (brightness, contrast, saturation, hue)
+
+
+@cache
+def _step(step: int, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(STEPS[step], fullgraph=True) if compiled else STEPS[step]
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
@@ -62,5 +70,5 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 def _grey(images: Tensor) -> Tensor:
     """(N, 1, H, W)"""
-    weights = torch.tensor(GREY, device=images.device).view(1, 3, 1, 1)
-    return (images * weights).sum(dim=1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return GREY[0] * red + GREY[1] * green + GREY[2] * blue

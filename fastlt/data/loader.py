@@ -5,9 +5,8 @@ same images; decoding regions, or with DALI, nearly the same.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -64,7 +63,7 @@ class Loader:
             assert beton is not None
             self._engine = FfcvEngine(split, size, workers, beton, self.decode, strict)
         elif name == "resident":
-            self._engine = ResidentEngine(split, size)
+            self._engine = ResidentEngine(split, size, device)
         elif self.decode == "gpu":
             self._engine = GpuEngine(split, size, device, strict, torchvision_decoder(device))
         else:
@@ -139,32 +138,3 @@ def choose_decode(decode: str, engine: str, device: torch.device = CPU) -> str:
     if decode == "gpu":
         return "gpu"
     return "region" if decode != "exact" and has_region() else "exact"
-
-
-def normalise(
-    images: torch.Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
-) -> torch.Tensor:
-    """images (n, H, W, 3) uint8 to (images / 255 - mean) / std, (n, 3, H, W), on the device where they are.
-
-    Computed in float32 and in place; 8-bit input in bf16 arithmetic would lose a bit or two.
-    """
-    count, height, width, _ = images.shape
-    scale, shift = _scale_and_shift(tuple(mean), tuple(std), images.device)
-    if not channels_last:
-        planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        return planes.mul_(scale.view(3, 1, 1)).add_(shift.view(3, 1, 1)).to(dtype)
-    # Whole rows as the inner dimension: with 3 channels innermost the CPU's vector units would go half empty.
-    rows = images.reshape(count, height, width * 3).to(torch.float32)
-    rows = rows.mul_(scale.repeat(width)).add_(shift.repeat(width)).to(dtype)
-    return rows.view(count, height, width, 3).permute(0, 3, 1, 2)
-
-
-@lru_cache(maxsize=8)
-def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept, for a copy to a GPU would make every batch wait."""
-    centre, spread = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
-    return (1 / (255 * spread)).to(device, torch.float32), (-centre / spread).to(device, torch.float32)

@@ -1,129 +1,87 @@
-"""Augmentation of a whole batch on the compute device, after the crop: RandAugment, random erasing, mixup, cutmix.
+"""Random erasing, mixup and cutmix of a whole batch on the compute device: what is drawn, and what is made of it.
 
-Random numbers come from a generator that the caller seeds per step, so a resumed run draws what an undisturbed one draws.
+Random numbers come from a generator that the caller seeds per step, so a resumed run draws what an undisturbed one draws. What is
+drawn are tensors, so what is compiled stays compiled whatever comes out.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlt import torchvision_shim
 from fastlt.config import AugmentConfig
 
 
-class Mixed(NamedTuple):
-    images: Tensor  # (N, 3, H, W)
-    target_b: Tensor | None  # (N,) the second label, None: not mixed
-    mix: Tensor | None  # () float32, weight of the first label
+class Draws(NamedTuple):
+    """Of one step, on the device; None: off."""
+
+    holes: Tensor | None = None  # (N, 4) int64: top, left, bottom, right of what is erased of each image; empty for most
+    noise: Tensor | None = None  # (N, 3, H, W), what fills them
+    mix: Tensor | None = None  # (2,) float32: the weights of an image and of its partner, and of their labels
+    pasted: Tensor | None = None  # (4,) int64: top, left, bottom, right of what cutmix takes of the partner; None: mixup
 
 
-def mixup_or_cutmix(config: AugmentConfig, images: Tensor, target: Tensor, generator: torch.Generator) -> Mixed:
-    """Mixes each image with that of the mirrored place in the batch. Where both are on, one of them by a fair coin (as timm)."""
-    if not (config.mixup or config.cutmix) or len(images) < 2:
-        return Mixed(images, None, None)
+def draw(config: AugmentConfig, count: int, height: int, width: int, generator: torch.Generator, device: torch.device) -> Draws:
+    """For a batch of `count` images. Where mixup and cutmix are both on, one of them by a fair coin (as timm)."""
+    holes, noise = draw_holes(config.erasing, count, height, width, generator, device) if config.erasing else (None, None)
+    if not (config.mixup or config.cutmix) or count < 2:
+        return Draws(holes, noise)
     cut = config.cutmix > 0 and (config.mixup == 0 or _uniform(generator) < 0.5)
     share = _beta(config.cutmix if cut else config.mixup, generator)
+    pasted = None
     if cut:
-        images, share = cutmix(images, share, generator)
-    else:
-        images = images * share + images.flip(0) * (1 - share)
-    return Mixed(images, target.flip(0), torch.full((), share, device=images.device))
+        box, share = draw_pasted(share, height, width, generator)
+        pasted = _sent(torch.tensor(box), device)
+    return Draws(holes, noise, _sent(torch.tensor([share, 1 - share], dtype=torch.float32), device), pasted)
 
 
-def cutmix(images: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Pastes a box of area 1 - share (arXiv 1905.04899); returns the share of the first image that is really left."""
-    height, width = images.shape[2:]
+def draw_holes(
+    probability: float, count: int, height: int, width: int, generator: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Random erasing with noise per pixel (arXiv 1708.04896): area 2..33 %, aspect ratio 0.3..3.3. Returns holes and noise."""
+    u = torch.rand(5, count, generator=generator)
+    area = (0.02 + u[1] * (1 / 3 - 0.02)) * height * width
+    aspect = torch.exp((u[2] * 2 - 1) * torch.log(torch.tensor(10 / 3)))
+    h, w = (area * aspect).sqrt().clamp(max=height - 1).int(), (area / aspect).sqrt().clamp(max=width - 1).int()
+    h = h * (u[0] < probability)
+    top, left = (u[3] * (height - h)).int(), (u[4] * (width - w)).int()
+    holes = torch.stack([top, left, top + h, left + w], dim=1).long()
+    on_device = torch.Generator(device).manual_seed(generator.initial_seed())  # all that noise is not to be copied there
+    return _sent(holes, device), torch.randn(count, 3, height, width, generator=on_device, device=device)
+
+
+def draw_pasted(share: float, height: int, width: int, generator: torch.Generator) -> tuple[list[int], float]:
+    """The box of cutmix, of area 1 - share (arXiv 1905.04899), and the share of the first image that is really left."""
     half_h, half_w = (int(side * (1 - share) ** 0.5 / 2) for side in (height, width))
     row, column = int(_uniform(generator) * height), int(_uniform(generator) * width)
     top, bottom = max(0, row - half_h), min(height, row + half_h)
     left, right = max(0, column - half_w), min(width, column + half_w)
-    pasted = images.clone(memory_format=torch.preserve_format)
-    pasted[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
-    return pasted, 1 - (bottom - top) * (right - left) / (height * width)
+    return [top, left, bottom, right], 1 - (bottom - top) * (right - left) / (height * width)
 
 
-def erase(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Random erasing with noise per pixel (arXiv 1708.04896): area 2..33 %, aspect ratio 0.3..3.3, on normalised images."""
-    if not probability:
-        return images
-    n, _, height, width = images.shape
-    u = torch.rand(5, n, generator=generator)
-    area = (0.02 + u[1] * (1 / 3 - 0.02)) * height * width
-    aspect = torch.exp((u[2] * 2 - 1) * torch.log(torch.tensor(10 / 3)))
-    h, w = (area * aspect).sqrt().clamp(max=height - 1).int(), (area / aspect).sqrt().clamp(max=width - 1).int()
-    top, left = (u[3] * (height - h)).int(), (u[4] * (width - w)).int()
-    rows, columns = torch.arange(height), torch.arange(width)
-    in_rows = (rows >= top[:, None]) & (rows < (top + h)[:, None]) & (u[0] < probability)[:, None]
-    in_columns = (columns >= left[:, None]) & (columns < (left + w)[:, None])
-    hole = (in_rows[:, None, :, None] & in_columns[:, None, None, :]).to(images.device)
-    on_device = torch.Generator(images.device).manual_seed(generator.initial_seed())  # all that noise is not to be copied there
-    noise = torch.randn(images.shape, generator=on_device, device=images.device, dtype=images.dtype)
-    return torch.where(hole, noise, images)
+def erase(images: Tensor, holes: Tensor, noise: Tensor) -> Tensor:
+    """images (N, 3, H, W), normalised."""
+    return torch.where(_inside(holes, *images.shape[2:]), noise.to(images.dtype), images)
 
 
-def randaugment(images: Tensor, magnitude: int, operations: int, generator: torch.Generator) -> Tensor:
-    """RandAugment (arXiv 1909.13719) on (N, 3, H, W) uint8: each image draws its operations; those of one kind go together.
-
-    As in timm's, which the release trains with, a drawn operation is carried out with probability 1/2.
-    """
-    if not magnitude:
-        return images
-    space = _operations(magnitude, *images.shape[2:])
-    for _ in range(operations):
-        kinds = torch.randint(len(space), (len(images),), generator=generator)
-        kinds[torch.rand(len(images), generator=generator) < 0.5] = 0  # the identity
-        signs = torch.rand(len(images), generator=generator) < 0.5
-        images = _apply_by_kind(images, space, kinds, signs)
-    return images
+def mix(images: Tensor, weights: Tensor, pasted: Tensor | None) -> Tensor:
+    """Each image (N, 3, H, W) with that of the mirrored place in the batch."""
+    if pasted is None:
+        return images * weights[0] + images.flip(0) * weights[1]
+    return torch.where(_inside(pasted[None], *images.shape[2:]), images.flip(0), images)
 
 
-def _apply_by_kind(images: Tensor, space: list[tuple[str, float, bool]], kinds: Tensor, signs: Tensor) -> Tensor:
-    result = images.clone(memory_format=torch.contiguous_format)
-    for kind, (name, strength, signed) in enumerate(space):
-        for negative in (False, True) if signed else (False,):
-            chosen = (kinds == kind) & ((signs == negative) if signed else torch.ones_like(signs))
-            if name != "identity" and chosen.any():
-                places = chosen.nonzero()[:, 0].to(images.device)
-                result[places] = _operate(result[places], name, -strength if negative else strength)
-    return result
+def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
+    """(N, 1, H, W) bool"""
+    rows, columns = torch.arange(height, device=boxes.device), torch.arange(width, device=boxes.device)
+    top, left, bottom, right = boxes[:, :, None].unbind(dim=1)
+    in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return in_rows[:, None, :, None] & in_columns[:, None, None, :]
 
 
-def _operations(magnitude: int, height: int, width: int) -> list[tuple[str, float, bool]]:
-    """Name, strength at `magnitude` of 10, and whether its sign is drawn; the ranges at 10 are torchvision's largest."""
-    m = magnitude / 10
-    return [
-        ("identity", 0.0, False), ("shear_x", 0.3 * m, True), ("shear_y", 0.3 * m, True),
-        ("translate_x", 150 / 331 * width * m, True), ("translate_y", 150 / 331 * height * m, True), ("rotate", 30 * m, True),
-        ("brightness", 0.9 * m, True), ("color", 0.9 * m, True), ("contrast", 0.9 * m, True), ("sharpness", 0.9 * m, True),
-        ("posterize", 8 - round(4 * m), False), ("solarize", 255 * (1 - m), False), ("autocontrast", 0.0, False),
-        ("equalize", 0.0, False),
-    ]  # fmt: skip
-
-
-def _operate(images: Tensor, name: str, strength: float) -> Tensor:
-    torchvision_shim.make_importable()
-    from torchvision.transforms.v2 import functional as T
-
-    enhance: dict[str, Any] = {
-        "brightness": T.adjust_brightness, "color": T.adjust_saturation, "contrast": T.adjust_contrast,
-        "sharpness": T.adjust_sharpness,
-    }  # fmt: skip
-    if name in enhance:
-        return enhance[name](images, 1 + strength)
-    if name == "posterize":
-        return T.posterize(images, int(strength))
-    if name == "solarize":
-        return T.solarize(images, strength)
-    if name == "autocontrast":
-        return T.autocontrast(images)
-    if name == "equalize":
-        return T.equalize(images)
-    degrees = torch.rad2deg(torch.atan(torch.tensor(strength))).item()
-    shear = [degrees if name == "shear_x" else 0.0, degrees if name == "shear_y" else 0.0]
-    move = [round(strength) if name == "translate_x" else 0, round(strength) if name == "translate_y" else 0]
-    angle = -strength if name == "rotate" else 0.0
-    return T.affine(images, angle=angle, translate=move, scale=1.0, shear=shear)
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory the copy runs beside the computation."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _uniform(generator: torch.Generator) -> float:

@@ -25,30 +25,39 @@ def fits(split: Split) -> bool:
 
 
 class ResidentEngine:
-    """Decodes all images at the start. Raises UserError naming a damaged one."""
+    """Decodes all images at the start; on a GPU they are kept, cropped and flipped there. Raises UserError naming a damaged one."""
 
-    def __init__(self, split: Split, size: int) -> None:
+    def __init__(self, split: Split, size: int, device: torch.device) -> None:
         check_shards(split)
         self.damaged: dict[int, str] = {}
-        self._size = size
+        self._size, self._device = size, device
         shape = (len(split), int(split.height[0]), int(split.width[0]), 3)
         self._margin = 0  # black pixels around each image
         self._images = np.empty(shape, np.uint8)
         for i in range(len(split)):
             self._images[i] = np.asarray(picture(split, i))
+        self._send()
 
     def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
-        """The images of each batch, (n, size, size, 3) uint8, the caller's to keep."""
+        """The images of each batch, (n, size, size, 3) uint8, the caller's to keep; crops of their own size on the device."""
         for batch in batches:
-            shifted_only = (batch.boxes[:, 2:] == self._size).all()
-            yield torch.from_numpy(self._shifted(batch) if shifted_only else self._resized(batch))
+            if (batch.boxes[:, 2:] == self._size).all():
+                self._surround(self._overhang(batch.boxes[:, 0], batch.boxes[:, 1]))
+                yield torch.from_numpy(self._shifted(batch)) if self._there is None else self._shifted_there(batch, self._there)
+            else:
+                yield torch.from_numpy(self._resized(batch))
+
+    def _shifted_there(self, batch: Batch, images: torch.Tensor) -> torch.Tensor:
+        """As _shifted, on the device."""
+        rows = np.stack([batch.images, batch.boxes[:, 0] + self._margin, batch.boxes[:, 1] + self._margin, batch.flips])
+        places = torch.from_numpy(rows.astype(np.int64))
+        places = places.pin_memory() if images.is_cuda else places
+        return shifted(images, places.to(self._device, non_blocking=True), self._size)
 
     def _shifted(self, batch: Batch) -> np.ndarray:
-        """Crops of the output's own size, by one gather out of all possible windows."""
-        size = self._size
+        """Crops of the output's own size, by one gather out of all possible windows: numpy does it faster than torch."""
+        size, images = self._size, self._images
         top, left = batch.boxes[:, 0], batch.boxes[:, 1]
-        self._surround(self._overhang(top, left))
-        images = self._images
         count, height, width, _ = images.shape
         windows = as_strided(
             images,
@@ -72,6 +81,10 @@ class ResidentEngine:
             more = margin - self._margin
             self._images = np.pad(self._images, ((0, 0), (more, more), (more, more), (0, 0)))
             self._margin = margin
+            self._send()
+
+    def _send(self) -> None:
+        self._there = torch.from_numpy(self._images).to(self._device) if self._device.type != "cpu" else None
 
     def _resized(self, batch: Batch) -> np.ndarray:
         out = np.empty((len(batch.images), self._size, self._size, 3), np.uint8)
@@ -83,3 +96,13 @@ class ResidentEngine:
 
     def close(self) -> None:
         """Nothing is left to end."""
+
+
+def shifted(images: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
+    """Windows (n, size, size, 3) of images (N, H, W, 3) uint8; places (4, n) int64: image, top, left, and 1 to mirror it."""
+    count, height, width, channels = images.shape
+    image, top, left, flip = places.unbind()
+    steps = images.stride()
+    shape = (count, height - size + 1, width - size + 1, size, size * channels)
+    crops = images.as_strided(shape, (*steps[:3], steps[1], 1))[image, top, left].view(-1, size, size, channels)
+    return torch.where(flip.bool()[:, None, None, None], crops.flip(2), crops)

@@ -1,4 +1,4 @@
-"""The torch engine, images kept in memory, the choice between engines, and normalising."""
+"""The torch engine, images kept in memory, and the choice between engines."""
 
 import io
 import multiprocessing
@@ -15,7 +15,7 @@ from fastlt.data import loader as loader_module
 from fastlt.data import resident
 from fastlt.data.augment import Geometry
 from fastlt.data.images import decode, fill_box
-from fastlt.data.loader import Loader, choose_engine, normalise
+from fastlt.data.loader import Loader, choose_engine
 from fastlt.data.packed import open_pack
 from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
 from fastlt.data.resident import ResidentEngine
@@ -32,7 +32,21 @@ CROPS = {
 }
 
 
-MAKERS = {"torch": lambda split, size: TorchEngine(split, size, 0), "resident": ResidentEngine}
+CPU = torch.device("cpu")
+
+
+class OnDevice(ResidentEngine):
+    """As a GPU's, but that the device is the CPU."""
+
+    def _send(self) -> None:
+        self._there = torch.from_numpy(self._images)
+
+
+MAKERS = {
+    "torch": lambda split, size: TorchEngine(split, size, 0),
+    "resident": lambda split, size: ResidentEngine(split, size, CPU),
+    "resident, on the device": lambda split, size: OnDevice(split, size, CPU),
+}
 
 
 @pytest.fixture
@@ -116,10 +130,11 @@ def test_kept_batches_are_not_overwritten(pack, make):
     assert all(torch.equal(a, reference(pack.train, b, 16)) for a, b in zip(kept, batches, strict=True))
 
 
+@pytest.mark.parametrize("make", [ResidentEngine, OnDevice])
 @pytest.mark.parametrize("padding", [0, 1, 4, 40])
-def test_resident_crops_reach_over_the_edge_as_far_as_asked(pack, padding):
+def test_resident_crops_reach_over_the_edge_as_far_as_asked(pack, padding, make):
     geometry = Geometry("pad-crop", 16, flip=True, padding=padding)
-    engine = ResidentEngine(pack.train, 16)
+    engine = make(pack.train, 16, CPU)
     for size in (padding, 2, padding):  # the margin grows and stays
         batches = list(plan_of(pack, replace(geometry, padding=size)).epoch(0))
         made = list(engine.batches(batches))
@@ -193,7 +208,7 @@ def test_a_damaged_image_is_named_whatever_reads_it(damaged_pack, workers):
     overwrite(split, 3, b"\0" * 40)
     name = f"{split.shards[0]}:{split.key(3)}: .* pack again"
     with pytest.raises(UserError, match=name):
-        ResidentEngine(split, 16)
+        ResidentEngine(split, 16, CPU)
     engine = TorchEngine(split, 16, workers)
     batches = list(evaluation_batches(split, CROPS["pad-crop"], 3))
     images = engine.batches(batches)
@@ -285,27 +300,3 @@ def test_an_error_in_the_plan_reaches_the_caller(mixed_pack):
     with pytest.raises(KeyError, match="from the plan"):
         list(front.iterate(broken()))
     front.close()
-
-
-# --- normalising
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_normalise_is_the_plain_formula_to_the_last_bit_but_one(dtype, channels_last):
-    images = torch.arange(256, dtype=torch.uint8).repeat(3 * 5).view(5, 16, 16, 3)[:, :, :13]
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    made = normalise(images, mean, std, dtype, channels_last)
-    exact = (images.double() / 255 - torch.tensor(mean).double()) / torch.tensor(std).double()
-    assert made.shape == (5, 3, 16, 13) and made.dtype == dtype
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    assert made.is_contiguous(memory_format=layout)
-    error = (made.double() - exact.permute(0, 3, 1, 2)).abs().max().item()
-    assert error < {torch.float32: 1e-6, torch.bfloat16: 2**-7 + 1e-6}[dtype]  # half a step of bf16 from 2 to 4 is 2^-7
-
-
-def test_normalise_leaves_its_input_alone():
-    images = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8)
-    before = images.clone()
-    normalise(images, (0.5,) * 3, (0.5,) * 3)
-    assert torch.equal(images, before)
