@@ -83,8 +83,8 @@ def decode_boxes(
 ) -> np.ndarray:
     """(n,) bool: whether an image was decoded; one that was not is damaged or no JPEG of the usual kind.
 
-    As images.fill_box, but that large crops are halved by the decoder, and nothing is rounded but the result. Of progressive, CMYK
-    and other unusual JPEGs there is nothing to be had by parts. The GIL is released meanwhile.
+    As images.fill_box, but that nothing is rounded but the result. Of progressive, CMYK and other unusual JPEGs there is nothing to
+    be had by parts. The GIL is released meanwhile.
     """
     library = _library()
     assert library is not None

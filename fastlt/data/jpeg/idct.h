@@ -1,39 +1,28 @@
 /* The inverse cosine transform of a block, into columns: what is to be resampled along rows lies side by side.
  *
- * In floats, after Arai, Agui and Nakajima (1988), whose factors of rows and columns are part of the quantisation steps; and the
- * same on the lowest n x n frequencies, which makes a block of n x n pixels, for images that are to shrink anyway. */
+ * In floats, after Arai, Agui and Nakajima (1988), whose factors of rows and columns are part of the quantisation steps. */
 #ifndef FASTLT_IDCT_H
 #define FASTLT_IDCT_H
 
-#include <math.h>
 #include <stdint.h>
 
 #include "vector.h"
 
 typedef struct {
   float steps[64];    /* what a value counts, in rows */
-  float basis[4][4];  /* of the small transforms: frequency, pixel */
-  int side;           /* pixels of a block: 8, 4, 2 or 1 */
-  float low, high;    /* of a pixel, without what is added to all */
-  float add;
+  float add;          /* to all pixels */
+  float low, high;    /* of a pixel */
 } Transform;
 
-static void plan_transform(Transform *transform, const uint8_t *steps, int is_wide, int side, float add) {
+static void plan_transform(Transform *transform, const uint8_t *steps, int is_wide, float add) {
   static const double FACTORS[8] = {1, 1.387039845, 1.306562965, 1.175875602, 1, 0.785694958, 0.541196100, 0.275899379};
   for (int i = 0; i < 64; i++) {
     int place = PLACES[i], step = is_wide ? steps[2 * i] << 8 | steps[2 * i + 1] : steps[i];
-    transform->steps[place] = (float)(side == 8 ? step * FACTORS[place / 8] * FACTORS[place % 8] / 8 : step);
+    transform->steps[place] = (float)(step * FACTORS[place / 8] * FACTORS[place % 8] / 8);
   }
-  for (int frequency = 0; side < 8 && frequency < side; frequency++) {
-    for (int pixel = 0; pixel < side; pixel++) {
-      double wave = cos((2 * pixel + 1) * frequency * 3.14159265358979323846 / (2 * side));
-      transform->basis[frequency][pixel] = (float)(wave * sqrt(frequency ? 2 : 1) / sqrt(8));
-    }
-  }
-  transform->side = side;
+  transform->add = add;
   transform->low = add - 128;
   transform->high = add + 127;
-  transform->add = add;
 }
 
 /* Transforms of eight values each, side by side. */
@@ -76,33 +65,10 @@ static inline void transform_block(const Transform *transform, const int16_t *va
   }
 }
 
-static inline float within(float value, float low, float high) { return value < low ? low : value > high ? high : value; }
-
-static void transform_small(const Transform *transform, const int16_t *values, float *out, int pitch) {
-  int side = transform->side;
-  float half[4][4]; /* frequency across, pixel down */
-  for (int across = 0; across < side; across++) {
-    for (int y = 0; y < side; y++) {
-      half[across][y] = 0;
-      for (int down = 0; down < side; down++) {
-        half[across][y] += values[8 * down + across] * transform->steps[8 * down + across] * transform->basis[down][y];
-      }
-    }
-  }
-  for (int x = 0; x < side; x++) {
-    for (int y = 0; y < side; y++) {
-      float value = transform->add;
-      for (int across = 0; across < side; across++) value += half[across][y] * transform->basis[across][x];
-      out[x * pitch + y] = within(value, transform->low, transform->high);
-    }
-  }
-}
-
 static void fill_block(const Transform *transform, int dc, float *out, int pitch) {
-  float scale = transform->side == 8 ? 1 : 1 / 8.0f;
-  float value = within(dc * transform->steps[0] * scale + transform->add, transform->low, transform->high);
-  for (int x = 0; x < transform->side; x++) {
-    for (int y = 0; y < transform->side; y++) out[x * pitch + y] = value;
+  Row value = clamp((Row){0} + (dc * transform->steps[0] + transform->add), transform->low, transform->high);
+  for (int x = 0; x < 8; x++) {
+    for (int y = 0; y < 8; y += WIDTH) store(out + x * pitch + y, value);
   }
 }
 

@@ -68,29 +68,19 @@ typedef struct {
 typedef struct {
   const Header *header;
   int side, stride;             /* pixels of the output; floats of a shrunk row */
-  int block;                    /* pixels of a block's side: 8, or fewer where the image is shrunk by its transform */
   int top, left, bottom, right; /* in MCUs */
   Plane planes[MOST_COMPONENTS];
 } Work;
 
-/* How many times a box may be halved, which leaves no fewer pixels than wanted. */
-static int shrink_of(Box box, int side) {
-  int shrink = 1;
-  while (shrink < 8 && at_most(box.height, box.width) >= 2 * shrink * side) shrink *= 2;
-  return shrink;
-}
-
-static int share(int pixels, int shrink) { return (pixels + shrink - 1) / shrink; }
-
 typedef struct {
   int start, extent, length; /* of the box, and of the image */
-  int shrink, side, averages;
+  int side, averages;
 } Axis;
 
 static float *cut(Axis axis, Taps *taps, float *pool) {
-  int length = share(axis.length, axis.shrink), end = axis.start + axis.extent, whole = axis.start >= 0 && end <= axis.length;
-  if (axis.averages) return average((double)axis.start / axis.shrink, (double)axis.extent / axis.shrink, length, axis.side, taps, pool);
-  return interpolate(axis.start, axis.extent, whole ? 0 : axis.start, whole ? length : end, length, axis.side, taps, pool);
+  int end = axis.start + axis.extent, whole = axis.start >= 0 && end <= axis.length;
+  if (axis.averages) return average(axis.start, axis.extent, axis.length, axis.side, taps, pool);
+  return interpolate(axis.start, axis.extent, whole ? 0 : axis.start, whole ? axis.length : end, axis.length, axis.side, taps, pool);
 }
 
 /* The MCUs of `size` pixels that taps, and a margin for colours, are in. Returns whether there are any. */
@@ -115,24 +105,22 @@ static float *settle(Taps *taps, int side, int from, int to, int pixels, float *
 /* Which pixels the output is made of, by plane. */
 static int plan_taps(Work *work, Box box, Room *room) {
   const Header *header = work->header;
-  int side = work->side, shrink = 8 / work->block, averages = at_most(box.height, box.width) >= side;
-  Axis across = {box.left, box.width, header->width, shrink, side, averages}, down = {box.top, box.height, header->height, shrink, side, averages};
+  int side = work->side, averages = at_most(box.height, box.width) >= side, width = header->width, height = header->height;
   size_t weights = 4 * side * (most_weights(box.width, side) + most_weights(box.height, side));
   Taps *taps = reserve(&room->weights, 4 * side * sizeof(Taps) + weights * sizeof(float));
   if (!taps) return 0;
   Taps *columns = taps, *lines = taps + side, *half_columns = taps + 2 * side, *half_lines = taps + 3 * side;
   float *pool = (float *)(taps + 4 * side);
-  pool = cut(across, columns, pool);
-  pool = cut(down, lines, pool);
-  int width = share(header->width, shrink), height = share(header->height, shrink), block = work->block;
-  if (!span_of(columns, side, header->across, block * header->across, width, header->mcus_x, &work->left, &work->right)) return 0;
-  if (!span_of(lines, side, header->down, block * header->down, height, header->mcus_y, &work->top, &work->bottom)) return 0;
+  pool = cut((Axis){box.left, box.width, width, side, averages}, columns, pool);
+  pool = cut((Axis){box.top, box.height, height, side, averages}, lines, pool);
+  if (!span_of(columns, side, header->across, 8 * header->across, width, header->mcus_x, &work->left, &work->right)) return 0;
+  if (!span_of(lines, side, header->down, 8 * header->down, height, header->mcus_y, &work->top, &work->bottom)) return 0;
   if (header->across > 1) pool = halve(columns, (width + 1) / 2, side, half_columns, pool);
   if (header->down > 1) pool = halve(lines, (height + 1) / 2, side, half_lines, pool);
-  pool = settle(columns, side, work->left, work->right, block * header->across, pool);
-  pool = settle(lines, side, work->top, work->bottom, block * header->down, pool);
-  if (header->across > 1) pool = settle(half_columns, side, work->left, work->right, block, pool);
-  if (header->down > 1) pool = settle(half_lines, side, work->top, work->bottom, block, pool);
+  pool = settle(columns, side, work->left, work->right, 8 * header->across, pool);
+  pool = settle(lines, side, work->top, work->bottom, 8 * header->down, pool);
+  if (header->across > 1) pool = settle(half_columns, side, work->left, work->right, 8, pool);
+  if (header->down > 1) settle(half_lines, side, work->top, work->bottom, 8, pool);
   for (int i = 0; i < header->components; i++) {
     Plane *plane = work->planes + i;
     plane->columns = plane->across < header->across ? half_columns : columns;
@@ -158,7 +146,7 @@ static int plan_codes(Work *work, Room *room) {
     plane->across = component->across;
     plane->down = component->down;
     int steps = component->quantisation;
-    plan_transform(&plane->transform, header->steps[steps], header->wide_steps[steps], work->block, i == 0 ? 128 : 0);
+    plan_transform(&plane->transform, header->steps[steps], header->wide_steps[steps], i == 0 ? 128 : 0);
   }
   return 1;
 }
@@ -168,9 +156,9 @@ static int plan_memory(Work *work, Room *room) {
   int mcus = work->right - work->left, lines = work->bottom - work->top;
   for (int i = 0; i < work->header->components; i++) {
     Plane *plane = work->planes + i;
-    plane->pitch = at_least(plane->down * work->block, 8);
-    strips += (size_t)mcus * plane->across * work->block * plane->pitch + 8;
-    rows += ((size_t)lines * plane->down * work->block + 8) * work->stride;
+    plane->pitch = 8 * plane->down;
+    strips += (size_t)mcus * plane->across * 8 * plane->pitch;
+    rows += (size_t)lines * plane->down * 8 * work->stride;
   }
   float *strip = reserve(&room->strips, strips * sizeof(float)), *row = reserve(&room->rows, (rows + 4 * work->stride + 8) * sizeof(float));
   if (!strip || !row) return 0;
@@ -178,8 +166,8 @@ static int plan_memory(Work *work, Room *room) {
     Plane *plane = work->planes + i;
     plane->strip = strip;
     plane->rows = row;
-    strip += (size_t)mcus * plane->across * work->block * plane->pitch + 8;
-    row += ((size_t)lines * plane->down * work->block + 8) * work->stride;
+    strip += (size_t)mcus * plane->across * 8 * plane->pitch;
+    row += (size_t)lines * plane->down * 8 * work->stride;
   }
   return 1;
 }
@@ -193,13 +181,12 @@ static int decode_mcu(Work *work, Bits *bits, uint32_t *last_dc, int x) {
     for (int down = 0; down < plane->down; down++) {
       for (int across = 0; across < plane->across; across++) {
         int state = read_block(bits, plane->dc, plane->ac, last_dc + i, values);
-        float *out = plane->strip + (size_t)(x * plane->across + across) * work->block * plane->pitch + down * work->block;
+        float *out = plane->strip + (size_t)(x * plane->across + across) * 8 * plane->pitch + 8 * down;
         if (state == DAMAGED) return 0;
         if (state == FLAT) {
           fill_block(&plane->transform, values[0], out, plane->pitch);
         } else {
-          if (work->block == 8) transform_block(&plane->transform, values, out, plane->pitch);
-          else transform_small(&plane->transform, values, out, plane->pitch);
+          transform_block(&plane->transform, values, out, plane->pitch);
           memset(values, 0, sizeof values);
         }
       }
@@ -326,7 +313,7 @@ static int decode_interval(Work *work, const uint8_t *code, size_t size, int fir
     if (is_wanted && x + 1 == work->right) {
       for (int i = 0; i < header->components; i++) {
         Plane *plane = work->planes + i;
-        shrink_strip(work, plane, (y - work->top) * plane->down * work->block);
+        shrink_strip(work, plane, (y - work->top) * plane->down * 8);
       }
       if (y + 1 == work->bottom) return 1;
     }
@@ -365,7 +352,7 @@ static int decode_scan(Work *work, const uint8_t *data, size_t size, Room *room)
 /* box of an image as stored, to out. */
 static int decode_stored(const uint8_t *data, size_t size, const Header *header, Box box, int flip, int side, Room *room, uint8_t *out) {
   if (!header->is_plain || box.height < 1 || box.width < 1) return UNSURE;
-  Work work = {.header = header, .side = side, .stride = (side + 7) / 8 * 8, .block = 8 / shrink_of(box, side)};
+  Work work = {.header = header, .side = side, .stride = (side + 7) / 8 * 8};
   if (!plan_codes(&work, room) || !plan_taps(&work, box, room) || !plan_memory(&work, room)) return UNSURE;
   if (!decode_scan(&work, data, size, room)) return UNSURE;
   float *planes = (float *)room->rows.at + room->rows.size / sizeof(float) - 4 * work.stride - 8;

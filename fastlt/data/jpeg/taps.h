@@ -18,8 +18,8 @@ static inline int at_most(int value, int most) { return value > most ? most : va
 static inline size_t most_weights(int extent, int side) { return 2 * (size_t)(extent / side) + 8; }
 
 /* Of `side` outputs for a box of `extent` pixels from `start` on, of `length` that there are. Weights go to pool; returns its end. */
-static float *average(double start, double extent, int length, int side, Taps *taps, float *pool) {
-  double scale = extent / side;
+static float *average(int start, int extent, int length, int side, Taps *taps, float *pool) {
+  double scale = (double)extent / side;
   for (int i = 0; i < side; i++) {
     int low = (int)floor(start + i * scale + 0.5), high = at_least((int)floor(start + (i + 1) * scale + 0.5), low + 1);
     taps[i] = (Taps){at_most(at_least(low, 0), length), 0, pool};
