@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastlt.data.damage import Inspector
 from fastlt.data.packed import Split, check_shards, picture
 from fastlt.data.plan import Batch
 from fastlt.data.torch import BatchDataset
@@ -19,6 +20,7 @@ from fastlt.errors import UserError
 PREFETCH = 2  # batches
 HW_DECODER_LOAD = 0.65  # share of the JPEGs that a GPU's decoding hardware takes, where there is some
 LARGEST_BATCH = 2048
+NOTHING = np.zeros(4, np.uint8)  # for DALI to fail at
 
 
 def import_dali() -> tuple[Any, Any, Any]:
@@ -60,6 +62,7 @@ class DaliEngine:
         self.damaged: dict[int, str] = {}
         self._split, self._size, self._device = split, size, device
         self._whole = BatchDataset(split, size, False, strict)
+        self._inspector = Inspector(split, workers)
         self._feed: Iterator[tuple[Any, ...]] = iter(())
         self._reading = False
         settings = {"num_threads": max(1, workers), "prefetch_queue_depth": prefetch}
@@ -119,7 +122,8 @@ class DaliEngine:
         for source in (again, left):
             for batch in source:
                 fed.append(batch)
-                data = [self._bytes(image) for image in batch.images.tolist()]
+                damaged = self._inspector.damaged(batch.images).tolist()
+                data = [NOTHING if bad else self._bytes(i) for i, bad in zip(batch.images.tolist(), damaged, strict=True)]
                 yield data, *placed(batch, self._split, self._size), batch.flips.astype(np.int32)
 
     def _bytes(self, image: int) -> np.ndarray:
@@ -130,11 +134,12 @@ class DaliEngine:
         try:
             pixels = picture(self._split, image)
         except UserError:
-            return np.frombuffer(data, np.uint8)  # for DALI to fail at
+            return NOTHING
         return np.frombuffer(b"P6 %d %d 255\n" % pixels.size + pixels.tobytes(), np.uint8)
 
     def close(self) -> None:
         """Ends the threads."""
+        self._inspector.close()
         del self._pipeline
 
 

@@ -1,9 +1,12 @@
 """What becomes of an image that cannot be decoded although it is in the pack: training takes another one of its class."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 from fastlt.data.images import fill_box
 from fastlt.data.packed import Split, picture
+from fastlt.data.region import is_damaged
 from fastlt.errors import UserError
 
 ATTEMPTS = 20  # other images of the class that are tried: more in a row are no accident
@@ -31,3 +34,23 @@ def _moved(split: Split, image: int, other: int, box: np.ndarray) -> np.ndarray:
     moved = np.rint(box * scale).astype(np.int64)
     moved[2:] = moved[2:].clip(min=1)
     return moved
+
+
+class Inspector:
+    """For engines whose decoders conceal damage: looks at the code of each JPEG when it is first asked for."""
+
+    def __init__(self, split: Split, workers: int) -> None:
+        self._split = split
+        self._is_known, self._is_damaged = np.zeros(len(split), bool), np.zeros(len(split), bool)
+        self._pool = ThreadPoolExecutor(max(1, workers), "fastlt-inspect")
+
+    def damaged(self, images: np.ndarray) -> np.ndarray:
+        """(n,) bool for images (n,)."""
+        new = np.unique(images[~self._is_known[images]])
+        self._is_damaged[new] = list(self._pool.map(is_damaged, [self._split.read(image) for image in new.tolist()]))
+        self._is_known[new] = True
+        return self._is_damaged[images]
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown(cancel_futures=True)

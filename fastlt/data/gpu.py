@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlt.data.dali import placed
-from fastlt.data.damage import stand_in
+from fastlt.data.damage import Inspector, stand_in
 from fastlt.data.images import TURNS, BadImage, open_image, orientation
 from fastlt.data.packed import Split, check_shards, picture
 from fastlt.data.plan import Batch
@@ -40,12 +40,15 @@ def torchvision_decoder(device: torch.device) -> Decoder:
 class GpuEngine:
     """strict and `damaged` as in TorchEngine. What is no JPEG, or cannot be decoded on the device, is left to Pillow."""
 
-    def __init__(self, split: Split, size: int, device: torch.device, strict: bool = True, decode: Decoder | None = None) -> None:
+    def __init__(
+        self, split: Split, size: int, workers: int, device: torch.device, strict: bool = True, decode: Decoder | None = None
+    ) -> None:
         check_shards(split)
         self.damaged: dict[int, str] = {}
         self._split, self._size, self._device, self._strict = split, size, device, strict
         self._decode = decode or torchvision_decoder(device)
         self._reader = ThreadPoolExecutor(1, "fastlt-read")
+        self._inspector = Inspector(split, workers)
 
     def batches(self, batches: Iterable[Batch]) -> Generator[Tensor, None, None]:
         """The images of each batch, (n, size, size, 3) uint8 on the device, the caller's to keep. UserErrors as in TorchEngine."""
@@ -60,9 +63,13 @@ class GpuEngine:
             yield self._made(batch, data.result(timeout=PATIENCE))
 
     def _read(self, batch: Batch) -> list[Tensor | None]:
-        """The bytes of the JPEGs, copied; None for other images."""
+        """The bytes of the JPEGs, copied; None for other images, and for damaged ones."""
         views = [self._split.read(image) for image in batch.images.tolist()]
-        return [torch.frombuffer(bytearray(view), dtype=torch.uint8) if view[:2] == b"\xff\xd8" else None for view in views]
+        is_sound = [view[:2] == b"\xff\xd8" for view in views] & ~self._inspector.damaged(batch.images)
+        return [
+            torch.frombuffer(bytearray(view), dtype=torch.uint8) if sound else None
+            for view, sound in zip(views, is_sound, strict=True)
+        ]
 
     def _made(self, batch: Batch, data: list[Tensor | None]) -> Tensor:
         out = torch.zeros(len(data), self._size, self._size, 3, dtype=torch.uint8, device=self._device)
@@ -107,10 +114,11 @@ class GpuEngine:
     def _replaced(self, batch: Batch, i: int) -> Tensor:
         image = int(batch.images[i])
         pixels = stand_in(self._split, image, batch.boxes[i], bool(batch.flips[i]), self._size, self.damaged[image])
-        return torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+        return torch.from_numpy(np.array(pixels)).to(self._device)
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the threads."""
+        self._inspector.close()
         self._reader.shutdown(cancel_futures=True)
 
 

@@ -7,6 +7,8 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from fastlt.data.region import is_damaged
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 MAX_PIXELS = 178_956_970  # Pillow's own limit; more is taken for a decompression bomb
@@ -36,11 +38,21 @@ def decode(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> np.ndarray
 def decode_pil(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """As `decode`, an RGB Pillow image: EXIF rotation applied, 16 bits scaled to 8, transparency laid over white."""
     image = open_image(data, max_pixels)
+    load(image, data)
     try:
-        image.load()
         return to_rgb(upright(image))
     except DAMAGE as error:
         raise BadImage(f"cannot be decoded: {error}") from error
+
+
+def load(image: Image.Image, data: bytes | memoryview) -> None:
+    """Decodes the pixels of what `open_image` made of data. Raises BadImage."""
+    try:
+        image.load()
+    except DAMAGE as error:
+        raise BadImage(f"cannot be decoded: {error}") from error
+    if image.format == "JPEG" and is_damaged(data):  # which Pillow decodes to something
+        raise BadImage("cannot be decoded: its JPEG code is damaged")
 
 
 def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -16,7 +16,7 @@ from fastlt.data.dali import DaliEngine, has_dali, import_dali
 from fastlt.data.ffcv import FfcvEngine
 from fastlt.data.gpu import GpuEngine, torchvision_decoder
 from fastlt.data.native import has_ffcv, import_ffcv
-from fastlt.data.packed import Pack, Split
+from fastlt.data.packed import Split
 from fastlt.data.plan import Batch
 from fastlt.data.region import check_region, has_region
 from fastlt.data.remote import Fetcher
@@ -54,7 +54,7 @@ class Loader:
         hw_decoder_load: float = dali.HW_DECODER_LOAD,
     ) -> None:
         self._split = split
-        self.engine_name = name = _choose(split, beton, engine, decode, device)
+        self.engine_name = name = choose_engine(split, beton, engine, decode, device)
         self.decode = choose_decode(decode, name, device)
         self._engine: Engine
         if name == "dali":
@@ -65,7 +65,7 @@ class Loader:
         elif name == "resident":
             self._engine = ResidentEngine(split, size, device)
         elif self.decode == "gpu":
-            self._engine = GpuEngine(split, size, device, strict, torchvision_decoder(device))
+            self._engine = GpuEngine(split, size, workers, device, strict, torchvision_decoder(device))
         else:
             self._engine = TorchEngine(split, size, workers, self.decode, strict)
 
@@ -94,13 +94,8 @@ class Loader:
         self._engine.close()
 
 
-def choose_engine(pack: Pack, split_name: str, engine: str, decode: str = "exact", device: torch.device = CPU) -> str:
-    """The engine for a split: `resident`, `dali`, `ffcv` or `torch`. Raises UserError where the one asked for cannot be had."""
-    split = {"train": pack.train, "val": pack.val}[split_name]
-    return _choose(split, pack.beton.get(split_name), engine, decode, device)
-
-
-def _choose(split: Split, beton: Path | None, engine: str, decode: str, device: torch.device) -> str:
+def choose_engine(split: Split, beton: Path | None, engine: str, decode: str = "exact", device: torch.device = CPU) -> str:
+    """`resident`, `dali`, `ffcv` or `torch`; beton: the split's FFCV file. UserError where the one asked for is not to be had."""
     if engine not in (*ENGINES, "resident"):
         raise UserError(f"there is no engine '{engine}': data.engine is one of {', '.join(ENGINES)}")
     if engine == "ffcv":

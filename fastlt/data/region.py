@@ -13,16 +13,22 @@ import numpy as np
 from fastlt.errors import UserError
 
 ARRAY = ctypes.c_void_p
+DAMAGED = 2  # as region.c numbers what became of an image
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
     """The decoder, for the best that this machine can run."""
-    plain, wide = _load("fastlt.data._region"), _load("fastlt.data._region_avx2")
-    library = wide if plain is not None and wide is not None and plain.fastlt_jpeg_has_avx2() else plain
+    plain, wide = _decoder("fastlt.data._region"), _decoder("fastlt.data._region_avx2")
+    return wide if plain is not None and wide is not None and plain.fastlt_jpeg_has_avx2() else plain
+
+
+def _decoder(name: str) -> ctypes.CDLL | None:
+    library = _load(name)
     if library is not None:
         library.fastlt_jpeg_boxes.argtypes = [ARRAY] * 6 + [ctypes.c_int64, ctypes.c_int32, ARRAY, ARRAY]
         library.fastlt_jpeg_boxes.restype = None
+        library.fastlt_jpeg_check.argtypes = [ARRAY, ctypes.c_int64]
     return library
 
 
@@ -96,6 +102,15 @@ def decode_boxes(
     failed = np.empty(len(sizes), np.uint8)
     library.fastlt_jpeg_boxes(*(c.ctypes.data for c in columns), len(sizes), out.shape[1], out.ctypes.data, failed.ctypes.data)
     return failed == 0
+
+
+def is_damaged(data: bytes | memoryview) -> bool:
+    """Whether a JPEG's code is broken, or ends before its pixels. Decoders that conceal it make something up, grey or of noise.
+
+    False where that cannot be told: without the compiled decoder, and of progressive and other unusual JPEGs.
+    """
+    library, code = _library(), np.frombuffer(data, np.uint8)
+    return library is not None and library.fastlt_jpeg_check(code.ctypes.data, code.size) == DAMAGED
 
 
 def transcode(data: bytes) -> bytes | None:

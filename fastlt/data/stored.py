@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastlt.data.cifar import png_bytes
 from fastlt.data.collection import ImageRef
-from fastlt.data.images import DAMAGE, FORMATS, BadImage, decode, decode_pil, open_image, orientation
+from fastlt.data.images import FORMATS, BadImage, decode, decode_pil, load, open_image, orientation
 from fastlt.data.region import transcode
 
 DEFAULT_QUALITY = 95  # of JPEG, where images are shrunk and no quality is given
@@ -78,10 +78,7 @@ def encode(data: bytes, settings: ImageSettings) -> tuple[bytes, str, int, int]:
     if kind == "JPEG":
         # At an eighth of the size the whole stream is still read, and truncation found, but the inverse DCT is saved.
         image.draft(None, (max(1, width // 8), max(1, height // 8)))
-    try:
-        image.load()
-    except DAMAGE as error:
-        raise BadImage(f"cannot be decoded: {error}") from error
+    load(image, data)
     if kind == "JPEG" and orientation(image) >= 5:  # a quarter turn
         width, height = height, width
     if kind == "JPEG" or _is_plain(image, data):

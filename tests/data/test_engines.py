@@ -1,5 +1,6 @@
 """All engines and ways to decode, side by side on photographs that others trip over: one order, and nearly the same pixels."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,17 @@ from rich.console import Console
 
 from fastlt.data.augment import Geometry
 from fastlt.data.dali import has_dali
+from fastlt.data.gpu import GpuEngine
 from fastlt.data.loader import Loader
 from fastlt.data.native import has_ffcv
 from fastlt.data.pack import PackOptions, write_pack
 from fastlt.data.packed import Pack, open_pack
-from fastlt.data.plan import Batch, Plan, Sampling
+from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
 from fastlt.data.region import has_region, has_transcoder
 from fastlt.data.source import read_collection
+from fastlt.errors import UserError
+
+from .conftest import by_pillow, saved, scene
 
 SIZE = 96
 NEAR = {"exact": 0.3, "region": 1.0, "dali": 8.0}  # grey levels on average, of any image; dali shrinks with other weights
@@ -73,3 +78,82 @@ def test_engines_that_decode_regions_agree(edge_pack):
     assert difference.max() <= 1 and difference.float().mean() < 0.05  # progressive ones are decoded whole: see test_ffcv.py
     for loader in loaders:
         loader.close()
+
+
+# --- damage that libjpeg conceals
+
+
+@pytest.fixture(scope="module")
+def photo_pack(tmp_path_factory) -> tuple[Pack, Path]:
+    """Twelve JPEGs of one class, every other with restart markers, and the folder that is theirs alone."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "images/a").mkdir(parents=True)
+    for i in range(12):
+        markers = {"restart_marker_rows": 1} if i % 2 else {}
+        data = saved(scene(180 + i, 150), "JPEG", quality=90, subsampling=2, **markers)
+        (folder / f"images/a/{i:02}.jpg").write_bytes(data)
+    collection = read_collection(folder / "images", None, folder / "images", None, None, None)
+    write_pack(collection, PackOptions(folder / "pack", workers=1, beton=has_ffcv()), Console(quiet=True))
+    return open_pack(folder / "pack"), folder
+
+
+def overwrite(file: Path, start: int, written: bytes) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(start)
+        opened.write(written)
+
+
+@pytest.fixture
+def hit_pack(photo_pack, tmp_path) -> tuple[Pack, list[int]]:
+    """A copy of which the middle of some images is overwritten, and these images."""
+    shutil.copytree(photo_pack[0].path, tmp_path / "pack")
+    pack = open_pack(tmp_path / "pack")
+    split, hit = pack.train, [2, 5]
+    shard = split.folder / split.shards[0]
+    betons = [path for name, path in pack.beton.items() if name == "train"]
+    for image in hit:
+        middle, data = int(split.size[image]) // 2, bytes(split.read(image))
+        overwrite(shard, int(split.offset[image]) + middle, b"\xff\xd9")
+        for path in betons:
+            overwrite(path, path.read_bytes().index(data) + middle, b"\xff\xd9")
+    return open_pack(tmp_path / "pack"), hit
+
+
+@pytest.mark.skipif(not has_region(), reason="fastlt's JPEG decoder is not compiled here")
+@pytest.mark.parametrize("way", ["torch exact", "torch region", "ffcv exact", "ffcv region", "dali region", "gpu"])
+def test_damage_that_libjpeg_conceals_is_found_by_every_engine(hit_pack, way):
+    pack, hit = hit_pack
+    (batch,) = evaluation_batches(pack.train, Geometry("centre-crop", SIZE, resize=110), 12)
+
+    def loader(strict: bool) -> Loader | GpuEngine:
+        if way == "gpu":
+            return GpuEngine(pack.train, SIZE, 2, torch.device("cpu"), strict, by_pillow)
+        engine, decode = way.split()
+        return Loader(pack.train, SIZE, engine, 2, pack.beton.get("train"), decode=decode, strict=strict)
+
+    def images_of(made: Loader | GpuEngine) -> torch.Tensor:
+        (only,) = made.batches([batch]) if isinstance(made, GpuEngine) else (images for _, images in made.iterate([batch]))
+        return only
+
+    if ("ffcv" in way and not has_ffcv()) or ("dali" in way and not has_dali()):
+        pytest.skip(f"{way} is not to be had here")
+    lenient, strict = loader(False), loader(True)
+    made = images_of(lenient)
+    assert sorted(lenient.damaged) == hit
+    for image in hit:
+        assert (made[image].int() - made[image + 1].int()).abs().float().mean() < 8  # the next one of the class, cut a little other
+    with pytest.raises(UserError, match=r"a/02\.jpg"):
+        images_of(strict)
+    lenient.close()
+    strict.close()
+
+
+@pytest.mark.skipif(not has_region(), reason="fastlt's JPEG decoder is not compiled here")
+def test_damage_that_libjpeg_conceals_is_found_when_packing(photo_pack, tmp_path):
+    shutil.copytree(photo_pack[1] / "images", tmp_path / "images")
+    broken = tmp_path / "images/a/03.jpg"
+    overwrite(broken, broken.stat().st_size // 2, b"\xff\xd9")
+    collection = read_collection(tmp_path / "images", None, photo_pack[1] / "images", None, None, None)
+    write_pack(collection, PackOptions(tmp_path / "pack", workers=1), Console(quiet=True))
+    (skipped,) = open_pack(tmp_path / "pack").manifest["skipped"]
+    assert skipped["path"] == str(broken) and "its JPEG code is damaged" in skipped["reason"]

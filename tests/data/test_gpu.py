@@ -1,11 +1,8 @@
 """`data.decode=gpu`: all but the decoder itself on whatever device there is, and the decoder where there is a GPU."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastlt.data.augment import Geometry
 from fastlt.data.gpu import GpuEngine, torchvision_decoder, turned
@@ -14,18 +11,10 @@ from fastlt.data.plan import Plan, Sampling
 from fastlt.data.torch import TorchEngine
 from fastlt.errors import UserError
 
-from .conftest import saved, scene
+from .conftest import by_pillow, saved, scene
 
 CPU = torch.device("cpu")
 DIFFERENCE = 4  # grey levels on average: a triangle of weights where the other engines average over areas
-
-
-def by_pillow(data: list[torch.Tensor]) -> list[torch.Tensor]:
-    """As torchvision's decoder: not turned, and all fail if one does."""
-    images = [Image.open(io.BytesIO(one.numpy().tobytes())) for one in data]
-    if any(image.mode == "CMYK" for image in images):
-        raise RuntimeError("CMYK is not supported")
-    return [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +29,7 @@ def by_pillow(data: list[torch.Tensor]) -> list[torch.Tensor]:
 def test_every_kind_of_image_is_near_to_the_reference(mixed_pack, geometry):
     split = mixed_pack.train
     batches = [batch for epoch in range(2) for batch in Plan(split, 1, 1, geometry, Sampling(), 5, seed=1).epoch(epoch)]
-    engine = GpuEngine(split, 24, CPU, decode=by_pillow)
+    engine = GpuEngine(split, 24, 2, CPU, decode=by_pillow)
     tiny = next(i for i in range(len(split)) if split.key(i) == "a/tiny.jpg")
     for batch, made, wanted in zip(batches, engine.batches(batches), TorchEngine(split, 24, 0).batches(batches), strict=True):
         difference = (made.int() - wanted.int()).abs().float().mean((1, 2, 3)).numpy()
@@ -63,7 +52,7 @@ def test_what_fails_on_the_device_is_replaced_or_stops(mixed_pack):
     def never(data):
         raise RuntimeError("out of order")
 
-    engine = GpuEngine(split, 24, CPU, decode=never)
+    engine = GpuEngine(split, 24, 2, CPU, decode=never)
     for made, wanted in zip(engine.batches(batches), TorchEngine(split, 24, 0).batches(batches), strict=True):
         assert (made.int() - wanted.int()).abs().float().mean() < DIFFERENCE  # by Pillow
     assert not engine.damaged
@@ -78,6 +67,8 @@ def test_without_a_gpu_it_is_refused():
 def test_the_gpus_own_decoder(mixed_pack):
     split, device = mixed_pack.train, torch.device("cuda")
     batches = list(Plan(split, 1, 1, Geometry("random-resized-crop", 24, flip=True), Sampling(), 5, seed=1).epoch(0))
-    for made, wanted in zip(GpuEngine(split, 24, device).batches(batches), TorchEngine(split, 24, 0).batches(batches), strict=True):
+    for made, wanted in zip(
+        GpuEngine(split, 24, 2, device).batches(batches), TorchEngine(split, 24, 0).batches(batches), strict=True
+    ):
         assert made.device.type == "cuda"
         assert (made.cpu().int() - wanted.int()).abs().float().mean() < DIFFERENCE

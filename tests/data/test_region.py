@@ -90,7 +90,7 @@ def test_a_crop_beside_the_image_is_black():
 
 
 def test_what_is_compiled_for_newer_processors_makes_the_same_bits(monkeypatch):
-    if region._load("fastlt.data._region_avx2") is None or not region._load("fastlt.data._region").fastlt_jpeg_has_avx2():
+    if region._decoder("fastlt.data._region_avx2") is None or not region._decoder("fastlt.data._region").fastlt_jpeg_has_avx2():
         pytest.skip("this machine has one way alone")
     rng = np.random.default_rng(2)
     for sampling, side in itertools.product(SAMPLINGS, (8, 24, 61)):
@@ -98,9 +98,7 @@ def test_what_is_compiled_for_newer_processors_makes_the_same_bits(monkeypatch):
         images = [jpeg(120, 150, sampling=sampling)] * 20
         wide = decode_all(images, boxes, flips, side)
         with monkeypatch.context() as patch:
-            plain = region._load("fastlt.data._region")
-            plain.fastlt_jpeg_boxes.argtypes = region._library().fastlt_jpeg_boxes.argtypes
-            plain.fastlt_jpeg_boxes.restype = None
+            plain = region._decoder("fastlt.data._region")
             patch.setattr(region, "_library", lambda library=plain: library)
             narrow = decode_all(images, boxes, flips, side)
         assert (wide[0] == narrow[0]).all() and wide[1].all() and narrow[1].all()
@@ -197,6 +195,20 @@ def test_a_transcoded_pack(tmp_path):
 
 
 # --- safety
+
+
+@pytest.mark.parametrize("markers", [{}, {"restart_marker_rows": 1}], ids=["plain", "markers"])
+def test_damage_is_told_from_what_is_only_odd(markers):
+    whole = jpeg(90, 120, sampling="4:2:0", **markers)
+    scan = whole.index(b"\xff\xda") + 14
+    middle = scan + (len(whole) - scan) // 2
+    assert not region.is_damaged(whole) and not region.is_damaged(memoryview(whole))
+    assert not region.is_damaged(whole[:-2] + b"\x12\x34\x56" + whole[-2:])  # bytes behind the code, as some cameras leave them
+    assert not region.is_damaged(whole + b"and more")
+    assert region.is_damaged(whole[:middle] + b"\xff\xd9" + whole[-2:])
+    assert region.is_damaged(whole[:middle] + b"\xff\xd5" + whole[middle:])
+    assert not region.is_damaged(b"") and not region.is_damaged(saved(scene(9, 9), "PNG"))
+    assert not region.is_damaged(jpeg(90, 120, progressive=True)[:-40] + b"\xff\xd9")  # cannot be told
 
 
 def test_damaged_bytes_are_told_of_or_decoded_never_more():

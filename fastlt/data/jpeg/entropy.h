@@ -62,6 +62,12 @@ static inline Bits open_bits(const uint8_t *at, size_t size) { return (Bits){0, 
 /* The byte after the last one that was begun. */
 static inline const uint8_t *reached(const Bits *bits) { return bits->at - bits->count / 8; }
 
+/* Whether what is left of that byte is as encoders fill it: with ones. */
+static inline int is_filled(const Bits *bits) {
+  int left = bits->count & 7;
+  return bits->bits >> 56 >> (8 - left) == (1u << left) - 1;
+}
+
 /* At least 56 bits, which is more than any coefficient takes. Reads 8 bytes. */
 static inline void refill(Bits *bits) {
   uint64_t next;
@@ -160,11 +166,11 @@ static const uint8_t PLACES[320] = {
 #undef TEN
 };
 
-enum { DAMAGED = 0, FLAT = 1, FULL = 2 };
+enum { BROKEN = 0, FLAT = 1, FULL = 2 };
 
 /* Of a block whose last coefficient is at `place`. */
 static inline int state_of(const Bits *bits, int place) {
-  if ((place != 63 && (place < ENDS || place >= 63 + ENDS)) || reached(bits) > bits->end) return DAMAGED;
+  if ((place != 63 && (place < ENDS || place >= 63 + ENDS)) || reached(bits) > bits->end) return BROKEN;
   return place == ENDS ? FLAT : FULL;
 }
 

@@ -16,7 +16,9 @@
 #include "taps.h"
 #include "vector.h"
 
-enum { SOUND = 0, UNSURE = 1 }; /* UNSURE: damaged, or of a kind that is not for here; out holds nothing of use */
+/* What became of an image. UNSURE: of a kind that is not for here, or odd; DAMAGED: others could decode it to something, but not to
+ * the whole image. Either leaves nothing of use. */
+enum { SOUND = 0, UNSURE = 1, DAMAGED = 2 };
 
 typedef struct {
   int top, left, height, width; /* in pixels; may reach over the edge */
@@ -69,6 +71,7 @@ typedef struct {
   const Header *header;
   int side, stride;             /* pixels of the output; floats of a shrunk row */
   int top, left, bottom, right; /* in MCUs */
+  int is_check;                 /* nothing is decoded, but all of the code is read */
   Plane planes[MOST_COMPONENTS];
 } Work;
 
@@ -182,7 +185,7 @@ static int decode_mcu(Work *work, Bits *bits, uint32_t *last_dc, int x) {
       for (int across = 0; across < plane->across; across++) {
         int state = read_block(bits, plane->dc, plane->ac, last_dc + i, values);
         float *out = plane->strip + (size_t)(x * plane->across + across) * 8 * plane->pitch + 8 * down;
-        if (state == DAMAGED) return 0;
+        if (state == BROKEN) return 0;
         if (state == FLAT) {
           fill_block(&plane->transform, values[0], out, plane->pitch);
         } else {
@@ -199,7 +202,7 @@ static int skip_mcu(Work *work, Bits *bits, uint32_t *last_dc) {
   for (int i = 0; i < work->header->components; i++) {
     Plane *plane = work->planes + i;
     for (int k = 0; k < plane->across * plane->down; k++) {
-      if (read_block(bits, plane->dc, plane->ac, last_dc + i, NULL) == DAMAGED) return 0;
+      if (read_block(bits, plane->dc, plane->ac, last_dc + i, NULL) == BROKEN) return 0;
     }
   }
   return 1;
@@ -301,29 +304,31 @@ static size_t unstuff(const uint8_t *data, size_t *at, size_t size, uint8_t *out
   return filled;
 }
 
-/* MCUs first..last - 1, whose code is `size` bytes. Returns whether it is sound as far as it was read. */
+/* MCUs first..last - 1, whose code is `size` bytes, as far as they are wanted. */
 static int decode_interval(Work *work, const uint8_t *code, size_t size, int first, int last) {
   const Header *header = work->header;
   uint32_t last_dc[MOST_COMPONENTS] = {0};
   Bits bits = open_bits(code, size);
-  int x = first % header->mcus_x, y = first / header->mcus_x;
+  int x = first % header->mcus_x, y = first / header->mcus_x, mcus = header->mcus_x * header->mcus_y;
   for (int mcu = first; mcu < last; mcu++) {
-    int is_wanted = y >= work->top && x >= work->left && x < work->right;
-    if (!(is_wanted ? decode_mcu(work, &bits, last_dc, x - work->left) : skip_mcu(work, &bits, last_dc))) return 0;
+    int is_wanted = !work->is_check && y >= work->top && x >= work->left && x < work->right;
+    if (!(is_wanted ? decode_mcu(work, &bits, last_dc, x - work->left) : skip_mcu(work, &bits, last_dc))) return DAMAGED;
     if (is_wanted && x + 1 == work->right) {
       for (int i = 0; i < header->components; i++) {
         Plane *plane = work->planes + i;
         shrink_strip(work, plane, (y - work->top) * plane->down * 8);
       }
-      if (y + 1 == work->bottom) return 1;
+      if (y + 1 == work->bottom) return SOUND;
     }
     if (++x == header->mcus_x) x = 0, y++;
   }
-  return reached(&bits) == bits.end;
+  if (reached(&bits) == bits.end) return SOUND;
+  return last == mcus && is_filled(&bits) ? UNSURE : DAMAGED; /* some encoders leave bytes behind the code */
 }
 
 static int touches(const Work *work, int first, int last) {
   int width = work->header->mcus_x, from = first / width, to = (last - 1) / width;
+  if (work->is_check) return 1;
   if (to < work->top || from >= work->bottom) return 0;
   return from < to || (first % width < work->right && (last - 1) % width >= work->left);
 }
@@ -333,18 +338,22 @@ static int decode_scan(Work *work, const uint8_t *data, size_t size, Room *room)
   int mcus = header->mcus_x * header->mcus_y, interval = header->interval ? header->interval : mcus;
   int end = (work->bottom - 1) * header->mcus_x + work->right;
   uint8_t *code = reserve(&room->code, size - header->scan + PADDING);
-  if (!code) return 0;
+  if (!code) return UNSURE;
   size_t at = header->scan;
   for (int first = 0, number = 0; first < end; first += interval, number++) {
-    int last = at_most(first + interval, mcus), is_wanted = touches(work, first, last);
+    int last = at_most(first + interval, mcus), is_wanted = touches(work, first, last), result = SOUND;
     size_t length = unstuff(data, &at, size, is_wanted ? code : NULL);
-    if (at >= size || data[at + 1] != (last == mcus ? 0xd9 : 0xd0 + (number & 7))) return 0;
+    if (is_wanted) {
+      memset(code + length, 0, PADDING);
+      result = decode_interval(work, code, length, first, last);
+    }
+    if (result != SOUND) return result;
+    if (at >= size) return UNSURE; /* libjpeg can tell how it ends */
+    if (last == mcus && data[at + 1] != 0xd9) return UNSURE;
+    if (last < mcus && data[at + 1] != 0xd0 + (number & 7)) return DAMAGED;
     at += 2;
-    if (!is_wanted) continue;
-    memset(code + length, 0, PADDING);
-    if (!decode_interval(work, code, length, first, last)) return 0;
   }
-  return 1;
+  return SOUND;
 }
 
 /* --- images */
@@ -354,7 +363,8 @@ static int decode_stored(const uint8_t *data, size_t size, const Header *header,
   if (!header->is_plain || box.height < 1 || box.width < 1) return UNSURE;
   Work work = {.header = header, .side = side, .stride = (side + 7) / 8 * 8};
   if (!plan_codes(&work, room) || !plan_taps(&work, box, room) || !plan_memory(&work, room)) return UNSURE;
-  if (!decode_scan(&work, data, size, room)) return UNSURE;
+  int result = decode_scan(&work, data, size, room);
+  if (result != SOUND) return result;
   float *planes = (float *)room->rows.at + room->rows.size / sizeof(float) - 4 * work.stride - 8;
   finish(&work, planes, flip, out);
   return SOUND;
@@ -401,8 +411,23 @@ static int decode_box(const uint8_t *data, size_t size, int height, int width, B
   return result;
 }
 
+static int check(const uint8_t *data, size_t size, Room *room) {
+  Header header;
+  if (!read_header(data, size, &header) || !header.is_plain) return UNSURE;
+  Work work = {.header = &header, .right = header.mcus_x, .bottom = header.mcus_y, .is_check = 1};
+  return plan_codes(&work, room) ? decode_scan(&work, data, size, room) : UNSURE;
+}
+
+/* SOUND, UNSURE or DAMAGED, by the code of the whole image. */
+int32_t fastlt_jpeg_check(const uint8_t *data, int64_t size) {
+  Room *room = calloc(1, sizeof *room);
+  int result = room ? check(data, size, room) : UNSURE;
+  free_room(room);
+  return result;
+}
+
 /* count images: addresses and sizes of their bytes; heights and widths that they must have, upright; boxes (count, 4) top, left,
- * height, width in the upright image; out (count, side, side, 3) RGB; results (count,) 0 or, where out has nothing of use, 1. */
+ * height, width in the upright image; out (count, side, side, 3) RGB; results (count,) SOUND, UNSURE or DAMAGED. */
 void fastlt_jpeg_boxes(const uint64_t *addresses, const int64_t *sizes, const int32_t *heights, const int32_t *widths,
                        const int32_t *boxes, const uint8_t *flips, int64_t count, int32_t side, uint8_t *out, uint8_t *results) {
   Room *room = calloc(1, sizeof *room);
@@ -414,7 +439,6 @@ void fastlt_jpeg_boxes(const uint64_t *addresses, const int64_t *sizes, const in
   }
   free_room(room);
 }
-
 
 /* Whether this machine can run what is compiled for AVX2 and its like. */
 int32_t fastlt_jpeg_has_avx2(void) {
