@@ -35,7 +35,7 @@ COLUMNS = (
 
 
 def run_bench_data(
-    data: Path | None,
+    data: str | None,
     images: Path | None,
     size: int,
     batch: int,

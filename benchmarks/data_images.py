@@ -27,7 +27,7 @@ from fastlt.data.pool import cores
 from fastlt.data.region import has_transcoder
 from fastlt.data.stored import read_bytes
 from fastlt.errors import UserError
-from fastlt_benchmarks.data_limits import decodes
+from fastlt_benchmarks.data_limits import decodes, turbojpeg
 from fastlt_benchmarks.data_photos import WORTH_A_PROCESS, write_photos
 
 PACK, TRANSCODED, STOCK, FILES = "pack", "transcoded", "stock", "files"  # the forms; the limits read the pack
@@ -80,7 +80,7 @@ def temporary_folder() -> Iterator[Path]:
         signal.signal(signal.SIGTERM, before)
 
 
-def choose_images(data: Path | None, images: Path | None, most: int, generated: int, folder: Path) -> Choice:
+def choose_images(data: str | None, images: Path | None, most: int, generated: int, folder: Path) -> Choice:
     """Those of a pack's training split, of a folder, or new ones in `folder`; of more than `most`, evenly spaced ones.
 
     Raises UserError where there are none, or no JPEG is among them.
@@ -88,36 +88,42 @@ def choose_images(data: Path | None, images: Path | None, most: int, generated: 
     if data is not None and images is not None:
         raise UserError("--data and --images exclude each other: leave one out")
     if data is not None:
-        found, kind, where = pack_refs(open_pack(data).train), "pack", data
+        (taken, count), kind, where = pack_refs(open_pack(data).train, most), "pack", data
     elif images is not None:
-        found, kind, where = folder_refs(images), "folder", images
+        (taken, count), kind, where = folder_refs(images, most), "folder", str(images)
     else:
         return Choice(write_photos(folder, generated), "generated", f"{generated:,} generated photos")
-    taken = [found[i] for i in np.linspace(0, len(found) - 1, min(most, len(found))).astype(int)]
+    turbojpeg()  # here, as numba comes with it, which takes the thread that loads it for the one that may fork
     with ThreadPoolExecutor(cores()) as pool:
         usable = [ref for ref, good in zip(taken, pool.map(is_usable, taken), strict=True) if good]
     if not usable:
         raise UserError(f"none of the {len(taken):,} images in {where} is a sound JPEG, grey or colour: name others")
     left_out = f", {len(taken) - len(usable):,} that are no sound JPEG left out" if len(usable) < len(taken) else ""
-    of_more = f" of {len(found):,}" if len(taken) < len(found) else ""
+    of_more = f" of {count:,}" if len(taken) < count else ""
     return Choice(usable, kind, f"{len(usable):,}{of_more} photos of the {kind} {where}{left_out}")
 
 
-def pack_refs(split: Split) -> list[ImageRef]:
+def spaced(count: int, most: int) -> list[int]:
+    return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
+
+
+def pack_refs(split: Split, most: int) -> tuple[list[ImageRef], int]:
+    """Evenly spaced images, and how many there are; of a pack that is far away, the shards with these are fetched."""
     if not len(split):
         raise UserError(f"{split.folder} holds no images: name another pack with --data")
-    paths = [str(split.folder / shard) for shard in split.shards]
-    places = zip(split.shard.tolist(), split.offset.tolist(), split.size.tolist(), strict=True)
-    return [ImageRef(f"{i:06}", 0, paths[shard], offset, size) for i, (shard, offset, size) in enumerate(places)]
+    taken = spaced(len(split), most)
+    shards = {shard: str(split.fetched(shard)) for shard in dict.fromkeys(split.shard[taken].tolist())}
+    places = zip(split.shard[taken].tolist(), split.offset[taken].tolist(), split.size[taken].tolist(), strict=True)
+    return [ImageRef(f"{i:06}", 0, shards[shard], offset, size) for i, (shard, offset, size) in enumerate(places)], len(split)
 
 
-def folder_refs(folder: Path) -> list[ImageRef]:
+def folder_refs(folder: Path, most: int) -> tuple[list[ImageRef], int]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: name one with images below it with --images")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
     if not paths:
         raise UserError(f"there are no images below {folder}: name another folder with --images")
-    return [ImageRef(f"{i:06}", 0, str(path)) for i, path in enumerate(paths)]
+    return [ImageRef(f"{i:06}", 0, str(paths[place])) for i, place in enumerate(spaced(len(paths), most))], len(paths)
 
 
 def is_usable(ref: ImageRef) -> bool:

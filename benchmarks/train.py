@@ -16,24 +16,23 @@ from rich.table import Table
 
 from fastlt.config import Config, as_override, load_config
 from fastlt.data.pack import PackOptions, write_pack
-from fastlt.data.packed import Pack, open_pack
 from fastlt.data.source import read_collection
 from fastlt.prepare import Trainer, prepare
-from fastlt.train import forward_of, is_compiled, make_input, train_step
+from fastlt.train import forward_of, is_compiled, make_input, open_packs, train_step
 from fastlt_benchmarks.results_file import append_rows
 
 WARM_UP = 5  # steps; the first ones allocate memory, and compile where that is on
 
 
 def run_bench_train(
-    recipe: str, settings: list[str], data: Path | None, steps: int, rounds: int, csv: Path | None, console: Console
+    recipe: str, settings: list[str], data: str | None, steps: int, rounds: int, csv: Path | None, console: Console
 ) -> None:
     """The two are measured in turn, so that a machine that grows slower grows slower for both; the ratio is of each pair."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = Console(quiet=True)
-        pack = open_pack(data) if data else random_pack(Path(folder), load_config(recipe, settings), quiet)
-        config = load_config(recipe, [*settings, as_override("data.pack", str(pack.path))])
-        trainer = prepare(config, Path(folder) / "run", pack)
+        place = data or str(random_pack(Path(folder), load_config(recipe, settings), quiet))
+        config = load_config(recipe, [*settings, as_override("data.pack", place)])
+        trainer = prepare(config, Path(folder) / "run", open_packs(config.data))
         try:
             measured = measure(trainer, steps, rounds, console)
         finally:
@@ -149,7 +148,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def random_pack(folder: Path, config: Config, console: Console) -> Pack:
+def random_pack(folder: Path, config: Config, console: Console) -> Path:
     """100 target classes, each with an auxiliary, of random images in the size of the recipe: JPEG, or PNG where they are small."""
     rng = np.random.default_rng(0)
     ending = "png" if config.data.size <= 64 else "jpg"
@@ -162,7 +161,7 @@ def random_pack(folder: Path, config: Config, console: Console) -> Pack:
     pairs = folder / "pairs.csv"
     pairs.write_text("target,auxiliary\n" + "".join(f"t{name:03},a{name:03}\n" for name in range(100)), encoding="utf-8")
     collection = read_collection(folder / "target", folder / "auxiliary", folder / "val", pairs, None, None)
-    return open_pack(write_pack(collection, PackOptions(out=folder / "pack"), console))
+    return write_pack(collection, PackOptions(out=folder / "pack"), console)
 
 
 def show(measured: list[Round], trainer: Trainer, recipe: str, console: Console) -> None:

@@ -163,7 +163,9 @@ def demo(out: Annotated[Path, typer.Option(help="The folder for data, packs and 
 @app.command("bench-train")
 def bench_train(
     recipe: Annotated[str, typer.Argument(help="The recipe whose loop is measured.")] = "cifar100-lt",
-    data: Annotated[Path | None, typer.Option(help="A pack; by default one of random images is made.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PACK", help="A pack, a folder or an address; by default one of random images is made.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=5, help="Steps per measurement.")] = 30,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each kind, in turn.")] = 5,
     csv: Annotated[Path | None, typer.Option(help="Add the figures to this file.")] = None,
@@ -202,7 +204,10 @@ def bench_loss(
 
 @app.command("bench-data")
 def bench_data(
-    data: Annotated[Path | None, typer.Option(metavar="PACK", help="Images of this pack's training split, at most 10,000.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="PACK", help="Training images of this pack, a folder or an address, at most 10,000."),
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Or images below this folder, as many; by default photos are made.")
     ] = None,

@@ -23,6 +23,7 @@ from fastlt.config import load_config
 from fastlt.data.collection import ImageRef
 from fastlt.data.native import has_ffcv
 from fastlt.data.region import has_region
+from fastlt.data.stored import read_bytes
 from fastlt.errors import UserError
 from fastlt_benchmarks.data import COLUMNS, choose, make_row, show
 from fastlt_benchmarks.data_contenders import all_contenders, all_limits
@@ -269,16 +270,26 @@ def test_what_not_everybody_can_decode_is_left_out(tmp_path):
 
 def test_of_too_many_images_evenly_spaced_ones_are_taken(colours):
     choice = choose_images(None, colours, 5, 0, colours)
-    assert [ref.key for ref in choice.refs] == ["000000", "000006", "000013", "000019", "000026"]
+    assert [Path(ref.path) for ref in choice.refs] == [sorted(colours.rglob("*.jpg"))[i] for i in (0, 6, 13, 19, 26)]
     assert "5 of 27" in choice.what
 
 
 def test_the_images_of_a_pack_are_its_training_split_byte_for_byte(task, tmp_path):
-    choice = choose_images(task.images.pack.path, None, 100, 0, tmp_path)
+    choice = choose_images(str(task.images.pack.path), None, 100, 0, tmp_path)
     again = pack_in(tmp_path / "again", choice.refs, transcode=False)
     split = task.images.split
     assert [bytes(again.train.read(i)) for i in range(27)] == [bytes(split.read(i)) for i in range(27)]
     assert choice.source == "pack"
+
+
+def test_of_a_pack_at_an_address_the_shards_with_the_images_are_fetched(task, tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec", reason="no fsspec here: it comes with the extra `remote`")
+    monkeypatch.setenv("FASTLT_CACHE", str(tmp_path / "cache"))
+    fsspec.filesystem("memory").put(str(task.images.pack.path), "/far/images", recursive=True)
+    choice = choose_images("memory://far/images", None, 5, 0, tmp_path)
+    split = task.images.split
+    assert [read_bytes(ref) for ref in choice.refs] == [bytes(split.read(i)) for i in (0, 6, 13, 19, 26)]
+    assert "5 of 27 photos of the pack memory://far/images" in choice.what
 
 
 def test_every_form_holds_the_same_images(task):

@@ -1,0 +1,79 @@
+"""The user's own command, `fastlt train`, over several controls and seeds: what comparisons of accuracy share."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fastlt.errors import UserError
+
+GROUPS = ("top1", "many", "medium", "few")
+
+
+@dataclass(frozen=True)
+class Control:
+    pack: Path
+    settings: list[str]  # section.key=value
+
+
+def train_all(
+    recipe: str, controls: Mapping[str, Control], out: Path, seeds: int, parallel: int, console: Console
+) -> list[dict[str, Any]]:
+    """The figures of each control's runs, a row a run; `parallel` runs at a time share the cores.
+
+    A run that is in `out` is read, one that stopped goes on. Raises UserError where one fails.
+    """
+    jobs = [(name, seed) for seed in range(seeds) for name in controls]
+    threads = str(max(1, (os.cpu_count() or 1) // parallel))
+
+    def run(job: tuple[str, int]) -> dict[str, Any]:
+        name, seed = job
+        return {"control": name, "seed": seed, **_train(recipe, controls[name], out / folder_name(name, seed), seed, threads)}
+
+    with ThreadPoolExecutor(parallel) as pool:
+        return list(track(pool.map(run, jobs), "training", total=len(jobs), console=console))
+
+
+def folder_name(control: str, seed: int) -> str:
+    return "".join(c if c.isalnum() or c == "." else "-" for c in control).strip("-").replace("--", "-") + f"-seed{seed}"
+
+
+def _train(recipe: str, control: Control, run: Path, seed: int, threads: str) -> dict[str, Any]:
+    options = ["--data", str(control.pack), "--out", str(run), f"train.seed={seed}", *control.settings]
+    fastlt("train", recipe, *options, threads=threads)
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    figures = {name: result[name] for name in (*GROUPS, "balanced_accuracy", "harmonic_mean", "ece")}
+    figures |= {"epochs": result["epochs"], "images": result["images"], "best_top1": result["best"]["top1"]}
+    return {**figures, "seconds": round(result["seconds"], 1), "settings": " ".join(control.settings)}
+
+
+def fastlt(*arguments: str, threads: str = "0") -> None:
+    environment = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads != "0" else {})}
+    ended = subprocess.run([sys.executable, "-m", "fastlt", *arguments], capture_output=True, text=True, env=environment)
+    if ended.returncode:
+        raise UserError(f"`fastlt {' '.join(arguments)}` ended with code {ended.returncode}: {ended.stderr.strip()[-500:]}")
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    result = Table("", "all", *GROUPS[1:], title="accuracy of the last epoch in percent, mean ± standard deviation over seeds")
+    for name in dict.fromkeys(row["control"] for row in rows):
+        runs = [row for row in rows if row["control"] == name]
+        result.add_row(name, *(spread([row[group] for row in runs]) for group in GROUPS))
+    return result
+
+
+def spread(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    return f"{statistics.mean(known):.1f} ± {statistics.stdev(known) if len(known) > 1 else 0:.1f}"
