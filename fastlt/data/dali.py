@@ -20,7 +20,8 @@ from fastlt.errors import UserError
 PREFETCH = 2  # batches
 HW_DECODER_LOAD = 0.65  # share of the JPEGs that a GPU's decoding hardware takes, where there is some
 LARGEST_BATCH = 2048
-NOTHING = np.zeros(4, np.uint8)  # for DALI to fail at
+Fed = tuple[Batch, np.ndarray, tuple[Any, ...]]  # which are damaged, and the inputs, which DALI reads where they are
+BLANK = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)  # in place of what is damaged: DALI may crash at it
 
 
 def import_dali() -> tuple[Any, Any, Any]:
@@ -67,7 +68,7 @@ class DaliEngine:
         self._reading = False
         settings = {"num_threads": max(1, workers), "prefetch_queue_depth": prefetch}
         self._build = lambda: _build(lambda: next(self._feed), size, device, settings, hw_decoder_load)
-        self._pipeline = self._build()
+        self._pipeline: Any = self._build()
 
     def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
         """The images of each batch, (n, size, size, 3) uint8 on the engine's device, the caller's to keep.
@@ -78,7 +79,7 @@ class DaliEngine:
             raise RuntimeError("the engine is still in another epoch: close its iterator first")
         self._reading = True
         left, again = iter(batches), deque[Batch]()
-        fed: deque[Batch] = deque()
+        fed: deque[Fed] = deque()
         at_end = False
         try:
             while not at_end:
@@ -86,15 +87,21 @@ class DaliEngine:
                 at_end = yield from self._run(fed)
                 if not at_end:
                     # DALI gives up a whole pipeline for one image: Pillow makes this batch, and a new one goes on behind it.
-                    yield self._made_whole(fed.popleft())
-                    again, fed = fed, deque()
-                    self._pipeline = self._build()
+                    self._renew()
+                    failed, *rest = (batch for batch, *_ in fed)
+                    again, fed = deque(rest), deque()
+                    yield self._made_whole(failed)
         finally:
             self._reading = False
             if not at_end:  # batches that nobody asked for any more would come first in the next epoch
-                self._pipeline = self._build()
+                self._renew()
 
-    def _run(self, fed: deque[Batch]) -> Generator[torch.Tensor, None, bool]:
+    def _renew(self) -> None:
+        """The old one goes first: its threads may still read what it was fed."""
+        self._pipeline = None
+        self._pipeline = self._build()
+
+    def _run(self, fed: "deque[Fed]") -> Generator[torch.Tensor, None, bool]:
         """True at the plan's end; False where DALI fails at the first batch of `fed`."""
         while True:
             try:
@@ -106,8 +113,16 @@ class DaliEngine:
                 if not fed or "decoders" not in str(error):
                     raise
                 return False
-            fed.popleft()
-            yield torch.from_dlpack(images.as_tensor())
+            batch, damaged, _ = fed.popleft()
+            made = torch.from_dlpack(images.as_tensor())
+            yield self._repaired(made, batch, damaged) if damaged.any() else made
+
+    def _repaired(self, made: torch.Tensor, batch: Batch, damaged: np.ndarray) -> torch.Tensor:
+        made = made.clone()
+        for i in np.flatnonzero(damaged).tolist():
+            pixels = self._whole.exact(int(batch.images[i]), batch.boxes[i], bool(batch.flips[i]), self.damaged)
+            made[i] = torch.from_numpy(np.array(pixels)).to(made.device)
+        return made
 
     def _made_whole(self, batch: Batch) -> torch.Tensor:
         made = self._whole[batch]
@@ -117,24 +132,25 @@ class DaliEngine:
         self.damaged |= damaged
         return images.to(self._device)
 
-    def _inputs(self, again: Iterable[Batch], left: Iterator[Batch], fed: deque[Batch]) -> Iterator[tuple[Any, ...]]:
-        """What the pipeline asks for, batch by batch, noted in `fed`: views of the mapped bytes, and where to cut."""
+    def _inputs(self, again: Iterable[Batch], left: Iterator[Batch], fed: "deque[Fed]") -> Iterator[tuple[Any, ...]]:
+        """What the pipeline asks for, batch by batch, kept in `fed`: views of the mapped bytes, and where to cut."""
         for source in (again, left):
             for batch in source:
-                fed.append(batch)
-                damaged = self._inspector.damaged(batch.images).tolist()
-                data = [NOTHING if bad else self._bytes(i) for i, bad in zip(batch.images.tolist(), damaged, strict=True)]
-                yield data, *placed(batch, self._split, self._size), batch.flips.astype(np.int32)
+                damaged = self._inspector.damaged(batch.images)
+                data = [BLANK if bad else self._bytes(i) for i, bad in zip(batch.images.tolist(), damaged, strict=True)]
+                places = placed(batch, self._split, self._size)
+                for values, blank in zip(places, (0, 1, 1, 0), strict=True):
+                    values[damaged] = blank
+                inputs = data, *places, batch.flips.astype(np.int32)
+                fed.append((batch, damaged, inputs))
+                yield inputs
 
     def _bytes(self, image: int) -> np.ndarray:
         """The stored bytes, (n,) uint8, without a copy. WebP as a pixel map, for not all of it can be read by DALI."""
         data = self._split.read(image)
         if bytes(data[:4]) != b"RIFF":
             return np.frombuffer(data, np.uint8)
-        try:
-            pixels = picture(self._split, image)
-        except UserError:
-            return NOTHING
+        pixels = picture(self._split, image)
         return np.frombuffer(b"P6 %d %d 255\n" % pixels.size + pixels.tobytes(), np.uint8)
 
     def close(self) -> None:

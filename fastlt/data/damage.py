@@ -6,7 +6,7 @@ import numpy as np
 
 from fastlt.data.images import fill_box
 from fastlt.data.packed import Split, picture
-from fastlt.data.region import is_damaged
+from fastlt.data.region import DAMAGED, UNSURE, examine
 from fastlt.errors import UserError
 
 ATTEMPTS = 20  # other images of the class that are tried: more in a row are no accident
@@ -37,7 +37,7 @@ def _moved(split: Split, image: int, other: int, box: np.ndarray) -> np.ndarray:
 
 
 class Inspector:
-    """For engines whose decoders conceal damage: looks at the code of each JPEG when it is first asked for."""
+    """For engines whose decoders conceal damage, or crash at it: looks at each image of a split when it is first asked for."""
 
     def __init__(self, split: Split, workers: int) -> None:
         self._split = split
@@ -47,9 +47,19 @@ class Inspector:
     def damaged(self, images: np.ndarray) -> np.ndarray:
         """(n,) bool for images (n,)."""
         new = np.unique(images[~self._is_known[images]])
-        self._is_damaged[new] = list(self._pool.map(is_damaged, [self._split.read(image) for image in new.tolist()]))
+        self._is_damaged[new] = list(self._pool.map(self._look, new.tolist()))
         self._is_known[new] = True
         return self._is_damaged[images]
+
+    def _look(self, image: int) -> bool:
+        state = examine(self._split.read(image))
+        if state != UNSURE:
+            return state == DAMAGED
+        try:
+            picture(self._split, image)
+        except UserError:
+            return True
+        return False
 
     def close(self) -> None:
         """Ends the threads."""

@@ -7,14 +7,14 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from fastlt.data.region import is_damaged
+from fastlt.data.region import DAMAGED, examine
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 MAX_PIXELS = 178_956_970  # Pillow's own limit; more is taken for a decompression bomb
 Image.MAX_IMAGE_PIXELS = None  # the limit is checked here, as an error with a reason instead of a warning
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow raises on damaged bytes
+FAILURES = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow raises on damaged bytes
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,7 +41,7 @@ def decode_pil(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
     load(image, data)
     try:
         return to_rgb(upright(image))
-    except DAMAGE as error:
+    except FAILURES as error:
         raise BadImage(f"cannot be decoded: {error}") from error
 
 
@@ -49,9 +49,9 @@ def load(image: Image.Image, data: bytes | memoryview) -> None:
     """Decodes the pixels of what `open_image` made of data. Raises BadImage."""
     try:
         image.load()
-    except DAMAGE as error:
+    except FAILURES as error:
         raise BadImage(f"cannot be decoded: {error}") from error
-    if image.format == "JPEG" and is_damaged(data):  # which Pillow decodes to something
+    if image.format == "JPEG" and examine(data) == DAMAGED:  # which Pillow decodes to something
         raise BadImage("cannot be decoded: its JPEG code is damaged")
 
 
@@ -65,7 +65,7 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
             image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
     except UnidentifiedImageError as error:
         raise BadImage("not a JPEG, PNG or WebP image") from error
-    except DAMAGE as error:
+    except FAILURES as error:
         raise BadImage(f"damaged header: {error}") from error
     if image.width * image.height > max_pixels:
         raise BadImage(f"{image.width} x {image.height} pixels are more than the limit of {max_pixels}")

@@ -13,7 +13,7 @@ import numpy as np
 from fastlt.errors import UserError
 
 ARRAY = ctypes.c_void_p
-DAMAGED = 2  # as region.c numbers what became of an image
+SOUND, UNSURE, DAMAGED = 0, 1, 2  # as region.c numbers what becomes of an image
 
 
 @cache
@@ -104,13 +104,12 @@ def decode_boxes(
     return failed == 0
 
 
-def is_damaged(data: bytes | memoryview) -> bool:
-    """Whether a JPEG's code is broken, or ends before its pixels. Decoders that conceal it make something up, grey or of noise.
-
-    False where that cannot be told: without the compiled decoder, and of progressive and other unusual JPEGs.
+def examine(data: bytes | memoryview) -> int:
+    """By the code of a whole JPEG: SOUND; DAMAGED, broken or ending before the pixels do, where decoders that conceal it make
+    something up; or UNSURE, without the compiled decoder, and of what is progressive, unusual or no JPEG.
     """
     library, code = _library(), np.frombuffer(data, np.uint8)
-    return library is not None and library.fastlt_jpeg_check(code.ctypes.data, code.size) == DAMAGED
+    return UNSURE if library is None else library.fastlt_jpeg_check(code.ctypes.data, code.size)
 
 
 def transcode(data: bytes) -> bytes | None:

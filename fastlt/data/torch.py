@@ -84,7 +84,7 @@ class BatchDataset(Dataset):
         damaged: dict[int, str] = {}
         try:
             for i in np.flatnonzero(~self._regions(batch, out)).tolist():
-                out[i] = self._exact(int(batch.images[i]), batch.boxes[i], bool(batch.flips[i]), damaged)
+                out[i] = self.exact(int(batch.images[i]), batch.boxes[i], bool(batch.flips[i]), damaged)
         except UserError as error:
             return str(error)
         return torch.from_numpy(out), damaged
@@ -98,7 +98,8 @@ class BatchDataset(Dataset):
         sides = split.height[images], split.width[images]
         return decode_boxes(addresses, split.size[images], *sides, batch.boxes, batch.flips, out)
 
-    def _exact(self, image: int, box: np.ndarray, flip: bool, damaged: dict[int, str]) -> np.ndarray:
+    def exact(self, image: int, box: np.ndarray, flip: bool, damaged: dict[int, str]) -> np.ndarray:
+        """(size, size, 3) uint8 of one image, or of its stand-in, which is noted in `damaged`; UserError if strict."""
         try:
             return fill_box(picture(self.split, image), box, flip, self.size)
         except UserError as error:

@@ -108,8 +108,9 @@ def test_a_damaged_image_is_replaced_and_the_rest_goes_on(damaged):
         lambda split: DaliEngine(split, 24, 2, CPU, strict=False), lambda split: TorchEngine(split, 24, 0, strict=False),
     ))  # fmt: skip
     for batch, made, wanted in zip(batches, engine.batches(batches), reference.batches(batches), strict=True):
-        if image in batch.images:
-            assert torch.equal(made, wanted)
+        replaced = torch.from_numpy(batch.images == image)
+        assert torch.equal(made[replaced], wanted[replaced])
+        assert (made[~replaced].int() - wanted[~replaced].int()).abs().float().mean() < 8  # DALI's own weights
     assert list(engine.damaged) == list(reference.damaged) == [image]
 
 

@@ -80,7 +80,7 @@ def test_engines_that_decode_regions_agree(edge_pack):
         loader.close()
 
 
-# --- damage that libjpeg conceals
+# --- damage, such as libjpeg conceals
 
 
 @pytest.fixture(scope="module")
@@ -103,25 +103,26 @@ def overwrite(file: Path, start: int, written: bytes) -> None:
         opened.write(written)
 
 
-@pytest.fixture
-def hit_pack(photo_pack, tmp_path) -> tuple[Pack, list[int]]:
-    """A copy of which the middle of some images is overwritten, and these images."""
+@pytest.fixture(params=["middle", "header"])
+def hit_pack(request, photo_pack, tmp_path) -> tuple[Pack, list[int]]:
+    """A copy of which some images are overwritten in the middle, or at the start, and these images."""
     shutil.copytree(photo_pack[0].path, tmp_path / "pack")
     pack = open_pack(tmp_path / "pack")
     split, hit = pack.train, [2, 5]
     shard = split.folder / split.shards[0]
     betons = [path for name, path in pack.beton.items() if name == "train"]
     for image in hit:
-        middle, data = int(split.size[image]) // 2, bytes(split.read(image))
-        overwrite(shard, int(split.offset[image]) + middle, b"\xff\xd9")
+        data = bytes(split.read(image))
+        place, written = (len(data) // 2, b"\xff\xd9") if request.param == "middle" else (0, bytes(40))
+        overwrite(shard, int(split.offset[image]) + place, written)
         for path in betons:
-            overwrite(path, path.read_bytes().index(data) + middle, b"\xff\xd9")
+            overwrite(path, path.read_bytes().index(data) + place, written)
     return open_pack(tmp_path / "pack"), hit
 
 
 @pytest.mark.skipif(not has_region(), reason="fastlt's JPEG decoder is not compiled here")
 @pytest.mark.parametrize("way", ["torch exact", "torch region", "ffcv exact", "ffcv region", "dali region", "gpu"])
-def test_damage_that_libjpeg_conceals_is_found_by_every_engine(hit_pack, way):
+def test_damage_is_found_by_every_engine(hit_pack, way):
     pack, hit = hit_pack
     (batch,) = evaluation_batches(pack.train, Geometry("centre-crop", SIZE, resize=110), 12)
 

@@ -202,13 +202,14 @@ def test_damage_is_told_from_what_is_only_odd(markers):
     whole = jpeg(90, 120, sampling="4:2:0", **markers)
     scan = whole.index(b"\xff\xda") + 14
     middle = scan + (len(whole) - scan) // 2
-    assert not region.is_damaged(whole) and not region.is_damaged(memoryview(whole))
-    assert not region.is_damaged(whole[:-2] + b"\x12\x34\x56" + whole[-2:])  # bytes behind the code, as some cameras leave them
-    assert not region.is_damaged(whole + b"and more")
-    assert region.is_damaged(whole[:middle] + b"\xff\xd9" + whole[-2:])
-    assert region.is_damaged(whole[:middle] + b"\xff\xd5" + whole[middle:])
-    assert not region.is_damaged(b"") and not region.is_damaged(saved(scene(9, 9), "PNG"))
-    assert not region.is_damaged(jpeg(90, 120, progressive=True)[:-40] + b"\xff\xd9")  # cannot be told
+    assert region.examine(whole) != region.DAMAGED and region.examine(memoryview(whole)) != region.DAMAGED
+    behind = whole[:-2] + b"\x12\x34\x56" + whole[-2:]  # the code, as some cameras leave bytes
+    assert region.examine(behind) != region.DAMAGED
+    assert region.examine(whole + b"and more") != region.DAMAGED
+    assert region.examine(whole[:middle] + b"\xff\xd9" + whole[-2:]) == region.DAMAGED
+    assert region.examine(whole[:middle] + b"\xff\xd5" + whole[middle:]) == region.DAMAGED
+    assert region.examine(b"") != region.DAMAGED and region.examine(saved(scene(9, 9), "PNG")) != region.DAMAGED
+    assert region.examine(jpeg(90, 120, progressive=True)[:-40] + b"\xff\xd9") != region.DAMAGED  # cannot be told
 
 
 def test_damaged_bytes_are_told_of_or_decoded_never_more():
