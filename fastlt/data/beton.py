@@ -5,7 +5,7 @@ field, a record per image, the images in order, and the table of what lies where
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -26,10 +26,10 @@ PIECE = 64  # images that a worker takes at once
 PAGE, MAX_PAGE = 8 * 2**20, 2**31  # bytes; FFCV's default, and what its header can say
 
 
-def write_beton(split: Split, path: Path, workers: int) -> None:
+def write_beton(split: Split, path: Path, workers: int, advance: Callable[[int], None] = lambda images: None) -> None:
     """Sample i of `path` is image i of `split`. JPEG bytes are stored as they are, other images as pixels.
 
-    Every JPEG is decoded once by what will decode it in training; one that only Pillow can decode is stored as pixels, too.
+    advance is told of images as they are written. Every JPEG is decoded once by what will decode it in training; one that only Pillow can decode is stored as pixels, too.
     Raises UserError where FFCV is missing, an image cannot be decoded, or a worker process dies.
     """
     parts, _ = import_ffcv()
@@ -40,6 +40,7 @@ def write_beton(split: Split, path: Path, workers: int) -> None:
         for images in apply(_stored_images, _pieces(split)):
             for image in images:
                 field.encode(beton.next_record(), image, beton.malloc)
+            advance(len(images))
         beton.finish(parts.FIELD, field)
 
 

@@ -208,15 +208,20 @@ def _write_tables(options: PackOptions, folder: Path, space: ClassSpace, splits:
     with whole_file(folder / "index.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, **columns)
     if options.beton:
-        from fastlt.data.ffcv import write_beton
-
-        for name, packed in splits.items():
-            split = Split(name, folder / name, tuple(packed.files), **packed.columns())
-            with console.status(f"writing {name}.beton: {len(split):,} images"):
-                write_beton(split, folder / f"{name}.beton", options.workers or cores())
+        _write_betons(options, folder, splits, console)
     files = {f"{name}/{shard}": entry for name, packed in splits.items() for shard, entry in packed.files.items()}
     files |= {path.name: _entry(path) for path in sorted(folder.iterdir()) if path.is_file()}
     write_text(folder / "manifest.json", json.dumps(_manifest(options, space, splits, files), indent=1) + "\n")
+
+
+def _write_betons(options: PackOptions, folder: Path, splits: dict[str, Packed], console: Console) -> None:
+    from fastlt.data.ffcv import write_beton
+
+    with _progress(console, "images/s") as progress:
+        task = progress.add_task("writing .beton", total=sum(len(packed.rows) for packed in splits.values()))
+        for name, packed in splits.items():
+            split = Split(name, folder / name, tuple(packed.files), **packed.columns())
+            write_beton(split, folder / f"{name}.beton", options.workers or cores(), partial(progress.advance, task))
 
 
 def _manifest(options: PackOptions, space: ClassSpace, splits: dict[str, Packed], files: dict[str, Any]) -> dict[str, Any]:
