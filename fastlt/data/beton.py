@@ -29,8 +29,9 @@ PAGE, MAX_PAGE = 8 * 2**20, 2**31  # bytes; FFCV's default, and what its header 
 def write_beton(split: Split, path: Path, workers: int, advance: Callable[[int], None] = lambda images: None) -> None:
     """Sample i of `path` is image i of `split`. JPEG bytes are stored as they are, other images as pixels.
 
-    advance is told of images as they are written. Every JPEG is decoded once by what will decode it in training; one that only Pillow can decode is stored as pixels, too.
-    Raises UserError where FFCV is missing, an image cannot be decoded, or a worker process dies.
+    Every JPEG is decoded once by what will decode it in training; one that only Pillow can decode is stored as pixels, too.
+    advance is told how many more are written. Raises UserError where FFCV is missing, an image cannot be decoded, or a worker
+    process dies.
     """
     parts, _ = import_ffcv()
     check_shards(split)
