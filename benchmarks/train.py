@@ -134,8 +134,8 @@ def bare_steps(trainer: Trainer) -> Iterator[int]:
         with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
             loss = forward(trainer.model, images, target)
         loss.backward()
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
+        trainer.updater.optimizer.step()
+        trainer.updater.optimizer.zero_grad()
         yield len(target)
 
 

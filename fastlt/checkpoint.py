@@ -1,22 +1,29 @@
 """Checkpoints: a folder per step with safetensors and JSON, whole or not there. Loading a foreign one never runs code.
 
-RUN/checkpoints/step-00001234/  model.safetensors  optimizer.safetensors  [ema.safetensors]  state.json
+RUN/checkpoints/step-00001234/  model.safetensors  optimizer.safetensors  [ema.safetensors]  state.json  SHA256SUMS
 """
 
+import errno
 import hashlib
 import json
+import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastlt.classes import ClassSpace
 from fastlt.errors import UserError
-from fastlt.files import flush_to_disk, whole_folder
+from fastlt.files import flush_to_disk, sha256_of, whole_folder
+
+Snapshot = dict[str, dict[str, Tensor]]  # tensors on the CPU, by file
+SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 
 
 def class_space_id(space: ClassSpace) -> str:
@@ -24,23 +31,82 @@ def class_space_id(space: ClassSpace) -> str:
     return hashlib.sha256(json.dumps([space.target_names, space.auxiliary_names]).encode()).hexdigest()[:16]
 
 
-def save_checkpoint(
-    run: Path, step: int, model: nn.Module, optimizer: Optimizer, ema: nn.Module | None, state: dict[str, Any], keep: int
-) -> None:
-    """`state` is what else the run needs to go on, as JSON. Older checkpoints beyond `keep` are removed afterwards."""
+# --- writing
+
+
+def snapshot(model: nn.Module, optimizer: Optimizer, ema: nn.Module | None) -> Snapshot:
+    """Copies, so that training can go on while they are written."""
+    tensors = {"model.safetensors": model.state_dict(), "optimizer.safetensors": optimizer_tensors(optimizer)}
+    if ema is not None:
+        tensors["ema.safetensors"] = ema.state_dict()
+    return {file: copies(part) for file, part in tensors.items()}
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous ones on the CPU: safetensors refuses channels_last."""
+    return {name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """`index.name` -> tensor for every state tensor, parameters counted through the groups."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{i}.{name}": torch.as_tensor(value) for i, values in state.items() for name, value in values.items() if value is not None
+    }
+
+
+def write_checkpoint(run: Path, step: int, tensors: Snapshot, state: dict[str, Any], keep: int) -> None:
+    """`state` is what else the run needs to go on, as JSON. Older checkpoints beyond `keep` are removed afterwards.
+
+    Raises OSError where it cannot be written, and leaves nothing half-written behind.
+    """
     path = run / "checkpoints" / f"step-{step:08d}"
     if path.exists():
         return
     with whole_folder(path) as folder:
-        save_file(dense(model.state_dict()), folder / "model.safetensors")
-        save_file(optimizer_tensors(optimizer), folder / "optimizer.safetensors")
-        if ema is not None:
-            save_file(dense(ema.state_dict()), folder / "ema.safetensors")
+        for file, part in tensors.items():
+            write_tensors(folder / file, part)
         (folder / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-        for file in folder.iterdir():
-            flush_to_disk(file)
+        sums = "".join(f"{sha256_of(written)}  {written.name}\n" for written in sorted(folder.iterdir()))
+        (folder / SUMS).write_text(sums, encoding="utf-8")
+        for written in folder.iterdir():
+            flush_to_disk(written)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Raises OSError, as others do, where safetensors raises an error of its own."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time. What went wrong is raised by the next call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "fastlt-checkpoint")
+        self._last: Future[None] | None = None
+
+    def write(self, run: Path, step: int, tensors: Snapshot, state: dict[str, Any], keep: int) -> None:
+        """tensors and state are not to be changed afterwards."""
+        self.wait()
+        self._last = self._pool.submit(write_checkpoint, run, step, tensors, state, keep)
+
+    def wait(self) -> None:
+        """Until the last one is on the disk."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+# --- reading
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -54,10 +120,23 @@ def remove_leftovers(run: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint; None where they are those that were written."""
+    try:
+        lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            wanted, _, name = line.partition("  ")
+            if sha256_of(checkpoint / Path(name).name) != wanted:
+                return f"{name} has changed since it was written"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{getattr(error, 'filename', None) or SUMS} cannot be read"
+    return None if lines else f"{SUMS} is empty"
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return {key: state[key] for key in ("step", "class_space", "pack", "at")}
+        return {key: state[key] for key in ("step", "class_space", "pack", "at", "loss_scale")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{checkpoint} is no readable checkpoint: remove it to go on from the one before") from error
 
@@ -95,24 +174,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:  # safetensors raises OSError or its own, undocumented, types
         raise UserError(f"{path} is missing or damaged: remove its folder to go on from the checkpoint before ({error})") from error
-
-
-def dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU: safetensors refuses channels_last."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """`index.name` -> tensor for every state tensor, parameters counted through the groups."""
-    state = optimizer.state_dict()["state"]
-    return dense(
-        {
-            f"{i}.{name}": torch.as_tensor(value)
-            for i, values in state.items()
-            for name, value in values.items()
-            if value is not None
-        }
-    )
 
 
 def fill_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -114,11 +114,16 @@ def train(
 ) -> None:
     """Train a classifier on a PACK. Killed at any moment and called again, it goes on."""
     from fastlt.report import write_report
+    from fastlt.stopping import Stopped
     from fastlt.train import train as train_run
 
     flags = [*(["data.decode=exact"] if exact_decode else []), *(["data.strict=true"] if strict else [])]
     config = load_config(recipe, [*(settings or []), *flags, as_override("data.pack", pack_place(data))])
-    result = train_run(config, out, console)
+    try:
+        result = train_run(config, out, console)
+    except Stopped as stopped:
+        console.print(str(stopped))
+        return
     print_result(result, str(out))
     console.print(f"report: {write_report(out)}")
 

@@ -123,13 +123,15 @@ class TrainConfig(Section):
     epochs: Several = 200
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: str = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 (fp16 where it has none) on a GPU, fp32 on a CPU
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
     channels_last: bool = True
     threads: Count = 0  # of torch on a CPU; 0: as torch finds right
     eval_every: Several = 1  # epochs
     checkpoint_minutes: Positive = 10.0  # besides the one after each epoch
+    checkpoint_steps: Count = 0  # and after as many steps; 0: by time alone
     keep: Several = 2  # checkpoints kept
+    max_skipped: Several = 10  # steps in a row that are skipped because their gradient is not finite; more end the run
 
 
 class Config(Section):

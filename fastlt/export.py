@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastlt.checkpoint import dense
+from fastlt.checkpoint import copies, load_weights, write_tensors
 from fastlt.config import Config, ModelConfig
 from fastlt.errors import UserError
 from fastlt.files import whole_file
@@ -20,7 +19,7 @@ MAX_DIFFERENCE = 1e-3  # of logits between torch and onnxruntime, relative to th
 
 def targets_only(model: Classifier, num_targets: int) -> dict[str, Tensor]:
     """The model's tensors with rows 0..T-1 of the head."""
-    tensors = dense(model.state_dict())
+    tensors = copies(model.state_dict())
     for name in ("head.weight", "head.bias"):
         if name in tensors:
             tensors[name] = tensors[name][:num_targets].clone()
@@ -28,15 +27,14 @@ def targets_only(model: Classifier, num_targets: int) -> dict[str, Tensor]:
 
 
 def export_safetensors(model: Classifier, config: Config, target_names: list[str], path: Path) -> None:
-    """Weights, and as metadata all that is needed to build the model again."""
-    metadata = {
-        "format": "fastlt",
-        "model": config.model.model_dump_json(),
-        "data": config.data.model_dump_json(include={"size", "eval_resize", "mean", "std"}),
-        "classes": json.dumps(target_names),
+    """Weights, and as metadata all that is needed to build the model again: under one key, for their order would be random."""
+    description = {
+        "model": config.model.model_dump(mode="json"),
+        "data": config.data.model_dump(mode="json", include={"size", "eval_resize", "mean", "std"}),
+        "classes": target_names,
     }
     with whole_file(path) as temporary:
-        save_file(targets_only(model, len(target_names)), temporary, metadata)
+        write_tensors(temporary, targets_only(model, len(target_names)), {"fastlt": json.dumps(description)})
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -45,15 +43,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the model {path}: {error}") from error
-    if metadata.get("format") != "fastlt":
+    if "fastlt" not in metadata:
         raise UserError(f"{path} was not written by fastlt: it lacks the description of its model")
-    return {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+    return json.loads(metadata["fastlt"])
 
 
 def load_exported(path: Path) -> tuple[Classifier, list[str]]:
     """The model in evaluation mode on the CPU, and the names of its classes."""
-    from fastlt.checkpoint import load_weights
-
     metadata = read_metadata(path)
     architecture = ModelConfig(**{**metadata["model"], "pretrained": False, "weights": "", "head_weights": ""})
     model = build_model(architecture, len(metadata["classes"]), metadata["data"]["size"])

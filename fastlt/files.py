@@ -1,5 +1,6 @@
 """Files that are either whole or not there: write to a temporary name, then rename."""
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -52,3 +53,11 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

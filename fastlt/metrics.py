@@ -53,6 +53,7 @@ def harmonic_mean(accuracies: np.ndarray) -> float:
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = ECE_BINS) -> float:
     """Expected calibration error over equally wide bins (Guo et al. 2017, arXiv 1706.04599)."""
+    confidence = np.nan_to_num(confidence)  # of a model that has diverged
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     count = np.bincount(place, minlength=bins)
     gap = np.bincount(place, confidence - right.astype(np.float64), minlength=bins)

@@ -18,9 +18,11 @@ def build_optimizer(config: OptimConfig, model: Classifier, batch: int) -> Optim
     lr = config.lr * batch * config.accumulate / config.lr_base_batch if config.lr_base_batch else config.lr
     groups = parameter_groups(config, model)
     if config.name == "sgd":
-        optimizer: Optimizer = SGD(groups, lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov)
+        optimizer: Optimizer = SGD(
+            groups, lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov, fused=True
+        )
     else:
-        optimizer = AdamW(groups, lr, config.betas, weight_decay=config.weight_decay, fused=next(model.parameters()).is_cuda)
+        optimizer = AdamW(groups, lr, config.betas, weight_decay=config.weight_decay, fused=True)
     for group in optimizer.param_groups:
         group["base_lr"] = lr * group.get("lr_scale", 1.0)
     return optimizer
@@ -133,8 +135,3 @@ class Averaged:
 
 def averaged(config: OptimConfig, model: Classifier) -> Averaged | None:
     return Averaged(model, config.ema) if config.ema else None
-
-
-def clip(model: nn.Module, norm: float) -> None:
-    if norm:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), norm)

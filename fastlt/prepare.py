@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch.optim import Optimizer
 
+from fastlt.checkpoint import Writer
 from fastlt.classes import ClassSpace
 from fastlt.config import Config, DataConfig
 from fastlt.data.augment import Geometry
@@ -17,9 +17,14 @@ from fastlt.data.loader import Loader
 from fastlt.data.packed import Pack
 from fastlt.data.plan import Plan, Sampling, spread_budget
 from fastlt.errors import UserError
+from fastlt.guard import Guard
 from fastlt.losses import Step, silencing_graph
 from fastlt.model import Classifier, build_model
 from fastlt.optim import Averaged, averaged, build_optimizer, lr_factor
+from fastlt.stopping import StopRequest
+from fastlt.update import Updater
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass
@@ -30,10 +35,13 @@ class Progressed:
     step_in_epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0  # of this epoch so far
+    summed: int = 0  # steps in it: those whose loss was finite
     correct: float = 0.0  # target images of this epoch so far that the model got right while it trained
     counted: float = 0.0
     seconds: float = 0.0  # of training, over all starts
     images: int = 0
+    skipped: int = 0  # optimiser steps, of all epochs, whose gradient was not finite
+    skipped_in_row: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     damaged: list[int] = field(default_factory=list)  # training images that could not be decoded, and were replaced
 
@@ -53,9 +61,12 @@ class Trainer:
     val_loader: Loader
     model: Classifier
     ema: Averaged | None
-    optimizer: Optimizer
+    updater: Updater
+    guard: Guard
     factor: Callable[[float], float]
     at: Progressed
+    writer: Writer
+    stop: StopRequest
     forward: dict[bool, Callable[..., Step]] = field(default_factory=dict)  # by `in_drw`: compiled once, not once an epoch
 
 
@@ -71,11 +82,13 @@ def prepare(config: Config, run: Path, pack: Pack) -> Trainer:
     torch.manual_seed(config.train.seed)
     model = on_device(build_model(config.model, space.num_classes, data.size), config, device)
     check_sizes(model, config, device)
+    ema = averaged(config.optim, model)
+    updater = Updater(build_optimizer(config.optim, model, data.batch), config.optim.clip, dtype == torch.float16)
+    guard = Guard([model, *([ema.model] if ema else [])], config.train.max_skipped, run, pack.train)
     return Trainer(
         config, run, pack, space, plan, device, dtype,
         train_loader(data, pack, device, plan.geometry.size), val_loader(data, pack, device),
-        model, averaged(config.optim, model), build_optimizer(config.optim, model, data.batch),
-        lr_factor(config.schedule, config.train.epochs), Progressed(),
+        model, ema, updater, guard, lr_factor(config.schedule, config.train.epochs), Progressed(), Writer(), StopRequest(),
     )  # fmt: skip
 
 
@@ -118,8 +131,13 @@ def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
     device = find_device(config.train.device)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
-    return device, torch.bfloat16 if bf16 else torch.float32
+    return device, PRECISIONS[config.train.precision if config.train.precision != "auto" else best_precision(device)]
+
+
+def best_precision(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def find_device(name: str) -> torch.device:

@@ -4,9 +4,12 @@ Everything random in a step is drawn from generators seeded by (seed, step), and
 killed and started again takes the same steps: on a CPU it ends with the same bits.
 """
 
+import copy
+import errno
 import fcntl
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +25,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from fastlt import checkpoint as ckpt
-from fastlt.config import Config, DataConfig, load_config, to_toml
+from fastlt.config import Config, DataConfig, TrainConfig, load_config, to_toml
 from fastlt.data.batch import compiled_finish, scale_and_shift
 from fastlt.data.batch import finish as finish_batch
 from fastlt.data.jitter import colour_jitter
@@ -38,20 +41,28 @@ from fastlt.files import write_text
 from fastlt.losses import Step, build_criterion, in_drw
 from fastlt.metrics import Predictions, confusions, score
 from fastlt.model import Classifier
-from fastlt.optim import clip, set_lr
+from fastlt.optim import set_lr
 from fastlt.prepare import Progressed, Trainer, grow, introduce, prepare
+from fastlt.stopping import Stopped, stop_on_signals
 
 DAMAGED_SHOWN = 5  # images that are named at the end of an epoch
+LOCK = ".lock"
+UNKNOWN = -1.0  # the norm of a gradient that is still being accumulated
 READ_LOSS_EVERY = 20  # steps between looks at the loss: each look waits for the device
 
 
 def train(config: Config, run: Path, console: Console) -> dict[str, Any]:
-    """`fastlt train`: goes on where an earlier call in the same RUN stopped. Returns what result.json holds."""
+    """`fastlt train`: goes on where an earlier call in the same RUN stopped. Returns what result.json holds.
+
+    Raises Stopped where SIGTERM or Ctrl-C ended it early, once it is saved.
+    """
     pack = open_packs(config.data)
-    with only_run(run):
-        keep_config(config, run)
+    with only_run(run), disk_errors(run), stop_on_signals(console) as stop:
+        check_config(config, run)
         trainer = prepare(config, run, pack)
+        trainer.stop = stop
         try:
+            write_text(run / "config.toml", to_toml(config))
             resume(trainer, console)
             if trainer.at.epoch == config.train.epochs and (run / "result.json").is_file():
                 console.print(f"{run} has finished already")
@@ -61,6 +72,7 @@ def train(config: Config, run: Path, console: Console) -> dict[str, Any]:
         finally:
             trainer.train_loader.close()
             trainer.val_loader.close()
+            trainer.writer.close()
 
 
 def open_packs(data: DataConfig) -> Pack:
@@ -81,23 +93,40 @@ def only_run(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror}; choose another --out") from error
-    with (run / ".lock").open("w") as lock:
+    with (run / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"another training is running in {run}: wait for it, or choose another --out") from error
+        try:
+            yield
+        finally:
+            if [path.name for path in run.iterdir()] == [LOCK]:  # refused before it began
+                shutil.rmtree(run)
+
+
+@contextmanager
+def disk_errors(run: Path) -> Iterator[None]:
+    try:
         yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        saved = ckpt.checkpoints(run)
+        where = f"from {saved[-1].name}" if saved else "from the start, for nothing was saved yet"
+        raise UserError(
+            f"the disk with {run} is full: free some space and call the same command again; it goes on {where}"
+        ) from error
 
 
 MAY_CHANGE = (
     "data.pack", "data.cache_gb", "data.workers", "data.engine", "data.strict", "data.prefetch", "data.hw_decoder_load",
-    "train.device", "train.threads", "train.checkpoint_minutes",
-    "train.keep",
+    "train.device", "train.threads", "train.checkpoint_minutes", "train.checkpoint_steps", "train.keep", "train.max_skipped",
 )  # fmt: skip
 
 
-def keep_config(config: Config, run: Path) -> None:
-    """Writes config.toml; a run that went on under another configuration would be neither the one nor the other.
+def check_config(config: Config, run: Path) -> None:
+    """A run that went on under another configuration would be neither the one nor the other.
 
     What says how, not what, may change. The pack may move: whether it is the same is told by its content.
     """
@@ -107,7 +136,6 @@ def keep_config(config: Config, run: Path) -> None:
         if changed := [key for key in wanted if wanted[key] != kept[key] and key not in MAY_CHANGE]:
             what = f"{changed[0]} = {kept[changed[0]]!r}, not {wanted[changed[0]]!r}"
             raise UserError(f"{run} holds a run with another configuration ({what}): choose another --out, or remove the folder")
-    write_text(path, to_toml(config))
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -116,17 +144,35 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def resume(trainer: Trainer, console: Console) -> None:
-    """Takes up the newest checkpoint and cuts metrics.jsonl back to it."""
+    """Takes up the newest checkpoint that is sound and cuts metrics.jsonl back to it."""
     ckpt.remove_leftovers(trainer.run)
-    saved = ckpt.checkpoints(trainer.run)
-    if saved:
-        state = ckpt.read_state(saved[-1])
-        ckpt.check_pack(saved[-1], state, trainer.space, trainer.pack.id)
+    if saved := newest_sound(trainer.run, console):
+        state = ckpt.read_state(saved)
+        ckpt.check_pack(saved, state, trainer.space, trainer.pack.id)
         ema = trainer.ema.model if trainer.ema is not None else None
-        ckpt.load_checkpoint(saved[-1], trainer.model, trainer.optimizer, ema)
+        ckpt.load_checkpoint(saved, trainer.model, trainer.updater.optimizer, ema)
+        trainer.updater.load(state["loss_scale"])
+        trainer.guard.keep()
         trainer.at = Progressed(**state["at"])
-        console.print(f"going on from {saved[-1].name}: epoch {trainer.at.epoch + 1}, step {trainer.at.step_in_epoch}")
+        console.print(f"going on from {saved.name}: epoch {trainer.at.epoch + 1}, step {trainer.at.step_in_epoch}")
     keep_lines(trainer.run / "metrics.jsonl", trainer.at.epoch)
+
+
+def newest_sound(run: Path, console: Console) -> Path | None:
+    """None where there is no checkpoint yet. Damaged ones are removed, for the run will come by their steps again."""
+    saved = ckpt.checkpoints(run)
+    reasons: list[tuple[Path, str]] = []
+    for checkpoint in reversed(saved):
+        reason = ckpt.damage(checkpoint)
+        if reason is None:
+            for damaged, why in reasons:
+                console.print(f"[yellow]note:[/] {escape(damaged.name)} is damaged ({escape(why)}): it is removed", highlight=False)
+                shutil.rmtree(damaged)
+            return checkpoint
+        reasons.append((checkpoint, reason))
+    if reasons:
+        raise UserError(f"{saved[-1]} is damaged ({reasons[0][1]}), and there is no sound one before: remove {run} to start anew")
+    return None
 
 
 def keep_lines(path: Path, epochs: int) -> None:
@@ -158,6 +204,8 @@ def fit(trainer: Trainer, console: Console) -> Predictions | None:
             if "top1" in record:
                 bar.console.print(epoch_line(record, config.train.epochs), highlight=False, soft_wrap=True)
             save(trainer)
+            stop_if_asked(trainer)
+    trainer.writer.wait()
     return predictions
 
 
@@ -170,24 +218,40 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
     began = last_saved = time.perf_counter()
     images_before, seconds_before = at.images, at.seconds
     for batch, pixels in trainer.train_loader.iterate(plan.epoch(at.epoch, at.step_in_epoch)):
+        _, is_last = accumulation(config.optim.accumulate, at.step_in_epoch, plan.steps_per_epoch)
+        trainer.guard.begin(at.step, batch.images, is_last)
         steps.append(train_step(trainer, forward, batch, pixels))
         at.step, at.step_in_epoch, at.images = at.step + 1, at.step_in_epoch + 1, at.images + len(batch.labels)
         if at.step % READ_LOSS_EVERY == 0:
-            read_steps(steps, at)
+            read_steps(steps, trainer)
             report(
                 (at.images - images_before) / (time.perf_counter() - began),
-                f"epoch {at.epoch + 1} loss {at.loss_sum / at.step_in_epoch:.3f} train {train_top1(at):.1f}",
+                f"epoch {at.epoch + 1} loss {mean_loss(at):.3f} train {train_top1(at):.1f}",
             )
-        is_due = time.perf_counter() - last_saved > 60 * config.train.checkpoint_minutes
-        if is_due and at.step_in_epoch % config.optim.accumulate == 0 and at.step_in_epoch < plan.steps_per_epoch:
-            read_steps(steps, at)
+        if is_last and at.step_in_epoch < plan.steps_per_epoch and (trainer.stop.made or is_due(config.train, at.step, last_saved)):
+            read_steps(steps, trainer)
             at.seconds = seconds_before + time.perf_counter() - began
             save(trainer)
+            stop_if_asked(trainer)
             last_saved = time.perf_counter()
-    read_steps(steps, at)
+    read_steps(steps, trainer)
     seconds = time.perf_counter() - began
     at.seconds = seconds_before + seconds
-    return (at.images - images_before) / seconds
+    return (at.images - images_before) / max(1e-9, seconds)
+
+
+def is_due(config: TrainConfig, step: int, last_saved: float) -> bool:
+    """Whether it is time for a checkpoint amid an epoch."""
+    by_steps = config.checkpoint_steps > 0 and step % config.checkpoint_steps == 0
+    return by_steps or time.perf_counter() - last_saved > 60 * config.checkpoint_minutes
+
+
+def stop_if_asked(trainer: Trainer) -> None:
+    """Right after a checkpoint. Raises Stopped once it is on the disk."""
+    at = trainer.at
+    if trainer.stop.made and at.epoch < trainer.config.train.epochs:
+        trainer.writer.wait()
+        raise Stopped(f"stopped at epoch {at.epoch + 1}, step {at.step_in_epoch}: the same command goes on from there")
 
 
 def tell_damaged(trainer: Trainer, console: Console) -> None:
@@ -209,24 +273,21 @@ def set_modes(trainer: Trainer) -> None:
 
 
 def train_step(trainer: Trainer, forward: Callable[..., Step], batch: Batch, pixels: Tensor) -> Tensor:
-    """One batch: its `Step` as one tensor (3,), still on the device."""
+    """One batch: its `Step` and the norm of the gradient as one tensor (4,), still on the device."""
     config, at, device = trainer.config, trainer.at, trainer.device
     generator = torch.Generator().manual_seed(step_seed(config.train.seed, at.step, 0))
     torch.manual_seed(step_seed(config.train.seed, at.step, 1))  # dropout and the like
     factor = trainer.factor(at.epoch + at.step_in_epoch / trainer.plan.steps_per_epoch)
-    set_lr(trainer.optimizer, factor)
+    set_lr(trainer.updater.optimizer, factor)
     images, target, target_b, mix = make_input(config, pixels, torch.from_numpy(batch.labels), generator, device, trainer.dtype)
     with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
         loss, correct, counted = forward(trainer.model, images, target, target_b, mix)
     group, is_last = accumulation(config.optim.accumulate, at.step_in_epoch, trainer.plan.steps_per_epoch)
-    (loss / group if group > 1 else loss).backward()
-    if is_last:
-        clip(trainer.model, config.optim.clip)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        if trainer.ema is not None:
-            trainer.ema.update(trainer.model, at.step // config.optim.accumulate)
-    return torch.stack([loss.detach(), correct, counted])
+    (loss * trainer.updater.scale / group).backward()
+    norm = trainer.updater.step() if is_last else torch.full_like(loss, UNKNOWN)
+    if is_last and trainer.ema is not None:
+        trainer.ema.update(trainer.model, at.step // config.optim.accumulate)
+    return torch.stack([loss.detach(), correct, counted, norm])
 
 
 def accumulation(accumulate: int, step: int, steps: int) -> tuple[int, bool]:
@@ -286,17 +347,23 @@ def is_compiled(config: Config, device: torch.device) -> bool:
     return config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
 
 
-def read_steps(steps: list[Tensor], at: Progressed) -> None:
+def read_steps(steps: list[Tensor], trainer: Trainer) -> None:
     """Adds the steps since the last look to the epoch's sums; waits for the device. UserError where training has diverged."""
     if not steps:
         return
-    loss, correct, counted = torch.stack(steps).sum(dim=0).tolist()
+    at, rows = trainer.at, torch.stack(steps).tolist()
     steps.clear()
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is not finite at epoch {at.epoch + 1}, step {at.step_in_epoch}: lower optim.lr or set optim.clip=1"
-        )
-    at.loss_sum, at.correct, at.counted = at.loss_sum + loss, at.correct + correct, at.counted + counted
+    for loss, correct, counted, _ in rows:
+        if math.isfinite(loss):
+            at.loss_sum, at.summed = at.loss_sum + loss, at.summed + 1
+            at.correct, at.counted = at.correct + correct, at.counted + counted
+    is_finite = [math.isfinite(norm) for *_, norm in rows if norm != UNKNOWN]
+    skipped, at.skipped_in_row = trainer.guard.look(is_finite, at.skipped_in_row, f"epoch {at.epoch + 1}, step {at.step_in_epoch}")
+    at.skipped += skipped
+
+
+def mean_loss(at: Progressed) -> float:
+    return at.loss_sum / max(1, at.summed)
 
 
 def train_top1(at: Progressed) -> float:
@@ -315,9 +382,9 @@ def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None)
     """Scores the predictions, writes the line of metrics.jsonl, and moves on to the next epoch."""
     at = trainer.at
     record: dict[str, Any] = {
-        "epoch": at.epoch, "step": at.step, "loss": at.loss_sum / max(1, at.step_in_epoch),
-        "train_top1": train_top1(at), "lr": trainer.optimizer.param_groups[-1]["lr"],
-        "images_per_second": rate, "seconds": at.seconds,
+        "epoch": at.epoch, "step": at.step, "loss": mean_loss(at),
+        "train_top1": train_top1(at), "lr": trainer.updater.optimizer.param_groups[-1]["lr"],
+        "images_per_second": rate, "seconds": at.seconds, "skipped_steps": at.skipped,
     }  # fmt: skip
     if predictions is not None:
         figures = score(predictions, trainer.space)
@@ -326,7 +393,8 @@ def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None)
             at.best = {"epoch": at.epoch + 1, **{name: figures[name] for name in ("top1", "many", "medium", "few")}}
     with (trainer.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-    at.epoch, at.step_in_epoch, at.loss_sum, at.correct, at.counted = at.epoch + 1, 0, 0.0, 0.0, 0.0
+    at.epoch, at.step_in_epoch = at.epoch + 1, 0
+    at.loss_sum, at.summed, at.correct, at.counted = 0.0, 0, 0.0, 0.0
     return record
 
 
@@ -336,16 +404,27 @@ def evaluated_model(trainer: Trainer) -> Classifier:
 
 def evaluate(trainer: Trainer) -> Predictions:
     geometry = evaluation_geometry(trainer.config.data)
-    batches = evaluation_batches(trainer.pack.val, geometry, EVALUATION_BATCH)
+    batches = until_asked_to_stop(trainer, evaluation_batches(trainer.pack.val, geometry, EVALUATION_BATCH))
     model, data = evaluated_model(trainer), trainer.config.data
     return predict(model, trainer.val_loader, batches, data, trainer.space, trainer.device, trainer.dtype)
 
 
+def until_asked_to_stop(trainer: Trainer, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """A run that goes on evaluates once more."""
+    for batch in batches:
+        if trainer.stop.made:
+            save(trainer)
+            stop_if_asked(trainer)
+        yield batch
+
+
 def save(trainer: Trainer) -> None:
-    state = {"class_space": ckpt.class_space_id(trainer.space), "pack": trainer.pack.id, "at": vars(trainer.at)}
-    keep = trainer.config.train.keep
+    at = copy.deepcopy(vars(trainer.at))  # it goes on while this is written
+    state = {"class_space": ckpt.class_space_id(trainer.space), "pack": trainer.pack.id, "at": at}
+    state["loss_scale"] = trainer.updater.state()
     ema = trainer.ema.model if trainer.ema is not None else None
-    ckpt.save_checkpoint(trainer.run, trainer.at.step, trainer.model, trainer.optimizer, ema, state, keep)
+    tensors = ckpt.snapshot(trainer.model, trainer.updater.optimizer, ema)
+    trainer.writer.write(trainer.run, trainer.at.step, tensors, state, trainer.config.train.keep)
 
 
 def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
@@ -359,6 +438,7 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
         "best": trainer.at.best, "epochs": trainer.config.train.epochs, "confusion": confusions(predictions),
         "seconds": trainer.at.seconds, "images": trainer.at.images,
         "images_per_second": trainer.at.images / max(1e-9, trainer.at.seconds), "damaged_images": len(trainer.at.damaged),
+        "skipped_steps": trainer.at.skipped,
     }  # fmt: skip
     write_text(trainer.run / "result.json", json.dumps(result, indent=1) + "\n")
     return result

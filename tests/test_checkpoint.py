@@ -31,7 +31,7 @@ def stepped(seed, name="sgd", channels_last=False):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_restored_run_takes_the_same_step_bit_for_bit(tmp_path, name, channels_last):
     model, optimizer = stepped(0, name, channels_last)
-    ckpt.save_checkpoint(tmp_path, 2, model, optimizer, None, {"class_space": ckpt.class_space_id(SPACE)}, keep=2)
+    ckpt.write_checkpoint(tmp_path, 2, ckpt.snapshot(model, optimizer, None), {"class_space": ckpt.class_space_id(SPACE)}, keep=2)
     other, other_optimizer = stepped(1, name, channels_last)
     ckpt.load_checkpoint(ckpt.checkpoints(tmp_path)[-1], other, other_optimizer)
     images = torch.rand(4, 3, 16, 16)
@@ -50,7 +50,7 @@ def test_a_restored_run_takes_the_same_step_bit_for_bit(tmp_path, name, channels
 def test_only_the_last_ones_are_kept_and_nothing_partial_stays(tmp_path):
     model, optimizer = stepped(0)
     for step in (1, 2, 3):
-        ckpt.save_checkpoint(tmp_path, step, model, optimizer, None, {}, keep=2)
+        ckpt.write_checkpoint(tmp_path, step, ckpt.snapshot(model, optimizer, None), {}, keep=2)
     assert [path.name for path in ckpt.checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
     (tmp_path / "checkpoints" / ".step-00000004.ab12.partial").mkdir()
     ckpt.remove_leftovers(tmp_path)
@@ -74,7 +74,7 @@ class Bomb:
 
 def test_a_foreign_file_never_runs_code(tmp_path):
     model, optimizer = stepped(0)
-    ckpt.save_checkpoint(tmp_path, 1, model, optimizer, None, {}, keep=1)
+    ckpt.write_checkpoint(tmp_path, 1, ckpt.snapshot(model, optimizer, None), {}, keep=1)
     path = ckpt.checkpoints(tmp_path)[0]
     (path / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(UserError, match="damaged"):
@@ -86,6 +86,6 @@ def test_a_foreign_file_never_runs_code(tmp_path):
 
 def test_a_model_of_another_shape_is_refused(tmp_path):
     model, optimizer = stepped(0)
-    ckpt.save_checkpoint(tmp_path, 1, model, optimizer, None, {}, keep=1)
+    ckpt.write_checkpoint(tmp_path, 1, ckpt.snapshot(model, optimizer, None), {}, keep=1)
     with pytest.raises(UserError, match="does not fit"):
         ckpt.load_checkpoint(ckpt.checkpoints(tmp_path)[0], Classifier(CifarResNet(14), LinearHead(64, 4)))

@@ -140,7 +140,7 @@ def test_a_run_killed_with_9_goes_on_to_the_same_bits(small_pack, tmp_path, mome
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(small_pack, tmp_path):
     """Wherever the kills fall: in the start, in a step, in an evaluation, while a checkpoint is written."""
-    settings = [*SMALL, "train.epochs=150", "train.checkpoint_minutes=0.0005"]
+    settings = [*SMALL, "train.epochs=400", "train.checkpoint_minutes=0.0005"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     train(load_config("cifar100-siblings", [*settings, f"data.pack={json.dumps(str(small_pack))}"]), undisturbed, QUIET)
     command = [
@@ -155,7 +155,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(small_pack, tmp_
         str(killed),
         *settings,
     ]
-    for delay in np.random.default_rng(0).uniform(0, 0.2, 8):
+    for delay in np.random.default_rng(0).uniform(0, 0.2, 20):
         kill_once_checkpointed(command, killed, delay)
     assert not (killed / "result.json").exists()
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
@@ -314,6 +314,9 @@ def test_a_step_draws_the_same_whatever_came_before():
     assert len({step_seed(seed, step, stream) for seed in range(3) for step in range(3) for stream in range(2)}) == 18
 
 
-def test_a_diverged_run_says_so(small_pack, tmp_path):
-    with pytest.raises(UserError, match="the loss is not finite"):
-        train(config_of(small_pack, "optim.lr=1e30"), tmp_path / "run", QUIET)
+def test_a_diverged_run_says_so_and_names_the_images(small_pack, tmp_path):
+    with pytest.raises(UserError, match=r"not finite in 4 steps in a row, up to epoch \d, step \d+: lower optim\.lr"):
+        train(config_of(small_pack, "optim.lr=1e30", "train.max_skipped=4"), tmp_path / "run", QUIET)
+    lines = (tmp_path / "run/nonfinite.txt").read_text().splitlines()
+    assert len({line.split(":")[0] for line in lines}) == 4 and "train-000000.tar:" in lines[0]
+    assert len(lines) > 3 * 16

@@ -3,7 +3,6 @@
 The shards depend on the collection and the options alone, not on the number of workers.
 """
 
-import hashlib
 import json
 import time
 from collections import Counter
@@ -32,7 +31,7 @@ from fastlt.data.region import check_transcoder
 from fastlt.data.shards import ShardWriter, member_keys
 from fastlt.data.stored import ImageSettings, Stored, store_batch
 from fastlt.errors import UserError
-from fastlt.files import whole_file, write_text
+from fastlt.files import sha256_of, whole_file, write_text
 
 BATCH = 16  # images that travel to a worker at a time
 SHOWN = 3  # examples of what was skipped, on screen; the manifest holds all
@@ -92,7 +91,7 @@ def verify_pack(path: Path, console: Console | None = None) -> int:
         task = progress.add_task("verifying", total=sum(entry["size"] for entry in files.values()))
         for name, entry in files.items():
             try:
-                matches = _sha256(path / name) == entry["sha256"]
+                matches = sha256_of(path / name) == entry["sha256"]
             except OSError as error:
                 raise UserError(f"cannot read {path / name}: {error.strerror}; copy the pack again or pack again") from error
             if not matches:
@@ -240,15 +239,7 @@ def _manifest(options: PackOptions, space: ClassSpace, splits: dict[str, Packed]
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _print_summary(

@@ -1,6 +1,11 @@
 """The `torch` engine: the worker processes of a DataLoader. With exact decoding it is the reference, Pillow alone."""
 
+import ctypes
+import signal
+import sys
+import threading
 from collections.abc import Generator, Iterable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +19,7 @@ from fastlt.data.region import decode_boxes
 from fastlt.errors import UserError
 
 Made = tuple[torch.Tensor, dict[int, str]]  # images, and those that could not be decoded, with the reason
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 PATIENCE = 300  # seconds for one batch: far more than any takes, but not for ever
 
 
@@ -63,6 +69,7 @@ class TorchEngine:
             self._loader = DataLoader(
                 self._dataset, batch_size=None, sampler=self._epoch, num_workers=self._workers,
                 persistent_workers=several, timeout=PATIENCE if several else 0,
+                worker_init_fn=partial(begin_worker, threading.current_thread() is threading.main_thread()),
                 multiprocessing_context="spawn" if several and self._dataset.split.remote is not None else None,
             )  # fmt: skip
         return iter(self._loader)
@@ -107,6 +114,15 @@ class BatchDataset(Dataset):
                 raise
             damaged[image] = str(error)
             return stand_in(self.split, image, box, flip, self.size, str(error))
+
+
+def begin_worker(by_main_thread: bool, number: int) -> None:
+    """Signals are for the training, which ends its workers; where it was killed itself, the system does: with the thread that
+    made them, so that it must be the one that lives longest."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if by_main_thread and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
 
 
 class EpochSampler(Sampler[Batch]):
