@@ -111,18 +111,33 @@ def train(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at an image that cannot be decoded, instead of taking another: data.strict=true.")
     ] = False,
+    nproc: Annotated[
+        int, typer.Option(min=0, help="Processes on this machine, one for each GPU; 0: this one alone, or those of torchrun.")
+    ] = 0,
+    restarts: Annotated[int, typer.Option(min=0, help="With --nproc: how often all are started again where one dies.")] = 3,
 ) -> None:
-    """Train a classifier on a PACK. Killed at any moment and called again, it goes on."""
+    """Train a classifier on a PACK. Killed at any moment and called again, it goes on.
+
+    On several machines: torchrun --nnodes ... --nproc-per-node ... --max-restarts 3 -m fastlt train ...
+    """
+    from fastlt.distributed import is_first, launch
     from fastlt.report import write_report
     from fastlt.stopping import Stopped
     from fastlt.train import train as train_run
 
     flags = [*(["data.decode=exact"] if exact_decode else []), *(["data.strict=true"] if strict else [])]
     config = load_config(recipe, [*(settings or []), *flags, as_override("data.pack", pack_place(data))])
+    if nproc:
+        shown = [f"--{name.replace('_', '-')}" for name, given in (("exact_decode", exact_decode), ("strict", strict)) if given]
+        launch(["train", recipe, "--data", data, "--out", str(out), *shown, *(settings or [])], nproc, restarts)
+        return
     try:
         result = train_run(config, out, console)
     except Stopped as stopped:
-        console.print(str(stopped))
+        if is_first():
+            console.print(str(stopped))
+        return
+    if not is_first():
         return
     print_result(result, str(out))
     console.print(f"report: {write_report(out)}")

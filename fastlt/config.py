@@ -37,8 +37,9 @@ class ModelConfig(Section):
     pretrained: bool = False  # timm's weights for the name
     weights: str = ""  # a local safetensors file with backbone weights
     drop_path: Share = 0.0
-    head: Literal["linear", "cosine"] = "linear"
+    head: Literal["linear", "cosine", "class-parallel"] = "linear"  # class-parallel: each rank holds a part of the classes
     head_scale: Positive = 30.0  # of the cosine head
+    sync_bn: bool = False  # batch norm over the images of all GPUs
     head_weights: str = ""  # a local safetensors file: `weight` (T or C, D) to start the head from, e.g. CLIP text features
 
 
@@ -157,6 +158,10 @@ class Config(Section):
         yield (
             loss.name == "ldam" and self.model.head != "cosine",
             "loss.name=ldam needs model.head=cosine, as its margins are angles",
+        )
+        yield (
+            self.model.head == "class-parallel" and loss.name not in LINEAR_LOSSES,
+            f"model.head=class-parallel does not go with loss.name={loss.name}: choose one of {', '.join(LINEAR_LOSSES)}",
         )
         yield loss.drw_epoch > 0 and loss.name != "ldam", "loss.drw_epoch is for loss.name=ldam: set it to 0"
         yield (

@@ -12,8 +12,6 @@ from fastlt.data.packed import Split
 from fastlt.errors import UserError
 from fastlt.files import write_text
 
-LIST = "nonfinite.txt"
-
 
 class Begun(NamedTuple):
     """An optimiser step on its way, and the images of its batches."""
@@ -23,11 +21,11 @@ class Begun(NamedTuple):
 
 
 class Guard:
-    """most: steps in a row. Looks come late, so that no step has to wait for the device."""
+    """most: steps in a row; listed: the file that names their images. Looks come late: no step has to wait for the device."""
 
-    def __init__(self, models: list[nn.Module], most: int, run: Path, split: Split) -> None:
+    def __init__(self, models: list[nn.Module], most: int, listed: Path, split: Split) -> None:
         self._buffers = [buffer for model in models for buffer in model.buffers() if buffer.is_floating_point()]
-        self._most, self._run, self._split = most, run, split
+        self._most, self._listed, self._split = most, listed, split
         self._group: list[np.ndarray] = []
         self._begun: list[Begun] = []
         self._skipped: deque[Begun] = deque(maxlen=most)
@@ -68,8 +66,8 @@ class Guard:
 
     def _give_up(self, in_row: int, where: str) -> None:
         lines = [f"step {step}: {self._split.where(image)}" for step, images in self._skipped for image in images.tolist()]
-        write_text(self._run / LIST, "\n".join(lines) + "\n")
+        write_text(self._listed, "\n".join(lines) + "\n")
         raise UserError(
             f"the gradient was not finite in {in_row} steps in a row, up to {where}: lower optim.lr or set optim.clip=1; "
-            f"{self._run / LIST} names the images of these steps"
+            f"{self._listed} names the images of these steps"
         )

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,7 +17,14 @@ from fastlt.classes import ClassSpace
 from fastlt.config import LINEAR_LOSSES, LossConfig
 from fastlt.errors import UserError
 from fastlt.model import Classifier, CosineHead, LinearHead
-from fastlt_kernels import ClassGraph, LossOutput, linear_neighbor_silencing_outputs, neighbor_silencing_outputs
+from fastlt_kernels import (
+    ClassGraph,
+    ClassParallelLinear,
+    LossOutput,
+    class_parallel_outputs,
+    linear_neighbor_silencing_outputs,
+    neighbor_silencing_outputs,
+)
 
 FUSE_FROM_CLASSES = 4096  # below, the logits of a batch are small and a plain product is at least as fast
 
@@ -42,8 +50,12 @@ def focal(logits: Tensor, target: Tensor, *, gamma: float) -> Tensor:
 
 
 def weighted_ce(logits: Tensor, target: Tensor, *, weights: Tensor | None) -> Tensor:
-    """Cross entropy with a weight per class, divided by the sum of the weights in the batch (as torch does)."""
-    return F.cross_entropy(logits.float(), target, weight=weights)
+    """Cross entropy with a weight per class, divided by the sum of the weights in the batch (as torch does), of all ranks."""
+    if weights is None or not dist.is_initialized():
+        return F.cross_entropy(logits.float(), target, weight=weights)
+    total = weights[target].sum()
+    dist.all_reduce(total)
+    return F.cross_entropy(logits.float(), target, weight=weights, reduction="sum") * (dist.get_world_size() / total)
 
 
 def margins(counts: Tensor, max_margin: float) -> Tensor:
@@ -134,9 +146,12 @@ def _linear_in_the_label(
         "silence": config.silence if silent is not None else 1.0,
         "label_smoothing": config.label_smoothing,
     }
+    if isinstance(model.head, ClassParallelLinear):
+        of_features: Callable[..., LossOutput] = partial(class_parallel_outputs, num_classes=space.num_classes, **options)
+        return Criterion(partial(neighbor_silencing_outputs, **options), space.num_targets, of_features)
     fuse = isinstance(model.head, LinearHead) and space.num_classes >= FUSE_FROM_CLASSES
-    of_features = partial(linear_neighbor_silencing_outputs, **options) if fuse else None
-    return Criterion(partial(neighbor_silencing_outputs, **options), space.num_targets, of_features)
+    fused = partial(linear_neighbor_silencing_outputs, **options) if fuse else None
+    return Criterion(partial(neighbor_silencing_outputs, **options), space.num_targets, fused)
 
 
 def silencing_graph(config: LossConfig, space: ClassSpace) -> ClassGraph | None:

@@ -20,6 +20,15 @@ class Predictions:
     confidence: np.ndarray  # (n,) float32, softmax over the targets of the predicted class
 
 
+def joined_predictions(parts: list[Predictions]) -> Predictions:
+    """Of several ranks, in the order of the images."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = {name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])}
+    order = np.argsort(columns["image"], kind="stable")
+    return Predictions(**{name: values[order] for name, values in columns.items()})
+
+
 def score(predictions: Predictions, space: ClassSpace) -> dict[str, Any]:
     """The figures of result.json that one evaluation gives."""
     right = predictions.predicted == predictions.label

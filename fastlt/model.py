@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from fastlt.config import ModelConfig, did_you_mean
 from fastlt.errors import UserError
+from fastlt_kernels import ClassParallelLinear, shard_of
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 
@@ -82,10 +84,13 @@ class CosineHead(nn.Module):
         return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
 
 
+Head = LinearHead | CosineHead | ClassParallelLinear
+
+
 class Classifier(nn.Module):
     """A backbone and a head over C classes; the first T rows of the head are the targets."""
 
-    def __init__(self, backbone: nn.Module, head: LinearHead | CosineHead):
+    def __init__(self, backbone: nn.Module, head: Head):
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -101,10 +106,40 @@ def build_model(config: ModelConfig, classes: int, size: int) -> Classifier:
     if config.weights:
         load_backbone(backbone, Path(config.weights))
     features = int(backbone.num_features)  # type: ignore[arg-type]
-    head = CosineHead(features, classes, config.head_scale) if config.head == "cosine" else LinearHead(features, classes)
+    head = build_head(config, features, classes)
     if config.head_weights:
         start_head(head, Path(config.head_weights))
     return Classifier(backbone, head)
+
+
+def build_head(config: ModelConfig, features: int, classes: int) -> Head:
+    if config.head == "class-parallel":
+        return ClassParallelLinear(features, classes, seed=int(torch.randint(2**31, ())))
+    return CosineHead(features, classes, config.head_scale) if config.head == "cosine" else LinearHead(features, classes)
+
+
+@torch.no_grad()
+def whole_targets(model: Classifier, num_targets: int) -> Classifier:
+    """The model with a head of the targets alone, where each rank has but its own classes; all ranks have to ask together."""
+    if not isinstance(model.head, ClassParallelLinear):
+        return model
+    parts = [[], []]  # type: list[list[Tensor]]
+    world = dist.get_world_size(model.head.group)
+    for rank in range(world):
+        shard = shard_of(model.head.num_classes, rank, world)
+        rows = max(0, min(shard.stop, num_targets) - shard.start)
+        for part, parameter in zip(parts, (model.head.weight, model.head.bias), strict=True):
+            assert parameter is not None
+            sent = parameter.new_zeros(rows, *parameter.shape[1:])
+            if rank == dist.get_rank(model.head.group):
+                sent.copy_(parameter[:rows])
+            if rows:
+                dist.broadcast(sent, rank, group=model.head.group)
+            part.append(sent)
+    head = LinearHead(model.head.in_features, num_targets).to(model.head.weight.device)
+    head.weight.copy_(torch.cat(parts[0]))
+    head.bias.copy_(torch.cat(parts[1]))
+    return Classifier(model.backbone, head)
 
 
 def cifar_backbone(config: ModelConfig) -> nn.Module | None:
@@ -156,7 +191,7 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
     backbone.load_state_dict({name: weights[name] for name in own})
 
 
-def start_head(head: LinearHead | CosineHead, path: Path) -> None:
+def start_head(head: Head, path: Path) -> None:
     """Copies the rows of `weight` in the file, (T, D) or (C, D), into the first rows of the head."""
     rows = read_weights(path).get("weight")
     if rows is None or rows.ndim != 2 or rows.shape[1] != head.weight.shape[1] or len(rows) > len(head.weight):

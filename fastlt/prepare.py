@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from fastlt.data.augment import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.packed import Pack
 from fastlt.data.plan import Plan, Sampling, spread_budget
+from fastlt.distributed import ALONE, Ranks
 from fastlt.errors import UserError
 from fastlt.guard import Guard
 from fastlt.losses import Step, silencing_graph
@@ -23,6 +24,7 @@ from fastlt.model import Classifier, build_model
 from fastlt.optim import Averaged, averaged, build_optimizer, lr_factor
 from fastlt.stopping import StopRequest
 from fastlt.update import Updater
+from fastlt_kernels import ClassParallelLinear
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -46,6 +48,13 @@ class Progressed:
     damaged: list[int] = field(default_factory=list)  # training images that could not be decoded, and were replaced
 
 
+class Phase(NamedTuple):
+    """Of epochs that train the same parameters by the same loss."""
+
+    drw: bool
+    frozen: bool  # the backbone
+
+
 @dataclass
 class Trainer:
     """All that a run needs, made once by `prepare`."""
@@ -54,6 +63,7 @@ class Trainer:
     run: Path
     pack: Pack
     space: ClassSpace
+    ranks: Ranks
     plan: Plan
     device: torch.device
     dtype: torch.dtype
@@ -67,26 +77,30 @@ class Trainer:
     at: Progressed
     writer: Writer
     stop: StopRequest
-    forward: dict[bool, Callable[..., Step]] = field(default_factory=dict)  # by `in_drw`: compiled once, not once an epoch
+    forward: tuple[Phase, Callable[..., Step]] | None = None  # compiled once, not once an epoch
 
 
-def prepare(config: Config, run: Path, pack: Pack) -> Trainer:
-    device, dtype = choose_device(config)
+def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trainer:
+    device, dtype = choose_device(config, ranks.local)
     space = pack.space if config.data.auxiliary else pack.space.targets_only()
     data = config.data
-    plan = build_plan(config, pack, size_at(data, 0))
+    plan = build_plan(config, pack, size_at(data, 0), ranks)
     if plan.steps_per_epoch == 0:
         raise UserError(
             f"an epoch has {plan.images_per_epoch} images, less than one batch of {config.data.batch}: set data.batch lower"
         )
     torch.manual_seed(config.train.seed)
     model = on_device(build_model(config.model, space.num_classes, data.size), config, device)
+    if config.model.sync_bn:
+        model = synchronised(model, ranks, device)
     check_sizes(model, config, device)
     ema = averaged(config.optim, model)
-    updater = Updater(build_optimizer(config.optim, model, data.batch), config.optim.clip, dtype == torch.float16)
-    guard = Guard([model, *([ema.model] if ema else [])], config.train.max_skipped, run, pack.train)
+    sharded = list(model.head.parameters()) if isinstance(model.head, ClassParallelLinear) else []
+    updater = Updater(build_optimizer(config.optim, model, data.batch), config.optim.clip, dtype == torch.float16, sharded)
+    listed = run / ("nonfinite.txt" if ranks.is_first else f"nonfinite-rank{ranks.rank}.txt")
+    guard = Guard([model, *([ema.model] if ema else [])], config.train.max_skipped, listed, pack.train)
     return Trainer(
-        config, run, pack, space, plan, device, dtype,
+        config, run, pack, space, ranks, plan, device, dtype,
         train_loader(data, pack, device, plan.geometry.size), val_loader(data, pack, device),
         model, ema, updater, guard, lr_factor(config.schedule, config.train.epochs), Progressed(), Writer(), StopRequest(),
     )  # fmt: skip
@@ -110,7 +124,7 @@ def grow(trainer: Trainer) -> None:
     size = size_at(trainer.config.data, trainer.at.epoch)
     if size != trainer.plan.geometry.size:
         trainer.train_loader.close()
-        trainer.plan = build_plan(trainer.config, trainer.pack, size)
+        trainer.plan = build_plan(trainer.config, trainer.pack, size, trainer.ranks)
         trainer.train_loader = train_loader(trainer.config.data, trainer.pack, trainer.device, size)
 
 
@@ -127,8 +141,12 @@ def val_loader(data: DataConfig, pack: Pack, device: torch.device) -> Loader:
     return Loader(pack.val, data.size, data.engine, data.workers, pack.beton.get("val"), decode=decode, device=device)
 
 
-def choose_device(config: Config) -> tuple[torch.device, torch.dtype]:
+def choose_device(config: Config, local: int = 0) -> tuple[torch.device, torch.dtype]:
+    """local: of several processes on this machine, each of which takes a GPU of its own."""
     device = find_device(config.train.device)
+    if device.type == "cuda" and device.index is None:
+        device = find_device(f"cuda:{local}")
+        torch.cuda.set_device(device)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     return device, PRECISIONS[config.train.precision if config.train.precision != "auto" else best_precision(device)]
@@ -149,20 +167,26 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def synchronised(model: Classifier, ranks: Ranks, device: torch.device) -> Classifier:
+    if ranks.world > 1 and device.type != "cuda":
+        raise UserError("model.sync_bn needs GPUs: set it to false")
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 def on_device(model: Classifier, config: Config, device: torch.device) -> Classifier:
     """The model on the device, in the memory format of the configuration."""
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if config.train.channels_last else model  # type: ignore[call-overload]
 
 
-def build_plan(config: Config, pack: Pack, size: int | None = None) -> Plan:
+def build_plan(config: Config, pack: Pack, size: int | None = None, ranks: Ranks = ALONE) -> Plan:
     """The training order, for images of `size` pixels a side: by default those of the last epoch."""
     data, space = config.data, pack.space
     geometry = Geometry(data.crop, size or data.size, data.flip, data.scale, data.ratio, data.padding, data.eval_resize)
     sampling = Sampling(data.target_sampling, budgets_of(data, space), data.repeats)
     return Plan(
         pack.train, space.num_targets, space.num_classes, geometry, sampling, data.batch, config.train.seed, data.drop_last,
-        window=window_of(data, pack),
+        ranks.rank, ranks.world, window_of(data, pack),
     )  # fmt: skip
 
 
@@ -208,13 +232,14 @@ def introduce(trainer: Trainer, console: Console) -> None:
     silenced = (
         "nothing" if graph is None else f"{graph.num_pairs:,} pairs ({config.loss.directions}), lambda_s = {config.loss.silence:g}"
     )
+    several = f"{trainer.ranks.world} processes on " if trainer.ranks.world > 1 else ""
     lines = {
         "classes": f"{space.num_targets:,} targets ({groups}) + {space.num_auxiliaries:,} auxiliaries",
         "silenced": silenced,
         "images": f"{plan.images_per_epoch:,} an epoch, of which {auxiliary_images:,} auxiliary; "
         f"{plan.steps_per_epoch:,} steps of {config.data.batch}",
         "model": f"{config.model.name}, {parameters:.2f} M parameters; loss {config.loss.name}; {optimiser}",
-        "machine": f"{trainer.device}, {str(trainer.dtype).removeprefix('torch.')}, "
+        "machine": f"{several}{trainer.device.type}, {str(trainer.dtype).removeprefix('torch.')}, "
         f"loader {trainer.train_loader.engine_name}, {trainer.train_loader.decode} decode",
     }
     for name, text in lines.items():

@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,23 @@ from fastlt.data.mixture import mix_packs
 from fastlt.data.packed import Pack, open_pack
 from fastlt.data.plan import Batch, evaluation_batches
 from fastlt.data.randaugment import randaugment
+from fastlt.distributed import ALONE, Ranks, joined
 from fastlt.errors import UserError
 from fastlt.evaluate import EVALUATION_BATCH, evaluation_geometry, predict, save_predictions
 from fastlt.export import export_safetensors
-from fastlt.files import write_text
+from fastlt.files import sibling, write_text
+from fastlt.forward import build_forward
 from fastlt.losses import Step, build_criterion, in_drw
-from fastlt.metrics import Predictions, confusions, score
-from fastlt.model import Classifier
+from fastlt.metrics import Predictions, confusions, joined_predictions, score
+from fastlt.model import Classifier, whole_targets
 from fastlt.optim import set_lr
-from fastlt.prepare import Progressed, Trainer, grow, introduce, prepare
+from fastlt.prepare import Phase, Progressed, Trainer, grow, introduce, prepare
 from fastlt.stopping import Stopped, stop_on_signals
 
 DAMAGED_SHOWN = 5  # images that are named at the end of an epoch
 LOCK = ".lock"
 UNKNOWN = -1.0  # the norm of a gradient that is still being accumulated
+ASK_EVERY = 10  # steps, of several ranks: whether one of them wants a checkpoint, or to stop
 READ_LOSS_EVERY = 20  # steps between looks at the loss: each look waits for the device
 
 
@@ -56,23 +59,32 @@ def train(config: Config, run: Path, console: Console) -> dict[str, Any]:
 
     Raises Stopped where SIGTERM or Ctrl-C ended it early, once it is saved.
     """
-    pack = open_packs(config.data)
-    with only_run(run), disk_errors(run), stop_on_signals(console) as stop:
-        check_config(config, run)
-        trainer = prepare(config, run, pack)
-        trainer.stop = stop
-        try:
-            write_text(run / "config.toml", to_toml(config))
-            resume(trainer, console)
-            if trainer.at.epoch == config.train.epochs and (run / "result.json").is_file():
-                console.print(f"{run} has finished already")
-                return json.loads((run / "result.json").read_text(encoding="utf-8"))
-            introduce(trainer, console)
-            return finish(trainer, fit(trainer, console))
-        finally:
-            trainer.train_loader.close()
-            trainer.val_loader.close()
-            trainer.writer.close()
+    with joined(config.model.head == "class-parallel") as ranks:
+        if not ranks.is_first:
+            console = Console(quiet=True)
+        pack = open_packs(config.data)
+        with only_run(run, ranks), disk_errors(run), stop_on_signals(console) as stop:
+            check_config(config, run)
+            trainer = prepare(config, run, pack, ranks)
+            trainer.stop = stop
+            try:
+                return carry_out(trainer, console)
+            finally:
+                trainer.train_loader.close()
+                trainer.val_loader.close()
+                trainer.writer.close()
+
+
+def carry_out(trainer: Trainer, console: Console) -> dict[str, Any]:
+    config, run = trainer.config, trainer.run
+    if trainer.ranks.is_first:
+        write_text(run / "config.toml", to_toml(config))
+    resume(trainer, console)
+    if trainer.at.epoch == config.train.epochs and (run / "result.json").is_file():
+        console.print(f"{run} has finished already")
+        return json.loads((run / "result.json").read_text(encoding="utf-8"))
+    introduce(trainer, console)
+    return finish(trainer, fit(trainer, console))
 
 
 def open_packs(data: DataConfig) -> Pack:
@@ -87,8 +99,11 @@ def open_packs(data: DataConfig) -> Pack:
 
 
 @contextmanager
-def only_run(run: Path) -> Iterator[None]:
+def only_run(run: Path, ranks: Ranks = ALONE) -> Iterator[None]:
     """Two trainings in one RUN folder would overwrite each other. The kernel releases the lock however the process ends."""
+    if not ranks.is_first:
+        yield
+        return
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -144,9 +159,12 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def resume(trainer: Trainer, console: Console) -> None:
-    """Takes up the newest checkpoint that is sound and cuts metrics.jsonl back to it."""
-    ckpt.remove_leftovers(trainer.run)
-    if saved := newest_sound(trainer.run, console):
+    """Takes up the newest checkpoint that is sound and cuts metrics.jsonl back to it. The first rank says which one."""
+    saved = None
+    if trainer.ranks.is_first:
+        ckpt.remove_leftovers(trainer.run)
+        saved = newest_sound(trainer.run, console)
+    if saved := trainer.ranks.firsts(saved):
         state = ckpt.read_state(saved)
         ckpt.check_pack(saved, state, trainer.space, trainer.pack.id)
         ema = trainer.ema.model if trainer.ema is not None else None
@@ -155,7 +173,8 @@ def resume(trainer: Trainer, console: Console) -> None:
         trainer.guard.keep()
         trainer.at = Progressed(**state["at"])
         console.print(f"going on from {saved.name}: epoch {trainer.at.epoch + 1}, step {trainer.at.step_in_epoch}")
-    keep_lines(trainer.run / "metrics.jsonl", trainer.at.epoch)
+    if trainer.ranks.is_first:
+        keep_lines(trainer.run / "metrics.jsonl", trainer.at.epoch)
 
 
 def newest_sound(run: Path, console: Console) -> Path | None:
@@ -189,8 +208,8 @@ def fit(trainer: Trainer, console: Console) -> Predictions | None:
     """All epochs that are left. Returns the predictions of the last one, None where none was left."""
     config, at = trainer.config, trainer.at
     predictions = None
-    writer = SummaryWriter(str(trainer.run), purge_step=at.step + 1)
-    with writer, progress_bar(console) as bar:
+    events = SummaryWriter(str(trainer.run), purge_step=at.step + 1) if trainer.ranks.is_first else None
+    with events or nullcontext(), progress_bar(console) as bar:
         task = bar.add_task("", total=config.train.epochs * trainer.plan.steps_per_epoch, completed=at.step, rate=0.0, note="")
         while at.epoch < config.train.epochs:
             grow(trainer)
@@ -199,8 +218,8 @@ def fit(trainer: Trainer, console: Console) -> Predictions | None:
             predictions = evaluate(trainer) if is_evaluated(config, at.epoch) else None
             record = record_epoch(trainer, rate, predictions)
             for name, value in record.items():
-                if isinstance(value, float):
-                    writer.add_scalar(name, value, at.step)
+                if events is not None and isinstance(value, float):
+                    events.add_scalar(name, value, at.step)
             if "top1" in record:
                 bar.console.print(epoch_line(record, config.train.epochs), highlight=False, soft_wrap=True)
             save(trainer)
@@ -212,8 +231,8 @@ def fit(trainer: Trainer, console: Console) -> Predictions | None:
 def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float:
     """One epoch from where `trainer.at` stands. Returns images/s."""
     config, at, plan = trainer.config, trainer.at, trainer.plan
-    forward = forward_of(trainer, at.epoch)
     set_modes(trainer)
+    forward = forward_of(trainer, at.epoch)
     steps: list[Tensor] = []
     began = last_saved = time.perf_counter()
     images_before, seconds_before = at.images, at.seconds
@@ -221,14 +240,18 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
         _, is_last = accumulation(config.optim.accumulate, at.step_in_epoch, plan.steps_per_epoch)
         trainer.guard.begin(at.step, batch.images, is_last)
         steps.append(train_step(trainer, forward, batch, pixels))
-        at.step, at.step_in_epoch, at.images = at.step + 1, at.step_in_epoch + 1, at.images + len(batch.labels)
+        at.step, at.step_in_epoch, at.images = (
+            at.step + 1,
+            at.step_in_epoch + 1,
+            at.images + len(batch.labels) * trainer.ranks.world,
+        )
         if at.step % READ_LOSS_EVERY == 0:
             read_steps(steps, trainer)
             report(
                 (at.images - images_before) / (time.perf_counter() - began),
                 f"epoch {at.epoch + 1} loss {mean_loss(at):.3f} train {train_top1(at):.1f}",
             )
-        if is_last and at.step_in_epoch < plan.steps_per_epoch and (trainer.stop.made or is_due(config.train, at.step, last_saved)):
+        if is_last and at.step_in_epoch < plan.steps_per_epoch and asks_for_checkpoint(trainer, last_saved):
             read_steps(steps, trainer)
             at.seconds = seconds_before + time.perf_counter() - began
             save(trainer)
@@ -240,8 +263,20 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
     return (at.images - images_before) / max(1e-9, seconds)
 
 
+def asks_for_checkpoint(trainer: Trainer, last_saved: float) -> bool:
+    """Amid an epoch. Several ranks do not agree on the time, nor on when they heard that they are to stop: they ask each other,
+    but not in every step."""
+    wanted = trainer.stop.made or is_due(trainer.config.train, trainer.at.step, last_saved)
+    if trainer.ranks.world == 1:
+        return wanted
+    by_steps = is_due(trainer.config.train, trainer.at.step, math.inf)
+    if not by_steps and trainer.at.step % ASK_EVERY:
+        return False
+    trainer.stop.made = trainer.ranks.any(trainer.stop.made, trainer.device)
+    return trainer.ranks.any(wanted, trainer.device)
+
+
 def is_due(config: TrainConfig, step: int, last_saved: float) -> bool:
-    """Whether it is time for a checkpoint amid an epoch."""
     by_steps = config.checkpoint_steps > 0 and step % config.checkpoint_steps == 0
     return by_steps or time.perf_counter() - last_saved > 60 * config.checkpoint_minutes
 
@@ -249,6 +284,7 @@ def is_due(config: TrainConfig, step: int, last_saved: float) -> bool:
 def stop_if_asked(trainer: Trainer) -> None:
     """Right after a checkpoint. Raises Stopped once it is on the disk."""
     at = trainer.at
+    trainer.stop.made = trainer.ranks.any(trainer.stop.made, trainer.device)
     if trainer.stop.made and at.epoch < trainer.config.train.epochs:
         trainer.writer.wait()
         raise Stopped(f"stopped at epoch {at.epoch + 1}, step {at.step_in_epoch}: the same command goes on from there")
@@ -256,7 +292,8 @@ def stop_if_asked(trainer: Trainer) -> None:
 
 def tell_damaged(trainer: Trainer, console: Console) -> None:
     """Names the images that were found to be damaged since the last time."""
-    found = {image: reason for image, reason in trainer.train_loader.damaged.items() if image not in trainer.at.damaged}
+    damaged = {image: reason for part in trainer.ranks.all(trainer.train_loader.damaged) for image, reason in part.items()}
+    found = {image: reason for image, reason in damaged.items() if image not in trainer.at.damaged}
     for reason in list(found.values())[:DAMAGED_SHOWN]:
         console.print(f"[yellow]note:[/] {escape(reason)}; another image of its class was taken", highlight=False, soft_wrap=True)
     if len(found) > DAMAGED_SHOWN:
@@ -275,19 +312,25 @@ def set_modes(trainer: Trainer) -> None:
 def train_step(trainer: Trainer, forward: Callable[..., Step], batch: Batch, pixels: Tensor) -> Tensor:
     """One batch: its `Step` and the norm of the gradient as one tensor (4,), still on the device."""
     config, at, device = trainer.config, trainer.at, trainer.device
-    generator = torch.Generator().manual_seed(step_seed(config.train.seed, at.step, 0))
-    torch.manual_seed(step_seed(config.train.seed, at.step, 1))  # dropout and the like
+    generator = torch.Generator().manual_seed(step_seed(config.train.seed, at.step, 0, trainer.ranks.rank))
+    torch.manual_seed(step_seed(config.train.seed, at.step, 1, trainer.ranks.rank))  # dropout and the like
     factor = trainer.factor(at.epoch + at.step_in_epoch / trainer.plan.steps_per_epoch)
     set_lr(trainer.updater.optimizer, factor)
     images, target, target_b, mix = make_input(config, pixels, torch.from_numpy(batch.labels), generator, device, trainer.dtype)
-    with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
-        loss, correct, counted = forward(trainer.model, images, target, target_b, mix)
     group, is_last = accumulation(config.optim.accumulate, at.step_in_epoch, trainer.plan.steps_per_epoch)
-    (loss * trainer.updater.scale / group).backward()
+    with nullcontext() if is_last else unsynchronised(forward):
+        with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
+            loss, correct, counted = forward(images, target, target_b, mix)
+        (loss * trainer.updater.scale / group).backward()
     norm = trainer.updater.step() if is_last else torch.full_like(loss, UNKNOWN)
     if is_last and trainer.ema is not None:
         trainer.ema.update(trainer.model, at.step // config.optim.accumulate)
     return torch.stack([loss.detach(), correct, counted, norm])
+
+
+def unsynchronised(forward: Callable[..., Step]) -> AbstractContextManager[Any]:
+    """Ranks keep their gradients to themselves, to add more to them."""
+    return getattr(forward, "no_sync", nullcontext)()
 
 
 def accumulation(accumulate: int, step: int, steps: int) -> tuple[int, bool]:
@@ -329,18 +372,21 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def step_seed(seed: int, step: int, stream: int) -> int:
-    return int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, step: int, stream: int, rank: int = 0) -> int:
+    return int(np.random.SeedSequence([seed, step, stream, *([rank] if rank else [])]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def forward_of(trainer: Trainer, epoch: int) -> Callable[..., Step]:
-    """`forward(model, images, target, target_b, mix)` to loss and hits: model and loss as one graph where that is compiled."""
-    drw = in_drw(trainer.config.loss, epoch)
-    if drw not in trainer.forward:
+    """`forward(images, target, target_b, mix)` to loss and hits: model and loss as one graph where that is compiled."""
+    config = trainer.config
+    phase = Phase(in_drw(config.loss, epoch), epoch < config.schedule.head_only_epochs)
+    if trainer.forward is None or trainer.forward[0] != phase:
         counts = torch.from_numpy(trainer.plan.class_counts[: trainer.space.num_classes])
-        criterion = build_criterion(trainer.config.loss, trainer.space, counts, trainer.model, drw, trainer.device)
-        trainer.forward[drw] = torch.compile(criterion.step) if is_compiled(trainer.config, trainer.device) else criterion.step
-    return trainer.forward[drw]
+        criterion = build_criterion(config.loss, trainer.space, counts, trainer.model, phase.drw, trainer.device)
+        trainer.forward = None  # first: what it has hung on the parameters goes with it
+        compiled = is_compiled(config, trainer.device)
+        trainer.forward = phase, build_forward(trainer.model, criterion, trainer.ranks, compiled)
+    return trainer.forward[1]
 
 
 def is_compiled(config: Config, device: torch.device) -> bool:
@@ -351,13 +397,15 @@ def read_steps(steps: list[Tensor], trainer: Trainer) -> None:
     """Adds the steps since the last look to the epoch's sums; waits for the device. UserError where training has diverged."""
     if not steps:
         return
-    at, rows = trainer.at, torch.stack(steps).tolist()
+    at, world = trainer.at, trainer.ranks.world
+    means = torch.tensor([1 / world, 1.0, 1.0, 1 / world])  # hits add up over ranks, losses and norms are averaged
+    rows = (trainer.ranks.total(torch.stack(steps)).cpu() * means).tolist()
     steps.clear()
     for loss, correct, counted, _ in rows:
         if math.isfinite(loss):
             at.loss_sum, at.summed = at.loss_sum + loss, at.summed + 1
             at.correct, at.counted = at.correct + correct, at.counted + counted
-    is_finite = [math.isfinite(norm) for *_, norm in rows if norm != UNKNOWN]
+    is_finite = [math.isfinite(norm) for *_, norm in rows if not norm < 0]
     skipped, at.skipped_in_row = trainer.guard.look(is_finite, at.skipped_in_row, f"epoch {at.epoch + 1}, step {at.step_in_epoch}")
     at.skipped += skipped
 
@@ -391,22 +439,29 @@ def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None)
         record |= {name: figures[name] for name in ("top1", "many", "medium", "few")}
         if figures["top1"] > at.best.get("top1", -1.0):
             at.best = {"epoch": at.epoch + 1, **{name: figures[name] for name in ("top1", "many", "medium", "few")}}
-    with (trainer.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    if trainer.ranks.is_first:
+        with (trainer.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
     at.epoch, at.step_in_epoch = at.epoch + 1, 0
     at.loss_sum, at.summed, at.correct, at.counted = 0.0, 0, 0.0, 0.0
     return record
 
 
 def evaluated_model(trainer: Trainer) -> Classifier:
-    return trainer.model if trainer.ema is None else trainer.ema.model
+    """All ranks have to ask together."""
+    return whole_targets(trainer.model if trainer.ema is None else trainer.ema.model, trainer.space.num_targets)
 
 
 def evaluate(trainer: Trainer) -> Predictions:
-    geometry = evaluation_geometry(trainer.config.data)
-    batches = until_asked_to_stop(trainer, evaluation_batches(trainer.pack.val, geometry, EVALUATION_BATCH))
-    model, data = evaluated_model(trainer), trainer.config.data
-    return predict(model, trainer.val_loader, batches, data, trainer.space, trainer.device, trainer.dtype)
+    """Each rank evaluates its part; all have all predictions afterwards."""
+    ranks, data, val = trainer.ranks, trainer.config.data, trainer.pack.val
+    batches = evaluation_batches(val, evaluation_geometry(data), EVALUATION_BATCH, ranks.rank, ranks.world)
+    if ranks.world == 1:
+        batches = until_asked_to_stop(trainer, batches)
+    model = evaluated_model(trainer)
+    return joined_predictions(
+        ranks.all(predict(model, trainer.val_loader, batches, data, trainer.space, trainer.device, trainer.dtype))
+    )
 
 
 def until_asked_to_stop(trainer: Trainer, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -423,16 +478,28 @@ def save(trainer: Trainer) -> None:
     state = {"class_space": ckpt.class_space_id(trainer.space), "pack": trainer.pack.id, "at": at}
     state["loss_scale"] = trainer.updater.state()
     ema = trainer.ema.model if trainer.ema is not None else None
-    tensors = ckpt.snapshot(trainer.model, trainer.updater.optimizer, ema)
-    trainer.writer.write(trainer.run, trainer.at.step, tensors, state, trainer.config.train.keep)
+    head = save_head(trainer)
+    if trainer.ranks.is_first:
+        tensors = ckpt.snapshot(trainer.model, trainer.updater.optimizer, ema)
+        trainer.writer.write(trainer.run, trainer.at.step, tensors, state, trainer.config.train.keep, head)
+
+
+def save_head(trainer: Trainer) -> Path | None:
+    """What all ranks have to write together; the rest is written behind the back of the training."""
+    ema = trainer.ema.model if trainer.ema is not None else None
+    tensors = ckpt.head_tensors(trainer.model, trainer.updater.optimizer, ema)
+    if not tensors or trainer.ranks.any(ckpt.path_of(trainer.run, trainer.at.step).exists(), trainer.device):
+        return None
+    head = trainer.ranks.firsts(sibling(trainer.run / "checkpoints" / "head"))
+    head.mkdir(parents=True, exist_ok=True)
+    ckpt.write_head(head, tensors)
+    return head
 
 
 def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
     """The last epoch's model and figures, the best epoch named beside."""
     predictions = predictions or evaluate(trainer)
-    export_safetensors(evaluated_model(trainer), trainer.config, trainer.space.target_names, trainer.run / "model.safetensors")
-    trainer.space.save(trainer.run / "classes.json")
-    save_predictions(predictions, trainer.run / "val_predictions.npz")
+    model = evaluated_model(trainer)
     result = score(predictions, trainer.space)
     result |= {
         "best": trainer.at.best, "epochs": trainer.config.train.epochs, "confusion": confusions(predictions),
@@ -440,7 +507,11 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
         "images_per_second": trainer.at.images / max(1e-9, trainer.at.seconds), "damaged_images": len(trainer.at.damaged),
         "skipped_steps": trainer.at.skipped,
     }  # fmt: skip
-    write_text(trainer.run / "result.json", json.dumps(result, indent=1) + "\n")
+    if trainer.ranks.is_first:
+        export_safetensors(model, trainer.config, trainer.space.target_names, trainer.run / "model.safetensors")
+        trainer.space.save(trainer.run / "classes.json")
+        save_predictions(predictions, trainer.run / "val_predictions.npz")
+        write_text(trainer.run / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
