@@ -1,8 +1,10 @@
 """Several processes that train one model: who is who, what they tell each other, and how they are started."""
 
+import gc
 import os
 import secrets
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from fastlt.errors import UserError
 
 PATIENCE = timedelta(minutes=30)  # of a rank for the others, which may evaluate or write meanwhile
 STOP_PATIENCE = 600  # seconds that a process may take to save when it is asked to stop
+LAST_TENSORS = 0.2  # seconds
 BAD_INPUT = 2  # exit code of what another start would not change
 
 
@@ -90,7 +93,15 @@ def joined(with_group: bool) -> Iterator[Ranks]:
         yield ranks
         dist.barrier()  # who leaves while others still talk may be torn down with them
     finally:
-        dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Destroys the process group. Its threads need Python's lock to let go of the last tensors, and whoever destroys the group
+    holds that lock while it waits for them: so they get their time before, and DDP, which holds on to the group, goes first."""
+    gc.collect()
+    time.sleep(LAST_TENSORS)
+    dist.destroy_process_group()
 
 
 def launch(arguments: Sequence[str], processes: int, restarts: int) -> None:

@@ -28,8 +28,9 @@ def targets_only(model: Classifier, num_targets: int) -> dict[str, Tensor]:
 
 def export_safetensors(model: Classifier, config: Config, target_names: list[str], path: Path) -> None:
     """Weights, and as metadata all that is needed to build the model again: under one key, for their order would be random."""
+    head = "linear" if config.model.head == "class-parallel" else config.model.head  # its targets, put together
     description = {
-        "model": config.model.model_dump(mode="json"),
+        "model": {**config.model.model_dump(mode="json"), "head": head},
         "data": config.data.model_dump(mode="json", include={"size", "eval_resize", "mean", "std"}),
         "classes": target_names,
     }

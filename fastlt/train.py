@@ -70,6 +70,7 @@ def train(config: Config, run: Path, console: Console) -> dict[str, Any]:
             try:
                 return carry_out(trainer, console)
             finally:
+                trainer.forward = None  # before the process group, to which it holds on
                 trainer.train_loader.close()
                 trainer.val_loader.close()
                 trainer.writer.close()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from fastlt import checkpoint as ckpt
 from fastlt.config import load_config
+from fastlt.evaluate import evaluate_run
 from fastlt.train import train
 
 if find_spec("timm") is None:
@@ -75,6 +76,7 @@ def test_two_processes_end_as_one_does_on_all_their_images(small_pack, tmp_path,
     one, two = (np.load(tmp_path / name / "val_predictions.npz") for name in ("one", "two"))
     assert (one["image"] == two["image"]).all() and (one["label"] == two["label"]).all()
     np.testing.assert_allclose(one["confidence"], two["confidence"], atol=1e-3)
+    assert evaluate_run(tmp_path / "two")["top1"] == json.loads((tmp_path / "two/result.json").read_text())["top1"]
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
