@@ -1,12 +1,13 @@
 """How much the loop costs: images/s of `fastlt train` over images/s of bare forward, backward and step on resident data."""
 
 import itertools
+import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,134 +19,102 @@ from fastlt.config import Config, as_override, load_config
 from fastlt.data.pack import PackOptions, write_pack
 from fastlt.data.source import read_collection
 from fastlt.prepare import Trainer, prepare
-from fastlt.train import forward_of, is_compiled, make_input, open_packs, train_step
+from fastlt.train import is_compiled, open_packs
 from fastlt_benchmarks.results_file import append_rows
+from fastlt_benchmarks.timing import measure_ceilings
+from fastlt_benchmarks.train_steps import Marks, bare_steps, flops_per_image, loop_steps
 
 WARM_UP = 5  # steps; the first ones allocate memory, and compile where that is on
+PARTS = {
+    "wait": "waiting for images",
+    "input": "to the device, augmentation",
+    "forward": "forward and loss",
+    "backward": "backward",
+    "optimiser": "optimiser",
+}
+
+
+class Round(NamedTuple):
+    """One measurement of each in turn, in images/s, and the seconds of the loop by part."""
+
+    eager: float
+    compiled: float | None
+    loop: float
+    parts: dict[str, float]
+
+    @property
+    def bare(self) -> float:
+        """The one that the loop is like."""
+        return self.compiled or self.eager
+
+
+class Work(NamedTuple):
+    """flops and the device's own speed: of matrix products in the dtype of the run, FLOP/s."""
+
+    flops_per_image: float
+    ceiling: float
+    peak_mb: float
 
 
 def run_bench_train(
     recipe: str, settings: list[str], data: str | None, steps: int, rounds: int, csv: Path | None, console: Console
 ) -> None:
-    """The two are measured in turn, so that a machine that grows slower grows slower for both; the ratio is of each pair."""
+    """They are measured in turn, so that a machine that grows slower grows slower for all; the ratio is of each pair."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = Console(quiet=True)
         place = data or str(random_pack(Path(folder), load_config(recipe, settings), quiet))
         config = load_config(recipe, [*settings, as_override("data.pack", place)])
         trainer = prepare(config, Path(folder) / "run", open_packs(config.data))
         try:
+            flops = flops_per_image(trainer)
             measured = measure(trainer, steps, rounds, console)
+            work = Work(flops, measure_ceilings(trainer.dtype, trainer.device, quick=True).product, peak_memory_mb(trainer.device))
         finally:
             trainer.train_loader.close()
             trainer.val_loader.close()
-    show(measured, trainer, recipe, console)
+    show(measured, work, trainer, recipe, console)
     if csv is not None:
-        append_rows(csv, [row(measured, trainer, recipe, steps)])
+        append_rows(csv, [row(measured, work, trainer, recipe, steps)])
         console.print(f"added to {csv}")
 
 
-class Round(NamedTuple):
-    bare: float  # images/s
-    loop: float
-    waited: float  # share of the loop's time in which the device had nothing to do, for want of images
-
-
 def measure(trainer: Trainer, steps: int, rounds: int, console: Console) -> list[Round]:
-    waits = Waits(trainer.device)
-    bare, loop = bare_steps(trainer), loop_steps(trainer, waits)
-    for step in (bare, loop):
-        timed(step, WARM_UP, trainer)
-    measured = []
-    with console.status("measuring") as status:
+    marks = Marks(trainer.device)
+    eager, loop = bare_steps(trainer, compiled=False), loop_steps(trainer, marks)
+    compiled = bare_steps(trainer, compiled=True) if is_compiled(trainer.config, trainer.device) else None
+    with console.status("warming up") as status:
+        for step in (eager, compiled, loop):
+            if step is not None:
+                timed(step, WARM_UP, trainer)
+        measured = []
         for i in range(rounds):
-            (speed, _), _ = timed(bare, steps, trainer), waits.seconds()
-            loop_speed, seconds = timed(loop, steps, trainer)
-            measured.append(Round(speed, loop_speed, waits.seconds() / seconds))
-            status.update(f"measuring: round {i + 1} of {rounds}, bare {speed:,.0f}, loop {loop_speed:,.0f} images/s")
+            bare, bare_compiled = timed(eager, steps, trainer), timed(compiled, steps, trainer) if compiled else None
+            marks.seconds()
+            measured.append(Round(bare, bare_compiled, timed(loop, steps, trainer), marks.seconds()))
+            last = measured[-1]
+            status.update(f"measuring: round {i + 1} of {rounds}, bare {last.bare:,.0f}, loop {last.loop:,.0f} images/s")
     return measured
 
 
-def timed(step: Iterator[int], steps: int, trainer: Trainer) -> tuple[float, float]:
-    """Images/s of the next steps, and their seconds."""
+def timed(step: Iterator[int], steps: int, trainer: Trainer) -> float:
+    """Images/s of the next steps."""
     wait_for(trainer.device)
     began = time.perf_counter()
     images = sum(itertools.islice(step, steps))
     wait_for(trainer.device)
-    seconds = time.perf_counter() - began
-    return images / seconds, seconds
-
-
-class Waits:
-    """How long the device had nothing to do between the end of a step and the arrival of the next images.
-
-    A GPU says so itself: a mark that it passes at the end of a step, and one that is set when the images are there. Where it is
-    still at work by then, it passes both at once.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[tuple[Any, Any]] = []
-        self.ended: Any = None
-
-    def end_step(self) -> None:
-        self.ended = self._mark()
-
-    def images_arrive(self) -> None:
-        if self.ended is not None:
-            self.marks.append((self.ended, self._mark()))
-
-    def seconds(self) -> float:
-        """Since the last look; the first wait of a measurement, in which others were measured, is not counted."""
-        marks, self.marks, self.ended = self.marks, [], None
-        if self.device.type == "cuda":
-            return sum(begun.elapsed_time(over) for begun, over in marks) / 1000
-        return sum(over - begun for begun, over in marks)
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        mark = torch.cuda.Event(enable_timing=True)
-        mark.record()
-        return mark
-
-
-def loop_steps(trainer: Trainer, waits: Waits) -> Iterator[int]:
-    """The trainer's own loop: loader, augmentation, loss, backward, step. Yields the images of each step."""
-    forward = forward_of(trainer, 0)
-    for epoch in itertools.count():
-        trainer.at.step_in_epoch = 0
-        for batch, pixels in trainer.train_loader.iterate(trainer.plan.epoch(epoch)):
-            waits.images_arrive()
-            train_step(trainer, forward, batch, pixels)
-            waits.end_step()
-            trainer.at.step, trainer.at.step_in_epoch = trainer.at.step + 1, trainer.at.step_in_epoch + 1
-            yield len(batch.labels)
-
-
-def bare_steps(trainer: Trainer) -> Iterator[int]:
-    """Forward, cross entropy, backward and step on one batch that lies on the device; compiled where the loop is."""
-    config, device = trainer.config, trainer.device
-    batch = next(trainer.plan.epoch(0))
-    pixels = torch.randint(0, 256, (len(batch.labels), config.data.size, config.data.size, 3), dtype=torch.uint8)
-    labels = torch.from_numpy(batch.labels) % trainer.space.num_classes
-    images, target, _, _ = make_input(config, pixels, labels, torch.Generator().manual_seed(0), device)
-    forward = torch.compile(bare_loss) if is_compiled(config, device) else bare_loss
-    while True:
-        with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
-            loss = forward(trainer.model, images, target)
-        loss.backward()
-        trainer.updater.optimizer.step()
-        trainer.updater.optimizer.zero_grad()
-        yield len(target)
-
-
-def bare_loss(model: torch.nn.Module, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(model(images), target)
+    return images / (time.perf_counter() - began)
 
 
 def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Of the GPU's memory what torch has held at most; on a CPU, of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def random_pack(folder: Path, config: Config, console: Console) -> Path:
@@ -164,27 +133,48 @@ def random_pack(folder: Path, config: Config, console: Console) -> Path:
     return write_pack(collection, PackOptions(out=folder / "pack"), console)
 
 
-def show(measured: list[Round], trainer: Trainer, recipe: str, console: Console) -> None:
-    table = Table(
-        "", "images/s, median", "min", "max", title=f"{recipe}: {trainer.config.model.name}, batch {trainer.config.data.batch}"
-    )
-    bare, loop, waited = (list(values) for values in zip(*measured, strict=True))
-    for name, values in (("bare forward + backward + step", bare), ("fastlt train", loop)):
-        table.add_row(name, f"{statistics.median(values):,.0f}", f"{min(values):,.0f}", f"{max(values):,.0f}")
-    console.print(table)
-    ratios = sorted(pair.loop / pair.bare for pair in measured)
+def show(measured: list[Round], work: Work, trainer: Trainer, recipe: str, console: Console) -> None:
+    title = f"{recipe}: {trainer.config.model.name}, batch {trainer.config.data.batch}"
+    speeds = Table("", "images/s, median", "min", "max", title=title)
+    for name, values in (
+        ("bare forward + backward + step", [round.eager for round in measured]),
+        ("the same, compiled", [round.compiled for round in measured if round.compiled]),
+        ("fastlt train", [round.loop for round in measured]),
+    ):
+        if values:
+            speeds.add_row(name, f"{statistics.median(values):,.0f}", f"{min(values):,.0f}", f"{max(values):,.0f}")
+    console.print(speeds)
+    ratios = sorted(round.loop / round.bare for round in measured)
     console.print(f"loop / bare, pair by pair: {statistics.median(ratios):.3f} (from {ratios[0]:.3f} to {ratios[-1]:.3f})")
+    parts = Table("of a step's time", "%", title=f"fastlt train, loader {trainer.train_loader.engine_name}")
+    for part, share in shares(measured).items():
+        parts.add_row(PARTS[part], f"{100 * share:.1f}")
+    console.print(parts)
+    speed = work.flops_per_image * statistics.median(round.loop for round in measured)
     console.print(
-        f"the device waited for images for {statistics.median(waited):.1%} of the time ({trainer.train_loader.engine_name})"
+        f"{work.flops_per_image / 1e9:.3g} GFLOP an image: {speed / 1e12:.3g} TFLOP/s, {speed / work.ceiling:.0%} of what a large "
+        f"matrix product reaches here; peak memory {work.peak_mb:,.0f} MB",
+        highlight=False,
     )
 
 
-def row(measured: list[Round], trainer: Trainer, recipe: str, steps: int) -> dict[str, object]:
-    bare, loop, waited = zip(*measured, strict=True)
+def shares(measured: list[Round]) -> dict[str, float]:
+    """Median over the rounds, by part."""
+    return {part: statistics.median(round.parts.get(part, 0.0) / sum(round.parts.values()) for round in measured) for part in PARTS}
+
+
+def row(measured: list[Round], work: Work, trainer: Trainer, recipe: str, steps: int) -> dict[str, object]:
+    config, loop = trainer.config, statistics.median(round.loop for round in measured)
+    compiled = [round.compiled for round in measured if round.compiled]
     return {
-        "recipe": recipe, "model": trainer.config.model.name, "batch": trainer.config.data.batch, "size": trainer.config.data.size,
-        "loader": trainer.train_loader.engine_name, "decode": trainer.train_loader.decode, "steps": steps, "rounds": len(measured),
-        "bare_images_per_second": round(statistics.median(bare), 1), "loop_images_per_second": round(statistics.median(loop), 1),
-        "ratio": round(statistics.median(pair.loop / pair.bare for pair in measured), 4),
-        "waited": round(statistics.median(waited), 4),
+        "recipe": recipe, "model": config.model.name, "batch": config.data.batch, "size": config.data.size,
+        "precision": str(trainer.dtype).removeprefix("torch."), "loader": trainer.train_loader.engine_name,
+        "decode": trainer.train_loader.decode, "steps": steps, "rounds": len(measured),
+        "bare_images_per_second": round(statistics.median(one.eager for one in measured), 1),
+        "bare_compiled_images_per_second": round(statistics.median(compiled), 1) if compiled else "",
+        "loop_images_per_second": round(loop, 1),
+        "ratio": round(statistics.median(one.loop / one.bare for one in measured), 4),
+        **{part: round(share, 4) for part, share in shares(measured).items()},
+        "gflop_per_image": round(work.flops_per_image / 1e9, 4),
+        "utilisation": round(work.flops_per_image * loop / work.ceiling, 4), "peak_memory_mb": round(work.peak_mb),
     }  # fmt: skip

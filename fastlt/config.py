@@ -37,6 +37,7 @@ class ModelConfig(Section):
     pretrained: bool = False  # timm's weights for the name
     weights: str = ""  # a local safetensors file with backbone weights
     drop_path: Share = 0.0
+    checkpoint_activations: bool = False  # timm backbones: computed anew in the backward pass; less memory, a third more work
     head: Literal["linear", "cosine", "class-parallel"] = "linear"  # class-parallel: each rank holds a part of the classes
     head_scale: Positive = 30.0  # of the cosine head
     sync_bn: bool = False  # batch norm over the images of all GPUs
@@ -126,6 +127,9 @@ class TrainConfig(Section):
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 (fp16 where it has none) on a GPU, fp32 on a CPU
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
+    # reduce-overhead: by CUDA graphs, so that a GPU does not wait for a slow CPU; max-autotune: and kernels that are sought longer
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    tf32: bool = True  # of float32 products on a GPU: 10 bits of mantissa, several times as fast
     channels_last: bool = True
     threads: Count = 0  # of torch on a CPU; 0: as torch finds right
     eval_every: Several = 1  # epochs

@@ -22,8 +22,11 @@ class Forward(nn.Module):
         return self.criterion.step(self.model, images, target, target_b, mix)
 
 
-def build_forward(model: Classifier, criterion: Criterion, ranks: Ranks, compiled: bool) -> Callable[..., Step]:
-    """`forward(images, target, target_b, mix)`; with several ranks the gradients become those of the mean over ranks."""
+def build_forward(model: Classifier, criterion: Criterion, ranks: Ranks, mode: str | None) -> Callable[..., Step]:
+    """`forward(images, target, target_b, mix)`; with several ranks the gradients become those of the mean over ranks.
+
+    mode: of torch.compile; None: not compiled.
+    """
     forward: nn.Module = Forward(model, criterion)
     trains_anything = any(p.requires_grad for name, p in forward.named_parameters() if not _is_whole_already(model, name))
     if ranks.world > 1 and trains_anything:
@@ -31,7 +34,7 @@ def build_forward(model: Classifier, criterion: Criterion, ranks: Ranks, compile
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(forward, own)
         device = next(model.parameters()).device
         forward = DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None)
-    return torch.compile(forward) if compiled else forward
+    return torch.compile(forward, mode=mode) if mode else forward
 
 
 def _is_whole_already(model: Classifier, name: str) -> bool:

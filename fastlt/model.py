@@ -103,6 +103,8 @@ class Classifier(nn.Module):
 def build_model(config: ModelConfig, classes: int, size: int) -> Classifier:
     """Raises UserError for a name that neither fastlt nor timm knows, and for weights that do not fit."""
     backbone = cifar_backbone(config) or timm_backbone(config, size)
+    if config.checkpoint_activations:
+        checkpoint_activations(backbone, config.name)
     if config.weights:
         load_backbone(backbone, Path(config.weights))
     features = int(backbone.num_features)  # type: ignore[arg-type]
@@ -110,6 +112,13 @@ def build_model(config: ModelConfig, classes: int, size: int) -> Classifier:
     if config.head_weights:
         start_head(head, Path(config.head_weights))
     return Classifier(backbone, head)
+
+
+def checkpoint_activations(backbone: nn.Module, name: str) -> None:
+    try:
+        backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"{name} cannot compute its activations anew: set model.checkpoint_activations=false") from error
 
 
 def build_head(config: ModelConfig, features: int, classes: int) -> Head:

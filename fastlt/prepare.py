@@ -147,6 +147,9 @@ def choose_device(config: Config, local: int = 0) -> tuple[torch.device, torch.d
     if device.type == "cuda" and device.index is None:
         device = find_device(f"cuda:{local}")
         torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.train.tf32
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     return device, PRECISIONS[config.train.precision if config.train.precision != "auto" else best_precision(device)]

@@ -34,6 +34,7 @@ from fastlt.data.mixture import mix_packs
 from fastlt.data.packed import Pack, open_pack
 from fastlt.data.plan import Batch, evaluation_batches
 from fastlt.data.randaugment import randaugment
+from fastlt.data.staging import staged
 from fastlt.distributed import ALONE, Ranks, joined
 from fastlt.errors import UserError
 from fastlt.evaluate import EVALUATION_BATCH, evaluation_geometry, predict, save_predictions
@@ -237,7 +238,8 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
     steps: list[Tensor] = []
     began = last_saved = time.perf_counter()
     images_before, seconds_before = at.images, at.seconds
-    for batch, pixels in trainer.train_loader.iterate(plan.epoch(at.epoch, at.step_in_epoch)):
+    loaded = trainer.train_loader.iterate(plan.epoch(at.epoch, at.step_in_epoch))
+    for batch, pixels in staged(loaded, trainer.device):
         _, is_last = accumulation(config.optim.accumulate, at.step_in_epoch, plan.steps_per_epoch)
         trainer.guard.begin(at.step, batch.images, is_last)
         steps.append(train_step(trainer, forward, batch, pixels))
@@ -310,22 +312,28 @@ def set_modes(trainer: Trainer) -> None:
         trainer.model.backbone.requires_grad_(not frozen).train(not frozen)
 
 
-def train_step(trainer: Trainer, forward: Callable[..., Step], batch: Batch, pixels: Tensor) -> Tensor:
-    """One batch: its `Step` and the norm of the gradient as one tensor (4,), still on the device."""
+def train_step(
+    trainer: Trainer, forward: Callable[..., Step], batch: Batch, pixels: Tensor, mark: Callable[[str], None] = lambda part: None
+) -> Tensor:
+    """One batch: its `Step` and the norm of the gradient as one tensor (4,), still on the device. mark is told of parts done."""
     config, at, device = trainer.config, trainer.at, trainer.device
     generator = torch.Generator().manual_seed(step_seed(config.train.seed, at.step, 0, trainer.ranks.rank))
     torch.manual_seed(step_seed(config.train.seed, at.step, 1, trainer.ranks.rank))  # dropout and the like
     factor = trainer.factor(at.epoch + at.step_in_epoch / trainer.plan.steps_per_epoch)
     set_lr(trainer.updater.optimizer, factor)
     images, target, target_b, mix = make_input(config, pixels, torch.from_numpy(batch.labels), generator, device, trainer.dtype)
+    mark("input")
     group, is_last = accumulation(config.optim.accumulate, at.step_in_epoch, trainer.plan.steps_per_epoch)
     with nullcontext() if is_last else unsynchronised(forward):
         with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
             loss, correct, counted = forward(images, target, target_b, mix)
+        mark("forward")
         (loss * trainer.updater.scale / group).backward()
+    mark("backward")
     norm = trainer.updater.step() if is_last else torch.full_like(loss, UNKNOWN)
     if is_last and trainer.ema is not None:
         trainer.ema.update(trainer.model, at.step // config.optim.accumulate)
+    mark("optimiser")
     return torch.stack([loss.detach(), correct, counted, norm])
 
 
@@ -385,8 +393,8 @@ def forward_of(trainer: Trainer, epoch: int) -> Callable[..., Step]:
         counts = torch.from_numpy(trainer.plan.class_counts[: trainer.space.num_classes])
         criterion = build_criterion(config.loss, trainer.space, counts, trainer.model, phase.drw, trainer.device)
         trainer.forward = None  # first: what it has hung on the parameters goes with it
-        compiled = is_compiled(config, trainer.device)
-        trainer.forward = phase, build_forward(trainer.model, criterion, trainer.ranks, compiled)
+        mode = config.train.compile_mode if is_compiled(config, trainer.device) else None
+        trainer.forward = phase, build_forward(trainer.model, criterion, trainer.ranks, mode)
     return trainer.forward[1]
 
 

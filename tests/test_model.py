@@ -42,6 +42,19 @@ def test_a_timm_backbone_gets_our_head():
     assert vit(torch.rand(2, 3, 32, 32)).shape == (2, 7)
 
 
+def test_activations_that_are_computed_anew_change_no_gradient():
+    gradients = []
+    for anew in (False, True):
+        torch.manual_seed(0)
+        model = build_model(ModelConfig(name="test_vit", checkpoint_activations=anew), 5, 32).train()
+        model(torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert model.backbone.grad_checkpointing
+    with pytest.raises(UserError, match="resnet8 cannot compute its activations anew"):
+        build_model(ModelConfig(name="resnet8", checkpoint_activations=True), 5, 32)
+
+
 def test_an_unknown_model_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'resnet50"):
         build_model(ModelConfig(name="resnett50"), 7, 64)

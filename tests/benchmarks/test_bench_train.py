@@ -1,12 +1,16 @@
 import csv
+import json
 
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 
+from fastlt.config import load_config
+from fastlt.data.packed import open_pack
 from fastlt.errors import UserError
-from fastlt_benchmarks import train
+from fastlt.prepare import prepare
+from fastlt_benchmarks import train, train_steps
 from fastlt_benchmarks.regions import write_images
 from fastlt_benchmarks.repeated import Control, spread, table, train_all
 from fastlt_benchmarks.results_file import append_rows
@@ -16,29 +20,44 @@ from fastlt_benchmarks.train import run_bench_train
 SMALL = ["model.name=resnet8", "data.size=16", "data.batch=16"]
 
 
-def test_both_rates_are_printed_and_kept_with_their_context(small_pack, tmp_path, capsys):
+@pytest.mark.parametrize("compiled", ["off", "on"])
+def test_rates_and_parts_are_printed_and_kept_with_their_context(small_pack, tmp_path, capsys, compiled):
     path = tmp_path / "train.csv"
-    run_bench_train("cifar100-siblings", SMALL, str(small_pack), steps=5, rounds=2, csv=path, console=Console())
+    settings = [*SMALL, f"train.compile={compiled}"]
+    run_bench_train("cifar100-siblings", settings, str(small_pack), steps=5, rounds=2, csv=path, console=Console())
     printed = capsys.readouterr().out
-    assert "bare forward + backward + step" in printed and "fastlt train" in printed and "loop / bare" in printed
+    for word in ("bare forward + backward + step", "fastlt train", "loop / bare", "waiting for images", "GFLOP an image"):
+        assert word in printed
+    assert ("the same, compiled" in printed) == (compiled == "on")
     (row,) = csv.DictReader(path.open())
     assert float(row["bare_images_per_second"]) > 0 and float(row["loop_images_per_second"]) > 0
-    assert 0 <= float(row["waited"]) < 1 and "waited for images" in printed
+    assert bool(row["bare_compiled_images_per_second"]) == (compiled == "on")
+    assert sum(float(row[part]) for part in train.PARTS) == pytest.approx(1, abs=0.1)
+    assert float(row["backward"]) > float(row["optimiser"]) > 0
+    assert 0 < float(row["utilisation"]) < 1 and float(row["peak_memory_mb"]) > 100
     assert row["machine"] and row["torch"] and row["command"].startswith("fastlt ")
 
 
-def test_waiting_is_from_the_end_of_a_step_to_the_arrival_of_images(monkeypatch):
+def test_parts_are_from_mark_to_mark(monkeypatch):
     now = iter([1.0, 1.5, 4.0, 4.25, 9.0])
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(now))
-    waits = train.Waits(torch.device("cpu"))
-    waits.images_arrive()  # nobody was waiting yet
-    for _ in range(2):
-        waits.end_step()
-        waits.images_arrive()
-    waits.end_step()
-    assert waits.seconds() == 0.75
-    waits.images_arrive()  # something else was measured meanwhile
-    assert waits.seconds() == 0
+    monkeypatch.setattr(train_steps.time, "perf_counter", lambda: next(now))
+    marks = train_steps.Marks(torch.device("cpu"))
+    for part in ("optimiser", "wait", "forward", "wait"):  # what came before the first is unknown
+        marks(part)
+    assert marks.seconds() == {"wait": 0.75, "forward": 2.5}
+    marks("wait")  # something else was measured meanwhile
+    assert marks.seconds() == {}
+
+
+def test_flops_are_those_of_the_convolutions(small_pack, tmp_path):
+    config = load_config("cifar100-siblings", [*SMALL, f"data.pack={json.dumps(str(small_pack))}"])
+    trainer = prepare(config, tmp_path / "run", open_pack(small_pack))
+    # ResNet-8 at 16 pixels: products a layer, of the forward pass; the backward has twice as many, but for the first layer's input.
+    sides, forward = {16: 16, 32: 8, 64: 4}, [3 * 16 * 9 * 16**2]
+    for wide_in, wide in ((16, 16), (16, 32), (32, 64)):
+        forward += [wide_in * wide * 9 * sides[wide] ** 2, wide * wide * 9 * sides[wide] ** 2]
+    forward.append(64 * trainer.space.num_classes)
+    assert train_steps.flops_per_image(trainer) == 2 * (3 * sum(forward) - forward[0])
 
 
 def test_a_pack_at_an_address(small_pack, tmp_path, monkeypatch):
