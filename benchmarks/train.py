@@ -49,10 +49,8 @@ class Round(NamedTuple):
 
 
 class Work(NamedTuple):
-    """flops and the device's own speed: of matrix products in the dtype of the run, FLOP/s."""
-
     flops_per_image: float
-    ceiling: float
+    ceiling: float | None  # FLOP/s that a large matrix product of the run's dtype reaches on a GPU; on a CPU it is no bound
     peak_mb: float
 
 
@@ -68,7 +66,7 @@ def run_bench_train(
         try:
             flops = flops_per_image(trainer)
             measured = measure(trainer, steps, rounds, console)
-            work = Work(flops, measure_ceilings(trainer.dtype, trainer.device, quick=True).product, peak_memory_mb(trainer.device))
+            work = Work(flops, ceiling_of(trainer), peak_memory_mb(trainer.device))
         finally:
             trainer.train_loader.close()
             trainer.val_loader.close()
@@ -108,6 +106,11 @@ def timed(step: Iterator[int], steps: int, trainer: Trainer) -> float:
 def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def ceiling_of(trainer: Trainer) -> float | None:
+    on_gpu = trainer.device.type == "cuda"
+    return measure_ceilings(trainer.dtype, trainer.device, quick=False).product if on_gpu else None
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -151,9 +154,9 @@ def show(measured: list[Round], work: Work, trainer: Trainer, recipe: str, conso
         parts.add_row(PARTS[part], f"{100 * share:.1f}")
     console.print(parts)
     speed = work.flops_per_image * statistics.median(round.loop for round in measured)
+    used = f", {speed / work.ceiling:.0%} of what a large matrix product reaches" if work.ceiling else ""
     console.print(
-        f"{work.flops_per_image / 1e9:.3g} GFLOP an image: {speed / 1e12:.3g} TFLOP/s, {speed / work.ceiling:.0%} of what a large "
-        f"matrix product reaches here; peak memory {work.peak_mb:,.0f} MB",
+        f"{work.flops_per_image / 1e9:.3g} GFLOP an image: {speed / 1e12:.3g} TFLOP/s{used}; peak memory {work.peak_mb:,.0f} MB",
         highlight=False,
     )
 
@@ -176,5 +179,6 @@ def row(measured: list[Round], work: Work, trainer: Trainer, recipe: str, steps:
         "ratio": round(statistics.median(one.loop / one.bare for one in measured), 4),
         **{part: round(share, 4) for part, share in shares(measured).items()},
         "gflop_per_image": round(work.flops_per_image / 1e9, 4),
-        "utilisation": round(work.flops_per_image * loop / work.ceiling, 4), "peak_memory_mb": round(work.peak_mb),
+        "utilisation": round(work.flops_per_image * loop / work.ceiling, 4) if work.ceiling else "",
+        "peak_memory_mb": round(work.peak_mb),
     }  # fmt: skip

@@ -34,7 +34,8 @@ def test_rates_and_parts_are_printed_and_kept_with_their_context(small_pack, tmp
     assert bool(row["bare_compiled_images_per_second"]) == (compiled == "on")
     assert sum(float(row[part]) for part in train.PARTS) == pytest.approx(1, abs=0.1)
     assert float(row["backward"]) > float(row["optimiser"]) > 0
-    assert 0 < float(row["utilisation"]) < 1 and float(row["peak_memory_mb"]) > 100
+    assert float(row["gflop_per_image"]) > 0 and float(row["peak_memory_mb"]) > 100
+    assert 0 < float(row["utilisation"]) < 1 if torch.cuda.is_available() else row["utilisation"] == ""
     assert row["machine"] and row["torch"] and row["command"].startswith("fastlt ")
 
 
