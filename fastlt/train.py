@@ -4,15 +4,11 @@ Everything random in a step is drawn from generators seeded by (seed, step), and
 killed and started again takes the same steps: on a CPU it ends with the same bits.
 """
 
-import copy
-import errno
-import fcntl
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from fastlt import checkpoint as ckpt
-from fastlt.config import Config, DataConfig, TrainConfig, load_config, to_toml
+from fastlt.config import Config, DataConfig, TrainConfig, to_toml
 from fastlt.data.batch import compiled_finish, scale_and_shift
 from fastlt.data.batch import finish as finish_batch
 from fastlt.data.jitter import colour_jitter
@@ -35,21 +30,21 @@ from fastlt.data.packed import Pack, open_pack
 from fastlt.data.plan import Batch, evaluation_batches
 from fastlt.data.randaugment import randaugment
 from fastlt.data.staging import staged
-from fastlt.distributed import ALONE, Ranks, joined
+from fastlt.distributed import joined
 from fastlt.errors import UserError
 from fastlt.evaluate import EVALUATION_BATCH, evaluation_geometry, predict, save_predictions
 from fastlt.export import export_safetensors
-from fastlt.files import sibling, write_text
+from fastlt.files import write_text
 from fastlt.forward import build_forward
 from fastlt.losses import Step, build_criterion, in_drw
 from fastlt.metrics import Predictions, confusions, joined_predictions, score
 from fastlt.model import Classifier, whole_targets
 from fastlt.optim import set_lr
 from fastlt.prepare import Phase, Progressed, Trainer, grow, introduce, prepare
+from fastlt.rundir import check_config, disk_errors, only_run, resume, save
 from fastlt.stopping import Stopped, stop_on_signals
 
 DAMAGED_SHOWN = 5  # images that are named at the end of an epoch
-LOCK = ".lock"
 UNKNOWN = -1.0  # the norm of a gradient that is still being accumulated
 ASK_EVERY = 10  # steps, of several ranks: whether one of them wants a checkpoint, or to stop
 READ_LOSS_EVERY = 20  # steps between looks at the loss: each look waits for the device
@@ -97,112 +92,6 @@ def open_packs(data: DataConfig) -> Pack:
     return mix_packs(main, {place: open_pack(place) for place in data.mix}, data.mix) if data.mix else main
 
 
-# --- start
-
-
-@contextmanager
-def only_run(run: Path, ranks: Ranks = ALONE) -> Iterator[None]:
-    """Two trainings in one RUN folder would overwrite each other. The kernel releases the lock however the process ends."""
-    if not ranks.is_first:
-        yield
-        return
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {run}: {error.strerror}; choose another --out") from error
-    with (run / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another training is running in {run}: wait for it, or choose another --out") from error
-        try:
-            yield
-        finally:
-            if [path.name for path in run.iterdir()] == [LOCK]:  # refused before it began
-                shutil.rmtree(run)
-
-
-@contextmanager
-def disk_errors(run: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        saved = ckpt.checkpoints(run)
-        where = f"from {saved[-1].name}" if saved else "from the start, for nothing was saved yet"
-        raise UserError(
-            f"the disk with {run} is full: free some space and call the same command again; it goes on {where}"
-        ) from error
-
-
-MAY_CHANGE = (
-    "data.pack", "data.cache_gb", "data.workers", "data.engine", "data.strict", "data.prefetch", "data.hw_decoder_load",
-    "train.device", "train.threads", "train.checkpoint_minutes", "train.checkpoint_steps", "train.keep", "train.max_skipped",
-)  # fmt: skip
-
-
-def check_config(config: Config, run: Path) -> None:
-    """A run that went on under another configuration would be neither the one nor the other.
-
-    What says how, not what, may change. The pack may move: whether it is the same is told by its content.
-    """
-    path = run / "config.toml"
-    if path.is_file() and ckpt.checkpoints(run):
-        kept, wanted = (flat(c) for c in (load_config(str(path)), config))
-        if changed := [key for key in wanted if wanted[key] != kept[key] and key not in MAY_CHANGE]:
-            what = f"{changed[0]} = {kept[changed[0]]!r}, not {wanted[changed[0]]!r}"
-            raise UserError(f"{run} holds a run with another configuration ({what}): choose another --out, or remove the folder")
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """`section.key` -> value."""
-    return {f"{section}.{key}": value for section, values in config.model_dump().items() for key, value in values.items()}
-
-
-def resume(trainer: Trainer, console: Console) -> None:
-    """Takes up the newest checkpoint that is sound and cuts metrics.jsonl back to it. The first rank says which one."""
-    saved = None
-    if trainer.ranks.is_first:
-        ckpt.remove_leftovers(trainer.run)
-        saved = newest_sound(trainer.run, console)
-    if saved := trainer.ranks.firsts(saved):
-        state = ckpt.read_state(saved)
-        ckpt.check_pack(saved, state, trainer.space, trainer.pack.id)
-        ema = trainer.ema.model if trainer.ema is not None else None
-        ckpt.load_checkpoint(saved, trainer.model, trainer.updater.optimizer, ema)
-        trainer.updater.load(state["loss_scale"])
-        trainer.guard.keep()
-        trainer.at = Progressed(**state["at"])
-        console.print(f"going on from {saved.name}: epoch {trainer.at.epoch + 1}, step {trainer.at.step_in_epoch}")
-    if trainer.ranks.is_first:
-        keep_lines(trainer.run / "metrics.jsonl", trainer.at.epoch)
-
-
-def newest_sound(run: Path, console: Console) -> Path | None:
-    """None where there is no checkpoint yet. Damaged ones are removed, for the run will come by their steps again."""
-    saved = ckpt.checkpoints(run)
-    reasons: list[tuple[Path, str]] = []
-    for checkpoint in reversed(saved):
-        reason = ckpt.damage(checkpoint)
-        if reason is None:
-            for damaged, why in reasons:
-                console.print(f"[yellow]note:[/] {escape(damaged.name)} is damaged ({escape(why)}): it is removed", highlight=False)
-                shutil.rmtree(damaged)
-            return checkpoint
-        reasons.append((checkpoint, reason))
-    if reasons:
-        raise UserError(f"{saved[-1]} is damaged ({reasons[0][1]}), and there is no sound one before: remove {run} to start anew")
-    return None
-
-
-def keep_lines(path: Path, epochs: int) -> None:
-    """The records of the first `epochs` epochs; a line that a kill cut short goes too."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines[:epochs] if line.endswith("\n")))
-
-
 # --- loop
 
 
@@ -243,11 +132,8 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
         _, is_last = accumulation(config.optim.accumulate, at.step_in_epoch, plan.steps_per_epoch)
         trainer.guard.begin(at.step, batch.images, is_last)
         steps.append(train_step(trainer, forward, batch, pixels))
-        at.step, at.step_in_epoch, at.images = (
-            at.step + 1,
-            at.step_in_epoch + 1,
-            at.images + len(batch.labels) * trainer.ranks.world,
-        )
+        at.step, at.step_in_epoch = at.step + 1, at.step_in_epoch + 1
+        at.images += len(batch.labels) * trainer.ranks.world
         if at.step % READ_LOSS_EVERY == 0:
             read_steps(steps, trainer)
             report(
@@ -480,29 +366,6 @@ def until_asked_to_stop(trainer: Trainer, batches: Iterator[Batch]) -> Iterator[
             save(trainer)
             stop_if_asked(trainer)
         yield batch
-
-
-def save(trainer: Trainer) -> None:
-    at = copy.deepcopy(vars(trainer.at))  # it goes on while this is written
-    state = {"class_space": ckpt.class_space_id(trainer.space), "pack": trainer.pack.id, "at": at}
-    state["loss_scale"] = trainer.updater.state()
-    ema = trainer.ema.model if trainer.ema is not None else None
-    head = save_head(trainer)
-    if trainer.ranks.is_first:
-        tensors = ckpt.snapshot(trainer.model, trainer.updater.optimizer, ema)
-        trainer.writer.write(trainer.run, trainer.at.step, tensors, state, trainer.config.train.keep, head)
-
-
-def save_head(trainer: Trainer) -> Path | None:
-    """What all ranks have to write together; the rest is written behind the back of the training."""
-    ema = trainer.ema.model if trainer.ema is not None else None
-    tensors = ckpt.head_tensors(trainer.model, trainer.updater.optimizer, ema)
-    if not tensors or trainer.ranks.any(ckpt.path_of(trainer.run, trainer.at.step).exists(), trainer.device):
-        return None
-    head = trainer.ranks.firsts(sibling(trainer.run / "checkpoints" / "head"))
-    head.mkdir(parents=True, exist_ok=True)
-    ckpt.write_head(head, tensors)
-    return head
 
 
 def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:

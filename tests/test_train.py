@@ -23,7 +23,8 @@ from fastlt.errors import UserError
 from fastlt.evaluate import evaluate_run
 from fastlt.export import export_run, load_exported
 from fastlt.prepare import prepare
-from fastlt.train import accumulation, only_run, step_seed, train
+from fastlt.rundir import only_run
+from fastlt.train import accumulation, step_seed, train
 
 QUIET = Console(quiet=True)
 SMALL = [
