@@ -35,23 +35,26 @@ def decode(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> np.ndarray
     return np.asarray(decode_pil(data, max_pixels))
 
 
-def decode_pil(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """As `decode`, an RGB Pillow image: EXIF rotation applied, 16 bits scaled to 8, transparency laid over white."""
+def decode_pil(data: bytes | memoryview, max_pixels: int = MAX_PIXELS, is_sound: bool = False) -> Image.Image:
+    """As `decode`, an RGB Pillow image: EXIF rotation applied, 16 bits scaled to 8, transparency laid over white.
+
+    is_sound: known from before, which saves looking for damage that Pillow conceals.
+    """
     image = open_image(data, max_pixels)
-    load(image, data)
+    load(image, data, is_sound)
     try:
         return to_rgb(upright(image))
     except FAILURES as error:
         raise BadImage(f"cannot be decoded: {error}") from error
 
 
-def load(image: Image.Image, data: bytes | memoryview) -> None:
+def load(image: Image.Image, data: bytes | memoryview, is_sound: bool = False) -> None:
     """Decodes the pixels of what `open_image` made of data. Raises BadImage."""
     try:
         image.load()
     except FAILURES as error:
         raise BadImage(f"cannot be decoded: {error}") from error
-    if image.format == "JPEG" and examine(data) == DAMAGED:  # which Pillow decodes to something
+    if image.format == "JPEG" and not is_sound and examine(data) == DAMAGED:  # which Pillow decodes to something
         raise BadImage("cannot be decoded: its JPEG code is damaged")
 
 

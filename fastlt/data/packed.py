@@ -184,10 +184,10 @@ def check_shards(split: Split) -> None:
             raise UserError(f"{file} is damaged: it has {file.stat().st_size} bytes, the index needs {end}; copy it again")
 
 
-def picture(split: Split, image: int) -> Image.Image:
-    """One image, upright RGB. Raises UserError that names shard and key where it cannot be decoded."""
+def picture(split: Split, image: int, is_sound: bool = False) -> Image.Image:
+    """One image, upright RGB. Raises UserError that names shard and key where it cannot be decoded. is_sound: as in decode_pil."""
     try:
-        found = decode_pil(split.read(image), max_pixels=sys.maxsize)  # what is too large was left out by packing
+        found = decode_pil(split.read(image), sys.maxsize, is_sound)  # what is too large was left out by packing
     except (BadImage, OSError, ValueError) as error:
         raise UserError(f"{split.where(image)}: {error}; the pack is damaged: copy it again or pack again") from error
     if found.size != (split.width[image], split.height[image]):

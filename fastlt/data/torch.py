@@ -84,6 +84,7 @@ class BatchDataset(Dataset):
 
     def __init__(self, split: Split, size: int, region: bool, strict: bool) -> None:
         self.split, self.size, self.region, self.strict = split, size, region, strict
+        self._sound = np.zeros(len(split), bool)  # images that were decoded before
 
     def __getitem__(self, batch: Batch) -> Made | str:
         """(n, size, size, 3) uint8, or what the user must be told: an exception would come out of a worker as a traceback."""
@@ -108,7 +109,9 @@ class BatchDataset(Dataset):
     def exact(self, image: int, box: np.ndarray, flip: bool, damaged: dict[int, str]) -> np.ndarray:
         """(size, size, 3) uint8 of one image, or of its stand-in, which is noted in `damaged`; UserError if strict."""
         try:
-            return fill_box(picture(self.split, image), box, flip, self.size)
+            found = picture(self.split, image, bool(self._sound[image]))
+            self._sound[image] = True
+            return fill_box(found, box, flip, self.size)
         except UserError as error:
             if self.strict:
                 raise
