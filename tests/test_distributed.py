@@ -29,6 +29,7 @@ VIT = [
     "model.name=test_vit", "data.size=32", "data.batch=16", "data.padding=4", "data.drop_last=true", "train.epochs=3",
     "train.eval_every=1", "optim.lr=0.02", "train.threads=1", "train.checkpoint_steps=2",
 ]  # fmt: skip
+LONG = ["train.epochs=24", "train.eval_every=12"]  # what is to happen amid the run does not come too late on a busy machine
 CASES = {
     "linear": [],
     "accumulating": ["data.batch=8", "optim.accumulate=2", "optim.clip=0.5", "optim.ema=0.5"],
@@ -111,9 +112,9 @@ def kill_ranks(small_pack: Path, run: Path, kills: int, *settings: str) -> str:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("case", ["linear", "class-parallel"])
 def test_a_killed_process_is_started_again_and_nothing_is_lost(small_pack, tmp_path, case):
-    out = kill_ranks(small_pack, tmp_path / "killed", 1, *CASES[case], "train.epochs=8")
+    out = kill_ranks(small_pack, tmp_path / "killed", 1, *CASES[case], *LONG)
     assert "all are started again" in out and "going on from step-" in out
-    assert run_together(small_pack, tmp_path / "undisturbed", *CASES[case], "train.epochs=8").returncode == 0
+    assert run_together(small_pack, tmp_path / "undisturbed", *CASES[case], *LONG).returncode == 0
     assert curve(tmp_path / "killed") == curve(tmp_path / "undisturbed")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "undisturbed"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -140,7 +141,7 @@ def test_five_kills_of_one_of_two_processes(small_pack, tmp_path):
 @pytest.mark.parametrize("case", ["linear", "class-parallel"])
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on(small_pack, tmp_path, case, first, then):
-    settings = [*CASES[case], "train.epochs=6"]
+    settings = [*CASES[case], *LONG]
     process = start(command_of(small_pack, tmp_path / "run", *settings, processes=first))
     wait_for_checkpoint(process, tmp_path / "run", set())
     process.send_signal(signal.SIGTERM)
