@@ -13,9 +13,12 @@ from rich.table import Table
 
 from fastlt.config import as_override, load_config, recipe_names
 from fastlt.errors import UserError
+from fastlt.methods import ONE_STAGE, SECOND_STAGE, method_settings
 
 if TYPE_CHECKING:
     from fastlt.data.source import Collection
+
+POST_HOC = ("tau-norm", "logit-adjustment", "cosine", "angular")  # as fastlt.posthoc has them, which imports torch
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Long-tailed image classification with auxiliary classes and neighbour silencing.")  # fmt: skip
@@ -24,6 +27,10 @@ console = Console()
 PackPath = Annotated[
     str, typer.Option("--data", help="What `fastlt pack` wrote: a folder, or an address such as s3://bucket/pack.")
 ]
+RESULT_COLUMNS = {
+    "top-1": "top1", "many": "many", "medium": "medium", "few": "few",
+    "balanced": "balanced_accuracy", "harmonic": "harmonic_mean", "ECE": "ece",
+}  # fmt: skip
 Run = Annotated[Path, typer.Argument(help="The folder that `fastlt train` wrote.")]
 
 
@@ -111,6 +118,15 @@ def train(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at an image that cannot be decoded, instead of taking another: data.strict=true.")
     ] = False,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help=f"Settings of a published method, below your own: {', '.join([*ONE_STAGE, *SECOND_STAGE])}."
+        ),
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(metavar="RUN", help="A finished run whose model this one begins with; second stages need one.")
+    ] = None,
     nproc: Annotated[
         int, typer.Option(min=0, help="Processes on this machine, one for each GPU; 0: this one alone, or those of torchrun.")
     ] = 0,
@@ -126,9 +142,11 @@ def train(
     from fastlt.train import train as train_run
 
     flags = [*(["data.decode=exact"] if exact_decode else []), *(["data.strict=true"] if strict else [])]
-    config = load_config(recipe, [*(settings or []), *flags, as_override("data.pack", pack_place(data))])
+    begin = method_settings(method, str(Path(start).resolve()) if start else None)
+    config = load_config(recipe, [*(settings or []), *flags, as_override("data.pack", pack_place(data))], begin)
     if nproc:
         shown = [f"--{name.replace('_', '-')}" for name, given in (("exact_decode", exact_decode), ("strict", strict)) if given]
+        shown += [part for name, value in (("--method", method), ("--start", start)) if value for part in (name, value)]
         launch(["train", recipe, "--data", data, "--out", str(out), *shown, *(settings or [])], nproc, restarts)
         return
     try:
@@ -147,13 +165,35 @@ def train(
 def evaluate(
     run: Run,
     data: Annotated[str | None, typer.Option(help="Another pack with the same targets; by default the run's own.")] = None,
+    post_hoc: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD", help=f"Compare with this made of it, without training: {', '.join(POST_HOC)} or all."),
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option(metavar="PACK", help="A pack on whose validation images the strength is chosen.")
+    ] = None,
+    share: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=0.9, help="Without --validation: the share of images it is chosen on, and which are not scored."
+        ),
+    ] = 0.2,
+    strength: Annotated[float | None, typer.Option(min=0, help="The strength itself: nothing is chosen.")] = None,
 ) -> None:
     """Score a trained model: top-1 over the targets, by group and by class."""
-    from fastlt.evaluate import evaluate_run
+    from fastlt.evaluate import evaluate_post_hoc, evaluate_run
 
-    result = evaluate_run(run, data)
-    print_classes(result, run)
-    print_result(result, str(run))
+    if not post_hoc:
+        if validation or strength is not None:
+            raise UserError("--validation and --strength are for --post-hoc: name a method, or leave them out")
+        result = evaluate_run(run, data)
+        print_classes(result, run)
+        print_result(result, str(run))
+        return
+    if strength is not None and validation:
+        raise UserError("--strength and --validation exclude each other: the one fixes what the other is for")
+    names = list(POST_HOC) if "all" in post_hoc else list(dict.fromkeys(post_hoc))
+    print_post_hoc(evaluate_post_hoc(run, names, data, validation, share, strength), str(run), validation)
 
 
 @app.command()
@@ -286,15 +326,26 @@ def pack_place(data: str) -> str:
 
 def print_result(result: dict[str, Any], name: str) -> None:
     """The last epoch; the best one, chosen by the test images themselves, is named beside it."""
-    table = Table("", "top-1", "many", "medium", "few", "balanced", "harmonic", "ECE", title=escape(name), title_justify="left")
+    table = Table("", *RESULT_COLUMNS, title=escape(name), title_justify="left")
     table.columns[0].no_wrap = True
-    columns = ("top1", "many", "medium", "few", "balanced_accuracy", "harmonic_mean", "ece")
+    columns = list(RESULT_COLUMNS.values())
     table.add_row("last epoch", *(figure(result[column]) for column in columns))
     if best := result.get("best"):
         table.add_row(f"best, epoch {best['epoch']}", *(figure(best[column]) for column in columns[:4]), style="dim")
     console.print(table)
     worst = result["worst_class"]
     console.print(f"worst class: {worst['name']}, {figure(worst['accuracy'])} %", markup=False, highlight=False)
+
+
+def print_post_hoc(results: dict[str, dict[str, Any]], name: str, validation: str | None) -> None:
+    table = Table("", "strength", *RESULT_COLUMNS, title=escape(name), title_justify="left")
+    for method, result in results.items():
+        strength = f"{result['strength']:.3g}" if "strength" in result else ""
+        table.add_row(method, strength, *(figure(result[column]) for column in RESULT_COLUMNS.values()))
+    console.print(table)
+    first = results["as trained"]
+    chosen = f"strengths chosen on {first['chosen_on']:,} images {f'of {validation}' if validation else 'set aside'}, and "
+    console.print(f"{chosen if first['chosen_on'] else ''}all scored on the same {first['images']:,}", highlight=False)
 
 
 def print_classes(result: dict[str, Any], run: Path) -> None:

@@ -3,7 +3,7 @@
 import difflib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,13 +35,16 @@ class Section(BaseModel):
 class ModelConfig(Section):
     name: str = "resnet32"  # resnet20, resnet32, ... (6n + 2, for CIFAR), or any timm model
     pretrained: bool = False  # timm's weights for the name
-    weights: str = ""  # a local safetensors file with backbone weights
+    weights: str = ""  # a RUN folder, or a local safetensors file, with backbone weights
     drop_path: Share = 0.0
     checkpoint_activations: bool = False  # timm backbones: computed anew in the backward pass; less memory, a third more work
-    head: Literal["linear", "cosine", "class-parallel"] = "linear"  # class-parallel: each rank holds a part of the classes
+    # scaled: linear, with a factor per class; class-parallel: linear, and each rank holds a part of the classes
+    head: Literal["linear", "cosine", "scaled", "class-parallel"] = "linear"
     head_scale: Positive = 30.0  # of the cosine head
+    scale_alone: bool = False  # of the scaled head the factors learn, and nothing else
     sync_bn: bool = False  # batch norm over the images of all GPUs
-    head_weights: str = ""  # a local safetensors file: `weight` (T or C, D) to start the head from, e.g. CLIP text features
+    # a RUN folder, or a local safetensors file: `weight` (T or C, D), and `bias`, to start the head from, e.g. CLIP text features
+    head_weights: str = ""
 
 
 class DataConfig(Section):
@@ -87,7 +90,9 @@ class AugmentConfig(Section):
 
 
 class LossConfig(Section):
-    name: Literal["neighbor-silencing", "balanced-ce", "ce", "focal", "class-balanced", "ldam"] = "neighbor-silencing"
+    name: Literal["neighbor-silencing", "balanced-ce", "ce", "focal", "class-balanced", "ldam", "label-aware-smoothing"] = (
+        "neighbor-silencing"
+    )
     silence: Share = 0.1  # lambda_s: 1 = off, 0 = hard mask
     tau: Annotated[float, Field(ge=0)] = 1.0  # strength of the prior
     directions: Literal["both", "target_rows", "aux_rows"] = "both"
@@ -97,6 +102,8 @@ class LossConfig(Section):
     beta: BelowOne = 0.9999  # class-balanced, and the weights of DRW
     max_margin: Positive = 0.5  # LDAM
     drw_epoch: Count = 0  # LDAM: from this epoch on, re-weight the classes (DRW); 0: never
+    smooth_head: BelowOne = 0.4  # label-aware smoothing, of the most frequent class
+    smooth_tail: BelowOne = 0.1  # and of the rarest
 
 
 class OptimConfig(Section):
@@ -109,6 +116,8 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # learning rate per layer below the head, timm backbones
     clip: Annotated[float, Field(ge=0)] = 0.0  # gradient norm; 0: off
+    # rows of the head grow no longer than this share of the way from the shortest to the longest that it starts with; 1: off
+    max_norm: Share = 1.0
     accumulate: Several = 1  # batches per optimiser step
     ema: BelowOne = 0.0  # decay of averaged weights, which are then those evaluated and exported; 0: off
 
@@ -119,6 +128,7 @@ class ScheduleConfig(Section):
     final_lr: Annotated[float, Field(ge=0)] = 0.0  # of cosine, as a share of lr
     steps: dict[Epoch, Annotated[float, Field(ge=0)]] = {}  # of step: epoch -> factor on lr from that epoch on
     head_only_epochs: Count = 0  # the backbone is frozen for these first epochs
+    shift_bn: bool = False  # but for its batch-norm statistics, which follow the images of those epochs
 
 
 class TrainConfig(Section):
@@ -167,6 +177,18 @@ class Config(Section):
             self.model.head == "class-parallel" and loss.name not in LINEAR_LOSSES,
             f"model.head=class-parallel does not go with loss.name={loss.name}: choose one of {', '.join(LINEAR_LOSSES)}",
         )
+        yield (
+            self.model.scale_alone and self.model.head != "scaled",
+            "model.scale_alone is for model.head=scaled: set it to false",
+        )
+        yield (
+            self.optim.max_norm < 1 and self.model.head not in ("linear", "scaled"),
+            f"optim.max_norm is for linear heads, not for model.head={self.model.head}: set it to 1",
+        )
+        yield (
+            schedule.shift_bn and schedule.head_only_epochs == 0,
+            "schedule.shift_bn is for epochs of the head alone: set schedule.head_only_epochs",
+        )
         yield loss.drw_epoch > 0 and loss.name != "ldam", "loss.drw_epoch is for loss.name=ldam: set it to 0"
         yield (
             mixes and loss.name not in LINEAR_LOSSES,
@@ -194,16 +216,34 @@ class Config(Section):
             f"data.start_size needs data.ramp, the epochs from and to which images grow, not {list(data.ramp)}",
         )
         yield self.optim.nesterov and self.optim.momentum == 0, "optim.nesterov needs optim.momentum above 0"
+        yield self.optim.nesterov and self.optim.name != "sgd", f"optim.nesterov is for optim.name=sgd, not {self.optim.name}"
+
+    def never_comes(self) -> list[str]:
+        """Settings for epochs that the run does not reach: no error, for a first look is short, but worth a word."""
+        last, steps = self.train.epochs, self.schedule.steps if self.schedule.name == "step" else {}
+        late: dict[str, float] = {f"schedule.steps {epoch}": int(epoch) for epoch in steps}
+        late |= {"schedule.warmup_epochs": self.schedule.warmup_epochs, "loss.drw_epoch": self.loss.drw_epoch}
+        return [name for name, epoch in late.items() if epoch >= last]
 
 
 LINEAR_LOSSES = ("neighbor-silencing", "balanced-ce", "ce")  # linear in the label, so mixed and smoothed labels are defined
 
 
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
-    """A recipe's name or the path of a .toml file, with `section.key=value` on top. Raises UserError that names the nearest key."""
+def load_config(
+    recipe: str, overrides: Sequence[str] = (), method: Callable[[int, int | None], Mapping[str, Any]] | None = None
+) -> Config:
+    """A recipe's name or the path of a .toml file, with `section.key=value` on top. Raises UserError that names the nearest key.
+
+    method: the recipe's epochs, and those of the overrides, to the settings that come between the two.
+    """
     tree = read_recipe(recipe)
-    for override in overrides:
-        _set(tree, *_parsed(override))
+    changes = [_parsed(override) for override in overrides]
+    if method is not None:
+        asked = next((value for keys, value in reversed(changes) if keys == ["train", "epochs"]), None)
+        between = method(checked(tree, recipe).train.epochs, asked if isinstance(asked, int) else None)
+        changes = [*((key.split("."), value) for key, value in between.items()), *changes]
+    for keys, value in changes:
+        _set(tree, keys, value)
     return checked(tree, recipe)
 
 

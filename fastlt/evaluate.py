@@ -1,9 +1,10 @@
 """Evaluation: masked to the targets, no prior, no silencing."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +16,14 @@ from fastlt.data.augment import Geometry
 from fastlt.data.batch import normalise
 from fastlt.data.loader import Loader
 from fastlt.data.packed import Pack, open_pack
-from fastlt.data.plan import Batch, evaluation_batches
+from fastlt.data.plan import Batch, evaluation_batches, target_counts
 from fastlt.errors import UserError
 from fastlt.export import load_exported
 from fastlt.files import whole_file
+from fastlt.losses import log_prior as log_prior_of
 from fastlt.metrics import Predictions, confusions, score
+from fastlt.model import Classifier
+from fastlt.posthoc import Features, apply, check_methods, choose, set_aside
 from fastlt.prepare import choose_device, on_device
 
 EVALUATION_BATCH = 256
@@ -57,26 +61,100 @@ def save_predictions(predictions: Predictions, path: Path) -> None:
         np.savez(file, **vars(predictions))
 
 
+class Opened(NamedTuple):
+    """A trained model, and the images to score it on."""
+
+    config: Config
+    space: ClassSpace  # the run's: groups are by its own training images
+    model: Classifier
+    loader: Loader
+    pack: Pack
+    device: torch.device
+    dtype: torch.dtype
+
+    def batches(self) -> Iterator[Batch]:
+        return evaluation_batches(self.pack.val, evaluation_geometry(self.config.data), EVALUATION_BATCH)
+
+
+@contextmanager
+def opened(run: Path, pack: Path | str | None) -> Iterator[Opened]:
+    """Device and engine are what this machine has, wherever the model was trained."""
+    config = run_config(run)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"device": "auto"})})
+    images = open_pack(pack or config.data.pack, round(config.data.cache_gb * 1e9))
+    model, names = load_exported(run / "model.safetensors")
+    check_targets(names, images)
+    device, dtype = choose_device(config)
+    loader = Loader(images.val, config.data.size, "auto", config.data.workers, images.beton.get("val"))
+    try:
+        space = ClassSpace.load(run / "classes.json")
+        yield Opened(config, space, on_device(model, config, device), loader, images, device, dtype)
+    finally:
+        loader.close()
+
+
 def evaluate_run(run: Path, pack: Path | str | None = None) -> dict[str, Any]:
     """`fastlt eval`: scores RUN/model.safetensors on the val split of its pack, or of another one with the same targets.
 
     Returns what `score` does and the confusions, and `best` where the images are those that the run was evaluated on. Groups are
-    by the run's own training images. Device and engine are what this machine has, wherever the model was trained.
+    by the run's own training images.
     """
-    config = run_config(run)
-    config = config.model_copy(update={"train": config.train.model_copy(update={"device": "auto"})})
-    opened = open_pack(pack or config.data.pack, round(config.data.cache_gb * 1e9))
-    model, names = load_exported(run / "model.safetensors")
-    check_targets(names, opened)
-    device, dtype = choose_device(config)
-    loader = Loader(opened.val, config.data.size, "auto", config.data.workers, opened.beton.get("val"))
-    try:
-        batches = evaluation_batches(opened.val, evaluation_geometry(config.data), EVALUATION_BATCH)
-        predictions = predict(on_device(model, config, device), loader, batches, config.data, opened.space, device, dtype)
-    finally:
-        loader.close()
-    result = score(predictions, ClassSpace.load(run / "classes.json"))
+    with opened(run, pack) as it:
+        predictions = predict(it.model, it.loader, it.batches(), it.config.data, it.pack.space, it.device, it.dtype)
+        result = score(predictions, it.space)
     return {**result, "confusion": confusions(predictions), **({"best": best_of(run)} if pack is None else {})}
+
+
+@torch.inference_mode()
+def features_of(it: Opened) -> Features:
+    """What the backbone makes of every image."""
+    it.model.eval()
+    images, labels, values = [], [], []
+    for batch, pixels in it.loader.iterate(it.batches()):
+        x = normalise(pixels.to(it.device, non_blocking=True), it.config.data.mean, it.config.data.std, channels_last=True)
+        with torch.autocast(it.device.type, it.dtype, enabled=it.dtype != torch.float32):
+            values.append(it.model.backbone(x).float())
+        images.append(batch.images)
+        labels.append(batch.labels)
+    if not images:
+        raise UserError(f"{it.pack.path} has no validation image: pack one with --val")
+    return Features(np.concatenate(images), np.concatenate(labels), torch.cat(values))
+
+
+def evaluate_post_hoc(
+    run: Path, methods: list[str], pack: Path | str | None, validation: Path | str | None, share: float, strength: float | None
+) -> dict[str, dict[str, Any]]:
+    """`fastlt eval --post-hoc`: what `score` says of the model as trained, and with each method, all on the same images.
+
+    A method's strength, in its result, is chosen on the val split of the pack `validation`; without one, on `share` of the images
+    of each class, which are not scored then. strength: fixes it, and nothing is set aside.
+    """
+    with opened(run, pack) as it:
+        check_methods(methods, it.model)
+        tested = features_of(it)
+        log_prior = target_log_prior(it).to(it.device)
+        chosen_on = tested
+        if strength is None and validation is None:
+            aside = set_aside(tested.label, share)
+            if not aside.any():
+                raise UserError("no class has two validation images, so none can be set aside: name a pack with --validation")
+            chosen_on, tested = tested.take(aside), tested.take(~aside)
+        elif strength is None:
+            with opened(run, validation) as other:
+                chosen_on = features_of(other)
+        results = {"as trained": score(apply(None, 0, it.model, tested, log_prior), it.space)}
+        for name in methods:
+            best = choose(name, it.model, chosen_on, log_prior) if strength is None else strength
+            results[name] = {"strength": best, **score(apply(name, best, it.model, tested, log_prior), it.space)}
+        for result in results.values():
+            result |= {"images": len(tested.label), "chosen_on": 0 if strength is not None else len(chosen_on.label)}
+        return results
+
+
+def target_log_prior(it: Opened) -> Tensor:
+    """Of the targets, as they were sampled, (T,) float32."""
+    stored = np.array(it.space.train_counts[: it.space.num_targets])
+    return log_prior_of(torch.from_numpy(target_counts(stored, it.config.data.target_sampling)), 1.0)
 
 
 def best_of(run: Path) -> dict[str, Any]:

@@ -12,14 +12,17 @@ from fastlt.checkpoint import copies, load_weights, write_tensors
 from fastlt.config import Config, ModelConfig
 from fastlt.errors import UserError
 from fastlt.files import whole_file
-from fastlt.model import Classifier, build_model
+from fastlt.model import Classifier, ScaledHead, build_model
 
 MAX_DIFFERENCE = 1e-3  # of logits between torch and onnxruntime, relative to their largest magnitude
 
 
 def targets_only(model: Classifier, num_targets: int) -> dict[str, Tensor]:
-    """The model's tensors with rows 0..T-1 of the head."""
+    """The model's tensors with rows 0..T-1 of the head; the factors of a scaled head are worked into its rows."""
     tensors = copies(model.state_dict())
+    if isinstance(model.head, ScaledHead):
+        scale = tensors.pop("head.scale")
+        tensors["head.weight"], tensors["head.bias"] = tensors["head.weight"] * scale[:, None], tensors["head.bias"] * scale
     for name in ("head.weight", "head.bias"):
         if name in tensors:
             tensors[name] = tensors[name][:num_targets].clone()
@@ -28,9 +31,9 @@ def targets_only(model: Classifier, num_targets: int) -> dict[str, Tensor]:
 
 def export_safetensors(model: Classifier, config: Config, target_names: list[str], path: Path) -> None:
     """Weights, and as metadata all that is needed to build the model again: under one key, for their order would be random."""
-    head = "linear" if config.model.head == "class-parallel" else config.model.head  # its targets, put together
+    head = "cosine" if config.model.head == "cosine" else "linear"  # what the others come to
     description = {
-        "model": {**config.model.model_dump(mode="json"), "head": head},
+        "model": {**config.model.model_dump(mode="json"), "head": head, "scale_alone": False},
         "data": config.data.model_dump(mode="json", include={"size", "eval_resize", "mean", "std"}),
         "classes": target_names,
     }

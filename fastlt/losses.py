@@ -70,6 +70,23 @@ def ldam(logits: Tensor, target: Tensor, *, margin: Tensor, scale: float, weight
     return weighted_ce(lowered, target, weights=weights)
 
 
+def smoothing_by_class(counts: Tensor, head: float, tail: float) -> Tensor:
+    """What label-aware smoothing takes from each class: `head` of the most frequent, `tail` of the rarest, a quarter sine between
+    (MiSLAS, arXiv 2104.00466, eq. 6). counts (C,)."""
+    n = counts.double()
+    share = (n - n.min()) / (n.max() - n.min()).clamp(min=1)
+    return (tail + (head - tail) * torch.sin(share * torch.pi / 2)).float()
+
+
+def label_aware_smoothing(logits: Tensor, target: Tensor, *, smoothing: Tensor) -> Tensor:
+    """Cross entropy that takes smoothing_y from the true class and spreads it over the others (arXiv 2104.00466, eq. 4 and 5)."""
+    taken = smoothing[target]
+    log_p = logits.float().log_softmax(dim=1)
+    of_true = log_p.gather(1, target[:, None]).squeeze(1)
+    of_others = (log_p.sum(dim=1) - of_true) / (logits.shape[1] - 1)
+    return -((1 - taken) * of_true + taken * of_others).mean()
+
+
 class Step(NamedTuple):
     """The loss of a batch, and how many of its target images the model got right in the same pass; each ()."""
 
@@ -130,6 +147,9 @@ def build_criterion(
         return Criterion(partial(focal, gamma=config.gamma), space.num_targets)
     if config.name == "class-balanced":
         return Criterion(partial(weighted_ce, weights=weights), space.num_targets)
+    if config.name == "label-aware-smoothing":
+        smoothing = smoothing_by_class(counts, config.smooth_head, config.smooth_tail).to(device)
+        return Criterion(partial(label_aware_smoothing, smoothing=smoothing), space.num_targets)
     assert isinstance(model.head, CosineHead)  # the configuration was refused otherwise
     margin = margins(counts, config.max_margin).to(device)
     return Criterion(partial(ldam, margin=margin, scale=model.head.scale, weights=weights), space.num_targets)
@@ -149,7 +169,7 @@ def _linear_in_the_label(
     if isinstance(model.head, ClassParallelLinear):
         of_features: Callable[..., LossOutput] = partial(class_parallel_outputs, num_classes=space.num_classes, **options)
         return Criterion(partial(neighbor_silencing_outputs, **options), space.num_targets, of_features)
-    fuse = isinstance(model.head, LinearHead) and space.num_classes >= FUSE_FROM_CLASSES
+    fuse = type(model.head) is LinearHead and space.num_classes >= FUSE_FROM_CLASSES
     fused = partial(linear_neighbor_silencing_outputs, **options) if fuse else None
     return Criterion(partial(neighbor_silencing_outputs, **options), space.num_targets, fused)
 

@@ -71,6 +71,19 @@ class LinearHead(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class ScaledHead(LinearHead):
+    """A linear head with a learned factor per class: learnable weight scaling (arXiv 1910.09217, section 4.3)."""
+
+    def __init__(self, features: int, classes: int, scale_alone: bool):
+        super().__init__(features, classes)
+        self.scale = nn.Parameter(torch.ones(classes))
+        for parameter in (self.weight, self.bias):
+            parameter.requires_grad_(not scale_alone)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+
 class CosineHead(nn.Module):
     """(N, D) features to (N, C) logits `scale * cos(feature, class weight)`."""
 
@@ -106,11 +119,11 @@ def build_model(config: ModelConfig, classes: int, size: int) -> Classifier:
     if config.checkpoint_activations:
         checkpoint_activations(backbone, config.name)
     if config.weights:
-        load_backbone(backbone, Path(config.weights))
+        load_backbone(backbone, weights_file(config.weights))
     features = int(backbone.num_features)  # type: ignore[arg-type]
     head = build_head(config, features, classes)
     if config.head_weights:
-        start_head(head, Path(config.head_weights))
+        start_head(head, weights_file(config.head_weights))
     return Classifier(backbone, head)
 
 
@@ -124,6 +137,8 @@ def checkpoint_activations(backbone: nn.Module, name: str) -> None:
 def build_head(config: ModelConfig, features: int, classes: int) -> Head:
     if config.head == "class-parallel":
         return ClassParallelLinear(features, classes, seed=int(torch.randint(2**31, ())))
+    if config.head == "scaled":
+        return ScaledHead(features, classes, config.scale_alone)
     return CosineHead(features, classes, config.head_scale) if config.head == "cosine" else LinearHead(features, classes)
 
 
@@ -201,13 +216,25 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
 
 
 def start_head(head: Head, path: Path) -> None:
-    """Copies the rows of `weight` in the file, (T, D) or (C, D), into the first rows of the head."""
-    rows = read_weights(path).get("weight")
+    """Copies the rows of `weight` in the file, (T, D) or (C, D), and of `bias`, into the first rows of the head. `head.weight`
+    and `head.bias`, as a trained model has them, will do as well."""
+    found = {name.removeprefix("head."): tensor for name, tensor in read_weights(path).items()}
+    rows, bias = found.get("weight"), found.get("bias")
     if rows is None or rows.ndim != 2 or rows.shape[1] != head.weight.shape[1] or len(rows) > len(head.weight):
         shape = "no `weight`" if rows is None else f"a weight of shape {tuple(rows.shape)}"
         raise UserError(f"{path} has {shape}; the head is {tuple(head.weight.shape)} and takes its first rows from it")
     with torch.no_grad():
         head.weight[: len(rows)] = rows
+        if bias is not None and isinstance(head, LinearHead):
+            head.bias[: len(bias)] = bias
+
+
+def weights_file(place: str) -> Path:
+    """Of a RUN folder, its trained model."""
+    path = Path(place)
+    if path.is_dir() and not (path / "model.safetensors").is_file():
+        raise UserError(f"{path} has no model.safetensors: name a run that has finished")
+    return path / "model.safetensors" if path.is_dir() else path
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

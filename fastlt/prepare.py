@@ -23,7 +23,7 @@ from fastlt.losses import Step, silencing_graph
 from fastlt.model import Classifier, build_model
 from fastlt.optim import Averaged, averaged, build_optimizer, lr_factor
 from fastlt.stopping import StopRequest
-from fastlt.update import Updater
+from fastlt.update import MaxNorm, Updater
 from fastlt_kernels import ClassParallelLinear
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -96,7 +96,9 @@ def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trai
     check_sizes(model, config, device)
     ema = averaged(config.optim, model)
     sharded = list(model.head.parameters()) if isinstance(model.head, ClassParallelLinear) else []
-    updater = Updater(build_optimizer(config.optim, model, data.batch), config.optim.clip, dtype == torch.float16, sharded)
+    max_norm = MaxNorm(model.head.weight, config.optim.max_norm) if config.optim.max_norm < 1 else None
+    optimizer = build_optimizer(config.optim, model, data.batch)
+    updater = Updater(optimizer, config.optim.clip, dtype == torch.float16, sharded, max_norm)
     listed = run / ("nonfinite.txt" if ranks.is_first else f"nonfinite-rank{ranks.rank}.txt")
     guard = Guard([model, *([ema.model] if ema else [])], config.train.max_skipped, listed, pack.train)
     return Trainer(
@@ -247,3 +249,5 @@ def introduce(trainer: Trainer, console: Console) -> None:
     }
     for name, text in lines.items():
         console.print(f"[bold]{name:>9}[/]  {text}", highlight=False, soft_wrap=True)
+    if late := config.never_comes():
+        console.print(f"[yellow]note:[/] not reached in {config.train.epochs} epochs: {', '.join(late)}", highlight=False)

@@ -191,11 +191,12 @@ def tell_damaged(trainer: Trainer, console: Console) -> None:
 
 
 def set_modes(trainer: Trainer) -> None:
-    """In the head-only epochs the backbone stands still, its batch-norm statistics too."""
+    """In the head-only epochs the backbone stands still, its batch-norm statistics too, unless they are to follow."""
+    schedule = trainer.config.schedule
     trainer.model.train()
-    if frozen_epochs := trainer.config.schedule.head_only_epochs:
-        frozen = trainer.at.epoch < frozen_epochs
-        trainer.model.backbone.requires_grad_(not frozen).train(not frozen)
+    if schedule.head_only_epochs:
+        frozen = trainer.at.epoch < schedule.head_only_epochs
+        trainer.model.backbone.requires_grad_(not frozen).train(not frozen or schedule.shift_bn)
 
 
 def train_step(

@@ -11,11 +11,29 @@ FIRST_SCALE = 2.0**16
 GROWS_AFTER = 2000  # steps in a row without overflow
 
 
+class MaxNorm:
+    """Rows of a head's weight (C, D) are cut back to a length that lies `share` of the way from the shortest to the longest row
+    that it starts with (Alshammari et al. 2022, arXiv 2203.14197, section 3.3)."""
+
+    def __init__(self, weight: Tensor, share: float) -> None:
+        self.weight = weight
+        lengths = weight.detach().norm(dim=1)
+        self.limit = torch.lerp(lengths.min(), lengths.max(), share)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        lengths = self.weight.norm(dim=1, keepdim=True)
+        self.weight.mul_((self.limit / lengths.clamp(min=1e-12)).clamp(max=1))
+
+
 class Updater:
     """clip: the largest norm of the gradient; 0: any. scales: for float16, whose range gradients would leave. sharded: parameters
     of which each rank has its own part."""
 
-    def __init__(self, optimizer: Optimizer, clip: float, scales: bool, sharded: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, optimizer: Optimizer, clip: float, scales: bool, sharded: Sequence[Tensor] = (), max_norm: MaxNorm | None = None
+    ) -> None:
+        self.max_norm = max_norm
         self.optimizer, self.clip, self.scales = optimizer, clip, scales
         self._sharded = {id(parameter) for parameter in sharded}
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -48,6 +66,8 @@ class Updater:
         self.optimizer.grad_scale, self.optimizer.found_inf = None, overflow  # type: ignore[attr-defined]
         self.optimizer.step()  # fused, it looks at found_inf on the device
         self.optimizer.zero_grad()
+        if self.max_norm is not None:
+            self.max_norm.project()
         if self.scales:
             self._rescale(overflow)
         return norm

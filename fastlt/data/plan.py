@@ -80,7 +80,7 @@ class Plan:
         stored = np.rint(self._strata.sum(axis=1)).astype(np.int64)
         targets, auxiliaries = stored[: self.num_targets], stored[self.num_targets :]
         budget = np.broadcast_to(self.sampling.budget, auxiliaries.shape)
-        counts = [_target_counts(targets, self.sampling.targets), np.where(auxiliaries == 0, 0, budget)]
+        counts = [target_counts(targets, self.sampling.targets), np.where(auxiliaries == 0, 0, budget)]
         return np.concatenate(counts).astype(np.int64)
 
     @cached_property
@@ -148,7 +148,7 @@ class Plan:
         return Batch(images, self.split.label[images].astype(np.int64), boxes, flips)
 
 
-def _target_counts(stored: np.ndarray, sampling: str) -> np.ndarray:
+def target_counts(stored: np.ndarray, sampling: str) -> np.ndarray:
     """Images of each target class in an epoch, (T,) int; at least one of each that stores any."""
     if sampling == "once":
         return stored
