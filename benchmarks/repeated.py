@@ -6,17 +6,20 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fastlt.config import load_config
 from fastlt.errors import UserError
+from fastlt.methods import method_settings
 
+LOOK_EVERY = 1.0  # seconds
 GROUPS = ("top1", "many", "medium", "few")
 
 
@@ -24,6 +27,7 @@ GROUPS = ("top1", "many", "medium", "few")
 class Control:
     pack: Path
     settings: list[str]  # section.key=value
+    method: str | None = None  # of `fastlt train --method`
 
 
 def train_all(
@@ -35,13 +39,51 @@ def train_all(
     """
     jobs = [(name, seed) for seed in range(seeds) for name in controls]
     threads = str(max(1, (os.cpu_count() or 1) // parallel))
+    places = {(name, seed): out / folder_name(name, seed) for name, seed in jobs}
 
     def run(job: tuple[str, int]) -> dict[str, Any]:
         name, seed = job
-        return {"control": name, "seed": seed, **_train(recipe, controls[name], out / folder_name(name, seed), seed, threads)}
+        return {"control": name, "seed": seed, **_train(recipe, controls[name], places[job], seed, threads)}
 
     with ThreadPoolExecutor(parallel) as pool:
-        return list(track(pool.map(run, jobs), "training", total=len(jobs), console=console))
+        waiting = [pool.submit(run, job) for job in jobs]
+        total = seeds * sum(epochs_of(recipe, control) for control in controls.values())
+        try:
+            watch(waiting, list(places.values()), total, console)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what runs is saved by its own process, which got the same signal
+            raise
+        return [job.result() for job in waiting]
+
+
+def epochs_of(recipe: str, control: Control) -> int:
+    return load_config(recipe, control.settings, method_settings(control.method, None)).train.epochs
+
+
+def watch(waiting: list[Future[dict[str, Any]]], runs: list[Path], total: int, console: Console) -> None:
+    """A bar over the epochs of all runs, until they have ended or one has failed, whose error is raised."""
+    columns: list[str | ProgressColumn] = [
+        "training",
+        BarColumn(),
+        MofNCompleteColumn(),
+        "epochs",
+        TimeElapsedColumn(),
+        "left",
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=600) as bar:
+        task = bar.add_task("", total=total)
+        unfinished = set(waiting)
+        while unfinished:
+            ended, unfinished = wait(unfinished, timeout=LOOK_EVERY, return_when=FIRST_EXCEPTION)
+            for job in ended:
+                job.result()
+            bar.update(task, completed=sum(epochs_done(run) for run in runs))
+
+
+def epochs_done(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def folder_name(control: str, seed: int) -> str:
@@ -49,12 +91,13 @@ def folder_name(control: str, seed: int) -> str:
 
 
 def _train(recipe: str, control: Control, run: Path, seed: int, threads: str) -> dict[str, Any]:
-    options = ["--data", str(control.pack), "--out", str(run), f"train.seed={seed}", *control.settings]
+    method = ["--method", control.method] if control.method else []
+    options = ["--data", str(control.pack), "--out", str(run), *method, f"train.seed={seed}", *control.settings]
     fastlt("train", recipe, *options, threads=threads)
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     figures = {name: result[name] for name in (*GROUPS, "balanced_accuracy", "harmonic_mean", "ece")}
     figures |= {"epochs": result["epochs"], "images": result["images"], "best_top1": result["best"]["top1"]}
-    return {**figures, "seconds": round(result["seconds"], 1), "settings": " ".join(control.settings)}
+    return {**figures, "seconds": round(result["seconds"], 1), "settings": " ".join([*method, *control.settings])}
 
 
 def fastlt(*arguments: str, threads: str = "0") -> None:
@@ -76,4 +119,5 @@ def spread(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    return f"{statistics.mean(known):.1f} ± {statistics.stdev(known) if len(known) > 1 else 0:.1f}"
+    mean = f"{statistics.mean(known):.1f}"
+    return f"{mean} ± {statistics.stdev(known):.1f}" if len(known) > 1 else mean

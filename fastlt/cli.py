@@ -220,6 +220,25 @@ def demo(out: Annotated[Path, typer.Option(help="The folder for data, packs and 
     run_demo(out, console)
 
 
+@app.command()
+def reproduce(
+    task: Annotated[str, typer.Argument(help="cifar100-lt: published methods. cifar100-siblings: do auxiliaries help, and which?")],
+    data: Annotated[str, typer.Option(metavar="cifar100:DIR", help="As `fastlt pack` takes it.")],
+    out: Annotated[Path, typer.Option(help="The folder for packs and runs; what has finished there is not run again.")],
+    epochs: Annotated[int, typer.Option(min=0, help="Fewer than the protocol's, with a schedule drawn together; 0: its own.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 1,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time; the cores are shared among them.")] = 1,
+    csv: Annotated[Path | None, typer.Option(help="Add the figures of every run to this file.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings on top of every run.")
+    ] = None,
+) -> None:
+    """Published figures beside ours, under their own protocol."""
+    from fastlt_benchmarks.reproduce import Asked, run_reproduce
+
+    run_reproduce(task, Asked(data, out, epochs, seeds, parallel, settings or []), csv, console)
+
+
 @app.command("bench-train")
 def bench_train(
     recipe: Annotated[str, typer.Argument(help="The recipe whose loop is measured.")] = "cifar100-lt",

@@ -13,8 +13,8 @@ from fastlt.prepare import prepare
 from fastlt_benchmarks import train, train_steps
 from fastlt_benchmarks.regions import write_images
 from fastlt_benchmarks.repeated import Control, spread, table, train_all
+from fastlt_benchmarks.reproduce import SIBLINGS
 from fastlt_benchmarks.results_file import append_rows
-from fastlt_benchmarks.siblings import CONTROLS
 from fastlt_benchmarks.train import run_bench_train
 
 SMALL = ["model.name=resnet8", "data.size=16", "data.batch=16"]
@@ -86,11 +86,11 @@ def test_rows_of_another_benchmark_are_not_mixed_in(tmp_path):
 
 def test_the_table_of_controls_has_mean_and_deviation_and_no_zero_for_an_empty_group():
     rows = [
-        {"control": name, "top1": 50.0 + seed, "many": 60.0, "medium": 1.0, "few": None} for name in CONTROLS for seed in range(3)
+        {"control": name, "top1": 50.0 + seed, "many": 60.0, "medium": 1.0, "few": None} for name in SIBLINGS for seed in range(3)
     ]
     assert spread([50.0, 51.0, 52.0]) == "51.0 ± 1.0"
     assert spread([None, None]) == "-"
-    assert table(rows).row_count == len(CONTROLS)
+    assert table(rows).row_count == len(SIBLINGS)
 
 
 def test_controls_are_trained_seed_by_seed_and_read_again(small_pack, tmp_path):
