@@ -148,7 +148,8 @@ def build_criterion(
     if config.name == "class-balanced":
         return Criterion(partial(weighted_ce, weights=weights), space.num_targets)
     if config.name == "label-aware-smoothing":
-        smoothing = smoothing_by_class(counts, config.smooth_head, config.smooth_tail).to(device)
+        stored = torch.tensor(space.train_counts)  # of whom there is enough: the second stage samples all alike
+        smoothing = smoothing_by_class(stored, config.smooth_head, config.smooth_tail).to(device)
         return Criterion(partial(label_aware_smoothing, smoothing=smoothing), space.num_targets)
     assert isinstance(model.head, CosineHead)  # the configuration was refused otherwise
     margin = margins(counts, config.max_margin).to(device)

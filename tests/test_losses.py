@@ -7,7 +7,16 @@ from torch.nn import functional as F
 from fastlt.classes import ClassSpace
 from fastlt.config import LossConfig
 from fastlt.errors import UserError
-from fastlt.losses import FUSE_FROM_CLASSES, build_criterion, effective_number_weights, in_drw, log_prior, margins, silencing_graph
+from fastlt.losses import (
+    FUSE_FROM_CLASSES,
+    build_criterion,
+    effective_number_weights,
+    in_drw,
+    log_prior,
+    margins,
+    silencing_graph,
+    smoothing_by_class,
+)
 from fastlt.model import Classifier, CosineHead, LinearHead
 from fastlt_kernels.reference import reference_loss
 
@@ -141,6 +150,24 @@ def test_ldam_lowers_the_true_class_by_its_margin():
     for row, y in enumerate(target):
         lowered[row, y] -= 30 * margins(COUNTS, 0.5)[y]
     torch.testing.assert_close(loss, F.cross_entropy(lowered, target))
+
+
+def test_label_aware_smoothing_takes_more_from_the_frequent():
+    smoothing = smoothing_by_class(COUNTS, 0.4, 0.1)
+    assert smoothing[0].item() == pytest.approx(0.4) and smoothing[4].item() == pytest.approx(0.1)
+    for n, got in zip(COUNTS.tolist(), smoothing.tolist(), strict=True):
+        assert got == pytest.approx(0.1 + 0.3 * math.sin(math.pi * (n - 3) / (2 * (100 - 3))))
+    loss, logits, target = value(LossConfig(name="label-aware-smoothing"))
+    mass = torch.zeros_like(logits)
+    for row, y in enumerate(target):
+        mass[row] = smoothing[y] / 11
+        mass[row, y] = 1 - smoothing[y]
+    torch.testing.assert_close(mass.sum(dim=1), torch.ones(33))
+    torch.testing.assert_close(loss, F.cross_entropy(logits, mass))
+    net = model()
+    alike = build_criterion(LossConfig(name="label-aware-smoothing"), space(), torch.full((12,), 20), net, False, CPU)
+    torch.testing.assert_close(alike.of_logits(logits, target), loss)  # however the classes are sampled
+    assert torch.equal(smoothing_by_class(torch.tensor([7, 7]), 0.4, 0.1), torch.tensor([0.1, 0.1]))
 
 
 def test_drw_weighs_classes_only_from_its_epoch_on():
