@@ -94,6 +94,8 @@ def _train(recipe: str, control: Control, run: Path, seed: int, threads: str) ->
     method = ["--method", control.method] if control.method else []
     options = ["--data", str(control.pack), "--out", str(run), *method, f"train.seed={seed}", *control.settings]
     fastlt("train", recipe, *options, threads=threads)
+    if not (run / "result.json").is_file():
+        raise UserError(f"the run in {run} was stopped before its end: the same command goes on from there")
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     figures = {name: result[name] for name in (*GROUPS, "balanced_accuracy", "harmonic_mean", "ece")}
     figures |= {"epochs": result["epochs"], "images": result["images"], "best_top1": result["best"]["top1"]}

@@ -107,8 +107,8 @@ def pack(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help=f"A recipe ({', '.join(recipe_names())}) or a .toml file.")],
-    out: Annotated[Path, typer.Option(help="The RUN folder; a run that stopped there goes on.")],
     data: PackPath,
+    out: Annotated[Path | None, typer.Option(help="The RUN folder; a run that stopped there goes on.")] = None,
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings on top of the recipe.")
     ] = None,
@@ -127,6 +127,10 @@ def train(
     start: Annotated[
         str | None, typer.Option(metavar="RUN", help="A finished run whose model this one begins with; second stages need one.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Tell the memory, the steps and the hours it would take, from a few steps; train nothing."),
+    ] = False,
     nproc: Annotated[
         int, typer.Option(min=0, help="Processes on this machine, one for each GPU; 0: this one alone, or those of torchrun.")
     ] = 0,
@@ -144,6 +148,13 @@ def train(
     flags = [*(["data.decode=exact"] if exact_decode else []), *(["data.strict=true"] if strict else [])]
     begin = method_settings(method, str(Path(start).resolve()) if start else None)
     config = load_config(recipe, [*(settings or []), *flags, as_override("data.pack", pack_place(data))], begin)
+    if dry_run:
+        from fastlt.dry_run import dry_run as tell
+
+        tell(config, max(1, nproc), console)
+        return
+    if out is None:
+        raise UserError("no place for the run: name a folder with --out RUN")
     if nproc:
         shown = [f"--{name.replace('_', '-')}" for name, given in (("exact_decode", exact_decode), ("strict", strict)) if given]
         shown += [part for name, value in (("--method", method), ("--start", start)) if value for part in (name, value)]

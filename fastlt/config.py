@@ -34,7 +34,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     name: str = "resnet32"  # resnet20, resnet32, ... (6n + 2, for CIFAR), or any timm model
-    pretrained: bool = False  # timm's weights for the name
+    pretrained: bool = False  # timm's weights for the name, unless `weights` names others
     weights: str = ""  # a RUN folder, or a local safetensors file, with backbone weights
     drop_path: Share = 0.0
     checkpoint_activations: bool = False  # timm backbones: computed anew in the backward pass; less memory, a third more work
@@ -202,7 +202,6 @@ class Config(Section):
             schedule.name == "one-cycle" and schedule.warmup_epochs > 0,
             "schedule.name=one-cycle warms up by itself: drop warmup_epochs",
         )
-        yield bool(self.model.weights) and self.model.pretrained, "model.weights and model.pretrained exclude each other"
         yield not data.scale[0] <= data.scale[1] <= 1, f"data.scale={list(data.scale)} must ascend and end at 1 or below"
         yield data.ratio[0] > data.ratio[1], f"data.ratio={list(data.ratio)} must ascend"
         yield (

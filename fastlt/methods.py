@@ -82,7 +82,7 @@ def weight_balancing(epochs: int, start: str) -> Settings:
 def _second_stage(epochs: int, start: str) -> Settings:
     """The head alone, on targets alone, mixed and smoothed no more."""
     return {
-        "model.weights": start, "model.pretrained": False, "data.auxiliary": False, "train.epochs": epochs,
+        "model.weights": start, "data.auxiliary": False, "train.epochs": epochs,
         "schedule.name": "cosine", "schedule.warmup_epochs": 0, "schedule.head_only_epochs": epochs,
         "augment.mixup": 0.0, "augment.cutmix": 0.0, "loss.label_smoothing": 0.0,
     }  # fmt: skip
@@ -115,5 +115,5 @@ def method_settings(method: str | None, start: str | None) -> Callable[[int, int
     if method is not None and method not in ONE_STAGE:
         names = [*ONE_STAGE, *SECOND_STAGE]
         raise UserError(f"there is no method '{method}'{did_you_mean(method, names)}; methods: {', '.join(names)}")
-    begin: Settings = {"model.weights": start, "model.pretrained": False} if start else {}
+    begin: Settings = {"model.weights": start} if start else {}
     return lambda epochs, asked: begin | (ONE_STAGE[method](asked or epochs) if method else {})

@@ -193,7 +193,7 @@ def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
     if config.drop_path:
         options["drop_path_rate"] = config.drop_path
     try:
-        return timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **options)
+        return timm.create_model(config.name, pretrained=config.pretrained and not config.weights, num_classes=0, **options)
     except TypeError as error:
         raise UserError(f"timm's {config.name} does not take {', '.join(options)}: set model.drop_path=0") from error
     except (OSError, RuntimeError) as error:

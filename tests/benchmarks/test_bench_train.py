@@ -1,5 +1,11 @@
 import csv
 import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,8 +109,30 @@ def test_controls_are_trained_seed_by_seed_and_read_again(small_pack, tmp_path):
     assert [(row["control"], row["seed"]) for row in rows] == [("as it is", 0), ("alone", 0), ("as it is", 1), ("alone", 1)]
     assert (tmp_path / "as-it-is-seed1/result.json").is_file() and all(0 <= row["top1"] <= 100 for row in rows)
     assert train_all("cifar100-siblings", controls, tmp_path, 2, 2, Console(quiet=True)) == rows
-    with pytest.raises(UserError, match=r"ended with code 2: .*no setting"):
+    with pytest.raises(UserError, match=r"there is no setting 'no\.such'"):
         train_all("cifar100-siblings", {"wrong": Control(small_pack, ["no.such=1"])}, tmp_path, 1, 1, Console(quiet=True))
+    with pytest.raises(UserError, match=r"(?s)ended with code 2: .*nowhere"):
+        train_all("cifar100-siblings", {"lost": Control(tmp_path / "nowhere", settings)}, tmp_path, 1, 1, Console(quiet=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_that_is_stopped_from_outside_is_said_to_go_on(small_pack, tmp_path):
+    """It saves, and ends with code 0, as it should, but has no result."""
+
+    def stop_once_checkpointed():
+        while not list(tmp_path.glob("long-seed0/checkpoints/step-*")):
+            time.sleep(0.02)
+        children = {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+        for child in children:
+            if b"long-seed0" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(child, signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop_once_checkpointed, daemon=True)
+    stopper.start()
+    long = {"long": Control(small_pack, [*SMALL, "train.epochs=5000", "train.eval_every=5000", "train.threads=1"])}
+    with pytest.raises(UserError, match=r"long-seed0 was stopped before its end: the same command goes on"):
+        train_all("cifar100-siblings", long, tmp_path, 1, 1, Console(quiet=True))
+    stopper.join()
 
 
 def test_images_to_compare_regions_by_are_jpegs_of_every_fifth_class(shared_data, tmp_path):
