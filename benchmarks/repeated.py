@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 
 from fastlt.config import load_config
+from fastlt.data.pool import cores
 from fastlt.errors import UserError
 from fastlt.methods import method_settings
 
@@ -38,7 +39,7 @@ def train_all(
     A run that is in `out` is read, one that stopped goes on. Raises UserError where one fails.
     """
     jobs = [(name, seed) for seed in range(seeds) for name in controls]
-    threads = str(max(1, (os.cpu_count() or 1) // parallel))
+    threads = str(max(1, cores() // parallel))
     places = {(name, seed): out / folder_name(name, seed) for name, seed in jobs}
 
     def run(job: tuple[str, int]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """From a configuration and a pack to all that a run needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from fastlt.data.augment import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.packed import Pack
 from fastlt.data.plan import Plan, Sampling, spread_budget
+from fastlt.data.pool import cores
 from fastlt.distributed import ALONE, Ranks
 from fastlt.errors import UserError
 from fastlt.guard import Guard
@@ -249,5 +250,13 @@ def introduce(trainer: Trainer, console: Console) -> None:
     }
     for name, text in lines.items():
         console.print(f"[bold]{name:>9}[/]  {text}", highlight=False, soft_wrap=True)
+    for note in notes(config):
+        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
+
+
+def notes(config: Config) -> Iterator[str]:
+    """What is no error, but worth a word."""
     if late := config.never_comes():
-        console.print(f"[yellow]note:[/] not reached in {config.train.epochs} epochs: {', '.join(late)}", highlight=False)
+        yield f"not reached in {config.train.epochs} epochs: {', '.join(late)}"
+    if config.data.workers > cores():
+        yield f"data.workers={config.data.workers}, but there are {cores()} cores: fewer may be faster"

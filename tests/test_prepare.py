@@ -9,8 +9,9 @@ from rich.console import Console
 
 from fastlt.config import DataConfig, load_config
 from fastlt.data.packed import open_pack
+from fastlt.data.pool import cores
 from fastlt.errors import UserError
-from fastlt.prepare import budgets_of, build_plan, prepare, size_at
+from fastlt.prepare import budgets_of, build_plan, notes, prepare, size_at
 from fastlt.train import train
 
 QUIET = Console(quiet=True)
@@ -91,3 +92,9 @@ def test_a_split_without_auxiliary_images_has_no_budget(small_pack):
     columns = {name: getattr(pack.train, name)[kept] for name in ("shard", "offset", "size", "label", "height", "width")}
     plan = build_plan(config_of(small_pack, "data.budget=7"), replace(pack, train=replace(pack.train, **columns)))
     assert plan.class_counts.tolist() == [12, 6, 3, 0, 0]
+
+
+def test_more_workers_than_cores_are_worth_a_word(small_pack):
+    assert list(notes(config_of(small_pack, "train.epochs=2", f"data.workers={cores()}"))) == []
+    (said,) = notes(config_of(small_pack, "train.epochs=2", f"data.workers={cores() + 1}"))
+    assert f"data.workers={cores() + 1}, but there are {cores()} cores" in said

@@ -4,6 +4,7 @@ import ctypes
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 
@@ -63,6 +64,11 @@ class TorchEngine:
             self._reading = False
 
     def _start(self) -> Iterator[Made | str]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: `introduce` says so
+            return iter(self._made())
+
+    def _made(self) -> DataLoader:
         if self._loader is None:
             several = self._workers > 0
             # A fork of a process that is fetching shards inherits its locks, and never gets them.
@@ -72,7 +78,7 @@ class TorchEngine:
                 worker_init_fn=partial(begin_worker, threading.current_thread() is threading.main_thread()),
                 multiprocessing_context="spawn" if several and self._dataset.split.remote is not None else None,
             )  # fmt: skip
-        return iter(self._loader)
+        return self._loader
 
     def close(self) -> None:
         """Ends the workers."""
