@@ -22,6 +22,8 @@ POST_HOC = ("tau-norm", "logit-adjustment", "cosine", "angular")  # as fastlt.po
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Long-tailed image classification with auxiliary classes and neighbour silencing.")  # fmt: skip
+curate = typer.Typer(no_args_is_help=True, help="From the names of targets to auxiliary classes.")
+app.add_typer(curate, name="curate")
 console = Console()
 
 PackPath = Annotated[
@@ -37,6 +39,10 @@ Run = Annotated[Path, typer.Argument(help="The folder that `fastlt train` wrote.
 class Task(str, Enum):
     lt = "cifar100-lt"
     siblings = "cifar100-siblings"
+
+
+class Control(str, Enum):
+    random = "random"
 
 
 class Dtype(str, Enum):
@@ -316,6 +322,25 @@ def bench_data(
     from fastlt_benchmarks.data import run_bench_data
 
     run_bench_data(data, images, size, batch, workers, rounds, contender, quick, tune, out, console)
+
+
+@curate.command()
+def propose(
+    targets: Annotated[Path, typer.Argument(metavar="PACK", help="A pack, or a text file with a name or WordNet id on each line.")],
+    out: Annotated[Path, typer.Option(help="The folder of the curation.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[propose.key=value]...", help="Settings.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A .toml file with settings, such as config.toml of a curation.")] = None,
+    control: Annotated[
+        Control | None, typer.Option(help="random: as many categories, drawn from all of WordNet, as the paper's control.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the prompts and about what they cost; ask nobody.")] = False,
+) -> None:
+    """Find neighbours of each target: by WordNet, a language model, or a file of your own."""
+    from fastlt.config import with_settings
+    from fastlt.curate.propose import run_propose
+    from fastlt.curate.settings import CurateConfig
+
+    run_propose(targets, out, with_settings(CurateConfig, config, settings or []), control is not None, dry_run, console)
 
 
 def collect(

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -30,6 +30,9 @@ Several = Annotated[int, Field(ge=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Tree = TypeVar("Tree", bound=Section)
 
 
 class ModelConfig(Section):
@@ -295,17 +298,25 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def checked(tree: dict[str, Any], where: str) -> Config:
+def with_settings(model: type[Tree], file: Path | None, overrides: Sequence[str]) -> Tree:
+    """A tree of sections of its own, from a .toml file if there is one, with `section.key=value` on top."""
+    tree = read_recipe(str(file)) if file else {}
+    for override in overrides:
+        _set(tree, *_parsed(override), model)
+    return checked(tree, str(file) if file else "settings", model)
+
+
+def checked(tree: dict[str, Any], where: str, model: type[Tree] = Config) -> Tree:  # type: ignore[assignment]
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_in_words(error.errors()[0])}") from error
+        raise UserError(f"{where}: {_in_words(error.errors()[0], model)}") from error
 
 
-def _in_words(error: Any) -> str:
+def _in_words(error: Any, model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"there is no setting '{key}'{did_you_mean(key, list(setting_names()))}"
+        return f"there is no setting '{key}'{did_you_mean(key, list(setting_names(model)))}"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{key} = {error['input']!r}: {message}" if key else message
 
@@ -321,9 +332,9 @@ def _parsed(override: str) -> tuple[list[str], Any]:
     return key.strip().split("."), value
 
 
-def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+def _set(tree: dict[str, Any], keys: list[str], value: Any, model: type[BaseModel] = Config) -> None:
     name = ".".join(keys)
-    known = list(setting_names())
+    known = list(setting_names(model))
     if name not in known:
         raise UserError(f"there is no setting '{name}'{did_you_mean(name, known)}")
     section = tree.setdefault(keys[0], {})
@@ -331,8 +342,8 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
         section[keys[1]] = value
 
 
-def setting_names() -> Iterator[str]:
-    for section, field in Config.model_fields.items():
+def setting_names(model: type[BaseModel] = Config) -> Iterator[str]:
+    for section, field in model.model_fields.items():
         for key in field.annotation.model_fields:  # type: ignore[union-attr]
             yield f"{section}.{key}"
 
@@ -347,5 +358,5 @@ def as_override(key: str, value: str) -> str:
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
-def to_toml(config: Config) -> str:
+def to_toml(config: Section) -> str:
     return tomli_w.dumps(config.model_dump(mode="json"))

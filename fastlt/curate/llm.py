@@ -1,0 +1,181 @@
+"""The `llm` provider: a language model behind any endpoint that speaks OpenAI's protocol is asked about each target.
+
+Every reply is kept on the disk under the hash of what was asked, so that what was answered once costs nothing again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fastlt.curate.proposals import Proposal, Target
+from fastlt.curate.settings import ProposeConfig
+from fastlt.errors import UserError
+from fastlt.files import write_text
+
+OTHERS = 200  # target names that a prompt lists
+SPARE = 4  # categories asked for beyond those wanted, as some will be targets
+CHARACTERS_PER_TOKEN, TOKENS_PER_CATEGORY = 4, 40  # about, of English
+
+
+class Suggested(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    name: str = Field(min_length=1, max_length=100)
+    description: str = Field(default="", max_length=1000)
+
+
+class Reply(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    categories: list[Suggested] = Field(min_length=1)
+
+
+class Usage(NamedTuple):
+    asked: int
+    known: int  # of them answered before
+    tokens_in: int
+    tokens_out: int
+
+    def cost(self, settings: ProposeConfig) -> float:
+        """Dollars."""
+        return (self.tokens_in * settings.price_in + self.tokens_out * settings.price_out) / 1e6
+
+
+class Failed(NamedTuple):
+    """Why a target has no answer."""
+
+    reason: str
+
+
+def prompts(settings: ProposeConfig, targets: Sequence[Target], limits: Sequence[int]) -> list[str]:
+    """One a target. Raises UserError where the prompt file is not there, or names what is not known."""
+    template = Template(_prompt_text(settings.prompt))
+    return [_fill(template, settings.prompt, target, count, targets) for target, count in zip(targets, limits, strict=True)]
+
+
+def _prompt_text(place: str) -> str:
+    if not place:
+        return (resources.files("fastlt.curate") / "prompt.txt").read_text(encoding="utf-8")
+    try:
+        return Path(place).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompt {place}: {error}") from error
+
+
+def _fill(template: Template, place: str, target: Target, count: int, targets: Sequence[Target]) -> str:
+    others = [spoken(other) for other in targets if other is not target][:OTHERS]
+    try:
+        return template.substitute(target=spoken(target), count=count + SPARE, others=", ".join(others))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the prompt {place}: {error} is not one of $target, $count, $others; a dollar is written $$") from error
+
+
+def spoken(target: Target) -> str:
+    return target.name.replace("_", " ")
+
+
+class Cache:
+    """Replies in a folder, a file each."""
+
+    def __init__(self, folder: Path, settings: ProposeConfig) -> None:
+        self.folder, self.settings = folder, settings
+
+    def path(self, prompt: str) -> Path:
+        asked = [self.settings.model, self.settings.temperature, prompt]
+        return self.folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()}.json"
+
+    def read(self, prompt: str) -> Reply | None:
+        try:
+            return Reply.model_validate(json.loads(self.path(prompt).read_text(encoding="utf-8"))["reply"])
+        except (OSError, ValueError, KeyError):
+            return None  # it is asked again
+
+    def keep(self, prompt: str, reply: Reply, tokens: tuple[int, int]) -> None:
+        kept = {"model": self.settings.model, "prompt": prompt, "reply": reply.model_dump(), "tokens": tokens}
+        write_text(self.path(prompt), json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
+
+
+def estimate(cache: Cache, asked: Sequence[str]) -> Usage:
+    """Before anything is asked: about as many tokens as characters let expect."""
+    new = [prompt for prompt in asked if cache.read(prompt) is None]
+    tokens_in = sum(len(prompt) for prompt in new) // CHARACTERS_PER_TOKEN
+    return Usage(len(asked), len(asked) - len(new), tokens_in, TOKENS_PER_CATEGORY * (cache.settings.per_target + SPARE) * len(new))
+
+
+def ask_all(cache: Cache, asked: Sequence[str]) -> Iterator[tuple[int, Reply | Failed, tuple[int, int]]]:
+    """(number of the prompt, reply or why there is none, tokens in and out), as they come. Stops at what concerns all prompts:
+    UserError where the key is refused or the endpoint not there."""
+    client = open_client(cache.settings)
+    with ThreadPoolExecutor(cache.settings.concurrency, "fastlt-llm") as pool:
+        waiting = {pool.submit(ask, client, cache, prompt): number for number, prompt in enumerate(asked)}
+        try:
+            for job in as_completed(waiting):
+                yield waiting[job], *job.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def open_client(settings: ProposeConfig) -> Any:
+    try:
+        from openai import OpenAI
+    except ImportError as error:
+        raise UserError("propose.provider=llm needs the library openai: pip install fastlt[curate]") from error
+    if not settings.model:
+        raise UserError("propose.provider=llm needs a model: name it with propose.model")
+    key = os.environ.get("OPENAI_API_KEY") or ("none" if settings.base_url else "")
+    if not key:
+        raise UserError("set OPENAI_API_KEY to the key of the endpoint, or propose.base_url to one that needs none")
+    return OpenAI(api_key=key, base_url=settings.base_url or None, timeout=settings.timeout, max_retries=settings.retries)
+
+
+def ask(client: Any, cache: Cache, prompt: str) -> tuple[Reply | Failed, tuple[int, int]]:
+    """The client itself tries again, later each time, where the endpoint is slow, busy or broken; here, what it answered with
+    is checked. All that was asked is counted."""
+    if known := cache.read(prompt):
+        return known, (0, 0)
+    spent, problem = [0, 0], ""
+    for _ in range(cache.settings.retries + 1):
+        text, tokens = _complete(client, cache.settings, prompt)
+        spent = [before + now for before, now in zip(spent, tokens, strict=True)]
+        try:
+            reply = Reply.model_validate_json(without_fence(text))
+        except ValidationError as error:
+            problem = str(error.errors()[0]["msg"])
+            continue
+        cache.keep(prompt, reply, (spent[0], spent[1]))
+        return reply, (spent[0], spent[1])
+    return Failed(f"no reply of the form that was asked for, last: {problem}"), (spent[0], spent[1])
+
+
+def _complete(client: Any, settings: ProposeConfig, prompt: str) -> tuple[str, tuple[int, int]]:
+    import openai
+
+    schema = {"name": "categories", "schema": Reply.model_json_schema()}
+    try:
+        answer = client.chat.completions.create(
+            model=settings.model, temperature=settings.temperature, messages=[{"role": "user", "content": prompt}],
+            response_format={"type": "json_schema", "json_schema": schema},
+        )  # fmt: skip
+    except openai.APIError as error:
+        where = settings.base_url or "the endpoint"
+        raise UserError(f"{where} does not answer ({type(error).__name__}: {error}); what was answered is kept") from error
+    usage, choices = answer.usage, answer.choices or []
+    text = (choices[0].message.content if choices else None) or ""
+    return text, (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+
+
+def without_fence(text: str) -> str:
+    """Many models wrap JSON in a fence of Markdown."""
+    lines = text.strip().splitlines()
+    fenced = len(lines) > 2 and lines[0].startswith("```") and lines[-1].startswith("```")
+    return "\n".join(lines[1:-1]) if fenced else text
+
+
+def to_proposals(target: int, reply: Reply) -> list[Proposal]:
+    return [Proposal(target, category.name.strip(), "llm", description=category.description) for category in reply.categories]

@@ -1,0 +1,254 @@
+"""`fastlt curate propose`: which auxiliary classes there are to be, and because of which targets.
+
+CURATED/proposals.jsonl   every category that was proposed, whether it is kept, and why
+CURATED/categories.jsonl  the auxiliary classes: name, what to search images by, owners
+CURATED/pairs.csv         target,auxiliary, as `fastlt pack` reads it
+CURATED/llm/              replies of a language model
+"""
+
+import csv
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastlt.classes import ClassSpace
+from fastlt.config import to_toml
+from fastlt.curate import llm, wordnet
+from fastlt.curate.embeddings import read_embeddings
+from fastlt.curate.names import normalised
+from fastlt.curate.proposals import (
+    Category,
+    Decision,
+    Proposal,
+    Target,
+    even_limits,
+    merge,
+    tail_weighted_limits,
+    with_random_names,
+)
+from fastlt.curate.settings import CurateConfig, ProposeConfig
+from fastlt.curate.table import write_table
+from fastlt.errors import UserError
+from fastlt.files import whole_file, write_text
+
+SHOWN = 8  # targets of the table on the screen
+FILE_COLUMNS = ("target", "category", "query", "description")
+
+
+class Proposed(NamedTuple):
+    """Of each target."""
+
+    synonyms: list[list[str]]
+    proposals: list[list[Proposal]]
+    notes: list[str] = []  # noqa: RUF012  # never changed
+
+
+def run_propose(place: Path, out: Path, config: CurateConfig, random_control: bool, dry_run: bool, console: Console) -> None:
+    """place: a pack, or a text file with the name or the WordNet id of a target on each line."""
+    settings = config.propose
+    targets = read_targets(place)
+    limits = limits_of(settings, targets)
+    if dry_run:
+        show_prompts(settings, targets, limits, out, console)
+        return
+    proposed = PROVIDERS[settings.provider](settings, targets, limits, out, console)
+    decisions, categories = merge(targets, proposed.synonyms, proposed.proposals, limits)
+    if not categories:
+        raise UserError(f"no neighbour was found for any of the {len(targets):,} targets: see propose.reach, or another provider")
+    if random_control:
+        categories = random_categories(settings, targets, proposed.synonyms, categories)
+    write(out, config, targets, decisions, categories)
+    for note in proposed.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+    show(targets, decisions, categories, console)
+    console.print(f"written to {out}: categories.jsonl, proposals.jsonl, pairs.csv", highlight=False, soft_wrap=True)
+
+
+def read_targets(place: Path) -> list[Target]:
+    if place.is_dir():
+        space = ClassSpace.load(place / "classes.json")
+        return [Target(name, count) for name, count in zip(space.target_names, space.train_counts, strict=False)]
+    try:
+        names = [line.strip() for line in place.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{place} is neither a pack nor a text file with a target on each line ({error})") from error
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(f"{place} names '{repeated[0]}' more than once")
+    if not names:
+        raise UserError(f"{place} names no targets: write one on each line")
+    return [Target(name) for name in names]
+
+
+def limits_of(settings: ProposeConfig, targets: Sequence[Target]) -> list[int]:
+    if settings.allocation == "even":
+        return even_limits(targets, settings.per_target)
+    if not any(target.count for target in targets):
+        raise UserError("propose.allocation=tail needs the number of images of each target: give a pack, not a list of names")
+    return tail_weighted_limits(targets, settings.per_target)
+
+
+# --- providers
+
+
+def from_wordnet(
+    settings: ProposeConfig, targets: Sequence[Target], limits: Sequence[int], out: Path, console: Console
+) -> Proposed:
+    words = wordnet.read_wordnet(settings.wordnet)
+    mapping = wordnet.read_mapping(Path(settings.synsets), targets) if settings.synsets else {}
+    synsets = wordnet.find_targets(words, targets, mapping)
+    embeddings = read_embeddings(settings.embeddings) if settings.embeddings else None
+    found = wordnet.propose(words, synsets, settings.reach, settings.rise, embeddings)
+    unknown = [target.name for target, synset in zip(targets, synsets, strict=True) if not synset]
+    notes = [f"WordNet does not know {len(unknown)} targets ({few(unknown)}): map them with propose.synsets"] if unknown else []
+    return Proposed([list(words.lemmas[synset]) if synset else [] for synset in synsets], list(found), notes)
+
+
+def from_llm(settings: ProposeConfig, targets: Sequence[Target], limits: Sequence[int], out: Path, console: Console) -> Proposed:
+    cache = llm.Cache(out / "llm", settings)
+    asked = llm.prompts(settings, targets, limits)
+    console.print(f"about {in_words(llm.estimate(cache, asked), settings)}", highlight=False)
+    proposals: list[list[Proposal]] = [[] for _ in targets]
+    failed: dict[str, str] = {}
+    tokens = [0, 0]
+    known = sum(cache.read(prompt) is not None for prompt in asked)
+    with progress_bar(console) as bar:
+        for number, reply, spent in bar.track(llm.ask_all(cache, asked), total=len(asked), description="asking"):
+            tokens = [before + now for before, now in zip(tokens, spent, strict=True)]
+            if isinstance(reply, llm.Failed):
+                failed[targets[number].name] = reply.reason
+            else:
+                proposals[number] = llm.to_proposals(number, reply)
+    console.print(f"asked: {in_words(llm.Usage(len(asked), known, *tokens), settings)}", highlight=False)
+    notes = [f"no answer for {len(failed)} targets ({few(list(failed))}): {next(iter(failed.values()))}"] if failed else []
+    return Proposed([[] for _ in targets], proposals, notes)
+
+
+def from_file(settings: ProposeConfig, targets: Sequence[Target], limits: Sequence[int], out: Path, console: Console) -> Proposed:
+    """A CSV with the columns target, category and, if wanted, query and description; the best of a target come first."""
+    if not settings.file:
+        raise UserError("propose.provider=file needs propose.file, a CSV with the header target,category")
+    file = Path(settings.file)
+    try:
+        reader = csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines())
+        rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    if not {"target", "category"} <= set(reader.fieldnames or []) or not set(reader.fieldnames or []) <= set(FILE_COLUMNS):
+        raise UserError(f"{file}, line 1: the header must be target,category and, if wanted, query and description")
+    numbers = {target.name: number for number, target in enumerate(targets)}
+    proposals: list[list[Proposal]] = [[] for _ in targets]
+    for line, row in enumerate(rows, start=2):
+        name, category = (row["target"] or "").strip(), (row["category"] or "").strip()
+        if name not in numbers or not category:
+            wrong = f"there is no target '{name}'" if category else "there is no category"
+            raise UserError(f"{file}, line {line}: {wrong}")
+        query, description = row.get("query") or "", row.get("description") or ""
+        proposals[numbers[name]].append(Proposal(numbers[name], category, "file", query=query, description=description))
+    return Proposed([[] for _ in targets], proposals)
+
+
+PROVIDERS = {"wordnet": from_wordnet, "llm": from_llm, "file": from_file}
+
+
+def random_categories(
+    settings: ProposeConfig, targets: Sequence[Target], synonyms: Sequence[Sequence[str]], categories: Sequence[Category]
+) -> list[Category]:
+    """As many categories, with as many owners, that have nothing to do with the targets."""
+    words = wordnet.read_wordnet(settings.wordnet)
+    synsets = [words.find(target.name) for target in targets]
+    taken = {normalised(word) for word in chain((target.name for target in targets), *synonyms)}
+    pool = wordnet.pool(words, synsets, taken | {normalised(category.name) for category in categories})
+    if len(pool) < len(categories):
+        raise UserError(f"WordNet has {len(pool):,} categories to draw from, fewer than the {len(categories):,} of the neighbours")
+    return with_random_names(categories, pool, settings.seed)
+
+
+# --- what is written, and shown
+
+
+def write(
+    out: Path, config: CurateConfig, targets: Sequence[Target], decisions: Sequence[Decision], categories: Sequence[Category]
+) -> None:
+    write_table(out / "proposals.jsonl", (decision_row(decision, targets) for decision in decisions))
+    write_table(out / "categories.jsonl", (category_row(category, targets) for category in categories))
+    with whole_file(out / "pairs.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        pairs = csv.writer(file)
+        pairs.writerow(["target", "auxiliary"])
+        pairs.writerows([targets[owner].name, category.name] for category in categories for owner in sorted(category.owners))
+    write_text(out / "config.toml", to_toml(config))
+
+
+def decision_row(decision: Decision, targets: Sequence[Target]) -> dict[str, Any]:
+    row = asdict(decision.proposal)
+    del row["refused"]  # it is the reason then
+    also = [targets[target].name for target in decision.proposal.also]
+    target = targets[decision.proposal.target].name
+    return {**row, "target": target, "also": also, "kept": decision.kept, "reason": decision.reason}
+
+
+def category_row(category: Category, targets: Sequence[Target]) -> dict[str, Any]:
+    return {**asdict(category), "owners": [targets[owner].name for owner in sorted(category.owners)]}
+
+
+def show(targets: Sequence[Target], decisions: Sequence[Decision], categories: Sequence[Category], console: Console) -> None:
+    owned = Counter(owner for category in categories for owner in category.owners)
+    median = statistics.median(owned[target] for target in range(len(targets)))
+    several = sum(len(category.owners) > 1 for category in categories)
+    without = sum(target not in owned for target in range(len(targets)))
+    table = Table("target", "its auxiliary classes", title=f"the first of {len(targets):,} targets", title_justify="left")
+    for number, target in enumerate(targets[:SHOWN]):
+        names = [category.name for category in categories if number in category.owners]
+        table.add_row(escape(target.name), escape(", ".join(names)) or "[yellow]none[/]")
+    console.print(table)
+    console.print(
+        f"{len(categories):,} auxiliary classes, {several:,} of them for several targets; {owned.total():,} pairs, "
+        f"{median:g} for a target (median); {without:,} targets have none",
+        highlight=False,
+    )
+    dropped = Counter(kind_of(decision.reason) for decision in decisions if not decision.kept)
+    for reason, times in dropped.most_common():
+        console.print(f"  {times:>7,} proposals dropped: {reason}", highlight=False, markup=False)
+
+
+def kind_of(reason: str) -> str:
+    """Without the names."""
+    return reason.partition(" '")[0].partition(" (")[0]
+
+
+def show_prompts(settings: ProposeConfig, targets: Sequence[Target], limits: Sequence[int], out: Path, console: Console) -> None:
+    if settings.provider != "llm":
+        raise UserError(f"--dry-run shows the prompts of propose.provider=llm; {settings.provider} has none and costs nothing")
+    asked = llm.prompts(settings, targets, limits)
+    for target, prompt in zip(targets, asked, strict=True):
+        console.rule(escape(target.name))
+        console.print(prompt, markup=False, highlight=False, soft_wrap=True)
+    console.rule()
+    console.print(f"about {in_words(llm.estimate(llm.Cache(out / 'llm', settings), asked), settings)}", highlight=False)
+
+
+def in_words(usage: llm.Usage, settings: ProposeConfig) -> str:
+    priced = settings.price_in or settings.price_out
+    cost = f"{usage.cost(settings):.2f} dollars" if priced else "dollars as propose.price_in and propose.price_out say"
+    return (
+        f"{usage.asked - usage.known:,} prompts, {usage.known:,} answered before; "
+        f"{usage.tokens_in:,} tokens in, {usage.tokens_out:,} out, {cost}"
+    )
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), "left", TimeRemainingColumn(),
+                    console=console, transient=True)  # fmt: skip
+
+
+def few(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")

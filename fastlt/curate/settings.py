@@ -1,0 +1,38 @@
+"""What `fastlt curate` can be told, a section a step; kept in config.toml beside what the steps wrote."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fastlt.config import Count, Section, Several
+
+Price = Annotated[float, Field(ge=0)]
+
+
+class ProposeConfig(Section):
+    provider: Literal["wordnet", "llm", "file"] = "wordnet"
+    per_target: Annotated[int, Field(ge=1, le=1000)] = 8  # the most auxiliary classes that one target gets
+    allocation: Literal["even", "tail"] = "even"  # tail: as many in all, but more for targets with fewer images
+    seed: Annotated[int, Field(ge=0)] = 0  # of the random control
+    # wordnet
+    wordnet: str = ""  # a folder with its tables, or wn:omw-en:1.4, data of the library wn
+    synsets: str = ""  # CSV target,synset for targets whose name says too little
+    reach: Annotated[int, Field(ge=1, le=20)] = 4  # edges of the tree between target and neighbour
+    rise: Count = 2  # of which upwards: 1 are siblings, 2 are cousins
+    embeddings: str = ""  # FILE.npz or FILE.npz:KEY with names and vectors: what is as near is ranked by them
+    # file
+    file: str = ""  # CSV target,category[,query[,description]], best first
+    # llm
+    model: str = ""
+    base_url: str = ""  # of any endpoint that speaks OpenAI's protocol; empty: OPENAI_BASE_URL, or OpenAI itself
+    prompt: str = ""  # a text file with $target, $count, $others; empty: the one that comes with fastlt
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.2
+    concurrency: Several = 4  # requests at a time
+    timeout: Annotated[float, Field(gt=0)] = 60.0  # seconds, of one request
+    retries: Count = 5  # of a request that fails, waiting longer each time, and of a reply that is not what was asked for
+    price_in: Price = 0.0  # dollars for a million tokens
+    price_out: Price = 0.0
+
+
+class CurateConfig(Section):
+    propose: ProposeConfig = ProposeConfig()

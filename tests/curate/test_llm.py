@@ -1,0 +1,186 @@
+"""The `llm` provider against a server that answers well, badly, slowly, or not at all."""
+
+import json
+import subprocess
+import sys
+import threading
+
+import pytest
+from chat_server import categories, chat_server
+from rich.console import Console
+
+from fastlt.curate import llm
+from fastlt.curate.propose import run_propose
+from fastlt.curate.settings import CurateConfig
+from fastlt.errors import UserError
+
+pytest.importorskip("openai", reason="no openai here: it comes with the extra `curate`")
+NAMES = ["lawn_mower", "tiger", "sofa"]
+GOOD = {"lawn mower": ["mulching mower", "tiger"], "tiger": ["Bengal tiger", "liger"], "sofa": ["settee", "Ligers"]}
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+def good(name, times):
+    return 200, categories(*GOOD[name])
+
+
+def proposed(tmp_path, chat, *, dry_run=False, **settings):
+    """What is printed, the categories, and what was decided."""
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    config = {"provider": "llm", "model": "m", "base_url": chat.url, "retries": 3, **settings}
+    console, out = Console(record=True, width=300), tmp_path / "out"
+    run_propose(tmp_path / "names.txt", out, CurateConfig.model_validate({"propose": config}), False, dry_run, console)
+    return console.export_text(), *(
+        [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()] if not dry_run else []
+        for name in ("categories", "proposals")
+    )
+
+
+def test_what_is_answered_becomes_categories_and_is_not_asked_again(tmp_path):
+    with chat_server(good) as chat:
+        said, found, decided = proposed(tmp_path, chat, price_in=10, price_out=100)
+        assert sorted(chat.asked) == ["lawn mower", "sofa", "tiger"]
+        assert {category["name"]: category["owners"] for category in found} == {
+            "mulching mower": ["lawn_mower"],
+            "Bengal tiger": ["tiger"],
+            "liger": ["tiger", "sofa"],
+            "settee": ["sofa"],
+        }
+        assert found[0]["description"] == "a mulching mower"
+        assert [row["reason"] for row in decided if not row["kept"]] == ["it is the target 'tiger' or a synonym of it"]
+        assert "about 3 prompts, 0 answered before" in said
+        assert "asked: 3 prompts, 0 answered before; 300 tokens in, 60 out, 0.01 dollars" in said  # 300 * 10 + 60 * 100 millionths
+        schema = chat.bodies[0]["response_format"]["json_schema"]["schema"]
+        assert schema["properties"]["categories"]["type"] == "array" and chat.bodies[0]["temperature"] == 0.2
+        again, same, _ = proposed(tmp_path, chat, price_in=10, price_out=100)
+        assert same == found and len(chat.asked) == 3
+        assert "asked: 0 prompts, 3 answered before; 0 tokens in, 0 out, 0.00 dollars" in again
+        proposed(tmp_path, chat, temperature=0.5)
+        assert len(chat.asked) == 6  # another question
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "this is no JSON",
+        '{"categories": [{"name": "cut off',
+        '{"animals": ["liger"]}',
+        '{"categories": []}',
+        '{"categories": [{"title": "liger"}]}',
+        "",
+        None,
+    ],
+)
+def test_a_reply_of_another_form_is_asked_for_again_and_paid_for(tmp_path, bad):
+    with chat_server(lambda name, times: (200, bad) if name == "tiger" and times < 3 else good(name, times)) as chat:
+        said, found, _ = proposed(tmp_path, chat)
+    assert chat.asked.count("tiger") == 3 and "500 tokens in, 100 out" in said
+    assert "Bengal tiger" in {category["name"] for category in found}
+
+
+def test_json_in_a_fence_is_json(tmp_path):
+    with chat_server(lambda name, times: (200, f"```json\n{categories(*GOOD[name])}\n```")) as chat:
+        _, found, _ = proposed(tmp_path, chat)
+    assert len(chat.asked) == 3 and len(found) == 4
+
+
+def test_a_target_without_an_answer_is_named_and_the_others_go_on(tmp_path):
+    with chat_server(lambda name, times: (200, "no idea") if name == "sofa" else good(name, times)) as chat:
+        said, found, _ = proposed(tmp_path, chat)
+        assert "no answer for 1 targets (sofa): no reply of the form that was asked for" in said
+        assert {owner for category in found for owner in category["owners"]} == {"lawn_mower", "tiger"}
+        chat.answer = good
+        said, found, _ = proposed(tmp_path, chat)
+    assert "1 prompts, 2 answered before" in said and len(found) == 4 and chat.asked.count("tiger") == 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_or_broken_server_is_asked_again(tmp_path, status):
+    with chat_server(lambda name, times: (status, "later") if times < 3 else good(name, times)) as chat:
+        _, found, _ = proposed(tmp_path, chat)
+    assert len(found) == 4 and len(chat.asked) == 9
+
+
+def test_a_slow_server_is_given_up_and_what_was_answered_is_kept(tmp_path):
+    def slow(name, times):
+        if name == "sofa":
+            chat.hold.wait(30)
+        return good(name, times)
+
+    with chat_server(slow) as chat:
+        chat.hold = threading.Event()
+        try:
+            with pytest.raises(UserError, match=r"does not answer \(APITimeoutError: .*what was answered is kept"):
+                proposed(tmp_path, chat, timeout=0.5, retries=0)
+            assert not (tmp_path / "out/categories.jsonl").exists()
+            assert len(list((tmp_path / "out/llm").glob("*.json"))) == 2
+        finally:
+            chat.hold.set()
+        chat.answer = good
+        said, _, _ = proposed(tmp_path, chat)
+    assert "1 prompts, 2 answered before" in said
+
+
+def test_no_more_requests_at_a_time_than_allowed(tmp_path):
+    with chat_server(good, seconds=0.05) as chat:
+        proposed(tmp_path, chat, concurrency=1)
+        assert chat.most == 1
+        proposed(tmp_path, chat, concurrency=3, temperature=1)
+        assert chat.most in (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": ""}, "needs a model: name it with propose.model"),
+        ({"base_url": ""}, "set OPENAI_API_KEY"),
+        ({"prompt": "nowhere.txt"}, "cannot read the prompt nowhere.txt"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, settings, said):
+    with chat_server(good) as chat, pytest.raises(UserError, match=said):
+        proposed(tmp_path, chat, **settings)
+    assert not chat.asked
+
+
+def test_a_refused_key_ends_it(tmp_path):
+    with chat_server(lambda *_: (401, "wrong key")) as chat, pytest.raises(UserError, match=r"AuthenticationError: .*wrong key"):
+        proposed(tmp_path, chat)
+    with pytest.raises(UserError, match="APIConnectionError"):
+        proposed(tmp_path, chat, retries=0)  # it is gone
+
+
+def test_the_prompt_is_a_file_that_may_be_changed(tmp_path):
+    (tmp_path / "mine.txt").write_text('For the class "$target": $count like it, not $others; for $$5')
+    with chat_server(good) as chat:
+        proposed(tmp_path, chat, prompt=str(tmp_path / "mine.txt"), per_target=2)
+        asked = {body["messages"][0]["content"] for body in chat.bodies}
+        assert f'For the class "lawn mower": {2 + llm.SPARE} like it, not tiger, sofa; for $5' in asked
+        (tmp_path / "mine.txt").write_text("$klass")
+        with pytest.raises(UserError, match=r"mine\.txt: 'klass' is not one of \$target, \$count, \$others"):
+            proposed(tmp_path, chat, prompt=str(tmp_path / "mine.txt"))
+
+
+def test_a_dry_run_prints_the_prompts_and_asks_nobody(tmp_path):
+    with chat_server(good) as chat:
+        said, *_ = proposed(tmp_path, chat, dry_run=True, price_in=1000)
+    assert not chat.asked and not (tmp_path / "out").exists()
+    assert said.count("You help to build") == 3 and "about 3 prompts" in said and "dollars" in said
+
+
+def test_the_command(tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    command = [sys.executable, "-m", "fastlt", "curate", "propose", str(tmp_path / "names.txt"), "--out", str(tmp_path / "out")]
+    with chat_server(good) as chat:
+        settings = ["propose.provider=llm", "propose.model=m", f"propose.base_url={chat.url}"]
+        ended = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "4 auxiliary classes, 1 of them for several targets; 5 pairs" in " ".join(ended.stdout.split())
+    (tmp_path / "mine.csv").write_text("target,category\ntiger,\n")
+    wrong = subprocess.run([*command, "propose.provider=file", f"propose.file={tmp_path}/mine.csv"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "mine.csv, line 2: there is no category" in wrong.stderr and "Traceback" not in wrong.stderr
