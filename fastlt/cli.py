@@ -343,6 +343,24 @@ def propose(
     run_propose(targets, out, with_settings(CurateConfig, config, settings or []), control is not None, dry_run, console)
 
 
+@curate.command()
+def retrieve(
+    out: Annotated[Path, typer.Option(help="The folder of the curation, with what `propose` wrote.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[retrieve.key=value]...", help="Settings.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A .toml file with settings, such as config.toml of a curation.")] = None,
+    allow_private: Annotated[
+        bool, typer.Option("--allow-private", help="Fetch from this machine and private networks too: retrieve.allow_private=true.")
+    ] = False,
+) -> None:
+    """Fetch images of each auxiliary class, with licence and author. Called again, it goes on, and retries what may work now."""
+    from fastlt.config import with_settings
+    from fastlt.curate.retrieve import run_retrieve
+    from fastlt.curate.settings import CurateConfig
+
+    private = ["retrieve.allow_private=true"] if allow_private else []
+    run_retrieve(out, with_settings(CurateConfig, config, [*(settings or []), *private]), console)
+
+
 def collect(
     source: str | None, target: Path | None, auxiliary: str | None, val: Path | None, pairs: Path | None, root: Path | None,
     class_names: Path | None, task: Task | None, imbalance: float,

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fastlt.classes import ClassSpace
@@ -39,6 +38,7 @@ from fastlt.curate.settings import CurateConfig, ProposeConfig
 from fastlt.curate.table import write_table
 from fastlt.errors import UserError
 from fastlt.files import whole_file, write_text
+from fastlt.progress import rated_progress
 
 SHOWN = 8  # targets of the table on the screen
 FILE_COLUMNS = ("target", "category", "query", "description")
@@ -120,7 +120,7 @@ def from_llm(settings: ProposeConfig, targets: Sequence[Target], limits: Sequenc
     failed: dict[str, str] = {}
     tokens = [0, 0]
     known = sum(cache.read(prompt) is not None for prompt in asked)
-    with progress_bar(console) as bar:
+    with rated_progress(console, "prompts/s", transient=True) as bar:
         for number, reply, spent in bar.track(llm.ask_all(cache, asked), total=len(asked), description="asking"):
             tokens = [before + now for before, now in zip(tokens, spent, strict=True)]
             if isinstance(reply, llm.Failed):
@@ -242,11 +242,6 @@ def in_words(usage: llm.Usage, settings: ProposeConfig) -> str:
         f"{usage.asked - usage.known:,} prompts, {usage.known:,} answered before; "
         f"{usage.tokens_in:,} tokens in, {usage.tokens_out:,} out, {cost}"
     )
-
-
-def progress_bar(console: Console) -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), "left", TimeRemainingColumn(),
-                    console=console, transient=True)  # fmt: skip
 
 
 def few(names: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from fastlt.config import Count, Section, Several
 
+Source = Literal["openverse", "commons", "inaturalist", "urls", "clip", "folder"]
 Price = Annotated[float, Field(ge=0)]
 
 
@@ -34,5 +35,28 @@ class ProposeConfig(Section):
     price_out: Price = 0.0
 
 
+class RetrieveConfig(Section):
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)] = ("openverse",)  # asked in turn, until there are enough candidates
+    per_category: Several = 100  # candidates of each auxiliary class
+    licences: tuple[str, ...] = ()  # those that are accepted, such as cc0, by, by-sa; empty: any
+    endpoints: dict[Source, str] = Field(default={})  # other addresses of the same interface, by source
+    urls: str = ""  # of source urls: CSV or parquet with category, url and, if there, licence, author
+    folder: str = ""  # of source folder: a sub-folder of images for each category
+    clip_index: str = ""  # of source clip: what `clip-retrieval inference` wrote of images, with their addresses
+    clip_text: str = ""  # and of the categories: FILE.npz with names and vectors of the same model
+    contact: str = ""  # an address or page by which whoever is asked can reach you; part of the user agent
+    allow_private: bool = False  # addresses of private networks and of this machine too
+    per_host: Annotated[float, Field(gt=0)] = 5.0  # requests a second of one host
+    concurrency: Several = 32  # requests at a time
+    timeout: Annotated[float, Field(gt=0)] = 30.0  # seconds, of one request
+    retries: Count = 2  # of what may go better the next time
+    max_bytes: Several = 20_000_000  # of an image
+    max_pixels: Several = 50_000_000
+    min_side: Several = 64  # pixels
+    shard: Several = 500  # images that are fetched, and written, together
+    retry: Literal["transient", "all"] = "transient"  # of what failed before, when called again
+
+
 class CurateConfig(Section):
     propose: ProposeConfig = ProposeConfig()
+    retrieve: RetrieveConfig = RetrieveConfig()

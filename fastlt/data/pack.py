@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from fastlt.classes import ClassSpace
 from fastlt.data.collection import Collection, ImageRef
@@ -32,6 +30,7 @@ from fastlt.data.shards import ShardWriter, member_keys
 from fastlt.data.stored import ImageSettings, Stored, store_batch
 from fastlt.errors import UserError
 from fastlt.files import sha256_of, whole_file, write_text
+from fastlt.progress import rated_progress
 
 BATCH = 16  # images that travel to a worker at a time
 SHOWN = 3  # examples of what was skipped, on screen; the manifest holds all
@@ -87,7 +86,7 @@ def verify_pack(path: Path, console: Console | None = None) -> int:
     manifest = read_manifest(path)
     check_sizes(path, manifest, manifest["files"])
     files = manifest["files"]
-    with _progress(console, "MB/s", scale=1e-6) as progress:
+    with rated_progress(console, "MB/s", scale=1e-6) as progress:
         task = progress.add_task("verifying", total=sum(entry["size"] for entry in files.values()))
         for name, entry in files.items():
             try:
@@ -123,7 +122,7 @@ def _write_images(
     keys = member_keys(ref.key for ref in collection.train + collection.val)
     train_keys, val_keys = keys[: len(collection.train)], keys[len(collection.train) :]
     names = collection.target_names + collection.auxiliary_names
-    with ordered_map(options.workers or cores()) as apply, _progress(console, "images/s") as progress:
+    with ordered_map(options.workers or cores()) as apply, rated_progress(console, "images/s") as progress:
         task = progress.add_task("packing", total=len(keys))
         val_results = _results(collection.val, options, apply, partial(progress.advance, task))
         val = _write_split(folder / "val", collection.val, val_keys, val_results, options, names)
@@ -216,7 +215,7 @@ def _write_tables(options: PackOptions, folder: Path, space: ClassSpace, splits:
 def _write_betons(options: PackOptions, folder: Path, splits: dict[str, Packed], console: Console) -> None:
     from fastlt.data.ffcv import write_beton
 
-    with _progress(console, "images/s") as progress:
+    with rated_progress(console, "images/s") as progress:
         task = progress.add_task("writing .beton", total=sum(len(packed.rows) for packed in splits.values()))
         for name, packed in splits.items():
             split = Split(name, folder / name, tuple(packed.files), **packed.columns())
@@ -291,18 +290,3 @@ def _some(items: list[str], separator: str = ", ") -> str:
 
 def _described(skipped: dict[str, str]) -> str:
     return f"{skipped['path']} ({skipped['key']}): {skipped['reason']}"
-
-
-class _Rate(ProgressColumn):
-    def __init__(self, unit: str, scale: float) -> None:
-        super().__init__()
-        self.unit, self.scale = unit, scale
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed * self.scale:,.0f} {self.unit}" if speed else "")
-
-
-def _progress(console: Console | None, unit: str, scale: float = 1.0) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _Rate(unit, scale), TimeRemainingColumn())
-    return Progress(*columns, console=console)

@@ -1,0 +1,302 @@
+"""Where images of a category may be had: what each source knows, with licence and author. Nothing is downloaded here."""
+
+import csv
+import html
+import json
+import os
+import re
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+from fastlt.curate.embeddings import read_embeddings
+from fastlt.curate.fetch import Fetcher, Refused
+from fastlt.curate.names import normalised
+from fastlt.curate.settings import RetrieveConfig
+from fastlt.data.images import EXTENSIONS
+from fastlt.errors import UserError
+
+ENDPOINTS = {
+    "openverse": "https://api.openverse.org/v1/",
+    "commons": "https://commons.wikimedia.org/w/api.php",
+    "inaturalist": "https://api.inaturalist.org/v1/",
+}
+JSON_BYTES = 20_000_000
+OPENVERSE_PAGE, COMMONS_PAGE, INATURALIST_PAGE = 20, 50, 100  # what each allows those who have no key
+COMMONS_WIDTH = 1024  # of the scaled copy that is taken; originals are often tens of megabytes
+
+
+class Asked(NamedTuple):
+    name: str
+    query: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An image that has not been looked at. `place` is an address, or a path of this machine."""
+
+    category: str
+    place: str
+    source: str
+    licence: str = ""
+    author: str = ""
+    page: str = ""  # where it is shown
+    title: str = ""
+    score: float | None = None  # of the source
+
+
+Find = Callable[[Asked, int], Awaitable[list[Candidate]]]  # and how many, at most
+
+
+def open_sources(settings: RetrieveConfig, names: Sequence[str], fetcher: Fetcher) -> dict[str, Find]:
+    """By name, in the order they are asked. Raises UserError where one lacks what it needs."""
+    web = {"openverse": openverse, "commons": commons, "inaturalist": inaturalist}
+    local: dict[str, Callable[[RetrieveConfig, Sequence[str]], dict[str, list[Candidate]]]] = {
+        "urls": listed,
+        "folder": in_folder,
+        "clip": nearest_in_index,
+    }
+    found: dict[str, Find] = {}
+    for source in dict.fromkeys(settings.sources):
+        if source in web:
+            found[source] = partial(web[source], partial(ask, fetcher), endpoint(settings, source))
+        else:
+            found[source] = partial(_known, local[source](settings, names))
+    return found
+
+
+def endpoint(settings: RetrieveConfig, source: str) -> str:
+    """The address of an interface on the web."""
+    return {str(name): address for name, address in settings.endpoints.items()}.get(source, ENDPOINTS[source])
+
+
+async def _known(candidates: dict[str, list[Candidate]], asked: Asked, most: int) -> list[Candidate]:
+    return candidates.get(normalised(asked.name), [])[:most]
+
+
+def accepted(candidate: Candidate, licences: Sequence[str]) -> bool:
+    return not licences or plain_licence(candidate.licence) in {plain_licence(licence) for licence in licences}
+
+
+def plain_licence(text: str) -> str:
+    """`CC BY-SA 4.0`, `cc-by-sa` and `by-sa` are `by-sa`; `CC0 1.0` is `cc0`, `Public domain` is `pdm`."""
+    words = re.findall(r"[a-z]+0?", text.lower())
+    if "public" in words or "pd" in words or "pdm" in words:
+        return "pdm"
+    if "cc0" in words or "zero" in words:
+        return "cc0"
+    return "-".join(word for word in words if word in ("by", "nc", "nd", "sa")) or " ".join(words)
+
+
+# --- interfaces on the web
+
+Ask = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]  # address, parameters -> JSON
+
+
+async def ask(fetcher: Fetcher, address: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Raises Refused."""
+    token = os.environ.get("OPENVERSE_TOKEN") if address.startswith(ENDPOINTS["openverse"]) else None
+    headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
+    answer = await fetcher.get(f"{address}?{urlencode(parameters)}", JSON_BYTES, headers, is_api=True)
+    try:
+        found = json.loads(answer.data)
+    except ValueError as error:
+        raise Refused("the answer is not JSON") from error
+    if not isinstance(found, dict):
+        raise Refused("the answer is not as documented")
+    return found
+
+
+async def openverse(ask: Ask, address: str, asked: Asked, most: int) -> list[Candidate]:
+    """api.openverse.org/v1: openly licensed images, mostly of Flickr and museums. OPENVERSE_TOKEN raises its limits."""
+    found: list[Candidate] = []
+    for page in range(1, -(-most // OPENVERSE_PAGE) + 1):
+        answer = await ask(f"{address}images/", {"q": asked.query, "page": page, "page_size": OPENVERSE_PAGE})
+        for entry in entries(answer.get("results")):
+            licence = f"{text(entry, 'license')} {text(entry, 'license_version')}".strip()
+            found.append(
+                Candidate(
+                    asked.name, text(entry, "url"), "openverse", licence, text(entry, "creator"),
+                    text(entry, "foreign_landing_url"), text(entry, "title"),
+                )
+            )  # fmt: skip
+        if page >= number(answer, "page_count"):
+            break
+    return found[:most]
+
+
+async def commons(ask: Ask, address: str, asked: Asked, most: int) -> list[Candidate]:
+    """MediaWiki's interface: files of Wikimedia Commons by full-text search."""
+    found: list[Candidate] = []
+    parameters: dict[str, Any] = {
+        "action": "query", "format": "json", "formatversion": 2, "generator": "search", "gsrnamespace": 6, "prop": "imageinfo",
+        "gsrsearch": f"filetype:bitmap {asked.query}", "gsrlimit": min(most, COMMONS_PAGE), "iiprop": "url|extmetadata|mime",
+        "iiurlwidth": COMMONS_WIDTH, "iiextmetadatafilter": "LicenseShortName|Artist",
+    }  # fmt: skip
+    while len(found) < most:
+        answer = await ask(address, parameters)
+        query = answer.get("query")
+        pages = entries(query.get("pages") if isinstance(query, dict) else None)
+        for entry in sorted(pages, key=lambda page: number(page, "index")):
+            found += [_of_commons(asked.name, text(entry, "title"), info) for info in entries(entry.get("imageinfo"))[:1]]
+        if not pages or not isinstance(answer.get("continue"), dict):
+            break
+        parameters |= answer["continue"]
+    return found[:most]
+
+
+def _of_commons(category: str, title: str, info: dict[str, Any]) -> Candidate:
+    told = info.get("extmetadata")
+    values = (
+        {name: text(entry, "value") for name, entry in told.items() if isinstance(entry, dict)} if isinstance(told, dict) else {}
+    )
+    author = html.unescape(re.sub(r"<[^>]*>", "", values.get("Artist", ""))).strip()  # it is HTML
+    place = text(info, "thumburl") or text(info, "url")
+    return Candidate(category, place, "commons", values.get("LicenseShortName", ""), author, text(info, "descriptionurl"), title)
+
+
+async def inaturalist(ask: Ask, address: str, asked: Asked, most: int) -> list[Candidate]:
+    """api.inaturalist.org/v1: photographs of the taxon that the name means, then those of observations that others confirmed."""
+    taxa = entries((await ask(f"{address}taxa", {"q": asked.name, "per_page": 1})).get("results"))
+    if not taxa:
+        return []
+    taxon = number(taxa[0], "id")
+    described = entries((await ask(f"{address}taxa/{taxon}", {})).get("results"))
+    shown = [entry.get("photo") for one in described for entry in entries(one.get("taxon_photos"))]
+    photos = entries(shown)
+    found: dict[str, Candidate] = {}
+    for page in count(1):
+        made = [_of_inaturalist(asked.name, photo) for photo in photos]
+        found |= {candidate.place: candidate for candidate in made if candidate.place}
+        if len(found) >= most:
+            break
+        parameters = {
+            "taxon_id": taxon, "photos": "true", "quality_grade": "research", "photo_licensed": "true", "page": page,
+            "per_page": INATURALIST_PAGE,
+        }  # fmt: skip
+        observations = entries((await ask(f"{address}observations", parameters)).get("results"))
+        if not observations:
+            break
+        photos = [photo for one in observations for photo in entries(one.get("photos"))]
+    return list(found.values())[:most]
+
+
+def _of_inaturalist(category: str, photo: dict[str, Any]) -> Candidate:
+    place = text(photo, "url").replace("/square.", "/medium.")  # 500 pixels instead of 75
+    page = f"https://www.inaturalist.org/photos/{number(photo, 'id')}"
+    return Candidate(category, place, "inaturalist", text(photo, "license_code"), text(photo, "attribution"), page)
+
+
+def entries(value: Any) -> list[dict[str, Any]]:
+    """The objects of a JSON list; nothing of what is none."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def text(entry: dict[str, Any], key: str) -> str:
+    value = entry.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def number(entry: dict[str, Any], key: str) -> int:
+    value = entry.get(key)
+    return value if isinstance(value, int) else 0
+
+
+# --- what lies on this machine
+
+
+def listed(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Candidate]]:
+    """A CSV or parquet file with the columns category, url and, if there, licence, author, page, title."""
+    if not settings.urls:
+        raise UserError("the source urls needs retrieve.urls, a CSV or parquet file with the columns category,url")
+    file = Path(settings.urls)
+    rows = list(rows_of(file))
+    if rows and not {"category", "url"} <= rows[0].keys():
+        raise UserError(f"{file} must have the columns category and url")
+    told = (row for row in rows if row["category"] and row["url"])
+    return grouped(map(_of_row, told), names)
+
+
+def _of_row(row: dict[str, Any]) -> Candidate:
+    licence, author, page, title = (str(row.get(name) or "") for name in ("licence", "author", "page", "title"))
+    return Candidate(str(row["category"]), str(row["url"]), "urls", licence, author, page, title)
+
+
+def rows_of(file: Path) -> Iterator[dict[str, Any]]:
+    """Of a CSV or a parquet file."""
+    try:
+        if file.suffix == ".parquet":
+            yield from parquet_rows(file)
+        else:
+            with file.open(encoding="utf-8-sig", newline="") as lines:
+                yield from csv.DictReader(lines)
+    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+
+
+def parquet_rows(file: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{file} needs the library pyarrow: pip install fastlt[curate]") from error
+    return pyarrow.parquet.read_table(file).to_pylist()
+
+
+def in_folder(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Candidate]]:
+    folder = Path(settings.folder)
+    if not settings.folder or not folder.is_dir():
+        raise UserError(f"the source folder needs retrieve.folder, a folder with one of images for each category, not '{folder}'")
+    images = (path for path in sorted(folder.glob("*/**/*")) if path.suffix.lower() in EXTENSIONS)
+    return grouped((Candidate(path.relative_to(folder).parts[0], str(path), "folder") for path in images), names)
+
+
+def nearest_in_index(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Candidate]]:
+    """Images whose CLIP features are nearest to those of the category's text. The index is what `clip-retrieval inference`
+    writes: img_emb/img_emb_*.npy, (n, D) of length 1, and metadata/metadata_*.parquet with a column url or image_path."""
+    import numpy as np
+
+    if not settings.clip_index or not settings.clip_text:
+        raise UserError("the source clip needs retrieve.clip_index, a folder of clip-retrieval, and retrieve.clip_text")
+    folder, features = Path(settings.clip_index), read_embeddings(settings.clip_text).vectors
+    wanted = [name for name in names if normalised(name) in features]
+    if not wanted:
+        raise UserError(f"{settings.clip_text} has vectors for none of the categories, not even '{names[0]}'")
+    queries = np.stack([features[normalised(name)] for name in wanted])
+    best: list[list[tuple[float, str, dict[str, Any]]]] = [[] for _ in wanted]
+    for file in sorted((folder / "img_emb").glob("img_emb_*.npy")):
+        images = np.load(file, mmap_mode="r")
+        rows = parquet_rows(folder / "metadata" / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet"))
+        if images.shape[1] != queries.shape[1] or len(rows) != len(images):
+            raise UserError(
+                f"{file} of shape {images.shape} does not go with {len(rows)} rows and text of {queries.shape[1]} numbers"
+            )
+        scores = queries @ np.asarray(images, np.float32).T
+        for number_, row in enumerate(scores):
+            top = np.argsort(-row, kind="stable")[: settings.per_category]
+            best[number_] += [(float(row[i]), str(rows[i].get("url") or rows[i].get("image_path") or ""), rows[i]) for i in top]
+    if not any(best):
+        raise UserError(f"{folder} has no img_emb/img_emb_*.npy: it is no index of clip-retrieval")
+    return grouped(
+        (
+            Candidate(name, place, "clip", title=str(row.get("caption") or ""), score=score)
+            for name, found in zip(wanted, best, strict=True)
+            for score, place, row in sorted(found, key=lambda entry: -entry[0])
+            if place
+        ),
+        names,
+    )
+
+
+def grouped(candidates: Iterable[Candidate], names: Sequence[str]) -> dict[str, list[Candidate]]:
+    """By normalised category, each with the name that it has here; others are left out."""
+    known = {normalised(name): name for name in names}
+    found: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        word = normalised(candidate.category)
+        if word in known:
+            found.setdefault(word, []).append(candidate)
+    return found

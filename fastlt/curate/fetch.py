@@ -1,0 +1,166 @@
+"""Getting bytes from addresses that nobody vouches for: bounded in time and size, redirects looked at one by one, politely."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import NamedTuple
+from urllib.parse import urljoin
+
+import aiohttp
+
+from fastlt.curate.addresses import Forbidden, PublicResolver, check_url
+from fastlt.curate.politeness import AGENT, Rates, Robots, opted_out
+from fastlt.curate.settings import RetrieveConfig
+
+REDIRECTS = 5
+ROBOTS_BYTES = 500_000  # RFC 9309 asks for as much
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+LONGEST_PAUSE = 60.0  # seconds that a host may ask for before the next try
+PIECE = 64 * 1024  # bytes read at a time
+
+
+class Refused(Exception):
+    """What was not fetched, and why. transient: another time it may work."""
+
+    def __init__(self, reason: str, transient: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.transient = reason, transient
+
+
+class Fetched(NamedTuple):
+    data: bytes
+    url: str  # after redirects
+
+
+class Answer(NamedTuple):
+    """Of one request."""
+
+    status: int
+    data: bytes
+    location: str | None = None  # of a redirect, absolute
+    retry_after: float = 0.0  # seconds
+    opted_out: bool = False
+
+
+class Fetcher:
+    def __init__(self, session: aiohttp.ClientSession, settings: RetrieveConfig) -> None:
+        self.session, self.settings = session, settings
+        self.rates = Rates(settings.per_host)
+        self.robots = Robots(self._robots_text, self.rates)
+        self._slots = asyncio.Semaphore(settings.concurrency)
+
+    async def get(self, url: str, max_bytes: int, headers: dict[str, str] | None = None, is_api: bool = False) -> Fetched:
+        """Tries again what may go better. is_api: an interface meant for programs, which robots.txt does not concern.
+
+        Raises Refused.
+        """
+        for left in reversed(range(self.settings.retries + 1)):
+            try:
+                return await self._follow(url, max_bytes, headers or {}, is_api)
+            except Refused as refused:
+                if not (refused.transient and left):
+                    raise
+                await asyncio.sleep(2.0 ** (self.settings.retries - left) / 4)
+        raise AssertionError("the last try returns or raises")
+
+    async def _follow(self, url: str, max_bytes: int, headers: dict[str, str], is_api: bool) -> Fetched:
+        for _ in range(REDIRECTS + 1):
+            host = self._host(url)
+            if not is_api:
+                await self._ask_robots(url)
+            answer = await self._request(url, host, max_bytes, headers)
+            if answer.location is not None:
+                url = answer.location
+                continue
+            if answer.status in TRANSIENT:
+                self.rates.pause(host, min(answer.retry_after, LONGEST_PAUSE))
+                raise Refused(f"HTTP {answer.status}", transient=True)
+            if answer.status != 200:
+                raise Refused(f"HTTP {answer.status}")
+            if answer.opted_out and not is_api:
+                raise Refused("opted out of machine learning by X-Robots-Tag")
+            return Fetched(answer.data, url)
+        raise Refused(f"more than {REDIRECTS} redirects")
+
+    def _host(self, url: str) -> str:
+        try:
+            return check_url(url, self.settings.allow_private)
+        except Forbidden as error:
+            raise Refused(str(error)) from error
+
+    async def _ask_robots(self, url: str) -> None:
+        allowed = await self.robots.allow(url)
+        if allowed is None:
+            raise Refused("its robots.txt cannot be read", transient=True)
+        if not allowed:
+            raise Refused("disallowed by robots.txt")
+
+    async def _robots_text(self, url: str) -> tuple[int, str]:
+        for _ in range(REDIRECTS + 1):
+            answer = await self._request(url, self._host(url), ROBOTS_BYTES, {})
+            if answer.location is None:
+                return answer.status, answer.data.decode("utf-8", "replace")
+            url = answer.location
+        return 404, ""  # RFC 9309 takes it for none
+
+    async def _request(self, url: str, host: str, max_bytes: int, headers: dict[str, str]) -> Answer:
+        await self.rates.turn(host)
+        try:
+            async with self._slots, self.session.get(url, allow_redirects=False, headers=headers) as response:
+                answer = self._head(response, url)
+                return answer._replace(data=await body(response, max_bytes)) if answer.status == 200 else answer
+        except Forbidden as error:
+            raise Refused(str(error)) from error
+        except (TimeoutError, asyncio.TimeoutError) as error:
+            raise Refused("too slow", transient=True) from error
+        except (aiohttp.ClientConnectorCertificateError, ssl.SSLError) as error:
+            raise Refused("its certificate is not valid") from error
+        except aiohttp.InvalidURL as error:
+            raise Refused("not a valid address") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            if isinstance(error.__cause__, Forbidden):
+                raise Refused(str(error.__cause__)) from error
+            raise Refused("the connection failed", transient=True) from error
+
+    @staticmethod
+    def _head(response: aiohttp.ClientResponse, url: str) -> Answer:
+        location = response.headers.get("Location") if 300 <= response.status < 400 else None
+        try:
+            pause = float(response.headers.get("Retry-After", 0))
+        except ValueError:  # a date
+            pause = LONGEST_PAUSE
+        if response.headers.get("Content-Encoding", "identity").lower() not in ("", "identity"):
+            raise Refused("it is compressed, though that was not asked for")
+        tags = response.headers.getall("X-Robots-Tag", [])
+        return Answer(response.status, b"", urljoin(url, location) if location else None, pause, opted_out(tags))
+
+
+async def body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """Raises Refused as soon as there is more than max_bytes, announced or not."""
+    if (response.content_length or 0) > max_bytes:
+        raise Refused("too many bytes")
+    parts = bytearray()
+    async for part in response.content.iter_chunked(PIECE):
+        parts += part
+        if len(parts) > max_bytes:
+            raise Refused("too many bytes")
+    return bytes(parts)
+
+
+@asynccontextmanager
+async def open_fetcher(settings: RetrieveConfig) -> AsyncIterator[Fetcher]:
+    connector = aiohttp.TCPConnector(
+        resolver=None if settings.allow_private else PublicResolver(), limit=settings.concurrency, use_dns_cache=False
+    )
+    timeout = aiohttp.ClientTimeout(total=settings.timeout)
+    headers = {"User-Agent": user_agent(settings.contact), "Accept-Encoding": "identity"}
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=timeout, headers=headers, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+    ) as session:
+        yield Fetcher(session, settings)
+
+
+def user_agent(contact: str) -> str:
+    return f"{AGENT}/{version('fastlt')} (images for research on long-tailed classification{'; ' + contact if contact else ''})"

@@ -1,0 +1,35 @@
+"""Whether bytes are a picture that can be used: what they are is found out, not believed."""
+
+from typing import NamedTuple
+
+from fastlt.curate.fetch import Refused
+from fastlt.curate.settings import RetrieveConfig
+from fastlt.data.images import FORMATS, BadImage, load, open_image, orientation
+
+
+class Picture(NamedTuple):
+    extension: str  # .jpg, .png or .webp
+    height: int  # upright, pixels
+    width: int
+
+
+def examine(data: bytes, settings: RetrieveConfig) -> Picture:
+    """Decodes it, but not where its header promises too many pixels. Raises Refused."""
+    try:
+        image = open_image(data, settings.max_pixels)
+        if min(image.size) < settings.min_side:
+            raise Refused("too small")
+        if getattr(image, "n_frames", 1) > 1:
+            raise Refused("an animation")
+        load(image, data)
+    except BadImage as error:
+        raise Refused(reason_of(str(error))) from error
+    width, height = image.size if orientation(image) < 5 else image.size[::-1]
+    return Picture(FORMATS[str(image.format)], height, width)
+
+
+def reason_of(message: str) -> str:
+    """Without figures, so that reasons can be counted."""
+    if "are more than the limit" in message:
+        return "too many pixels"
+    return message.partition(":")[0]

@@ -1,0 +1,230 @@
+"""`fastlt curate retrieve`: images of each auxiliary class, with where they came from.
+
+CURATED/candidates/  what each source answered, a file a category
+CURATED/raw/         000000.tar, as img2dataset writes them: key.jpg, key.txt, key.json, and key.cls with the category; beside
+                     each 000000.jsonl, a row for every candidate that was tried, whether it was fetched, and why not
+
+Candidates are fetched in groups; a group is written whole or not at all, so what was killed goes on after the last whole one.
+"""
+
+import asyncio
+import hashlib
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from fastlt.curate.candidates import ENDPOINTS, Asked, Candidate, Find, accepted, endpoint, open_sources
+from fastlt.curate.fetch import Fetcher, Refused, open_fetcher
+from fastlt.curate.names import normalised
+from fastlt.curate.pictures import Picture, examine
+from fastlt.curate.settings import CurateConfig, RetrieveConfig
+from fastlt.curate.table import read_table, write_table
+from fastlt.errors import UserError
+from fastlt.files import whole_file
+from fastlt.progress import rated_progress
+
+PROPOSED_BY = "fastlt curate propose"
+CATEGORIES_AT_A_TIME = 8  # whose sources are asked
+
+
+class Found(NamedTuple):
+    data: bytes
+    picture: Picture
+    url: str  # after redirects
+
+
+def run_retrieve(out: Path, config: CurateConfig, console: Console) -> None:
+    categories = [Asked(row["name"], row["query"]) for row in read_table(out / "categories.jsonl", PROPOSED_BY)]
+    asyncio.run(retrieve(out, categories, config.retrieve, console))
+    show(out, [category.name for category in categories], console)
+
+
+async def retrieve(out: Path, categories: Sequence[Asked], settings: RetrieveConfig, console: Console) -> None:
+    async with open_fetcher(settings) as fetcher:
+        sources = open_sources(settings, [category.name for category in categories], fetcher)
+        with rated_progress(console, "/s", transient=True) as bar:
+            found = await find_all(out / "candidates", categories, sources, settings, bar)
+            waiting = pending(out / "raw", interleaved(found), settings)
+            task = bar.add_task("fetching", total=len(waiting))
+            for number, group in enumerate(groups(waiting, settings.shard), start=next_number(out / "raw")):
+                await fetch_group(out / "raw", number, group, fetcher, bar, task)
+
+
+# --- candidates
+
+
+async def find_all(
+    folder: Path, categories: Sequence[Asked], sources: dict[str, Find], settings: RetrieveConfig, bar: Progress
+) -> list[list[Candidate]]:
+    """Of each category, those of its sources, until there are enough. What was answered before is not asked again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    task = bar.add_task("asking", total=len(categories))
+    slots = asyncio.Semaphore(CATEGORIES_AT_A_TIME)
+    failed: Counter[str] = Counter()
+
+    async def find(category: Asked) -> list[Candidate]:
+        async with slots:
+            found: dict[str, Candidate] = {}
+            for name, source in sources.items():
+                if len(found) < settings.per_category:
+                    try:
+                        answers = await remembered(folder, name, source, category, settings)
+                    except Refused as refused:
+                        failed[f"{name}: {refused.reason}"] += 1
+                        continue
+                    found |= {one.place: one for one in answers if one.place and accepted(one, settings.licences)}
+            bar.advance(task)
+            return list(found.values())[: settings.per_category]
+
+    result = await asyncio.gather(*map(find, categories))
+    for reason, times in failed.most_common():
+        bar.console.print(f"[yellow]note:[/] no answer for {times:,} categories from {reason}; the same command asks again")
+    return result
+
+
+async def remembered(folder: Path, name: str, source: Find, category: Asked, settings: RetrieveConfig) -> list[Candidate]:
+    """What an interface answered is kept in a file."""
+    if name not in ENDPOINTS:
+        return await source(category, settings.per_category)
+    key = json.dumps([name, category, settings.per_category, endpoint(settings, name)])
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.jsonl"
+    if path.is_file():
+        return [Candidate(**row) for row in read_table(path, "fastlt curate retrieve")]
+    found = await source(category, settings.per_category)
+    write_table(path, (asdict(candidate) for candidate in found))
+    return found
+
+
+def interleaved(found: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+    """The first of each category, then the second ones: hosts share the load, and what is stopped has some of each."""
+    return [candidate for row in zip_longest(*found) for candidate in row if candidate is not None]
+
+
+def pending(raw: Path, candidates: Sequence[Candidate], settings: RetrieveConfig) -> list[Candidate]:
+    """Those that were not tried, and those that may work the next time."""
+    last = {(row["category"], row["place"]): row for row in tried(raw)}
+
+    def is_done(candidate: Candidate) -> bool:
+        row = last.get((candidate.category, candidate.place))
+        return row is not None and (row["fetched"] or not (row["transient"] or settings.retry == "all"))
+
+    return [candidate for candidate in candidates if not is_done(candidate)]
+
+
+def tried(raw: Path) -> Iterator[dict[str, Any]]:
+    """Oldest first; the last row of a candidate is what became of it."""
+    for path in sorted(raw.glob("*.jsonl")):
+        yield from read_table(path, "fastlt curate retrieve")
+
+
+def next_number(raw: Path) -> int:
+    return 1 + max((int(path.stem) for path in raw.glob("*.jsonl")), default=-1)
+
+
+def groups(candidates: Sequence[Candidate], size: int) -> Iterator[Sequence[Candidate]]:
+    return (candidates[start : start + size] for start in range(0, len(candidates), size))
+
+
+# --- fetching
+
+
+async def fetch_group(raw: Path, number: int, group: Sequence[Candidate], fetcher: Fetcher, bar: Progress, task: TaskID) -> None:
+    counts: Counter[bool] = Counter()
+
+    async def one(candidate: Candidate) -> Found | Refused:
+        try:
+            result: Found | Refused = await fetch(candidate, fetcher)
+        except Refused as refused:
+            result = refused
+        counts[isinstance(result, Found)] += 1
+        bar.advance(task)
+        bar.update(task, note=f"group {number}: {counts[True]} fetched, {counts[False]} not")
+        return result
+
+    results = await asyncio.gather(*map(one, group))
+    await asyncio.to_thread(write_group, raw, number, group, results)
+
+
+async def fetch(candidate: Candidate, fetcher: Fetcher) -> Found:
+    settings = fetcher.settings
+    if candidate.source == "folder" or (candidate.source == "clip" and "://" not in candidate.place):
+        data, url = await asyncio.to_thread(read_file, Path(candidate.place), settings.max_bytes), ""
+    else:
+        data, url = await fetcher.get(candidate.place, settings.max_bytes)
+    return Found(data, await asyncio.to_thread(examine, data, settings), url)
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    try:
+        if path.stat().st_size > max_bytes:
+            raise Refused("too many bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise Refused(f"the file cannot be read ({error.strerror})") from error
+
+
+def write_group(raw: Path, number: int, group: Sequence[Candidate], results: Sequence[Found | Refused]) -> None:
+    """The shard, then its table: a shard without a table does not count, and is written over."""
+    rows = []
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    with whole_file(raw / f"{number:06d}.tar") as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for place, (candidate, result) in enumerate(zip(group, results, strict=True)):
+            row: dict[str, Any] = {**asdict(candidate), "time": now, "fetched": isinstance(result, Found)}
+            if isinstance(result, Refused):
+                rows.append({**row, "reason": result.reason, "transient": result.transient})
+                continue
+            key = f"{number:06d}{place:05d}"
+            picture = result.picture
+            row |= {
+                "url": result.url, "sha256": hashlib.sha256(result.data).hexdigest(), "size": len(result.data),
+                "height": picture.height, "width": picture.width, "shard": f"{number:06d}.tar", "key": key,
+            }  # fmt: skip
+            row["offset"] = add(tar, key + picture.extension, result.data)
+            add(tar, f"{key}.cls", candidate.category.encode())
+            add(tar, f"{key}.txt", (candidate.title or candidate.category).encode())
+            add(tar, f"{key}.json", json.dumps(row, ensure_ascii=False).encode())
+            rows.append(row)
+    write_table(raw / f"{number:06d}.jsonl", rows)
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Returns where the bytes begin in the shard."""
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    offset = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(header, io.BytesIO(data))
+    return offset
+
+
+# --- what is shown
+
+
+def show(out: Path, names: Sequence[str], console: Console) -> None:
+    last = {(row["category"], row["place"]): row for row in tried(out / "raw")}
+    if not last:
+        raise UserError("no source knows an image of any category: see retrieve.sources, and the notes above")
+    reasons = Counter(row.get("reason", "fetched") for row in last.values())
+    table = Table("candidates", "", title=f"{len(last):,} candidates", title_justify="left")
+    for reason, times in reasons.most_common():
+        table.add_row(f"{times:,}", reason)
+    console.print(table)
+    have = Counter(normalised(row["category"]) for row in last.values() if row["fetched"])
+    without = [name for name in names if not have[normalised(name)]]
+    licences = Counter(row["licence"] or "unknown" for row in last.values() if row["fetched"])
+    console.print(
+        f"{reasons['fetched']:,} images of {len(names) - len(without):,} categories in {out / 'raw'}; {len(without):,} have none",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    shares = ", ".join(f"{name} {times:,}" for name, times in licences.most_common(8))
+    console.print(f"licences: {shares}", highlight=False, markup=False)

@@ -1,0 +1,35 @@
+"""The bar of long work: how far, how fast, how long still."""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class Rate(ProgressColumn):
+    """scale: of a step to the unit. Rates below ten have a decimal."""
+
+    def __init__(self, unit: str, scale: float) -> None:
+        super().__init__()
+        self.unit, self.scale = unit, scale
+
+    def render(self, task: Task) -> Text:
+        speed = self.scale * (task.finished_speed or task.speed or 0)
+        return Text(f"{speed:,.{0 if speed >= 10 else 1}f} {self.unit}" if speed else "")
+
+
+def rated_progress(console: Console | None, unit: str, scale: float = 1.0, transient: bool = False) -> Progress:
+    """A task's field `note`, if it has one, stands at the end."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        Rate(unit, scale),
+        TimeRemainingColumn(),
+        Note(),
+    )
+    return Progress(*columns, console=console, transient=transient)
+
+
+class Note(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields.get("note", "")))
