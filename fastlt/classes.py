@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,6 +26,7 @@ class ClassSpace(BaseModel):
     val_counts: list[int] = Field(description="validation images of each of the T targets")
     pairs: list[tuple[int, int]] = Field(default=[], description="(target id, auxiliary id); many-to-many")
     origins: dict[str, str] = Field(default={}, description="where each auxiliary came from, by name")
+    curation: dict[str, Any] = Field(default={}, description="the summary card of `fastlt curate`, if it made the auxiliaries")
 
     @property
     def num_targets(self) -> int:

@@ -33,6 +33,15 @@ RESULT_COLUMNS = {
     "top-1": "top1", "many": "many", "medium": "medium", "few": "few",
     "balanced": "balanced_accuracy", "harmonic": "harmonic_mean", "ECE": "ece",
 }  # fmt: skip
+Curation = Annotated[Path, typer.Option(help="The folder of the curation, which each step adds to.")]
+TargetPack = Annotated[str, typer.Argument(metavar="PACK", help="The pack of the targets.")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Of propose, retrieve and filter.")]
+SettingsFile = Annotated[
+    Path | None, typer.Option("--config", help="A .toml file of settings; by default what the last step kept, config.toml.")
+]
+AllowPrivate = Annotated[
+    bool, typer.Option("--allow-private", help="Fetch from this machine and private networks too: retrieve.allow_private=true.")
+]
 Run = Annotated[Path, typer.Argument(help="The folder that `fastlt train` wrote.")]
 
 
@@ -56,7 +65,7 @@ def pack(
     source: Annotated[str | None, typer.Argument(help="cifar100:DIR, or nothing where --target names the data.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write; it must not exist yet.")] = None,
     target: Annotated[
-        Path | None, typer.Option(help="Target training images: class folders, a split file, or a folder of shards.")
+        Path | None, typer.Option(help="Target training images: class folders, a split file, a folder of shards, or a pack.")
     ] = None,
     auxiliary: Annotated[
         str | None, typer.Option(help="Auxiliary images, in the same forms; for cifar100: siblings, random or none.")
@@ -327,38 +336,58 @@ def bench_data(
 @curate.command()
 def propose(
     targets: Annotated[Path, typer.Argument(metavar="PACK", help="A pack, or a text file with a name or WordNet id on each line.")],
-    out: Annotated[Path, typer.Option(help="The folder of the curation.")],
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[propose.key=value]...", help="Settings.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A .toml file with settings, such as config.toml of a curation.")] = None,
+    out: Curation,
+    settings: Settings = None,
+    config: SettingsFile = None,
     control: Annotated[
         Control | None, typer.Option(help="random: as many categories, drawn from all of WordNet, as the paper's control.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the prompts and about what they cost; ask nobody.")] = False,
 ) -> None:
     """Find neighbours of each target: by WordNet, a language model, or a file of your own."""
-    from fastlt.config import with_settings
     from fastlt.curate.propose import run_propose
-    from fastlt.curate.settings import CurateConfig
+    from fastlt.curate.settings import read_settings
 
-    run_propose(targets, out, with_settings(CurateConfig, config, settings or []), control is not None, dry_run, console)
+    run_propose(targets, out, read_settings(out, config, settings or []), control is not None, dry_run, console)
 
 
 @curate.command()
-def retrieve(
-    out: Annotated[Path, typer.Option(help="The folder of the curation, with what `propose` wrote.")],
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[retrieve.key=value]...", help="Settings.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A .toml file with settings, such as config.toml of a curation.")] = None,
-    allow_private: Annotated[
-        bool, typer.Option("--allow-private", help="Fetch from this machine and private networks too: retrieve.allow_private=true.")
-    ] = False,
-) -> None:
+def retrieve(out: Curation, settings: Settings = None, config: SettingsFile = None, allow_private: AllowPrivate = False) -> None:
     """Fetch images of each auxiliary class, with licence and author. Called again, it goes on, and retries what may work now."""
-    from fastlt.config import with_settings
     from fastlt.curate.retrieve import run_retrieve
-    from fastlt.curate.settings import CurateConfig
+    from fastlt.curate.settings import read_settings
 
-    private = ["retrieve.allow_private=true"] if allow_private else []
-    run_retrieve(out, with_settings(CurateConfig, config, [*(settings or []), *private]), console)
+    run_retrieve(out, read_settings(out, config, settings or [], allow_private), console)
+
+
+@curate.command("filter")
+def filter_images(pack: TargetPack, out: Curation, settings: Settings = None, config: SettingsFile = None) -> None:
+    """Keep the images that are like their class and not like one another, and none that the targets have."""
+    from fastlt.curate.filter import run_filter
+    from fastlt.curate.settings import read_settings
+
+    run_filter(pack, out, read_settings(out, config, settings or []), console)
+
+
+@curate.command("all")
+def curate_all(
+    pack: TargetPack,
+    out: Curation,
+    settings: Settings = None,
+    config: SettingsFile = None,
+    control: Annotated[Control | None, typer.Option(help="As of `propose`.")] = None,
+    allow_private: AllowPrivate = False,
+) -> None:
+    """Propose, retrieve and filter."""
+    from fastlt.curate.filter import run_filter
+    from fastlt.curate.propose import run_propose
+    from fastlt.curate.retrieve import run_retrieve
+    from fastlt.curate.settings import read_settings
+
+    read = read_settings(out, config, settings or [], allow_private)
+    run_propose(Path(pack), out, read, control is not None, False, console)
+    run_retrieve(out, read, console)
+    run_filter(pack, out, read, console)
 
 
 def collect(
@@ -366,9 +395,11 @@ def collect(
     class_names: Path | None, task: Task | None, imbalance: float,
 ) -> Collection:  # fmt: skip
     """The images that the arguments of `pack` name."""
-    from fastlt.data.source import read_cifar100, read_collection
+    from fastlt.data.source import is_pack, read_cifar100, read_collection
 
     if source is None:
+        if target is not None and val is None and is_pack(target):
+            val = target
         if target is None or val is None:
             raise UserError("nothing to pack: name images with --target and --val, or give cifar100:DIR")
         if task is not None:

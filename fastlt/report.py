@@ -3,8 +3,6 @@
 The page is `templates/report.html`; here is what it shows: figures, tables and images, ready to print.
 """
 
-import base64
-import io
 import json
 import sys
 from collections import Counter
@@ -17,11 +15,11 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image, ImageOps
 
 from fastlt import charts
 from fastlt.classes import ClassSpace
 from fastlt.data.packed import Pack, Split, open_pack
+from fastlt.data.thumbnail import thumbnail
 from fastlt.errors import UserError
 from fastlt.files import write_text
 
@@ -31,7 +29,6 @@ else:
     import tomli as tomllib
 
 GROUPS = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
-THUMBNAIL = 112  # pixels a side
 SHOWN_CONFUSIONS, SHOWN_ERRORS, SHOWN_IMAGES, SHOWN_NEIGHBOURS = 12, 18, 6, 4
 MATRIX_UP_TO = 32  # targets; a larger matrix fits no screen
 
@@ -296,7 +293,7 @@ def graph_summary(run: Run, relation: Relation) -> dict[str, Any] | None:
         "several": sum(len(owners) > 1 for owners in relation.owners.values()), "siblings": len(relation.siblings) // 2,
         "images": sum(space.train_counts[space.num_targets :]), "budget": run.config.get("data", {}).get("budget"),
         "loss": loss.get("name"), "silence": loss.get("silence"), "directions": loss.get("directions"),
-        "chart": charts.histogram(sizes, "auxiliaries", "targets"),
+        "chart": charts.histogram(sizes, "auxiliaries", "targets"), "curation": space.curation,
         "rows": [
             (space.target_names[target], [space.names[auxiliary] for auxiliary in relation.neighbours[target]])
             for target in run.by_frequency
@@ -429,19 +426,6 @@ def _same_images(predictions: dict[str, np.ndarray], split: Split) -> bool:
 def thumbnails(split: Split, images: Iterable[int]) -> list[str]:
     """Data URIs of small JPEGs; an image that cannot be decoded is left out."""
     return [uri for image in images if (uri := thumbnail(bytes(split.read(int(image)))))]
-
-
-def thumbnail(encoded: bytes) -> str:
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # a JPEG is decoded at a fraction of its size
-            small = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-        return ""
-    small = ImageOps.fit(small, (min(THUMBNAIL, min(small.size)),) * 2)
-    out = io.BytesIO()
-    small.save(out, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
 # --- figures as text

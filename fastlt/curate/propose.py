@@ -20,7 +20,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastlt.classes import ClassSpace
-from fastlt.config import to_toml
 from fastlt.curate import llm, wordnet
 from fastlt.curate.embeddings import read_embeddings
 from fastlt.curate.names import normalised
@@ -34,10 +33,10 @@ from fastlt.curate.proposals import (
     tail_weighted_limits,
     with_random_names,
 )
-from fastlt.curate.settings import CurateConfig, ProposeConfig
+from fastlt.curate.settings import CurateConfig, ProposeConfig, keep_settings
 from fastlt.curate.table import write_table
 from fastlt.errors import UserError
-from fastlt.files import whole_file, write_text
+from fastlt.files import whole_file
 from fastlt.progress import rated_progress
 
 SHOWN = 8  # targets of the table on the screen
@@ -66,7 +65,8 @@ def run_propose(place: Path, out: Path, config: CurateConfig, random_control: bo
         raise UserError(f"no neighbour was found for any of the {len(targets):,} targets: see propose.reach, or another provider")
     if random_control:
         categories = random_categories(settings, targets, proposed.synonyms, categories)
-    write(out, config, targets, decisions, categories)
+    write(out, targets, decisions, categories)
+    keep_settings(out, config)
     for note in proposed.notes:
         console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     show(targets, decisions, categories, console)
@@ -175,16 +175,13 @@ def random_categories(
 # --- what is written, and shown
 
 
-def write(
-    out: Path, config: CurateConfig, targets: Sequence[Target], decisions: Sequence[Decision], categories: Sequence[Category]
-) -> None:
+def write(out: Path, targets: Sequence[Target], decisions: Sequence[Decision], categories: Sequence[Category]) -> None:
     write_table(out / "proposals.jsonl", (decision_row(decision, targets) for decision in decisions))
     write_table(out / "categories.jsonl", (category_row(category, targets) for category in categories))
     with whole_file(out / "pairs.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         pairs = csv.writer(file)
         pairs.writerow(["target", "auxiliary"])
         pairs.writerows([targets[owner].name, category.name] for category in categories for owner in sorted(category.owners))
-    write_text(out / "config.toml", to_toml(config))
 
 
 def decision_row(decision: Decision, targets: Sequence[Target]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from fastlt.curate.candidates import ENDPOINTS, Asked, Candidate, Find, accepted
 from fastlt.curate.fetch import Fetcher, Refused, open_fetcher
 from fastlt.curate.names import normalised
 from fastlt.curate.pictures import Picture, examine
-from fastlt.curate.settings import CurateConfig, RetrieveConfig
+from fastlt.curate.settings import CurateConfig, RetrieveConfig, keep_settings
 from fastlt.curate.table import read_table, write_table
 from fastlt.errors import UserError
 from fastlt.files import whole_file
@@ -46,6 +46,7 @@ class Found(NamedTuple):
 
 def run_retrieve(out: Path, config: CurateConfig, console: Console) -> None:
     categories = [Asked(row["name"], row["query"]) for row in read_table(out / "categories.jsonl", PROPOSED_BY)]
+    keep_settings(out, config)
     asyncio.run(retrieve(out, categories, config.retrieve, console))
     show(out, [category.name for category in categories], console)
 

@@ -1,12 +1,18 @@
 """What `fastlt curate` can be told, a section a step; kept in config.toml beside what the steps wrote."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fastlt.config import Count, Section, Several
+from fastlt.config import Count, Section, Several, to_toml, with_settings
+from fastlt.files import write_text
+
+CONFIG = "config.toml"
 
 Source = Literal["openverse", "commons", "inaturalist", "urls", "clip", "folder"]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
 Price = Annotated[float, Field(ge=0)]
 
 
@@ -57,6 +63,37 @@ class RetrieveConfig(Section):
     retry: Literal["transient", "all"] = "transient"  # of what failed before, when called again
 
 
+class FilterConfig(Section):
+    backbone: str = "vit_small_patch14_dinov2.lvd142m"  # any timm model
+    weights: str = ""  # a safetensors file for it; or a RUN folder, or its model.safetensors, which tell their model themselves
+    size: Several = 224  # pixels a side; of a RUN, its own
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    batch: Several = 128
+    workers: Count = 2
+    device: str = "auto"
+    prototype: Literal["retrieved", "targets", "both"] = "retrieved"  # whose images a class is like: its own, its owners', both
+    gamma1: Cosine = 0.7  # the least cosine of an image to the prototype of its class
+    gamma2: Annotated[float, Field(gt=0, le=2)] = 0.98  # from this cosine on two images are the same; above 1: none are
+    hash_distance: Annotated[int, Field(ge=-1, le=5)] = 4  # of 64 bits, up to which two perceptual hashes are the same; -1: off
+    test: str = ""  # a further pack none of whose images may be among the auxiliaries
+    min_images: Several = 10  # an auxiliary class with fewer is given up
+    sheet: Count = 24  # images of a class on its contact sheet, kept and dropped ones each; 0: no sheets
+
+
 class CurateConfig(Section):
     propose: ProposeConfig = ProposeConfig()
     retrieve: RetrieveConfig = RetrieveConfig()
+    filter: FilterConfig = FilterConfig()
+
+
+def read_settings(out: Path, file: Path | None, overrides: Sequence[str], allow_private: bool = False) -> CurateConfig:
+    """On top of a file's, by default of those that an earlier step kept in `out`; kept there in turn. --allow-private is given
+    anew each time."""
+    kept = out / CONFIG
+    private = f"retrieve.allow_private={str(allow_private).lower()}"
+    return with_settings(CurateConfig, file or (kept if kept.is_file() else None), [private, *overrides])
+
+
+def keep_settings(out: Path, config: CurateConfig) -> None:
+    write_text(out / CONFIG, to_toml(config))

@@ -194,6 +194,7 @@ def _class_space(collection: Collection, train: Packed, val: Packed) -> ClassSpa
         val_counts=np.bincount(val.columns()["label"], minlength=targets).tolist(),
         pairs=collection.pairs,
         origins=collection.origins,
+        curation=collection.curation,
     )
 
 

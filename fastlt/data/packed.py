@@ -5,7 +5,7 @@ import mmap
 import sys
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def subset(self, images: np.ndarray) -> "Split":
+        """The split of these images (n,) int alone."""
+        return replace(self, **{name: getattr(self, name)[images] for name in COLUMNS}, _maps={})
 
     def read(self, image: int) -> memoryview:
         """The encoded bytes of one image: a view of the mapped shard, no copy."""

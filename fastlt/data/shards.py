@@ -17,18 +17,22 @@ KEY_BYTES = NAME_BYTES - len(".webp") - len("-1234567890")  # room for the exten
 
 
 class ShardWriter(AbstractContextManager["ShardWriter"]):
-    """Writes FOLDER/FOLDER-000000.tar and so on, each of at most `shard_size` bytes unless one image alone is larger."""
+    """Writes FOLDER/STEM-000000.tar and so on, each of at most `shard_size` bytes unless one image alone is larger.
 
-    def __init__(self, folder: Path, shard_size: int) -> None:
-        folder.mkdir()
-        self.folder = folder
+    stem: by default the folder's name.
+    """
+
+    def __init__(self, folder: Path, shard_size: int, stem: str = "") -> None:
+        folder.mkdir(exist_ok=bool(stem))
+        self.folder, self.stem = folder, stem or folder.name
         self.shard_size = shard_size
         self.files: dict[str, dict[str, Any]] = {}  # file name -> size and sha256, as in the manifest
         self._file: BinaryIO | None = None
 
-    def add(self, key: str, extension: str, data: bytes, label: int) -> tuple[int, int]:
-        """Returns (shard, offset of the image's bytes in it)."""
+    def add(self, key: str, extension: str, data: bytes, label: int | str, told: bytes = b"") -> tuple[int, int]:
+        """told: JSON of the image, for key.json. Returns (shard, offset of the image's bytes in it)."""
         sample = _member(key + extension, data) + _member(key + ".cls", str(label).encode())
+        sample += _member(key + ".json", told) if told else b""
         if self._file is None or self._position + len(sample) + 2 * BLOCK > self.shard_size:
             self._close()
             self._open()
@@ -37,7 +41,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         return len(self.files), offset
 
     def _open(self) -> None:
-        self._file = (self.folder / f"{self.folder.name}-{len(self.files):06d}.tar").open("wb")
+        self._file = (self.folder / f"{self.stem}-{len(self.files):06d}.tar").open("wb")
         self._position = 0
         self._sha256 = hashlib.sha256()
 

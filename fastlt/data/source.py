@@ -4,6 +4,7 @@ Nothing is decoded here.
 """
 
 import csv
+import json
 import os
 import re
 import tarfile
@@ -17,6 +18,7 @@ from fastlt.classes import pair_ids
 from fastlt.data.cifar import read_cifar100
 from fastlt.data.collection import Collection, ImageRef
 from fastlt.data.images import EXTENSIONS
+from fastlt.data.packed import open_pack
 from fastlt.errors import UserError
 
 __all__ = ["Collection", "ImageRef", "read_cifar100", "read_collection", "read_pairs"]
@@ -42,19 +44,20 @@ def read_collection(
     class_names: Path | None = None,
 ) -> Collection:
     """Each of target, auxiliary and val is a folder of class sub-folders, a split file (`relative/path label` per line, below
-    `root`, by default the split file's folder), or a .tar shard or a folder of them. `pairs` is a CSV with the header
-    `target,auxiliary`; `class_names` names the integer labels of the targets, one a line. Raises UserError on bad input.
+    `root`, by default the split file's folder), or a .tar shard or a folder of them; target and val may also be a pack, of which
+    the targets are taken. `pairs` is a CSV with the header `target,auxiliary`; `class_names` names the integer labels of the
+    targets, one a line. Raises UserError on bad input.
     """
     if auxiliary is not None and pairs is None:
         raise UserError("--auxiliary needs --pairs: a CSV with the header 'target,auxiliary' that says which neighbours which")
     if pairs is not None and auxiliary is None:
         raise UserError("--pairs needs --auxiliary: the images of the auxiliary classes that it names")
     given = _read_names(class_names) if class_names else []
-    targets = _list(target, root, limit=len(given) or None)
+    targets = _list_pack(target, "train") if is_pack(target) else _list(target, root, limit=len(given) or None)
     if given and not targets.numbered:
         raise UserError(f"--class-names is for integer labels, but the classes of {target} have names already: leave it out")
     target_names = _class_names(targets, given)
-    validation = _list(val, root, limit=len(target_names), may_be_empty=True)
+    validation = _list_pack(val, "val") if is_pack(val) else _list(val, root, limit=len(target_names), may_be_empty=True)
     collection = Collection(target_names, targets.refs, _as_targets(validation, targets, target_names))
     collection.warnings += _left_out(targets) + _left_out(validation)
     if auxiliary is not None and pairs is not None:
@@ -72,7 +75,39 @@ def _add_auxiliaries(collection: Collection, listing: Listing, pairs: Path) -> N
     collection.pairs = pair_ids(read_pairs(pairs), collection.target_names, names, str(pairs))
     collection.train = collection.train + [replace(ref, label=ref.label + first) for ref in listing.refs]
     collection.origins = dict.fromkeys(names, os.fsencode(listing.where).decode("utf-8", "replace"))
+    _add_card(collection, listing.where / "card.json")
     collection.warnings += _left_out(listing)
+
+
+def _add_card(collection: Collection, file: Path) -> None:
+    """What `fastlt curate` says of the auxiliary set, if it made it."""
+    if not file.is_file():
+        return
+    try:
+        card = json.loads(_read_text(file))
+        origins = card.pop("origins")
+        collection.origins |= {name: origin for name, origin in origins.items() if name in collection.origins}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} is no summary of `fastlt curate` ({error!r}): remove it, or filter again") from error
+    collection.curation = card
+
+
+def is_pack(path: Path) -> bool:
+    return (path / "manifest.json").is_file() and (path / "classes.json").is_file()
+
+
+def _list_pack(path: Path, name: str) -> Listing:
+    """The images of the targets in a split of a pack."""
+    pack = open_pack(path)
+    split = pack.train if name == "train" else pack.val
+    refs = [
+        ImageRef(split.key(image).rpartition(".")[0], label, str(split.folder / split.shards[shard]), offset, size)
+        for image, (label, shard, offset, size) in enumerate(
+            zip(split.label.tolist(), split.shard.tolist(), split.offset.tolist(), split.size.tolist(), strict=True)
+        )
+        if label < pack.space.num_targets
+    ]
+    return Listing(path, refs, dict(enumerate(pack.space.target_names)))
 
 
 def read_pairs(file: Path) -> list[tuple[str, str]]:

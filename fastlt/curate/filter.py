@@ -1,0 +1,196 @@
+"""`fastlt curate filter`: which of the retrieved images are kept, and the auxiliary set that `fastlt pack` takes.
+
+CURATED/features/       hashes and features of each shard: what was computed once is not computed again
+CURATED/filtered.jsonl  a row an image: whether it is kept, why not, how like its class it is
+CURATED/auxiliary/      shards of what is kept, with key.cls and key.json, and card.json, a summary
+CURATED/pairs.csv       target,auxiliary of the classes that are left
+CURATED/sheet.html      the contact sheets: kept and dropped images of each class
+"""
+
+import csv
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fastlt.classes import ClassSpace
+from fastlt.curate.features import open_backbone
+from fastlt.curate.judge import Verdicts, give_up_small_classes, judge
+from fastlt.curate.names import normalised
+from fastlt.curate.piles import Pile, make_pile
+from fastlt.curate.retrieve import PROPOSED_BY, tried
+from fastlt.curate.settings import CurateConfig, FilterConfig, keep_settings
+from fastlt.curate.sheet import write_sheets
+from fastlt.curate.table import read_table, write_table
+from fastlt.data.images import FORMATS
+from fastlt.data.packed import COLUMNS, Pack, Split, open_pack
+from fastlt.data.shards import ShardWriter, member_keys
+from fastlt.errors import UserError
+from fastlt.files import whole_file, whole_folder, write_text
+
+SHARD_BYTES = 10**9
+RETRIEVED_BY = "fastlt curate retrieve"
+
+
+def run_filter(place: str, out: Path, config: CurateConfig, console: Console) -> None:
+    """place: the pack of the targets. Raises UserError where nothing was retrieved, or nothing is kept."""
+    settings = config.filter
+    categories = read_table(out / "categories.jsonl", PROPOSED_BY)
+    rows = retrieved_rows(out, categories)
+    pack = open_pack(place)
+    owners = owner_ids(pack.space, categories, place)
+    backbone = open_backbone(settings)
+    keep_settings(out, config)
+    known = {
+        name: make_pile(out / "features", split, backbone, settings, f"{name} images", console)
+        for name, split in splits_of(pack, settings).items()
+    }
+    pile = make_pile(out / "features", retrieved_split(out, rows, categories), backbone, settings, "retrieved images", console)
+    verdicts = judge(pile, known, owners, settings, backbone.device)
+    give_up_small_classes(verdicts, pile.split.label, settings.min_images)
+    write_table(out / "filtered.jsonl", map(verdict_row, rows, verdicts.reasons, verdicts.of, verdicts.likeness.tolist()))
+    show(verdicts, categories, pile.split.label, console)
+    if settings.sheet:
+        write_sheets(out, pile.split, verdicts, categories, settings.sheet)
+        console.print(f"contact sheets: {out / 'sheet.html'}", highlight=False, soft_wrap=True)
+    if not len(verdicts.kept):
+        raise UserError(f"no image is left: see {out / 'filtered.jsonl'}, filter.gamma1 and filter.min_images")
+    write_auxiliary(out, rows, pile, verdicts, categories, settings)
+    console.print(
+        f"now: fastlt pack --target {place} --auxiliary {out / 'auxiliary'} --pairs {out / 'pairs.csv'} --out PACK",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+# --- what there is
+
+
+def retrieved_rows(out: Path, categories: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of images, in the order they were fetched; those of categories that are no longer proposed are left out."""
+    names = {normalised(category["name"]) for category in categories}
+    rows = [row for row in tried(out / "raw") if row["fetched"] and normalised(row["category"]) in names]
+    if not rows:
+        raise UserError(f"{out} has no image of any category: fetch some with `{RETRIEVED_BY}`")
+    return rows
+
+
+def retrieved_split(out: Path, rows: Sequence[dict[str, Any]], categories: Sequence[dict[str, Any]]) -> Split:
+    """The label of an image is the number of its category."""
+    numbers = {normalised(category["name"]): number for number, category in enumerate(categories)}
+    shards = sorted({row["shard"] for row in rows})
+    places = {shard: number for number, shard in enumerate(shards)}
+    values = {
+        "shard": [places[row["shard"]] for row in rows],
+        "label": [numbers[normalised(row["category"])] for row in rows],
+        **{name: [row[name] for row in rows] for name in ("offset", "size", "height", "width")},
+    }
+    columns: dict[str, Any] = {name: np.array(values[name], dtype) for name, dtype in COLUMNS.items()}
+    return Split("raw", out / "raw", tuple(shards), **columns)
+
+
+def splits_of(pack: Pack, settings: FilterConfig) -> dict[str, Split]:
+    """All images that no auxiliary may show, by what they are."""
+    found = {"training": of_targets(pack.train, pack.space), "validation": pack.val}
+    if settings.test:
+        test = open_pack(settings.test)
+        found |= {"test": test.val, "test pack's training": of_targets(test.train, test.space)}
+    return {name: split for name, split in found.items() if len(split)}
+
+
+def of_targets(split: Split, space: ClassSpace) -> Split:
+    return split.subset(np.flatnonzero(split.label < space.num_targets))
+
+
+def owner_ids(space: ClassSpace, categories: Sequence[dict[str, Any]], place: str) -> list[list[int]]:
+    """Of each category."""
+    ids = {name: target for target, name in enumerate(space.target_names)}
+    for category in categories:
+        if unknown := [owner for owner in category["owners"] if owner not in ids]:
+            raise UserError(f"'{category['name']}' was proposed for '{unknown[0]}', which is no target of {place}")
+    return [[ids[owner] for owner in category["owners"]] for category in categories]
+
+
+# --- what is written
+
+
+def verdict_row(row: dict[str, Any], reason: str, of: str, likeness: float) -> dict[str, Any]:
+    told = {name: row[name] for name in ("category", "place", "shard", "key", "sha256", "licence", "author", "source")}
+    return {**told, "kept": not reason, "reason": reason, "of": of, "likeness": round(likeness, 4)}
+
+
+def write_auxiliary(
+    out: Path,
+    rows: Sequence[dict[str, Any]],
+    pile: Pile,
+    verdicts: Verdicts,
+    categories: Sequence[dict[str, Any]],
+    settings: FilterConfig,
+) -> None:
+    kept = verdicts.kept.tolist()
+    left = sorted({int(pile.split.label[image]) for image in kept})
+    names = [categories[int(pile.split.label[image])]["name"] for image in kept]
+    keys = member_keys(f"{name}/{rows[image]['key']}" for name, image in zip(names, kept, strict=True))
+    with whole_folder(out / "auxiliary") as folder:
+        with ShardWriter(folder, SHARD_BYTES, "auxiliary") as shards:
+            for image, name, key in zip(kept, names, keys, strict=True):
+                told = json.dumps({**rows[image], "likeness": round(float(verdicts.likeness[image]), 4)}, ensure_ascii=False)
+                shards.add(key, extension_of(pile.split, image), bytes(pile.split.read(image)), name, told.encode())
+        card = summary(rows, verdicts, [categories[number] for number in left], settings)
+        write_text(folder / "card.json", json.dumps(card, ensure_ascii=False, indent=1) + "\n")
+        shutil.rmtree(out / "auxiliary", ignore_errors=True)  # of an earlier call
+    with whole_file(out / "pairs.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        pairs = csv.writer(file)
+        pairs.writerow(["target", "auxiliary"])
+        pairs.writerows([owner, categories[number]["name"]] for number in left for owner in categories[number]["owners"])
+
+
+def extension_of(split: Split, image: int) -> str:
+    """As the shard has it."""
+    extension = Path(split.key(image)).suffix
+    return extension if extension in FORMATS.values() else ".jpg"
+
+
+def summary(
+    rows: Sequence[dict[str, Any]], verdicts: Verdicts, left: Sequence[dict[str, Any]], settings: FilterConfig
+) -> dict[str, Any]:
+    """The card: what the auxiliary set is, where it came from, and what was dropped."""
+    kept = [rows[image] for image in verdicts.kept.tolist()]
+    dropped = Counter(reason for reason in verdicts.reasons if reason)
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "classes": len(left),
+        "pairs": sum(len(category["owners"]) for category in left),
+        "owners": len({owner for category in left for owner in category["owners"]}),
+        "images": len(kept),
+        "licences": dict(Counter(row["licence"] or "unknown" for row in kept).most_common()),
+        "sources": dict(Counter(row["source"] for row in kept).most_common()),
+        "dropped": dict(dropped.most_common()),
+        "backbone": settings.weights or settings.backbone,
+        "gamma1": settings.gamma1,
+        "gamma2": settings.gamma2,
+        "origins": {category["name"]: f"{category['provider']} {category['key']}".strip() for category in left},
+    }
+
+
+def show(verdicts: Verdicts, categories: Sequence[dict[str, Any]], labels: np.ndarray, console: Console) -> None:
+    table = Table("images", "", title=f"{len(labels):,} retrieved images", title_justify="left")
+    table.add_row(f"{len(verdicts.kept):,}", "kept", style="bold")
+    for reason, times in Counter(reason for reason in verdicts.reasons if reason).most_common():
+        table.add_row(f"{times:,}", escape(reason))
+    console.print(table)
+    counts = np.bincount(labels[verdicts.kept], minlength=len(categories))
+    none = [category["name"] for category, count in zip(categories, counts, strict=True) if not count]
+    median = int(np.median(counts[counts > 0])) if (counts > 0).any() else 0
+    lost = f"; given up: {', '.join(none[:5])}{', ...' if len(none) > 5 else ''}" if none else ""
+    console.print(
+        f"{int((counts > 0).sum()):,} of {len(categories):,} classes are left, with {median:,} images each (median){lost}",
+        highlight=False, markup=False,
+    )  # fmt: skip

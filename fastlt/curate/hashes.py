@@ -1,0 +1,126 @@
+"""Hashes of images: of their bytes, and of what they look like, which survives resizing and new compression."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from PIL import Image
+
+from fastlt.data.images import BadImage, open_image, to_rgb, upright
+from fastlt.data.packed import Split
+
+SIDE, KEPT = 32, 8  # pixels that are transformed, and frequencies a side that are kept: 64 bits
+FLAT = 2.0  # grey levels of deviation below which an image looks like nothing in particular
+BANDS = 6  # two hashes that differ in up to 5 bits agree in one of them (the pigeonhole)
+BLOCK = 1 << 22  # pairs looked at together
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Of n images."""
+
+    exact: list[bytes]  # sha256
+    seen: np.ndarray  # (n,) uint64
+    mirrored: np.ndarray  # (n,) uint64, of the image flipped from left to right
+    has_look: np.ndarray  # (n,) bool; not so for what is flat, or cannot be decoded
+
+    def __len__(self) -> int:
+        return len(self.exact)
+
+    def take(self, images: np.ndarray) -> "Hashes":
+        exact = [self.exact[image] for image in images.tolist()]
+        return Hashes(exact, self.seen[images], self.mirrored[images], self.has_look[images])
+
+
+def hashes_of(split: Split, images: Sequence[int]) -> Hashes:
+    rows = [_hash(bytes(split.read(image))) for image in images]
+    exact, seen, mirrored, has_look = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return Hashes(list(exact), np.array(seen, np.uint64), np.array(mirrored, np.uint64), np.array(has_look, bool))
+
+
+def joined(parts: Sequence[Hashes]) -> Hashes:
+    exact = [digest for part in parts for digest in part.exact]
+    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("seen", "mirrored", "has_look"))
+    return Hashes(exact, *columns)
+
+
+def _hash(data: bytes) -> tuple[bytes, int, int, bool]:
+    digest = hashlib.sha256(data).digest()
+    try:
+        grey = small_grey(data)
+    except BadImage:
+        return digest, 0, 0, False
+    return digest, look(grey), look(grey[:, ::-1]), float(grey.std()) >= FLAT
+
+
+def small_grey(data: bytes) -> np.ndarray:
+    """(SIDE, SIDE) float64. Raises BadImage."""
+    image = open_image(data)
+    image.draft("RGB", (4 * SIDE, 4 * SIDE))  # a JPEG is decoded at a fraction of its size
+    try:
+        grey = to_rgb(upright(image)).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadImage(str(error)) from error
+    return np.asarray(grey, np.float64)
+
+
+def look(grey: np.ndarray) -> int:
+    """64 bits: which of the lowest frequencies of the cosine transform are above their median, the constant one left out."""
+    low = (COSINES @ grey @ COSINES.T).ravel()
+    bits = low > np.median(low[1:])
+    bits[0] = False
+    return int(np.packbits(bits).view(">u8")[0])
+
+
+def _cosines() -> np.ndarray:
+    frequency, place = np.arange(KEPT)[:, None], np.arange(SIDE)[None, :]
+    return np.cos(np.pi * frequency * (2 * place + 1) / (2 * SIDE))
+
+
+COSINES = _cosines()
+
+
+def same_look(queries: Hashes, known: Hashes, distance: int) -> np.ndarray:
+    """(P, 2) int64 pairs (query, known) whose hashes, as they are or mirrored, differ in up to `distance` bits."""
+    if distance < 0 or not len(queries) or not len(known):
+        return np.zeros((0, 2), np.int64)
+    usable = np.flatnonzero(known.has_look)
+    asked = np.flatnonzero(queries.has_look)
+    found = [
+        np.stack([asked[rows], usable[columns]], axis=1)
+        for bits in (queries.seen, queries.mirrored)
+        for rows, columns in _near(bits[asked], known.seen[usable], distance)
+    ]
+    return np.unique(np.concatenate(found), axis=0) if found else np.zeros((0, 2), np.int64)
+
+
+def _near(queries: np.ndarray, known: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Indices of pairs that agree in a band, and whose whole hashes are near."""
+    for shift, width in _bands():
+        mask = np.uint64((1 << width) - 1)
+        band = (known >> np.uint64(shift)) & mask
+        order = np.argsort(band, kind="stable")
+        asked = (queries >> np.uint64(shift)) & mask
+        first = np.searchsorted(band[order], asked, "left")
+        counts = np.searchsorted(band[order], asked, "right") - first
+        for start, end in _blocks(counts):
+            rows = np.repeat(np.arange(start, end), counts[start:end])
+            within = np.arange(len(rows)) - np.repeat(np.cumsum(counts[start:end]) - counts[start:end], counts[start:end])
+            columns = order[first[rows] + within]
+            near = np.bitwise_count(queries[rows] ^ known[columns]) <= distance
+            yield rows[near], columns[near]
+
+
+def _bands() -> list[tuple[int, int]]:
+    """(shift, width in bits) of each."""
+    edges = np.linspace(0, KEPT * KEPT, BANDS + 1).round().astype(int).tolist()
+    return [(start, end - start) for start, end in pairwise(edges)]
+
+
+def _blocks(counts: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges of queries with about BLOCK pairs each."""
+    block = np.cumsum(counts) // BLOCK
+    edges = [0, *(np.flatnonzero(np.diff(block)) + 1).tolist(), len(counts)]
+    return ((start, end) for start, end in pairwise(edges) if end > start)
