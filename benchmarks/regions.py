@@ -17,7 +17,7 @@ from fastlt.__main__ import speak_to_the_user
 from fastlt.data.cifar import open_cifar, png_bytes
 from fastlt.data.images import decode_pil
 from fastlt.data.output import whole_output
-from fastlt_benchmarks.repeated import Control, fastlt, table, train_all
+from fastlt_benchmarks.repeated import Control, Runner, table, train_all
 from fastlt_benchmarks.results_file import append_rows
 
 CLASSES = range(0, 100, 5)
@@ -53,7 +53,7 @@ def make_pack(cifar: Path, out: Path, console: Console) -> Path:
         with whole_output(images) as folder:
             write_images(cifar, folder, console)
     if not pack.is_dir():
-        fastlt("pack", "--target", str(images / "train"), "--val", str(images / "test"), "--transcode", "--out", str(pack))
+        Runner().run("pack", "--target", str(images / "train"), "--val", str(images / "test"), "--transcode", "--out", str(pack))
     return pack
 
 

@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,25 +39,84 @@ def train_all(
 ) -> list[dict[str, Any]]:
     """The figures of each control's runs, a row a run; `parallel` runs at a time share the cores.
 
-    A run that is in `out` is read, one that stopped goes on. Raises UserError where one fails.
+    A run that is in `out` is read, one that stopped goes on. Where one fails no other is begun, those under way are saved, and
+    UserError is raised.
     """
     jobs = [(name, seed) for seed in range(seeds) for name in controls]
     threads = str(max(1, cores() // parallel))
     places = {(name, seed): out / folder_name(name, seed) for name, seed in jobs}
 
+    runner = Runner(threads)
+
     def run(job: tuple[str, int]) -> dict[str, Any]:
         name, seed = job
-        return {"control": name, "seed": seed, **_train(recipe, controls[name], places[job], seed, threads)}
+        with runner.stopping_all_if_it_fails():
+            return {"control": name, "seed": seed, **_train(recipe, controls[name], places[job], seed, runner)}
 
-    with ThreadPoolExecutor(parallel) as pool:
+    with ended_by_sigterm(), ThreadPoolExecutor(parallel) as pool:
         waiting = [pool.submit(run, job) for job in jobs]
         total = seeds * sum(epochs_of(recipe, control) for control in controls.values())
         try:
             watch(waiting, list(places.values()), total, console)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # what runs is saved by its own process, which got the same signal
+        except BaseException as error:
+            runner.stop(tell=not isinstance(error, KeyboardInterrupt))  # which a terminal sends to the trainings too
+            pool.shutdown(cancel_futures=True)
             raise
         return [job.result() for job in waiting]
+
+
+class Runner:
+    """Commands of fastlt in processes that end before this one does."""
+
+    def __init__(self, threads: str = "0") -> None:
+        self.environment = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads != "0" else {})}
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    def run(self, *arguments: str) -> None:
+        """Raises UserError where it fails, or where no more are to be begun."""
+        with self._lock:
+            if self._stopped:
+                raise UserError("another run has failed")
+            command = [sys.executable, "-m", "fastlt", *arguments]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=self.environment)
+            self._running.add(process)
+        _, said = process.communicate()
+        with self._lock:
+            self._running.discard(process)
+        if process.returncode:
+            raise UserError(f"`fastlt {' '.join(arguments)}` ended with code {process.returncode}: {said.strip()[-500:]}")
+
+    def stop(self, tell: bool) -> None:
+        """tell: those under way, which save and end."""
+        with self._lock:
+            if tell and not self._stopped:
+                for process in self._running:
+                    process.terminate()
+            self._stopped = True
+
+    @contextmanager
+    def stopping_all_if_it_fails(self) -> Iterator[None]:
+        """Before the thread is free for the next one."""
+        try:
+            yield
+        except BaseException:
+            self.stop(tell=True)
+            raise
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM becomes SystemExit, so that what was begun is ended as well."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def epochs_of(recipe: str, control: Control) -> int:
@@ -91,23 +153,16 @@ def folder_name(control: str, seed: int) -> str:
     return "".join(c if c.isalnum() or c == "." else "-" for c in control).strip("-").replace("--", "-") + f"-seed{seed}"
 
 
-def _train(recipe: str, control: Control, run: Path, seed: int, threads: str) -> dict[str, Any]:
+def _train(recipe: str, control: Control, run: Path, seed: int, runner: Runner) -> dict[str, Any]:
     method = ["--method", control.method] if control.method else []
     options = ["--data", str(control.pack), "--out", str(run), *method, f"train.seed={seed}", *control.settings]
-    fastlt("train", recipe, *options, threads=threads)
+    runner.run("train", recipe, *options)
     if not (run / "result.json").is_file():
         raise UserError(f"the run in {run} was stopped before its end: the same command goes on from there")
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     figures = {name: result[name] for name in (*GROUPS, "balanced_accuracy", "harmonic_mean", "ece")}
     figures |= {"epochs": result["epochs"], "images": result["images"], "best_top1": result["best"]["top1"]}
     return {**figures, "seconds": round(result["seconds"], 1), "settings": " ".join([*method, *control.settings])}
-
-
-def fastlt(*arguments: str, threads: str = "0") -> None:
-    environment = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads != "0" else {})}
-    ended = subprocess.run([sys.executable, "-m", "fastlt", *arguments], capture_output=True, text=True, env=environment)
-    if ended.returncode:
-        raise UserError(f"`fastlt {' '.join(arguments)}` ended with code {ended.returncode}: {ended.stderr.strip()[-500:]}")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

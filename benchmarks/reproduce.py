@@ -12,8 +12,8 @@ from rich.table import Table
 
 from fastlt.config import did_you_mean, load_config
 from fastlt.errors import UserError
-from fastlt_benchmarks.repeated import GROUPS, Control, fastlt, spread, table, train_all
-from fastlt_benchmarks.results_file import append_rows
+from fastlt_benchmarks.repeated import GROUPS, Control, Runner, spread, table, train_all
+from fastlt_benchmarks.results_file import append_rows, check_file
 
 
 class Published(NamedTuple):
@@ -52,6 +52,8 @@ def run_reproduce(task: str, asked: Asked, csv: Path | None, console: Console) -
     """`fastlt reproduce`."""
     if task not in TASKS:
         raise UserError(f"there is nothing to reproduce by the name '{task}'{did_you_mean(task, list(TASKS))}: {', '.join(TASKS)}")
+    if csv is not None:
+        check_file(csv)
     rows = TASKS[task](asked, console)
     if csv is not None:
         append_rows(csv, rows)
@@ -89,7 +91,7 @@ TASKS: dict[str, Callable[[Asked, Console], list[dict[str, Any]]]] = {"cifar100-
 def packed(task: str, kind: str, asked: Asked) -> Path:
     path = asked.out / (f"pack-{kind}" if kind != "none" or task == "cifar100-siblings" else "pack")
     if not path.is_dir():
-        fastlt("pack", asked.source, "--task", task, "--auxiliary", kind, "--out", str(path))
+        Runner().run("pack", asked.source, "--task", task, "--auxiliary", kind, "--out", str(path))
     return path
 
 

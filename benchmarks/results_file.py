@@ -52,6 +52,19 @@ def check_place(path: Path, columns: tuple[str, ...]) -> None:
         raise UserError(f"{path} has other columns than this benchmark writes: name another folder with --out")
 
 
+def check_file(path: Path) -> None:
+    """The same for one file: it can be written, once there is something to write."""
+    is_new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error.strerror}): name another file with --csv") from error
+    if is_new:
+        path.unlink()
+
+
 def append_rows(path: Path, rows: list[dict[str, Any]], program: str = "fastlt") -> None:
     """Adds rows under the header that the file has; a file of other columns is refused."""
     context = {

@@ -18,9 +18,10 @@ from rich.table import Table
 from fastlt.config import Config, as_override, load_config
 from fastlt.data.pack import PackOptions, write_pack
 from fastlt.data.source import read_collection
+from fastlt.errors import UserError
 from fastlt.prepare import Trainer, prepare
 from fastlt.train import is_compiled, open_packs
-from fastlt_benchmarks.results_file import append_rows
+from fastlt_benchmarks.results_file import append_rows, check_file
 from fastlt_benchmarks.timing import measure_ceilings
 from fastlt_benchmarks.train_steps import Marks, bare_steps, flops_per_image, loop_steps
 
@@ -58,6 +59,10 @@ def run_bench_train(
     recipe: str, settings: list[str], data: str | None, steps: int, rounds: int, csv: Path | None, console: Console
 ) -> None:
     """They are measured in turn, so that a machine that grows slower grows slower for all; the ratio is of each pair."""
+    if csv is not None:
+        check_file(csv)
+    if load_config(recipe, settings).model.head == "class-parallel":
+        raise UserError("bench-train measures one process, which has no classes to share: set model.head=linear")
     with tempfile.TemporaryDirectory() as folder:
         quiet = Console(quiet=True)
         place = data or str(random_pack(Path(folder), load_config(recipe, settings), quiet))

@@ -167,7 +167,7 @@ class Writer:
 
 def checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
 def remove_leftovers(run: Path) -> None:
@@ -180,6 +180,10 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with the bytes of a checkpoint; None where they are those that were written."""
     try:
         lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
+        listed = {line.partition("  ")[2] for line in lines}
+        found = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()} - {SUMS}
+        if unlisted := sorted(found - listed):
+            return f"{SUMS} does not list {unlisted[0]}"
         for line in lines:
             wanted, _, name = line.partition("  ")
             if sha256_of(checkpoint / name) != wanted:

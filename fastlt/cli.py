@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -199,27 +202,37 @@ def evaluate(
         str | None, typer.Option(metavar="PACK", help="A pack on whose validation images the strength is chosen.")
     ] = None,
     share: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0.01, max=0.9, help="Without --validation: the share of images it is chosen on, and which are not scored."
+            min=0.01, max=0.9, help="Without --validation: the share of images it is chosen on, which are not scored; 0.2."
         ),
-    ] = 0.2,
-    strength: Annotated[float | None, typer.Option(min=0, help="The strength itself: nothing is chosen.")] = None,
+    ] = None,
+    strength: Annotated[float | None, typer.Option(min=0, help="The strength itself, of one method: nothing is chosen.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
 ) -> None:
     """Score a trained model: top-1 over the targets, by group and by class."""
     from fastlt.evaluate import evaluate_post_hoc, evaluate_run
 
     if not post_hoc:
-        if validation or strength is not None:
-            raise UserError("--validation and --strength are for --post-hoc: name a method, or leave them out")
+        if validation or strength is not None or share is not None:
+            raise UserError("--validation, --share and --strength are for --post-hoc: name a method, or leave them out")
         result = evaluate_run(run, data)
         print_classes(result, run)
         print_result(result, str(run))
+        write_figures(json_file, result)
         return
     if strength is not None and validation:
         raise UserError("--strength and --validation exclude each other: the one fixes what the other is for")
-    names = list(POST_HOC) if "all" in post_hoc else list(dict.fromkeys(post_hoc))
-    print_post_hoc(evaluate_post_hoc(run, names, data, validation, share, strength), str(run), validation)
+    if share is not None and (validation or strength is not None):
+        raise UserError("--share is for choosing on the run's own images: leave it out with --validation and --strength")
+    names = ["all"] if "all" in post_hoc else list(dict.fromkeys(post_hoc))
+    if strength is not None and (names == ["all"] or len(names) > 1):
+        raise UserError("--strength is of one method, as it means something else for each: name one with --post-hoc")
+    if strength is not None and not math.isfinite(strength):
+        raise UserError(f"--strength {strength} must be a finite number")
+    results = evaluate_post_hoc(run, names, data, validation, 0.2 if share is None else share, strength)
+    print_post_hoc(results, str(run), validation)
+    write_figures(json_file, results)
 
 
 @app.command()
@@ -441,11 +454,25 @@ def print_result(result: dict[str, Any], name: str) -> None:
     console.print(f"worst class: {worst['name']}, {figure(worst['accuracy'])} %", markup=False, highlight=False)
 
 
+def write_figures(file: Path | None, figures: dict[str, Any]) -> None:
+    from fastlt.files import write_text
+
+    if file is None:
+        return
+    try:
+        write_text(file, json.dumps(figures, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to {file} ({error.strerror}): name another file with --json") from error
+    console.print(f"written to {file}", highlight=False, soft_wrap=True)
+
+
 def print_post_hoc(results: dict[str, dict[str, Any]], name: str, validation: str | None) -> None:
-    table = Table("", "strength", *RESULT_COLUMNS, title=escape(name), title_justify="left")
+    columns = {title: column for title, column in RESULT_COLUMNS.items() if title != "harmonic"}  # 80 characters hold no more
+    table = Table("", "strength", *columns, title=escape(name), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for method, result in results.items():
         strength = f"{result['strength']:.3g}" if "strength" in result else ""
-        table.add_row(method, strength, *(figure(result[column]) for column in RESULT_COLUMNS.values()))
+        table.add_row(method, strength, *(figure(result[column]) for column in columns.values()))
     console.print(table)
     first = results["as trained"]
     chosen = f"strengths chosen on {first['chosen_on']:,} images {f'of {validation}' if validation else 'set aside'}, and "

@@ -29,7 +29,7 @@ Several = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Tree = TypeVar("Tree", bound=Section)
@@ -144,7 +144,7 @@ class TrainConfig(Section):
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     tf32: bool = True  # of float32 products on a GPU: 10 bits of mantissa, several times as fast
     channels_last: bool = True
-    threads: Count = 0  # of torch on a CPU; 0: as torch finds right
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # of torch on a CPU; 0: as torch finds right
     eval_every: Several = 1  # epochs
     checkpoint_minutes: Positive = 10.0  # besides the one after each epoch
     checkpoint_steps: Count = 0  # and after as many steps; 0: by time alone
@@ -242,7 +242,8 @@ def load_config(
     changes = [_parsed(override) for override in overrides]
     if method is not None:
         asked = next((value for keys, value in reversed(changes) if keys == ["train", "epochs"]), None)
-        between = method(checked(tree, recipe).train.epochs, asked if isinstance(asked, int) else None)
+        epochs = checked(merged(tree, {"train": {"epochs": asked}}), recipe).train.epochs if asked is not None else None
+        between = method(checked(tree, recipe).train.epochs, epochs)
         changes = [*((key.split("."), value) for key, value in between.items()), *changes]
     for keys, value in changes:
         _set(tree, keys, value)

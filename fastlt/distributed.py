@@ -130,8 +130,9 @@ def launch(arguments: Sequence[str], processes: int, restarts: int) -> None:
             codes = {failure.exitcode for failure in error.failures.values()}
             if BAD_INPUT in codes:
                 sys.exit(BAD_INPUT)
+            _, first = error.get_first_failure()  # the others were ended for its sake
             if not left:
                 raise UserError(
-                    f"a process of the training has died again (exit code {min(codes)}): see its output above"
+                    f"a process of the training has died again (exit code {first.exitcode}): see its output above"
                 ) from error
-            print(f"a process has died (exit code {min(codes)}): all are started again, {left} times at most", flush=True)
+            print(f"a process has died (exit code {first.exitcode}): all are started again, {left} times at most", flush=True)

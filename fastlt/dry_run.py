@@ -21,6 +21,7 @@ from fastlt.config import Config
 from fastlt.data.staging import staged
 from fastlt.distributed import joined
 from fastlt.errors import UserError
+from fastlt.model import cifar_backbone
 from fastlt.prepare import Trainer, grow, introduce, prepare
 from fastlt.train import forward_of, make_input, open_packs, set_modes, train_step
 
@@ -176,13 +177,15 @@ def estimate(
     need, have = memory.at(share), memory_bytes(device)
     hours = epochs * images / (speed.images_per_second * processes) / 3600
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimiser": memory.optimiser, "average": memory.averaged}
-    listed = ", ".join(f"{name} {gigabytes(part)}" for name, part in parts.items() if part)
+    listed = ", ".join(f"{name} {in_words(part)}" for name, part in parts.items() if part)
+    advice = "lower data.batch" + ("" if cifar_backbone(config.model) else " or set model.checkpoint_activations=true")
+    batches = f" ({steps:,} batches, {config.optim.accumulate} to a step)" if config.optim.accumulate > 1 else ""
+    updates = -(-steps // config.optim.accumulate)
     each = f"each of {processes} processes" if processes > 1 else "one process"
     return {
-        "memory": f"{gigabytes(need)} GB of {each}: {listed}, and {share:,} images of {memory.per_image / 1e6:,.1f} MB; "
-        f"this machine's {device.type} has {gigabytes(have)} GB"
-        + (": TOO LITTLE, lower data.batch or set model.checkpoint_activations=true" if need > have else ""),
-        "steps": f"{steps:,} an epoch, {epochs * steps:,} in {epochs:,} epochs",
+        "memory": f"{in_words(need)} of {each}: {listed}, and {share:,} images of {in_words(memory.per_image)}; "
+        f"this machine's {device.type} has {in_words(have)}" + (f": TOO LITTLE, {advice}" if need > have else ""),
+        "steps": f"{updates:,} an epoch{batches}, {epochs * updates:,} in {epochs:,} epochs",
         "speed": f"{speed.images_per_second:,.1f} images/s, measured over {speed.steps} steps of {speed.batch} loaded images",
         "time": (f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes")
         + " of training"
@@ -190,5 +193,5 @@ def estimate(
     }
 
 
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.2f}"
+def in_words(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

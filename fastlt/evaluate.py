@@ -1,5 +1,6 @@
 """Evaluation: masked to the targets, no prior, no silencing."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from fastlt.config import Config, DataConfig, load_config
 from fastlt.data.augment import Geometry
 from fastlt.data.batch import normalise
 from fastlt.data.loader import Loader
-from fastlt.data.packed import Pack, open_pack
+from fastlt.data.packed import Pack, Split, open_pack
 from fastlt.data.plan import Batch, evaluation_batches, target_counts
 from fastlt.errors import UserError
 from fastlt.export import load_exported
@@ -23,7 +24,7 @@ from fastlt.files import whole_file
 from fastlt.losses import log_prior as log_prior_of
 from fastlt.metrics import Predictions, confusions, score
 from fastlt.model import Classifier
-from fastlt.posthoc import Features, apply, check_methods, choose, set_aside
+from fastlt.posthoc import METHODS, Features, applies, apply, check_methods, choose, set_aside
 from fastlt.prepare import choose_device, on_device
 
 EVALUATION_BATCH = 256
@@ -127,9 +128,11 @@ def evaluate_post_hoc(
     """`fastlt eval --post-hoc`: what `score` says of the model as trained, and with each method, all on the same images.
 
     A method's strength, in its result, is chosen on the val split of the pack `validation`; without one, on `share` of the images
-    of each class, which are not scored then. strength: fixes it, and nothing is set aside.
+    of each class, which are not scored then. strength: fixes it, and nothing is set aside. methods: names, or `all` alone, for
+    those that make a difference to the model.
     """
     with opened(run, pack) as it:
+        methods = [name for name in METHODS if applies(name, it.model)] if methods == ["all"] else methods
         check_methods(methods, it.model)
         tested = features_of(it)
         log_prior = target_log_prior(it).to(it.device)
@@ -141,6 +144,7 @@ def evaluate_post_hoc(
             chosen_on, tested = tested.take(aside), tested.take(~aside)
         elif strength is None:
             with opened(run, validation) as other:
+                check_apart(other.pack.val, it.pack.val, str(validation))
                 chosen_on = features_of(other)
         results = {"as trained": score(apply(None, 0, it.model, tested, log_prior), it.space)}
         for name in methods:
@@ -149,6 +153,21 @@ def evaluate_post_hoc(
         for result in results.values():
             result |= {"images": len(tested.label), "chosen_on": 0 if strength is not None else len(chosen_on.label)}
         return results
+
+
+def check_apart(chosen_on: Split, scored: Split, place: str) -> None:
+    """A strength that was chosen on the images that it is scored on would flatter. Bytes are read only of images of one size."""
+    sizes = set(scored.size.tolist())
+    if not sizes.intersection(chosen_on.size.tolist()):
+        return
+    known = {hashlib.sha256(scored.read(image)).digest() for image in range(len(scored))}
+    alike = [image for image in range(len(chosen_on)) if int(chosen_on.size[image]) in sizes]
+    shared = sum(hashlib.sha256(chosen_on.read(image)).digest() in known for image in alike)
+    if shared:
+        raise UserError(
+            f"{shared:,} of the {len(chosen_on):,} validation images of {place} are those that are scored: name another pack with "
+            "--validation, or set some aside with --share"
+        )
 
 
 def target_log_prior(it: Opened) -> Tensor:
@@ -162,7 +181,7 @@ def best_of(run: Path) -> dict[str, Any]:
     path = run / "result.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))["best"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: call `fastlt train` again, which goes on where it stopped") from error
 
 

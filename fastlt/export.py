@@ -52,6 +52,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return json.loads(metadata["fastlt"])
 
 
+def find_metadata(path: Path) -> dict[str, Any] | None:
+    """As read_metadata; None where there is no such file, or somebody else wrote it."""
+    try:
+        return read_metadata(path)
+    except UserError:
+        return None
+
+
 def load_exported(path: Path) -> tuple[Classifier, list[str]]:
     """The model in evaluation mode on the CPU, and the names of its classes."""
     metadata = read_metadata(path)

@@ -29,15 +29,20 @@ from fastlt_kernels import (
 FUSE_FROM_CLASSES = 4096  # below, the logits of a batch are small and a plain product is at least as fast
 
 
+def check_counts(counts: Tensor, what: str) -> None:
+    if (counts == 0).any():
+        raise UserError(f"class {int((counts == 0).nonzero()[0])} has no training image, so it has no {what}: remove the class")
+
+
 def log_prior(counts: Tensor, tau: float) -> Tensor:
     """tau * log(n_j / sum(n)), (C,) float32; counts (C,) are images per epoch, as sampled. Zero counts are an error."""
-    if (counts == 0).any():
-        raise UserError(f"class {int((counts == 0).nonzero()[0])} has no training image, so it has no prior: remove the class")
+    check_counts(counts, "prior")
     return tau * torch.log(counts.double() / counts.sum()).float()
 
 
 def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
     """Class weights (1 - beta) / (1 - beta^n), scaled to a mean of 1 (Cui et al. 2019, arXiv 1901.05555). counts (C,)."""
+    check_counts(counts, "weight")
     weights = (1 - beta) / (1 - beta ** counts.double())
     return (weights * len(counts) / weights.sum()).float()
 
@@ -60,6 +65,7 @@ def weighted_ce(logits: Tensor, target: Tensor, *, weights: Tensor | None) -> Te
 
 def margins(counts: Tensor, max_margin: float) -> Tensor:
     """LDAM's margin per class, n^(-1/4) scaled so that the rarest has max_margin (Cao et al. 2019, arXiv 1906.07413)."""
+    check_counts(counts, "margin")
     raw = counts.double() ** -0.25
     return (raw * max_margin / raw.max()).float()
 

@@ -29,7 +29,7 @@ def class_balanced(epochs: int) -> Settings:
 
 def ldam_drw(epochs: int) -> Settings:
     """Margins, and weights in the last fifth: Cao et al. 2019, arXiv 1906.07413."""
-    return {"loss.name": "ldam", "model.head": "cosine", "loss.drw_epoch": round(0.8 * epochs)}
+    return {"loss.name": "ldam", "model.head": "cosine", "loss.drw_epoch": min(round(0.8 * epochs), epochs - 1)}
 
 
 def balanced_softmax(epochs: int) -> Settings:
@@ -48,8 +48,10 @@ def mixup(epochs: int) -> Settings:
 
 
 def weight_decay(epochs: int) -> Settings:
-    """The first stage of weight balancing (arXiv 2203.14197, section 4.1): decay strong enough to keep norms even."""
-    return {"loss.name": "ce", "optim.weight_decay": 5e-3}
+    """The first stage of weight balancing (arXiv 2203.14197, section 4.1): decay strong enough to keep norms even, at the paper's
+    learning rate, for it is their product that shrinks the weights."""
+    rate = {"optim.lr": 0.01, "optim.lr_base_batch": 0, "schedule.name": "cosine", "schedule.warmup_epochs": 0}
+    return {"loss.name": "ce", "optim.weight_decay": 5e-3, **rate}
 
 
 def crt(epochs: int, start: str) -> Settings:

@@ -82,8 +82,12 @@ def check_methods(names: list[str], model: Classifier) -> None:
             raise UserError(
                 f"there is no post-hoc method '{name}'{did_you_mean(name, list(METHODS))}; methods: {', '.join(METHODS)}"
             )
-        if isinstance(model.head, CosineHead) and name != "logit-adjustment":
+        if not applies(name, model):
             raise UserError(f"--post-hoc {name} changes nothing about a cosine head, whose rows all count as of one length")
+
+
+def applies(name: str, model: Classifier) -> bool:
+    return name != "tau-norm" or not isinstance(model.head, CosineHead)
 
 
 def set_aside(labels: np.ndarray, share: float) -> np.ndarray:

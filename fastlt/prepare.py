@@ -19,9 +19,10 @@ from fastlt.data.plan import Plan, Sampling, spread_budget
 from fastlt.data.pool import cores
 from fastlt.distributed import ALONE, Ranks
 from fastlt.errors import UserError
+from fastlt.export import find_metadata
 from fastlt.guard import Guard
 from fastlt.losses import Step, silencing_graph
-from fastlt.model import Classifier, build_model
+from fastlt.model import Classifier, build_model, weights_file
 from fastlt.optim import Averaged, averaged, build_optimizer, lr_factor
 from fastlt.stopping import StopRequest
 from fastlt.update import MaxNorm, Updater
@@ -44,6 +45,7 @@ class Progressed:
     seconds: float = 0.0  # of training, over all starts
     images: int = 0
     skipped: int = 0  # optimiser steps, of all epochs, whose gradient was not finite
+    skipped_before: int = 0  # of them, before this epoch
     skipped_in_row: int = 0
     best: dict[str, Any] = field(default_factory=dict)
     damaged: list[int] = field(default_factory=list)  # training images that could not be decoded, and were replaced
@@ -90,6 +92,7 @@ def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trai
         raise UserError(
             f"an epoch has {plan.images_per_epoch} images, less than one batch of {config.data.batch}: set data.batch lower"
         )
+    check_head_weights(config, space)
     torch.manual_seed(config.train.seed)
     model = on_device(build_model(config.model, space.num_classes, data.size), config, device)
     if config.model.sync_bn:
@@ -107,6 +110,20 @@ def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trai
         train_loader(data, pack, device, plan.geometry.size), val_loader(data, pack, device),
         model, ema, updater, guard, lr_factor(config.schedule, config.train.epochs), Progressed(), Writer(), StopRequest(),
     )  # fmt: skip
+
+
+def check_head_weights(config: Config, space: ClassSpace) -> None:
+    """Rows of a model of ours go to the same classes, and to a head of the same kind."""
+    if not config.model.head_weights:
+        return
+    path = weights_file(config.model.head_weights)
+    told = find_metadata(path)
+    if told is None:
+        return
+    if told["classes"] != space.target_names:
+        raise UserError(f"{path} was trained for other targets than those of {config.data.pack}: begin with a run of the same ones")
+    if (told["model"]["head"] == "cosine") != (config.model.head == "cosine"):
+        raise UserError(f"{path} has a {told['model']['head']} head, which is no start for model.head={config.model.head}")
 
 
 def check_sizes(model: Classifier, config: Config, device: torch.device) -> None:
@@ -167,7 +184,7 @@ def best_precision(device: torch.device) -> str:
 def find_device(name: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"train.device={name}, but torch finds no such device here: set train.device=auto") from error
     return device
@@ -258,5 +275,10 @@ def notes(config: Config) -> Iterator[str]:
     """What is no error, but worth a word."""
     if late := config.never_comes():
         yield f"not reached in {config.train.epochs} epochs: {', '.join(late)}"
+    starts_somewhere = config.model.pretrained or config.model.weights
+    if config.schedule.head_only_epochs >= config.train.epochs and not starts_somewhere:
+        yield f"the backbone stays as random as it starts: schedule.head_only_epochs={config.schedule.head_only_epochs}"
+    if config.model.scale_alone and not config.model.head_weights:
+        yield "the rows of the head stay as random as they start: model.scale_alone without model.head_weights"
     if config.data.workers > cores():
         yield f"data.workers={config.data.workers}, but there are {cores()} cores: fewer may be faster"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastlt import charts
@@ -28,6 +28,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+# By its path, for `python -m fastlt` may find a folder of the same name where it was called.
+TEMPLATES = Path(__file__).parent / "templates"
 GROUPS = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
 SHOWN_CONFUSIONS, SHOWN_ERRORS, SHOWN_IMAGES, SHOWN_NEIGHBOURS = 12, 18, 6, 4
 MATRIX_UP_TO = 32  # targets; a larger matrix fits no screen
@@ -127,7 +129,7 @@ def read_run(path: Path) -> Run:
         if (path / "config.toml").is_file():
             raise UserError(f"the run {path} has no result.json yet: let its training end, the same command goes on with it")
         raise UserError(f"{path} is not a run, it has no result.json: name the folder that `fastlt train --out` wrote")
-    result = _json(path / "result.json", (path / "result.json").read_text(encoding="utf-8"))
+    result = _json(path / "result.json", (path / "result.json").read_text(encoding="utf-8", errors="replace"))
     if not isinstance(result, dict) or result.get("top1") is None:
         raise UserError(f"{path / 'result.json'} names no top1: it is not the result of a run")
     return Run(path, _config(path), result, _epochs(path), ClassSpace.load(path / "classes.json"), _predictions(path))
@@ -144,13 +146,13 @@ def _config(path: Path) -> dict[str, Any]:
     file = path / "config.toml"
     try:
         return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid TOML: {error}") from error
 
 
 def _epochs(path: Path) -> list[dict[str, Any]]:
     file = path / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     return [_json(file, line) for line in lines if line.strip()]
 
 
@@ -183,7 +185,7 @@ def find_pack(run: Run, path: Path | None) -> tuple[Pack | None, str]:
 
 def render(run: Run, pack: Pack | None, absent: str = "") -> str:
     """The page as text."""
-    templates = PackageLoader("fastlt", "templates")
+    templates = FileSystemLoader(TEMPLATES)
     environment = Environment(loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "number": number, "duration": duration, "value": config_value}
     space = run.space if run.space.pairs or pack is None else pack.space

@@ -3,6 +3,7 @@
 import copy
 import errno
 import fcntl
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,9 +96,22 @@ def resume(trainer: Trainer, console: Console) -> None:
         trainer.updater.load(state["loss_scale"])
         trainer.guard.keep()
         trainer.at = Progressed(**state["at"])
+        if finished(trainer) is not None:
+            return
         console.print(f"going on from {saved.name}: epoch {trainer.at.epoch + 1}, step {trainer.at.step_in_epoch}")
     if trainer.ranks.is_first:
         keep_lines(trainer.run / "metrics.jsonl", trainer.at.epoch)
+
+
+def finished(trainer: Trainer) -> dict[str, Any] | None:
+    """The result of a run all of whose steps are done; None where they are not, or the result cannot be read: it is made anew."""
+    if trainer.at.step < trainer.config.train.epochs * trainer.plan.steps_per_epoch:
+        return None
+    try:
+        result = json.loads((trainer.run / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and "top1" in result else None
 
 
 def newest_sound(run: Path, console: Console) -> Path | None:
@@ -120,7 +134,7 @@ def newest_sound(run: Path, console: Console) -> Path | None:
 def keep_lines(path: Path, epochs: int) -> None:
     """The records of the first `epochs` epochs; a line that a kill cut short goes too."""
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         write_text(path, "".join(line for line in lines[:epochs] if line.endswith("\n")))
 
 

@@ -41,7 +41,7 @@ from fastlt.metrics import Predictions, confusions, joined_predictions, score
 from fastlt.model import Classifier, whole_targets
 from fastlt.optim import set_lr
 from fastlt.prepare import Phase, Progressed, Trainer, grow, introduce, prepare
-from fastlt.rundir import check_config, disk_errors, only_run, resume, save
+from fastlt.rundir import check_config, disk_errors, finished, only_run, resume, save
 from fastlt.stopping import Stopped, stop_on_signals
 
 DAMAGED_SHOWN = 5  # images that are named at the end of an epoch
@@ -77,9 +77,9 @@ def carry_out(trainer: Trainer, console: Console) -> dict[str, Any]:
     if trainer.ranks.is_first:
         write_text(run / "config.toml", to_toml(config))
     resume(trainer, console)
-    if trainer.at.epoch == config.train.epochs and (run / "result.json").is_file():
+    if (result := finished(trainer)) is not None:
         console.print(f"{run} has finished already")
-        return json.loads((run / "result.json").read_text(encoding="utf-8"))
+        return result
     introduce(trainer, console)
     return finish(trainer, fit(trainer, console))
 
@@ -106,6 +106,7 @@ def fit(trainer: Trainer, console: Console) -> Predictions | None:
             grow(trainer)
             rate = train_epoch(trainer, lambda done, note: bar.update(task, completed=trainer.at.step, rate=done, note=note))
             tell_damaged(trainer, bar.console)
+            tell_skipped(trainer.at, bar.console)
             predictions = evaluate(trainer) if is_evaluated(config, at.epoch) else None
             record = record_epoch(trainer, rate, predictions)
             for name, value in record.items():
@@ -138,7 +139,7 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
             read_steps(steps, trainer)
             report(
                 (at.images - images_before) / (time.perf_counter() - began),
-                f"epoch {at.epoch + 1} loss {mean_loss(at):.3f} train {train_top1(at):.1f}",
+                f"epoch {at.epoch + 1} loss {shown(mean_loss(at), 3)} train {train_top1(at):.1f}",
             )
         if is_last and at.step_in_epoch < plan.steps_per_epoch and asks_for_checkpoint(trainer, last_saved):
             read_steps(steps, trainer)
@@ -188,6 +189,15 @@ def tell_damaged(trainer: Trainer, console: Console) -> None:
     if len(found) > DAMAGED_SHOWN:
         console.print(f"[yellow]note:[/] and {len(found) - DAMAGED_SHOWN} more; `fastlt pack --verify` reads the whole pack")
     trainer.at.damaged = sorted({*trainer.at.damaged, *found})
+
+
+def tell_skipped(at: Progressed, console: Console) -> None:
+    """Of the epoch."""
+    if skipped := at.skipped - at.skipped_before:
+        console.print(
+            f"[yellow]note:[/] {skipped:,} steps of epoch {at.epoch + 1} were skipped: their gradient was not finite",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def set_modes(trainer: Trainer) -> None:
@@ -306,8 +316,9 @@ def read_steps(steps: list[Tensor], trainer: Trainer) -> None:
     at.skipped += skipped
 
 
-def mean_loss(at: Progressed) -> float:
-    return at.loss_sum / max(1, at.summed)
+def mean_loss(at: Progressed) -> float | None:
+    """None where no step was finite."""
+    return at.loss_sum / at.summed if at.summed else None
 
 
 def train_top1(at: Progressed) -> float:
@@ -338,7 +349,7 @@ def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None)
     if trainer.ranks.is_first:
         with (trainer.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-    at.epoch, at.step_in_epoch = at.epoch + 1, 0
+    at.epoch, at.step_in_epoch, at.skipped_before = at.epoch + 1, 0, at.skipped
     at.loss_sum, at.summed, at.correct, at.counted = 0.0, 0, 0.0, 0.0
     return record
 
@@ -402,10 +413,10 @@ def progress_bar(console: Console) -> Progress:
 def epoch_line(record: dict[str, Any], epochs: int) -> str:
     groups = "  ".join(f"{name} {shown(record[name])}" for name in ("many", "medium", "few"))
     return (
-        f"epoch {record['epoch'] + 1:>3}/{epochs}  loss {record['loss']:6.3f}  top-1 {record['top1']:5.1f}  ({groups})"
+        f"epoch {record['epoch'] + 1:>3}/{epochs}  loss {shown(record['loss'], 3):>6}  top-1 {record['top1']:5.1f}  ({groups})"
         f"  {record['images_per_second']:,.0f} images/s"
     )
 
 
-def shown(value: float | None) -> str:
-    return "   -" if value is None else f"{value:4.1f}"
+def shown(value: float | None, digits: int = 1) -> str:
+    return "   -" if value is None else f"{value:4.{digits}f}"

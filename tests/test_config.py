@@ -115,3 +115,12 @@ def test_broken_toml_names_the_file(tmp_path):
     (tmp_path / "broken.toml").write_text("[data\n")
     with pytest.raises(UserError, match=r"broken\.toml is not valid TOML"):
         load_config(str(tmp_path / "broken.toml"))
+
+
+@pytest.mark.parametrize(
+    "setting", ["augment.mixup=inf", "optim.weight_decay=inf", "loss.tau=nan", "optim.lr=inf", "train.threads=100000"]
+)
+def test_what_is_not_finite_or_beyond_reason_is_refused(setting):
+    key, _, _ = setting.partition("=")
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        load_config("cifar100-lt", [setting])

@@ -69,12 +69,14 @@ def test_its_steps_are_the_trainers_own(trainer_of, monkeypatch):
 def test_the_estimate_multiplies(trainer_of):
     config = trainer_of("train.epochs=36", "data.batch=16").config
     told = estimate(config, 2, (10, 155), Memory(10**9, 10**9, 2 * 10**9, 0, 5 * 10**8), Speed(0.5, 4, 9), torch.device("cpu"))
-    assert told["memory"].startswith("8.00 GB of each of 2 processes: weights 1.00, gradients 1.00, optimiser 2.00, and 8 images")
+    assert told["memory"].startswith(
+        "8.00 GB of each of 2 processes: weights 1.00 GB, gradients 1.00 GB, optimiser 2.00 GB, and 8 images of 500.0 MB"
+    )
     assert told["steps"] == "10 an epoch, 360 in 36 epochs"
     assert told["time"].startswith("1.6 hours of training, if 2 processes")  # 36 * 155 / (0.5 * 2) seconds
     assert "measured over 9 steps of 4 loaded images" in told["speed"]
     much = estimate(config, 1, (10, 160), Memory(10**15, 0, 0, 0, 1), Speed(9999.0, 4, 9), torch.device("cpu"))
-    assert "TOO LITTLE" in much["memory"] and much["time"] == "0.0 minutes of training"
+    assert much["memory"].endswith("TOO LITTLE, lower data.batch") and much["time"] == "0.0 minutes of training"
     with pytest.raises(UserError, match=r"data\.batch=16 cannot be shared equally by 3 processes"):
         module.dry_run(config, 3, Console(quiet=True))
 
@@ -83,7 +85,7 @@ def test_the_command_prints_and_writes_nothing(small_pack, tmp_path):
     command = [sys.executable, "-m", "fastlt", "train", "cifar100-siblings", "--data", str(small_pack), "--dry-run", *SMALL]
     ended = subprocess.run([*command, "model.head=class-parallel"], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    for line in (r"memory  0\.\d+ GB of one process", r"steps  \d+ an epoch", r"speed  [\d.,]+ images/s", r"time  [\d.]+ minutes"):
+    for line in (r"memory  [\d.]+ MB of one process", r"steps  \d+ an epoch", r"speed  [\d.,]+ images/s", r"time  [\d.]+ minutes"):
         assert re.search(line, ended.stdout)
     assert not list(tmp_path.iterdir())
     missing = subprocess.run(command[: -len(SMALL) - 1], cwd=tmp_path, capture_output=True, text=True)

@@ -198,3 +198,12 @@ def test_a_class_without_images_has_no_prior():
     with pytest.raises(UserError, match="class 1 has no training image"):
         log_prior(torch.tensor([3, 0, 1]), 1.0)
     assert log_prior(torch.tensor([1, 3]), 2.0)[0].item() == pytest.approx(2 * math.log(0.25))
+
+
+@pytest.mark.parametrize(("name", "what"), [("ldam", "margin"), ("class-balanced", "weight"), ("balanced-ce", "prior")])
+def test_a_class_without_images_is_refused_by_losses_that_count_them(name, what):
+    space = ClassSpace(target_names=["a", "b"], train_counts=[3, 2], val_counts=[1, 1])
+    head = CosineHead(4, 2, 30.0) if name == "ldam" else LinearHead(4, 2)
+    model = Classifier(torch.nn.Identity(), head)
+    with pytest.raises(UserError, match=f"class 1 has no training image, so it has no {what}"):
+        build_criterion(LossConfig(name=name), space, torch.tensor([3, 0]), model, False, torch.device("cpu"))

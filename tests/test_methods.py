@@ -8,11 +8,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fastlt.config import load_config
+from fastlt.data.packed import open_pack
 from fastlt.errors import UserError
 from fastlt.evaluate import evaluate_run
 from fastlt.export import load_exported
 from fastlt.methods import ONE_STAGE, SECOND_STAGE, method_settings
 from fastlt.model import ScaledHead
+from fastlt.prepare import check_head_weights
 from fastlt.train import train
 from fastlt.update import MaxNorm
 
@@ -148,3 +150,36 @@ def test_methods_that_do_not_exist_or_lack_their_first_stage_are_refused():
 def test_epochs_that_never_come_are_told():
     assert load_config("cifar100-lt", ["train.epochs=160"]).never_comes() == ["schedule.steps 160", "schedule.steps 180"]
     assert load_config("cifar100-lt").never_comes() == []
+
+
+@pytest.mark.parametrize("epochs", ["20", '"20"', "20.0"])
+def test_epochs_however_they_are_written_reach_the_method(epochs):
+    config = load_config("cifar100-lt", [f"train.epochs={epochs}"], method_settings("ldam-drw", None))
+    assert config.train.epochs == 20 and config.loss.drw_epoch == 16
+    second = load_config("cifar100-lt", [f"train.epochs={epochs}"], method_settings("crt", "run"))
+    assert second.train.epochs == second.schedule.head_only_epochs == 20
+
+
+@pytest.mark.parametrize("epochs", [2, 3, 5])
+def test_deferred_weights_come_in_short_runs_too(epochs):
+    config = load_config("cifar100-lt", [f"train.epochs={epochs}"], method_settings("ldam-drw", None))
+    assert 0 < config.loss.drw_epoch < epochs
+
+
+def test_a_second_stage_begins_with_the_same_targets_and_the_same_kind_of_head(small_pack, tmp_path):
+    small = ["model.name=resnet8", "data.size=16", "data.batch=16", "data.workers=0", "train.epochs=1", "train.threads=1",
+             f"data.pack={json.dumps(str(small_pack))}"]  # fmt: skip
+    first = load_config("cifar100-siblings", small, method_settings("ldam-drw", None))
+    train(first, tmp_path / "ldam", Console(quiet=True))
+    with pytest.raises(UserError, match=r"has a cosine head, which is no start for model\.head=scaled"):
+        train(
+            load_config("cifar100-siblings", small, method_settings("lws", str(tmp_path / "ldam"))),
+            tmp_path / "b",
+            Console(quiet=True),
+        )
+    train(load_config("cifar100-siblings", small, method_settings("ce", None)), tmp_path / "ce", Console(quiet=True))
+    space = open_pack(small_pack).space
+    other = space.model_copy(update={"target_names": ["a", "b", "other"]})
+    with pytest.raises(UserError, match="was trained for other targets"):
+        check_head_weights(load_config("cifar100-siblings", small, method_settings("lws", str(tmp_path / "ce"))), other)
+    check_head_weights(load_config("cifar100-siblings", small, method_settings("lws", str(tmp_path / "ce"))), space)

@@ -2,13 +2,18 @@
 
 import json
 import math
+import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+from fastlt.__main__ import main
 from fastlt.config import load_config
+from fastlt.data.pack import PackOptions, write_pack
+from fastlt.data.source import read_collection
 from fastlt.errors import UserError
 from fastlt.evaluate import evaluate_post_hoc, evaluate_run
 from fastlt.metrics import class_accuracies
@@ -120,7 +125,37 @@ def test_methods_without_effect_or_name_are_refused():
         check_methods(["tau"], model())
     with pytest.raises(UserError, match="changes nothing about a cosine head"):
         check_methods(["tau-norm"], model(cosine=True))
-    check_methods(["logit-adjustment"], model(cosine=True))
+    check_methods(["logit-adjustment", "cosine", "angular"], model(cosine=True))
+
+
+def test_all_are_those_that_make_a_difference(run, small_pack, tmp_path):
+    assert list(evaluate_post_hoc(run, ["all"], None, None, 0.34, None)) == ["as trained", *METHODS]
+    settings = ["model.name=resnet8", "model.head=cosine", "data.size=16", "data.batch=16", "data.workers=0", "train.epochs=1",
+                "train.threads=1", "loss.name=ce", f"data.pack={json.dumps(str(small_pack))}"]  # fmt: skip
+    train(load_config("cifar100-siblings", settings), tmp_path / "run", Console(quiet=True))
+    assert list(evaluate_post_hoc(tmp_path / "run", ["all"], None, None, 0.34, None)) == [
+        "as trained", "logit-adjustment", "cosine", "angular",
+    ]  # fmt: skip
+
+
+def test_options_that_would_do_nothing_are_refused_and_figures_are_written(run, tmp_path, capsys, monkeypatch):
+    def evaluated(*options):
+        monkeypatch.setattr(sys, "argv", ["fastlt", "eval", str(run), *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr()
+
+    for options, said in (
+        (["--share", "0.3"], "are for --post-hoc"),
+        (["--post-hoc", "cosine", "--share", "0.3", "--strength", "1"], "leave it out with --validation and --strength"),
+        (["--post-hoc", "all", "--strength", "1"], "is of one method"),
+        (["--post-hoc", "tau-norm", "--strength", "inf"], "must be a finite number"),
+    ):
+        code, printed = evaluated(*options)
+        assert code == 2 and said in printed.err
+    code, printed = evaluated("--post-hoc", "tau-norm", "--json", str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert code == 0 and set(figures) == {"as trained", "tau-norm"} and "tau-norm" in printed.out
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +176,35 @@ def test_images_that_chose_are_not_scored(run, small_pack):
     assert all("strength" in results[name] for name in METHODS)
 
 
-def test_another_pack_chooses_or_nobody_does(run, small_pack):
-    results = evaluate_post_hoc(run, ["tau-norm"], None, small_pack, 0.2, None)
-    assert results["tau-norm"]["images"] == results["tau-norm"]["chosen_on"] == 9
+@pytest.fixture(scope="module")
+def other_pack(image_folders, tmp_path_factory):
+    """Of the same targets, validated on training images."""
+    root = image_folders
+    out = tmp_path_factory.mktemp("other") / "pack"
+    for name in "abc":
+        (out.parent / "val" / name).mkdir(parents=True)
+        for i in range(3 if name != "b" else 6):
+            shutil.copy(root / "target" / name / f"{i}.png", out.parent / "val" / name)
+    collection = read_collection(root / "target", root / "auxiliary", out.parent / "val", root / "pairs.csv")
+    return write_pack(collection, PackOptions(out=out, workers=1), Console(quiet=True))
+
+
+def test_nothing_is_chosen_on_what_is_scored(run, small_pack, other_pack, image_folders, tmp_path):
+    with pytest.raises(UserError, match=r"9 of the 9 validation images of .* are those that are scored"):
+        evaluate_post_hoc(run, ["tau-norm"], None, small_pack, 0.2, None)
+    with pytest.raises(UserError, match="are those that are scored"):
+        evaluate_post_hoc(run, ["tau-norm"], other_pack, other_pack, 0.2, None)
+    shutil.copytree(image_folders / "val", tmp_path / "val")
+    shutil.copy(image_folders / "target/a/0.png", tmp_path / "val/a/0.png")  # one less
+    collection = read_collection(image_folders / "target", None, tmp_path / "val")
+    mostly = write_pack(collection, PackOptions(out=tmp_path / "pack", workers=1), Console(quiet=True))
+    with pytest.raises(UserError, match=r"8 of the 9 validation images"):
+        evaluate_post_hoc(run, ["tau-norm"], None, mostly, 0.2, None)
+
+
+def test_another_pack_chooses_or_nobody_does(run, other_pack):
+    results = evaluate_post_hoc(run, ["tau-norm"], None, other_pack, 0.2, None)
+    assert results["tau-norm"]["images"] == 9 and results["tau-norm"]["chosen_on"] == 12
     fixed = evaluate_post_hoc(run, ["logit-adjustment"], None, None, 0.2, 0.0)
     assert fixed["logit-adjustment"] | {"strength": 0} == fixed["as trained"] | {"strength": 0}
     assert fixed["as trained"]["top1"] == evaluate_run(run)["top1"] and fixed["as trained"]["chosen_on"] == 0

@@ -1,9 +1,11 @@
 """A run that is stopped, killed, or loses what it wrote goes on to the same end; what cannot go on says why."""
 
+import contextlib
 import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -249,3 +251,85 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_and_leaves_no_trace(sm
         assert all(tensor.isfinite().all() for tensor in load_file(newest / file).values())
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all(line["loss"] > 0 and line["skipped_steps"] == 1 for line in lines)
+
+
+def test_an_epoch_without_a_finite_step_has_no_loss_and_says_so(small_pack, tmp_path, monkeypatch):
+    original = training.make_input
+
+    def poisoned(config, pixels, *rest):
+        images, *others = original(config, pixels, *rest)
+        return (images * float("nan"), *others)
+
+    monkeypatch.setattr(training, "make_input", poisoned)
+    console = Console(record=True, width=200, file=io.StringIO())
+    config = config_of(small_pack, "train.epochs=1", "train.eval_every=1", "train.max_skipped=1000")
+    training.train(config, tmp_path / "run", console)
+    said = console.export_text()
+    assert re.search(r"note: \d+ steps of epoch 1 were skipped: their gradient was not finite", said)
+    assert re.search(r"epoch +1/1  loss +-  ", said)
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text())["loss"] is None
+
+
+# --- what has finished
+
+
+def test_a_run_that_was_stopped_in_its_last_evaluation_has_finished_after_the_next_call(
+    small_pack, undisturbed, tmp_path, monkeypatch
+):
+    original = training.until_asked_to_stop
+
+    def stop_in_last(trainer, batches):
+        if trainer.at.epoch == 3:
+            trainer.stop.made = True
+        return original(trainer, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "until_asked_to_stop", stop_in_last)
+        with pytest.raises(training.Stopped):
+            training.train(config_of(small_pack), tmp_path / "run", QUIET)
+    result = training.train(config_of(small_pack), tmp_path / "run", QUIET)
+    lines = (tmp_path / "run/metrics.jsonl").read_text()
+    console = Console(record=True, width=200, file=io.StringIO())
+    assert training.train(config_of(small_pack), tmp_path / "run", console) == result
+    said = console.export_text()
+    assert "has finished already" in said and "going on" not in said
+    assert (tmp_path / "run/metrics.jsonl").read_text() == lines and lines.count("\n") == 4
+    assert same_weights(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ['{"top1": 3', "[]", "\x00\xff"])
+def test_a_result_that_cannot_be_read_is_made_anew(small_pack, tmp_path, undisturbed, damage):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    whole = json.loads((tmp_path / "run/result.json").read_text())
+    (tmp_path / "run/result.json").write_bytes(damage.encode("latin-1"))
+    with (tmp_path / "run/metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\n")
+    again = training.train(config_of(small_pack), tmp_path / "run", QUIET)
+    assert again["per_class"] == whole["per_class"] and json.loads((tmp_path / "run/result.json").read_text()) == again
+
+
+def test_what_a_checkpoint_does_not_vouch_for_counts_as_damage(small_pack, undisturbed, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    interrupted(small_pack, run, monkeypatch)
+    newest = ckpt.checkpoints(run)[-1]
+    sums = (newest / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (newest / "SHA256SUMS").write_text("".join(line for line in sums if "state.json" not in line))
+    (newest / "state.json").write_text("x")
+    (run / "checkpoints/step-99999999").write_text("no folder")
+    console = Console(record=True, width=300, file=io.StringIO())
+    training.train(config_of(small_pack), run, console)
+    assert f"{newest.name} is damaged (SHA256SUMS does not list state.json)" in console.export_text()
+    assert same_weights(undisturbed, run)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts are of Linux")
+def test_a_full_disk_is_one_sentence_of_every_command(undisturbed, small_disk):
+    for name in ("config.toml", "classes.json", "result.json", "metrics.jsonl", "model.safetensors"):
+        shutil.copy(undisturbed / name, small_disk / name)
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as file:
+        while True:
+            file.write(bytes(65536))
+            file.flush()
+    command = [sys.executable, "-m", "fastlt", "export", str(small_disk), "--to", str(small_disk / "x.safetensors")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "is full: free some space" in ended.stderr and "Traceback" not in ended.stderr

@@ -21,7 +21,7 @@ from fastlt.data.loader import Loader
 from fastlt.data.packed import Split
 from fastlt.data.plan import evaluation_batches
 from fastlt.errors import UserError
-from fastlt.export import load_exported, read_metadata
+from fastlt.export import find_metadata, load_exported
 from fastlt.model import build_model, weights_file
 from fastlt.prepare import best_precision, find_device
 
@@ -56,13 +56,8 @@ def _exported(place: str) -> tuple[Path, int, Sequence[float], Sequence[float]] 
     path = weights_file(place)
     if not path.is_file():
         raise UserError(f"there is no file {path} with weights: see filter.weights")
-    try:
-        data = read_metadata(path)["data"]
-    except UserError:
-        if Path(place).is_dir():
-            raise
-        return None
-    return path, data["size"], data["mean"], data["std"]
+    told = find_metadata(path)
+    return (path, told["data"]["size"], told["data"]["mean"], told["data"]["std"]) if told else None
 
 
 @torch.inference_mode()

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fastlt.curate.judge import Verdicts
 from fastlt.data.packed import Split
 from fastlt.data.thumbnail import thumbnail
 from fastlt.files import whole_folder, write_text
 
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
 
 def write_sheets(out: Path, split: Split, verdicts: Verdicts, categories: Sequence[dict[str, Any]], shown: int) -> None:
     """OUT/sheet.html and OUT/sheets/0000.html, ...: every page is one file. shown: images kept, and dropped, of each class."""
-    pages = Environment(loader=PackageLoader("fastlt"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    pages = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     rows = []
     with whole_folder(out / "sheets") as folder:
         for number, category in enumerate(categories):

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -133,6 +134,47 @@ def test_a_run_that_is_stopped_from_outside_is_said_to_go_on(small_pack, tmp_pat
     with pytest.raises(UserError, match=r"long-seed0 was stopped before its end: the same command goes on"):
         train_all("cifar100-siblings", long, tmp_path, 1, 1, Console(quiet=True))
     stopper.join()
+
+
+def test_where_one_run_fails_no_other_is_begun_and_those_under_way_are_saved(small_pack, tmp_path):
+    settings = [*SMALL, "train.threads=1"]
+    controls = {
+        "long": Control(small_pack, [*settings, "train.epochs=5000", "train.eval_every=5000"]),
+        "wrong": Control(tmp_path / "nowhere", settings),
+        "later": Control(small_pack, [*settings, "train.epochs=1"]),
+    }
+    with pytest.raises(UserError, match=r"ended with code 2: .*nowhere"):
+        train_all("cifar100-siblings", controls, tmp_path, 1, 2, Console(quiet=True))
+    assert not (tmp_path / "later-seed0").exists() and not (tmp_path / "long-seed0/result.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_comparison_that_is_ended_ends_its_trainings(small_pack, tmp_path):
+    settings = [*SMALL, "train.epochs=5000", "train.eval_every=5000", "train.threads=1"]
+    code = (
+        "from pathlib import Path; from rich.console import Console; from fastlt_benchmarks.repeated import Control, train_all; "
+        f"controls = {{'long': Control(Path({str(small_pack)!r}), {settings!r})}}; "
+        f"train_all('cifar100-siblings', controls, Path({str(tmp_path)!r}), 1, 1, Console(quiet=True))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("long-seed0/checkpoints/step-*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    (child,) = [int(pid) for task in Path(f"/proc/{process.pid}/task").iterdir() for pid in (task / "children").read_text().split()]
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write to .* \(Is a directory\)"):
+        run_bench_train("cifar100-lt", SMALL, None, steps=5, rounds=1, csv=tmp_path, console=Console(quiet=True))
+
+
+def test_a_class_parallel_head_is_refused(small_pack):
+    with pytest.raises(UserError, match="measures one process"):
+        run_bench_train("cifar100-siblings", ["model.head=class-parallel"], str(small_pack), 3, 1, None, Console(quiet=True))
 
 
 def test_images_to_compare_regions_by_are_jpegs_of_every_fifth_class(shared_data, tmp_path):
