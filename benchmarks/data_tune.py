@@ -89,7 +89,7 @@ def show(settings: list[Setting], task: Task, rounds: int, console: Console) -> 
     for engine, reason in {setting.engine: setting.trial.reason for setting in settings if setting.trial.reason}.items():
         console.print(f"  {engine}: {reason}", style="dim", highlight=False, markup=False)
     needs = ", for a pack written with --beton" if best.engine == "ffcv" else ""
-    console.print(f"\nfastest{needs}; `fastlt train` takes it, and keeps it in RUN/config.toml:", highlight=False)
+    console.print(f"\nfastest{needs}; give it to `fastlt train`, which keeps it in RUN/config.toml:", highlight=False)
     console.print(str(best), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -97,13 +97,18 @@ def pack(
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be used.")] = False,
     drop_leaks: Annotated[bool, typer.Option("--drop-leaks", help="Leave out training images that are also in val.")] = False,
     max_pixels: Annotated[int, typer.Option(min=1, help="Larger images are taken for decompression bombs.")] = 178_956_970,
-    verify: Annotated[Path | None, typer.Option(help="Check an existing pack against its manifest, and do nothing else.")] = None,
+    verify: Annotated[str | None, typer.Option(help="Check an existing pack against its manifest, and do nothing else.")] = None,
 ) -> None:
     """Write target and auxiliary images into one PACK that every loader reads."""
     from fastlt.data.pack import PackOptions, verify_pack, write_pack
+    from fastlt.data.remote import is_remote
 
+    if verify is not None and is_remote(verify):
+        raise UserError(
+            f"{verify} lies elsewhere, and shards of such packs are verified as they come: copy it here to verify it whole"
+        )
     if verify is not None:
-        console.print(f"{verify}: all {verify_pack(verify, console)} files are as the manifest says")
+        console.print(f"{verify}: all {verify_pack(Path(verify), console)} files are as the manifest says")
         return
     collection = collect(source, target, auxiliary, val, pairs, root, class_names, task, imbalance)
     if out is None:
@@ -163,6 +168,8 @@ def train(
     from fastlt.stopping import Stopped
     from fastlt.train import train as train_run
 
+    if exact_decode and any(setting.startswith("data.decode=") for setting in settings or []):
+        raise UserError("--exact-decode and data.decode contradict each other: leave one out")
     flags = [*(["data.decode=exact"] if exact_decode else []), *(["data.strict=true"] if strict else [])]
     begin = method_settings(method, str(Path(start).resolve()) if start else None)
     config = load_config(recipe, [*(settings or []), *flags, as_override("data.pack", pack_place(data))], begin)
@@ -450,6 +457,10 @@ def print_result(result: dict[str, Any], name: str) -> None:
     if best := result.get("best"):
         table.add_row(f"best, epoch {best['epoch']}", *(figure(best[column]) for column in columns[:4]), style="dim")
     console.print(table)
+    if damaged := result.get("damaged_images"):
+        console.print(
+            f"[yellow]note:[/] {damaged:,} training images could not be decoded; others of their classes took their place"
+        )
     worst = result["worst_class"]
     console.print(f"worst class: {worst['name']}, {figure(worst['accuracy'])} %", markup=False, highlight=False)
 

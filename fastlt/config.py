@@ -53,11 +53,11 @@ class ModelConfig(Section):
 class DataConfig(Section):
     pack: str = ""  # a folder, or an address such as s3://bucket/pack
     mix: dict[str, Positive] = {}  # further packs whose training images are added: folder -> weight of each of its images
-    cache_gb: Positive = 100.0  # of shards of a pack at an address that are kept on the local disk
+    cache_gb: Positive = 100.0  # of shards of a pack at an address that are kept on the local disk; for each address
     engine: Literal["auto", "torch", "ffcv", "dali"] = "auto"
     decode: Literal["auto", "region", "exact", "gpu"] = "auto"  # of training images; auto: gpu with DALI, region, or else exact
     strict: bool = False  # stop at a training image that cannot be decoded; else another one of its class takes its place
-    workers: Count = 2
+    workers: Annotated[int, Field(ge=0, le=512)] = 2
     prefetch: Several = 2  # batches ahead, of the dali engine
     hw_decoder_load: Share = 0.65  # of the dali engine: share of the JPEGs that a GPU's decoding hardware takes
     batch: Several = 128  # over all ranks
@@ -212,6 +212,7 @@ class Config(Section):
             f"data.eval_resize={data.eval_resize} is less than data.size={data.size}: raise it, or 0",
         )
         yield data.auxiliary_ratio > 0 and bool(data.budgets), "data.auxiliary_ratio and data.budgets exclude each other"
+        yield data.start_size == 0 and data.ramp != (0, 0), "data.ramp is for data.start_size: set that too, or leave both out"
         yield data.start_size > data.size, f"data.start_size={data.start_size} is more than data.size={data.size}: lower it, or 0"
         yield (
             data.start_size > 0 and not data.ramp[0] < data.ramp[1],

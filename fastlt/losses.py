@@ -29,20 +29,27 @@ from fastlt_kernels import (
 FUSE_FROM_CLASSES = 4096  # below, the logits of a batch are small and a plain product is at least as fast
 
 
-def check_counts(counts: Tensor, what: str) -> None:
-    if (counts == 0).any():
-        raise UserError(f"class {int((counts == 0).nonzero()[0])} has no training image, so it has no {what}: remove the class")
+def check_counts(config: LossConfig, space: ClassSpace, counts: Tensor) -> None:
+    """Losses that divide by the number of images of a class, or take its logarithm, need one of each."""
+    needs = {"ldam": "margin", "class-balanced": "weight"}
+    needs |= {"balanced-ce": "prior", "neighbor-silencing": "prior"} if config.tau else {}
+    if config.name in needs and (counts == 0).any():
+        name = space.names[int((counts == 0).nonzero()[0])]
+        raise UserError(
+            f"'{name}' has no training image in an epoch, so loss.name={config.name} has no {needs[config.name]} for it: "
+            "give it a data.budgets above 0, or pack without it"
+        )
 
 
 def log_prior(counts: Tensor, tau: float) -> Tensor:
     """tau * log(n_j / sum(n)), (C,) float32; counts (C,) are images per epoch, as sampled. Zero counts are an error."""
-    check_counts(counts, "prior")
+    if (counts == 0).any():
+        raise UserError(f"class {int((counts == 0).nonzero()[0])} has no training image, so it has no prior: remove the class")
     return tau * torch.log(counts.double() / counts.sum()).float()
 
 
 def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
     """Class weights (1 - beta) / (1 - beta^n), scaled to a mean of 1 (Cui et al. 2019, arXiv 1901.05555). counts (C,)."""
-    check_counts(counts, "weight")
     weights = (1 - beta) / (1 - beta ** counts.double())
     return (weights * len(counts) / weights.sum()).float()
 
@@ -65,7 +72,6 @@ def weighted_ce(logits: Tensor, target: Tensor, *, weights: Tensor | None) -> Te
 
 def margins(counts: Tensor, max_margin: float) -> Tensor:
     """LDAM's margin per class, n^(-1/4) scaled so that the rarest has max_margin (Cao et al. 2019, arXiv 1906.07413)."""
-    check_counts(counts, "margin")
     raw = counts.double() ** -0.25
     return (raw * max_margin / raw.max()).float()
 
@@ -144,6 +150,7 @@ def build_criterion(
 
     Raises UserError where silencing was asked for but silences nothing.
     """
+    check_counts(config, space, counts)
     if config.name in LINEAR_LOSSES:
         return _linear_in_the_label(config, space, counts, model, device)
     weights = None

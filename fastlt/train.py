@@ -30,6 +30,7 @@ from fastlt.data.packed import Pack, open_pack
 from fastlt.data.plan import Batch, evaluation_batches
 from fastlt.data.randaugment import randaugment
 from fastlt.data.staging import staged
+from fastlt.data.torch import dead_workers_in_words
 from fastlt.distributed import joined
 from fastlt.errors import UserError
 from fastlt.evaluate import EVALUATION_BATCH, evaluation_geometry, predict, save_predictions
@@ -59,7 +60,7 @@ def train(config: Config, run: Path, console: Console) -> dict[str, Any]:
         if not ranks.is_first:
             console = Console(quiet=True)
         pack = open_packs(config.data)
-        with only_run(run, ranks), disk_errors(run), stop_on_signals(console) as stop:
+        with only_run(run, ranks), disk_errors(run), dead_workers_in_words(), stop_on_signals(console) as stop:
             check_config(config, run)
             trainer = prepare(config, run, pack, ranks)
             trainer.stop = stop
@@ -339,7 +340,7 @@ def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None)
     record: dict[str, Any] = {
         "epoch": at.epoch, "step": at.step, "loss": mean_loss(at),
         "train_top1": train_top1(at), "lr": trainer.updater.optimizer.param_groups[-1]["lr"],
-        "images_per_second": rate, "seconds": at.seconds, "skipped_steps": at.skipped,
+        "images_per_second": rate, "seconds": at.seconds, "skipped_steps": at.skipped, "damaged_images": len(at.damaged),
     }  # fmt: skip
     if predictions is not None:
         figures = score(predictions, trainer.space)

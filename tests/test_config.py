@@ -118,9 +118,22 @@ def test_broken_toml_names_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", ["augment.mixup=inf", "optim.weight_decay=inf", "loss.tau=nan", "optim.lr=inf", "train.threads=100000"]
+    "setting",
+    [
+        "augment.mixup=inf",
+        "optim.weight_decay=inf",
+        "loss.tau=nan",
+        "optim.lr=inf",
+        "train.threads=100000",
+        "data.workers=99999999999",
+    ],
 )
 def test_what_is_not_finite_or_beyond_reason_is_refused(setting):
     key, _, _ = setting.partition("=")
     with pytest.raises(UserError, match=key.replace(".", r"\.")):
         load_config("cifar100-lt", [setting])
+
+
+def test_a_ramp_without_a_start_is_refused():
+    with pytest.raises(UserError, match=r"data\.ramp is for data\.start_size"):
+        load_config("cifar100-lt", ["data.ramp=[0, 2]"])

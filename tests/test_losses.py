@@ -205,5 +205,5 @@ def test_a_class_without_images_is_refused_by_losses_that_count_them(name, what)
     space = ClassSpace(target_names=["a", "b"], train_counts=[3, 2], val_counts=[1, 1])
     head = CosineHead(4, 2, 30.0) if name == "ldam" else LinearHead(4, 2)
     model = Classifier(torch.nn.Identity(), head)
-    with pytest.raises(UserError, match=f"class 1 has no training image, so it has no {what}"):
+    with pytest.raises(UserError, match=f"'b' has no training image in an epoch, so loss.name={name} has no {what} for it"):
         build_criterion(LossConfig(name=name), space, torch.tensor([3, 0]), model, False, torch.device("cpu"))

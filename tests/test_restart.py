@@ -13,14 +13,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
 import fastlt.train as training
 from fastlt import checkpoint as ckpt
 from fastlt.config import load_config
+from fastlt.data.pack import PackOptions, write_pack
+from fastlt.data.source import read_collection
 from fastlt.errors import UserError
 from fastlt.stopping import stop_on_signals
 
@@ -52,12 +56,29 @@ def undisturbed(small_pack, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def photo_pack(tmp_path_factory) -> Path:
+    """Images of several sizes, which workers decode: small ones of one size would be kept in memory."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("target", 12), ("auxiliary", 6), ("val", 2)):
+        for name in ("x", "y") if split == "auxiliary" else ("a", "b", "c"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (70 + i, 80 + ord(name) % 7, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.jpg")
+    (root / "pairs.csv").write_text("target,auxiliary\na,x\nb,y\n")
+    collection = read_collection(root / "target", root / "auxiliary", root / "val", root / "pairs.csv")
+    return write_pack(collection, PackOptions(out=root / "pack", workers=1), QUIET)
+
+
 # --- signals
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGINT, 2)])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(small_pack, undisturbed, tmp_path, number, workers):
-    command = command_of(small_pack, tmp_path / "run", f"data.workers={workers}", "data.decode=exact")
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGINT, 2), (signal.SIGTERM, 2)])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
+    small_pack, photo_pack, undisturbed, tmp_path, number, workers
+):
+    command = command_of(photo_pack if workers else small_pack, tmp_path / "run", f"data.workers={workers}", "data.decode=exact")
     if workers:  # decode 16-pixel images in workers, instead of keeping them
         command += ["data.size=16", "data.crop=random-resized-crop"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -75,6 +96,27 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(small_pa
     assert "going on from step-" in again.stdout
     if not workers:
         assert same_weights(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(photo_pack, tmp_path):
+    """Whatever the training is about at that moment: PyTorch tells it by an error in the middle of anything."""
+    settings = ["data.workers=2", "data.engine=torch", "data.decode=exact", "data.crop=random-resized-crop", "data.size=80",
+                "train.epochs=5000", "train.eval_every=5000"]  # fmt: skip
+    for attempt in range(3):
+        run = tmp_path / f"run{attempt}"
+        process = subprocess.Popen(
+            command_of(photo_pack, run, *settings), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        deadline = time.monotonic() + 120
+        while not ckpt.checkpoints(run):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01 * (attempt + 1))
+        tasks = Path(f"/proc/{process.pid}/task")
+        children = [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+        os.kill(children[0], signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and "a worker of the torch engine failed" in err and "Traceback" not in err
 
 
 def test_a_second_signal_stops_at_once():

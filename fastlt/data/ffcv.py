@@ -24,6 +24,7 @@ class FfcvEngine:
         check_beton(beton, split)
         self.damaged: dict[int, str] = {}
         self._split, self._beton, self._size, self._strict = split, beton, size, strict
+        self._bytes = beton.stat().st_size
         self._decoder = parts.SquareDecoder(size, workers, decode == "region")
         self._loader = parts.make_loader(str(beton), self._decoder)
         self._epoch = parts.Epoch
@@ -49,7 +50,9 @@ class FfcvEngine:
         return stand_in(self._split, image, row[self._jit.TOP : self._jit.FLIP], bool(row[self._jit.FLIP]), self._size, reason)
 
     def _rows(self, batch: Batch) -> np.ndarray:
-        """A batch as (n, ROW) int64. Checked, for compiled code would read beyond the table."""
+        """A batch as (n, ROW) int64. Checked, for compiled code would read beyond the table, or the end of the file."""
+        if not self._beton.is_file() or self._beton.stat().st_size != self._bytes:
+            raise UserError(f"{self._beton} was changed while it was read: copy it again or pack again")
         if len(batch.images) and not 0 <= batch.images.min() <= batch.images.max() < len(self._split):
             raise IndexError(f"batch.images must lie in 0..{len(self._split) - 1}")
         if (batch.boxes[:, 2:] < 1).any():

@@ -15,6 +15,7 @@ from fastlt.data import dali, resident
 from fastlt.data.dali import DaliEngine, has_dali, import_dali
 from fastlt.data.ffcv import FfcvEngine
 from fastlt.data.gpu import GpuEngine, torchvision_decoder
+from fastlt.data.mixture import MixedSplit
 from fastlt.data.native import has_ffcv, import_ffcv
 from fastlt.data.packed import Split
 from fastlt.data.plan import Batch
@@ -102,6 +103,8 @@ def choose_engine(split: Split, beton: Path | None, engine: str, decode: str = "
         import_ffcv()
         if split.remote is not None:
             raise UserError(f"the ffcv engine needs its pack at hand, and this one is at {split.remote.url}: set data.engine=torch")
+        if isinstance(split, MixedSplit):
+            raise UserError("the ffcv engine reads one .beton, not the several packs of data.mix: set data.engine=torch")
         if beton is None:
             raise UserError(f"the ffcv engine needs {split.folder}.beton: pack again with --beton, or set data.engine=torch")
         return "ffcv"

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,17 @@ class Remote:
     folder: Path  # local
     limit: int  # bytes of shards that are kept
     files: dict[str, dict[str, Any]]  # the manifest's: size and sha256 by name, such as train/train-000000.tar
+    _checked: list[bool] = field(default_factory=list, repr=False, compare=False)
 
     def fetch(self, name: str) -> Path:
         """The local file. Raises UserError where it cannot be had."""
         path, entry = self.folder / name, self.files[name]
         with _locked(self.folder / "locks" / name.replace("/", "-")):
-            if not path.is_file() or path.stat().st_size != entry["size"]:
-                self._make_room(entry["size"], path)
+            is_there = path.is_file() and path.stat().st_size == entry["size"]
+            if not is_there or not self._checked:
+                self._make_room(entry["size"], path)  # the bound may have been lowered since the last run
+                self._checked.append(True)
+            if not is_there:
                 download(f"{self.url}/{name}", path, entry)
             os.utime(path)
         return path
@@ -71,6 +75,10 @@ class Remote:
 def fetch_tables(url: str) -> Path:
     """The local folder with the pack's tables, which are fetched anew: the pack may have changed."""
     folder = cache_root() / hashlib.sha256(url.encode()).hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the cache {folder} cannot be made ({error.strerror}): set FASTLT_CACHE to a folder that can") from error
     for name in TABLES:
         download(f"{url}/{name}", folder / name, None)
     return folder

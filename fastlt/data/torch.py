@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -22,6 +23,20 @@ from fastlt.errors import UserError
 Made = tuple[torch.Tensor, dict[int, str]]  # images, and those that could not be decoded, with the reason
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 PATIENCE = 300  # seconds for one batch: far more than any takes, but not for ever
+
+
+ADVICE = "try fewer data.workers, and `fastlt pack --verify` if a shard may have been cut short"
+
+
+@contextmanager
+def dead_workers_in_words() -> Iterator[None]:
+    """PyTorch tells of a worker that was killed by an error that may come up anywhere in the main thread, at any moment."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(f"a worker of the torch engine failed: {error}; {ADVICE}") from error
 
 
 class TorchEngine:
@@ -59,7 +74,7 @@ class TorchEngine:
             if not self._workers:
                 raise
             self.close()
-            raise UserError(f"a worker of the torch engine failed: {error}; try fewer data.workers") from error
+            raise UserError(f"a worker of the torch engine failed: {error}; {ADVICE}") from error
         finally:
             self._reading = False
 
@@ -126,10 +141,10 @@ class BatchDataset(Dataset):
 
 
 def begin_worker(by_main_thread: bool, number: int) -> None:
-    """Signals are for the training, which ends its workers; where it was killed itself, the system does: with the thread that
-    made them, so that it must be the one that lives longest."""
+    """Signals, which often go to the whole group, are for the training, which ends its workers; where it was killed itself, the
+    system does: with the thread that made them, so that it must be the one that lives longest."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if by_main_thread and sys.platform == "linux":
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
 

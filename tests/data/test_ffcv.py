@@ -349,6 +349,25 @@ def test_a_truncated_file_is_refused_by_name(mixed, copied, keep):
         FfcvEngine(mixed[0].train, 24, 1, copied)
 
 
+@pytest.mark.parametrize("keep", [0, 4096, None])
+def test_a_file_that_shrinks_or_goes_while_it_is_read_ends_the_epoch(mixed, copied, plan, keep):
+    engine = FfcvEngine(mixed[0].train, 24, 1, copied)
+    images = engine.batches(plan.epoch(0) if keep is None else iter([*plan.epoch(0)] * 50))
+    next(images)
+    if keep is None:
+        copied.unlink()
+        images.close()
+        images = engine.batches(plan.epoch(1))
+    else:
+        shorter = copied.with_name("shorter")  # under the same name; what is mapped stays as it is
+        shorter.write_bytes(copied.read_bytes()[:keep])
+        shorter.replace(copied)
+    with pytest.raises(UserError, match=r"copy\.beton was changed while it was read"):
+        for _ in images:
+            pass
+    engine.close()
+
+
 def test_a_file_that_is_none_or_of_another_split_is_refused(mixed, copied, small_pack):
     with pytest.raises(UserError, match=r"copy\.beton does not hold the images of .*train: pack again"):
         FfcvEngine(open_pack(small_pack).train, 24, 1, copied)

@@ -92,3 +92,9 @@ def test_counts_are_shared_out_exactly():
     parts = shared_out(counts, shares)
     assert (parts.sum(axis=1) == counts).all() and (parts[shares == 0] == 0).all()
     assert np.abs(parts - counts[:, None] * shares / shares.sum(axis=1, keepdims=True)).max() < 1
+
+
+def test_the_ffcv_engine_says_that_it_reads_one_pack(packs):
+    pytest.importorskip("ffcv", reason="no ffcv here: it comes with the extra `ffcv`")
+    with pytest.raises(UserError, match=r"reads one \.beton, not the several packs of data\.mix"):
+        Loader(mixed(packs).train, 20, "ffcv")

@@ -115,6 +115,24 @@ def test_the_cache_keeps_to_its_bound(server, pack, tmp_path):
     assert len(asked) <= 2 * 2 * len(pack.train.shards)  # by windows: hardly more than once an epoch
 
 
+def test_a_bound_that_was_lowered_holds_for_what_is_there(server, pack, tmp_path):
+    whole = open_pack(server.url)
+    for image in range(len(whole.train)):
+        whole.train.read(image)
+    assert kept_bytes(tmp_path / "cache") > 4 * SHARD
+    open_pack(server.url, 2 * SHARD).train.read(0)
+    assert kept_bytes(tmp_path / "cache") <= 2 * SHARD
+    with pytest.raises(UserError, match=r"the cache may hold 1,000: raise data\.cache_gb"):
+        open_pack(server.url, 1000).train.read(0)
+
+
+def test_a_cache_that_cannot_be_made_is_told(server, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTLT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"the cache .* cannot be made \(.*\): set FASTLT_CACHE"):
+        open_pack(server.url)
+
+
 def test_a_shard_larger_than_the_cache_is_refused(server):
     with pytest.raises(UserError, match=r"the cache may hold 1,000: raise data\.cache_gb"):
         open_pack(server.url, 1000).train.read(0)
