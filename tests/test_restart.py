@@ -105,17 +105,19 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(photo_pack, tmp_
                 "train.epochs=5000", "train.eval_every=5000"]  # fmt: skip
     for attempt in range(3):
         run = tmp_path / f"run{attempt}"
-        process = subprocess.Popen(
-            command_of(photo_pack, run, *settings), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-        deadline = time.monotonic() + 120
-        while not ckpt.checkpoints(run):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01 * (attempt + 1))
-        tasks = Path(f"/proc/{process.pid}/task")
-        children = [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
-        os.kill(children[0], signal.SIGKILL)
-        _, err = process.communicate(timeout=120)
+        command = command_of(photo_pack, run, *settings)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        try:
+            deadline = time.monotonic() + 120
+            while not ckpt.checkpoints(run):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01 * (attempt + 1))
+            tasks = Path(f"/proc/{process.pid}/task")
+            children = [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+            os.kill(children[0], signal.SIGKILL)
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
         assert process.returncode == 2 and "a worker of the torch engine failed" in err and "Traceback" not in err
 
 
