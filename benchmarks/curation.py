@@ -37,8 +37,7 @@ from fastlt_benchmarks.results_file import append_rows, check_file
 SUPERCLASSES, TARGETS = range(10), 2  # the first fine classes of each are targets, as in `cifar100-siblings`
 IMAGES, STRANGERS, COPIES, LEAKS = 100, 10, 3, 2  # of each auxiliary class; copies and leaks of each kind
 KINDS = {"stranger": UNLIKE, "copy": "duplicate", "leak": "leak"}
-GAMMAS = {"gamma1": (0.5, 0.6, 0.7, 0.8, 0.9), "gamma2": (0.95, 0.98, 0.99, 1.5)}
-DISTANCES = (-1, 2, 4)
+THRESHOLDS = {"gamma1": (0.5, 0.6, 0.7, 0.8, 0.9), "gamma2": (0.95, 0.98, 0.99, 1.5), "hash_distance": (-1, 2, 4)}
 
 
 def main(
@@ -144,8 +143,8 @@ def measure(out: Path, weights: str, console: Console) -> Iterator[dict[str, Any
         for name, split in splits_of(pack, config.filter).items()
     }
     pile = make_pile(out / "features", retrieved_split(out, rows, categories), backbone, config.filter, "images", console)
-    changes = [{name: value} for name, values in GAMMAS.items() for value in values] + [{"hash_distance": d} for d in DISTANCES]
-    for change in [{}, *changes]:
+    changes: list[dict[str, Any]] = [{name: value} for name, values in THRESHOLDS.items() for value in values]
+    for change in [{}, *(change for change in changes if not change.items() <= base.items())]:
         settings = config.filter.model_copy(update=change)
         verdicts = judge(pile, known, owners, settings, backbone.device)
         for kind, reason in KINDS.items():

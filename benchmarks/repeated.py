@@ -61,6 +61,8 @@ def train_all(
         except BaseException as error:
             runner.stop(tell=not isinstance(error, KeyboardInterrupt))  # which a terminal sends to the trainings too
             pool.shutdown(cancel_futures=True)
+            if runner.failure is not None and isinstance(error, UserError):
+                raise runner.failure from None
             raise
         return [job.result() for job in waiting]
 
@@ -72,6 +74,7 @@ class Runner:
         self.environment = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads != "0" else {})}
         self._running: set[subprocess.Popen[str]] = set()
         self._stopped = False
+        self.failure: BaseException | None = None  # the first, for which the others were ended
         self._lock = threading.Lock()
 
     def run(self, *arguments: str) -> None:
@@ -88,9 +91,10 @@ class Runner:
         if process.returncode:
             raise UserError(f"`fastlt {' '.join(arguments)}` ended with code {process.returncode}: {said.strip()[-500:]}")
 
-    def stop(self, tell: bool) -> None:
+    def stop(self, tell: bool, because: BaseException | None = None) -> None:
         """tell: those under way, which save and end."""
         with self._lock:
+            self.failure = self.failure or because
             if tell and not self._stopped:
                 for process in self._running:
                     process.terminate()
@@ -101,8 +105,8 @@ class Runner:
         """Before the thread is free for the next one."""
         try:
             yield
-        except BaseException:
-            self.stop(tell=True)
+        except BaseException as error:
+            self.stop(tell=True, because=error)
             raise
 
 

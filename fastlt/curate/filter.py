@@ -176,7 +176,7 @@ def summary(
         "backbone": settings.weights or settings.backbone,
         "gamma1": settings.gamma1,
         "gamma2": settings.gamma2,
-        "origins": {category["name"]: f"{category['provider']} {category['key']}".strip() for category in left},
+        "origins": {category["name"]: f"{category.get('provider', '')} {category.get('key', '')}".strip() for category in left},
     }
 
 
