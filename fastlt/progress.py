@@ -19,15 +19,9 @@ class Rate(ProgressColumn):
 
 def rated_progress(console: Console | None, unit: str, scale: float = 1.0, transient: bool = False) -> Progress:
     """A task's field `note`, if it has one, stands at the end."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        Rate(unit, scale),
-        TimeRemainingColumn(),
-        Note(),
-    )
-    return Progress(*columns, console=console, transient=transient)
+    columns = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), Rate(unit, scale), TimeRemainingColumn()]
+    hidden = transient and console is not None and not console.is_terminal  # where it would leave nothing but empty lines
+    return Progress(*columns, Note(), console=console, transient=transient, disable=hidden)
 
 
 class Note(ProgressColumn):
