@@ -11,7 +11,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from fastlt.curate.embeddings import read_embeddings
 from fastlt.curate.fetch import Fetcher, Refused
@@ -25,6 +25,8 @@ ENDPOINTS = {
     "commons": "https://commons.wikimedia.org/w/api.php",
     "inaturalist": "https://api.inaturalist.org/v1/",
 }
+PER_MINUTE = {"openverse": 20, "commons": 200, "inaturalist": 60}  # requests that each asks those without a key to keep to
+OPENVERSE_WITH_TOKEN = 100
 JSON_BYTES = 20_000_000
 OPENVERSE_PAGE, COMMONS_PAGE, INATURALIST_PAGE = 20, 50, 100  # what each allows those who have no key
 COMMONS_WIDTH = 1024  # of the scaled copy that is taken; originals are often tens of megabytes
@@ -63,10 +65,19 @@ def open_sources(settings: RetrieveConfig, names: Sequence[str], fetcher: Fetche
     found: dict[str, Find] = {}
     for source in dict.fromkeys(settings.sources):
         if source in web:
+            if source not in settings.endpoints:
+                keep_to_rate(fetcher, source)
             found[source] = partial(web[source], partial(ask, fetcher), endpoint(settings, source))
         else:
             found[source] = partial(_known, local[source](settings, names))
     return found
+
+
+def keep_to_rate(fetcher: Fetcher, source: str) -> None:
+    with_token = source == "openverse" and os.environ.get("OPENVERSE_TOKEN")
+    host = urlsplit(ENDPOINTS[source]).hostname or ""
+    slowest = 60 / (OPENVERSE_WITH_TOKEN if with_token else PER_MINUTE[source])
+    fetcher.rates.interval[host] = max(fetcher.rates.interval[host], slowest)
 
 
 def endpoint(settings: RetrieveConfig, source: str) -> str:

@@ -66,8 +66,10 @@ class Fetcher:
         raise AssertionError("the last try returns or raises")
 
     async def _follow(self, url: str, max_bytes: int, headers: dict[str, str], is_api: bool) -> Fetched:
+        first = self._host(url)
         for _ in range(REDIRECTS + 1):
             host = self._host(url)
+            headers = headers if host == first else {}  # a token is for whom it was given to
             if not is_api:
                 await self._ask_robots(url)
             answer = await self._request(url, host, max_bytes, headers)

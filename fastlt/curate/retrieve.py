@@ -14,6 +14,7 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from itertools import zip_longest
@@ -141,20 +142,23 @@ def groups(candidates: Sequence[Candidate], size: int) -> Iterator[Sequence[Cand
 
 
 async def fetch_group(raw: Path, number: int, group: Sequence[Candidate], fetcher: Fetcher, bar: Progress, task: TaskID) -> None:
+    """What is fetched goes to the shard at once, so that no more is held than there are requests."""
     counts: Counter[bool] = Counter()
+    one_at_a_time = asyncio.Lock()
+    with whole_group(raw, number) as written:
 
-    async def one(candidate: Candidate) -> Found | Refused:
-        try:
-            result: Found | Refused = await fetch(candidate, fetcher)
-        except Refused as refused:
-            result = refused
-        counts[isinstance(result, Found)] += 1
-        bar.advance(task)
-        bar.update(task, note=f"group {number}: {counts[True]} fetched, {counts[False]} not")
-        return result
+        async def one(place: int, candidate: Candidate) -> None:
+            try:
+                result: Found | Refused = await fetch(candidate, fetcher)
+            except Refused as refused:
+                result = refused
+            async with one_at_a_time:
+                await asyncio.to_thread(written.add, place, candidate, result)
+            counts[isinstance(result, Found)] += 1
+            bar.advance(task)
+            bar.update(task, note=f"group {number}: {counts[True]} fetched, {counts[False]} not")
 
-    results = await asyncio.gather(*map(one, group))
-    await asyncio.to_thread(write_group, raw, number, group, results)
+        await asyncio.gather(*(one(place, candidate) for place, candidate in enumerate(group)))
 
 
 async def fetch(candidate: Candidate, fetcher: Fetcher) -> Found:
@@ -175,28 +179,38 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         raise Refused(f"the file cannot be read ({error.strerror})") from error
 
 
-def write_group(raw: Path, number: int, group: Sequence[Candidate], results: Sequence[Found | Refused]) -> None:
+class Group:
+    """A shard that is being written, and its table."""
+
+    def __init__(self, number: int, tar: tarfile.TarFile) -> None:
+        self.number, self.tar = number, tar
+        self.rows: dict[int, dict[str, Any]] = {}  # by the place of the candidate
+
+    def add(self, place: int, candidate: Candidate, result: Found | Refused) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        row: dict[str, Any] = {**asdict(candidate), "time": now, "fetched": isinstance(result, Found)}
+        self.rows[place] = row
+        if isinstance(result, Refused):
+            row |= {"reason": result.reason, "transient": result.transient}
+            return
+        key, picture = f"{self.number:06d}{place:05d}", result.picture
+        row |= {
+            "url": result.url, "sha256": hashlib.sha256(result.data).hexdigest(), "size": len(result.data),
+            "height": picture.height, "width": picture.width, "shard": f"{self.number:06d}.tar", "key": key,
+        }  # fmt: skip
+        row["offset"] = add(self.tar, key + picture.extension, result.data)
+        add(self.tar, f"{key}.cls", candidate.category.encode())
+        add(self.tar, f"{key}.txt", (candidate.title or candidate.category).encode())
+        add(self.tar, f"{key}.json", json.dumps(row, ensure_ascii=False).encode())
+
+
+@contextmanager
+def whole_group(raw: Path, number: int) -> Iterator[Group]:
     """The shard, then its table: a shard without a table does not count, and is written over."""
-    rows = []
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with whole_file(raw / f"{number:06d}.tar") as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for place, (candidate, result) in enumerate(zip(group, results, strict=True)):
-            row: dict[str, Any] = {**asdict(candidate), "time": now, "fetched": isinstance(result, Found)}
-            if isinstance(result, Refused):
-                rows.append({**row, "reason": result.reason, "transient": result.transient})
-                continue
-            key = f"{number:06d}{place:05d}"
-            picture = result.picture
-            row |= {
-                "url": result.url, "sha256": hashlib.sha256(result.data).hexdigest(), "size": len(result.data),
-                "height": picture.height, "width": picture.width, "shard": f"{number:06d}.tar", "key": key,
-            }  # fmt: skip
-            row["offset"] = add(tar, key + picture.extension, result.data)
-            add(tar, f"{key}.cls", candidate.category.encode())
-            add(tar, f"{key}.txt", (candidate.title or candidate.category).encode())
-            add(tar, f"{key}.json", json.dumps(row, ensure_ascii=False).encode())
-            rows.append(row)
-    write_table(raw / f"{number:06d}.jsonl", rows)
+        group = Group(number, tar)
+        yield group
+    write_table(raw / f"{number:06d}.jsonl", (group.rows[place] for place in sorted(group.rows)))
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> int:

@@ -1,5 +1,6 @@
 """Retrieval from a web server that serves photographs, and all that may come instead of them."""
 
+import asyncio
 import csv
 import gzip
 import io
@@ -24,6 +25,7 @@ pytest.importorskip("aiohttp", reason="no aiohttp here: it comes with the extra 
 from web_server import Web, web_server
 
 from fastlt.curate import addresses
+from fastlt.curate.fetch import open_fetcher
 from fastlt.curate.retrieve import run_retrieve
 from fastlt.curate.settings import CurateConfig
 from fastlt.data.source import read_collection
@@ -205,6 +207,27 @@ def test_a_redirect_to_a_private_address_is_refused(web: Web, tmp_path, monkeypa
     places = [web.status(path, 302, Location=where) for path, where in ways.items()]
     _, found = from_urls(tmp_path, *places, allow_private=False, retries=0)
     assert [found[place]["reason"] for place in places] == ["a private address"] * 3 + ["the connection failed"]
+
+
+def test_a_token_goes_to_nobody_but_its_own_host(web: Web, tmp_path):
+    seen = {}
+
+    def answer(handler, times):
+        seen[handler.headers["Host"]] = handler.headers["Authorization"]
+        handler.answer(200, b"{}")
+
+    web.status("/first", 302, Location=web.url("/second", "localhost"))
+    web.page("/second", answer)
+    web.page("/own", lambda handler, _: answer(handler, 1))
+
+    async def ask():
+        settings = CurateConfig.model_validate({"retrieve": {**QUICK, "allow_private": True}}).retrieve
+        async with open_fetcher(settings) as fetcher:
+            for path in ("/first", "/own"):
+                await fetcher.get(web.url(path), 1000, {"Authorization": "Bearer secret"}, is_api=True)
+
+    asyncio.run(ask())
+    assert seen == {f"localhost:{web.port}": None, f"127.0.0.1:{web.port}": "Bearer secret"}
 
 
 # --- politeness
