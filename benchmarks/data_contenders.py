@@ -57,7 +57,7 @@ def start_ours(task: Task, engine: str, decode: str, form: str = PACK, **options
         check_transcoder("transcoding")
     pack = task.images.transcoded if form == TRANSCODED else task.images.pack
     assert pack is not None
-    settings = {"workers": task.workers, "beton": pack.beton.get("train"), "decode": decode, "device": task.device, **options}
+    settings = {"workers": task.workers, "betons": pack.betons("train"), "decode": decode, "device": task.device, **options}
     loader = Loader(pack.train, task.size, engine, **settings)
     if loader.engine_name == "resident":
         loader.close()

@@ -86,7 +86,7 @@ def opened(run: Path, pack: Path | str | None) -> Iterator[Opened]:
     model, names = load_exported(run / "model.safetensors")
     check_targets(names, images)
     device, dtype = choose_device(config)
-    loader = Loader(images.val, config.data.size, "auto", config.data.workers, images.beton.get("val"))
+    loader = Loader(images.val, config.data.size, "auto", config.data.workers, images.betons("val"))
     try:
         space = ClassSpace.load(run / "classes.json")
         yield Opened(config, space, on_device(model, config, device), loader, images, device, dtype)

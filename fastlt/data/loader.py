@@ -5,7 +5,7 @@ same images; decoding regions, or with DALI, nearly the same.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from fastlt.data import dali, resident
 from fastlt.data.dali import DaliEngine, has_dali, import_dali
 from fastlt.data.ffcv import FfcvEngine
+from fastlt.data.ffcv_mixed import MixedFfcvEngine
 from fastlt.data.gpu import GpuEngine, torchvision_decoder
 from fastlt.data.mixture import MixedSplit
 from fastlt.data.native import has_ffcv, import_ffcv
@@ -25,7 +26,7 @@ from fastlt.data.resident import ResidentEngine
 from fastlt.data.torch import TorchEngine
 from fastlt.errors import UserError
 
-Engine = TorchEngine | ResidentEngine | FfcvEngine | DaliEngine | GpuEngine
+Engine = TorchEngine | ResidentEngine | FfcvEngine | MixedFfcvEngine | DaliEngine | GpuEngine
 ENGINES = ("auto", "torch", "ffcv", "dali")
 DECODES = ("auto", "region", "exact", "gpu")
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ class Loader:
         size: int,
         engine: str = "auto",
         workers: int = 2,
-        beton: Path | None = None,
+        betons: Sequence[Path] = (),
         *,
         decode: str = "exact",
         strict: bool = True,
@@ -55,14 +56,15 @@ class Loader:
         hw_decoder_load: float = dali.HW_DECODER_LOAD,
     ) -> None:
         self._split = split
-        self.engine_name = name = choose_engine(split, beton, engine, decode, device)
+        self.engine_name = name = choose_engine(split, betons, engine, decode, device)
         self.decode = choose_decode(decode, name, device)
         self._engine: Engine
         if name == "dali":
             self._engine = DaliEngine(split, size, workers, device, strict, prefetch, hw_decoder_load)
+        elif name == "ffcv" and isinstance(split, MixedSplit):
+            self._engine = MixedFfcvEngine(split, size, workers, betons, self.decode, strict)
         elif name == "ffcv":
-            assert beton is not None
-            self._engine = FfcvEngine(split, size, workers, beton, self.decode, strict)
+            self._engine = FfcvEngine(split, size, workers, betons[0], self.decode, strict)
         elif name == "resident":
             self._engine = ResidentEngine(split, size, device)
         elif self.decode == "gpu":
@@ -95,18 +97,18 @@ class Loader:
         self._engine.close()
 
 
-def choose_engine(split: Split, beton: Path | None, engine: str, decode: str = "exact", device: torch.device = CPU) -> str:
-    """`resident`, `dali`, `ffcv` or `torch`; beton: the split's FFCV file. UserError where the one asked for is not to be had."""
+def choose_engine(split: Split, betons: Sequence[Path], engine: str, decode: str = "exact", device: torch.device = CPU) -> str:
+    """`resident`, `dali`, `ffcv` or `torch`. betons: the split's FFCV files, one of each pack. Raises UserError where the one
+    asked for is not to be had."""
     if engine not in (*ENGINES, "resident"):
         raise UserError(f"there is no engine '{engine}': data.engine is one of {', '.join(ENGINES)}")
     if engine == "ffcv":
         import_ffcv()
         if split.remote is not None:
             raise UserError(f"the ffcv engine needs its pack at hand, and this one is at {split.remote.url}: set data.engine=torch")
-        if isinstance(split, MixedSplit):
-            raise UserError("the ffcv engine reads one .beton, not the several packs of data.mix: set data.engine=torch")
-        if beton is None:
-            raise UserError(f"the ffcv engine needs {split.folder}.beton: pack again with --beton, or set data.engine=torch")
+        if not betons:
+            which = "a .beton of each pack" if isinstance(split, MixedSplit) else f"{split.folder}.beton"
+            raise UserError(f"the ffcv engine needs {which}: pack again with --beton, or set data.engine=torch")
         return "ffcv"
     if engine == "dali":
         import_dali()
@@ -117,7 +119,7 @@ def choose_engine(split: Split, beton: Path | None, engine: str, decode: str = "
         return "resident"
     if engine == "auto" and device.type == "cuda" and decode in ("auto", "gpu") and has_dali():
         return "dali"
-    is_faster = beton is not None and split.remote is None and decode != "gpu" and has_ffcv()
+    is_faster = len(betons) > 0 and split.remote is None and decode != "gpu" and has_ffcv()
     return "ffcv" if engine == "auto" and is_faster else "torch"
 
 

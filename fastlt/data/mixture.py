@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,19 +45,26 @@ def mix_packs(main: Pack, others: Mapping[str, Pack], weights: Mapping[str, floa
     train = _joined(splits, (1.0, *(weights[name] for name in others)))
     counts = np.bincount(train.label, minlength=space.num_classes).tolist()
     manifest = main.manifest | {"mixed": {name: other.id for name, other in others.items()}}
-    return MixedPack(main.path, manifest, space.model_copy(update={"train_counts": counts}), train, main.val)
+    space = space.model_copy(update={"train_counts": counts})
+    return MixedPack(main.path, manifest, space, train, main.val, (main, *others.values()))
 
 
+@dataclass(frozen=True)
 class MixedPack(Pack):
-    """Has no .beton of its training images."""
+    """trained_on: the packs, the main one first."""
+
+    trained_on: tuple[Pack, ...] = ()
 
     @property
     def id(self) -> str:
         return "-".join([super().id, *self.manifest["mixed"].values()])
 
-    @cached_property
-    def beton(self) -> dict[str, object]:  # type: ignore[override]
-        return {split: path for split, path in super().beton.items() if split == "val"}
+    def betons(self, split: str) -> tuple[Path, ...]:
+        """Of the training images, one of each pack; nothing where one of them has none."""
+        if split != "train":
+            return super().betons(split)
+        found = tuple(path for pack in self.trained_on for path in pack.betons("train"))
+        return found if len(found) == len(self.trained_on) else ()
 
 
 def _merged(space: ClassSpace, other: ClassSpace, name: str) -> ClassSpace:

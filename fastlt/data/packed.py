@@ -6,7 +6,6 @@ import sys
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +111,10 @@ class Pack:
         files = self.manifest["files"]
         return "-".join(files[name]["sha256"][:16] for name in ("classes.json", "index.npz"))
 
-    @cached_property
-    def beton(self) -> dict[str, Path]:
-        """The FFCV files that the pack has, by split."""
-        paths = {split: self.path / f"{split}.beton" for split in ("train", "val")}
-        return {split: path for split, path in paths.items() if path.is_file()}
+    def betons(self, split: str) -> tuple[Path, ...]:
+        """The FFCV file of a split, if the pack has it."""
+        path = self.path / f"{split}.beton"
+        return (path,) if path.is_file() else ()
 
 
 def open_pack(path: Path | str, cache_bytes: int = 100 * 10**9) -> Pack:

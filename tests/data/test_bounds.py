@@ -42,7 +42,7 @@ def loader(request, photos):
     decode = "region" if request.param == "dali" or has_region() else "exact"
     beton = photos.path / "train.beton"
     workers = 0 if request.param == "torch" else 2  # in this process, where its memory can be seen
-    made = Loader(photos.train, SIZE, request.param, workers, beton if beton.is_file() else None, decode=decode)
+    made = Loader(photos.train, SIZE, request.param, workers, [beton] if beton.is_file() else [], decode=decode)
     yield made
     made.close()
 

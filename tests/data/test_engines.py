@@ -57,7 +57,7 @@ def test_edge_cases_are_near_to_pillows_in_every_engine(edge_pack, way, crop):
         pytest.skip(f"{way} is not to be had here")
     batches = batches_of(edge_pack, crop)
     reference = Loader(edge_pack.train, SIZE, "torch", 0, decode="exact").iterate(batches)
-    loader = Loader(edge_pack.train, SIZE, engine, 2, edge_pack.beton.get("train"), decode=decode)
+    loader = Loader(edge_pack.train, SIZE, engine, 2, edge_pack.betons("train"), decode=decode)
     made = list(loader.iterate(batches))
     loader.close()
     near = NEAR["dali" if engine == "dali" else decode]
@@ -72,7 +72,7 @@ def test_engines_that_decode_regions_agree(edge_pack):
     if not (has_ffcv() and has_region()):
         pytest.skip("no FFCV, or no region decoder here")
     batches = batches_of(edge_pack, "random-resized-crop")
-    loaders = [Loader(edge_pack.train, SIZE, e, 2, edge_pack.beton.get("train"), decode="region") for e in ("torch", "ffcv")]
+    loaders = [Loader(edge_pack.train, SIZE, e, 2, edge_pack.betons("train"), decode="region") for e in ("torch", "ffcv")]
     ours, theirs = ([images for _, images in loader.iterate(batches)] for loader in loaders)
     difference = torch.cat([(a.int() - b.int()).abs().flatten() for a, b in zip(ours, theirs, strict=True)])
     assert difference.max() <= 1 and difference.float().mean() < 0.05  # progressive ones are decoded whole: see test_ffcv.py
@@ -130,7 +130,7 @@ def test_damage_is_found_by_every_engine(hit_pack, way):
         if way == "gpu":
             return GpuEngine(pack.train, SIZE, 2, torch.device("cpu"), strict, by_pillow)
         engine, decode = way.split()
-        return Loader(pack.train, SIZE, engine, 2, pack.beton.get("train"), decode=decode, strict=strict)
+        return Loader(pack.train, SIZE, engine, 2, pack.betons("train"), decode=decode, strict=strict)
 
     def images_of(made: Loader | GpuEngine) -> torch.Tensor:
         (only,) = made.batches([batch]) if isinstance(made, GpuEngine) else (images for _, images in made.iterate([batch]))

@@ -412,9 +412,9 @@ def test_a_damaged_jpeg_is_named_and_never_delivered(mixed, copied, how):
 
 def test_auto_takes_ffcv_where_the_file_is(mixed, plan):
     pack, beton = mixed
-    assert choose_engine(pack.train, None, "auto") == choose_engine(pack.train, beton, "torch") == "torch"
-    assert choose_engine(pack.train, beton, "auto") == choose_engine(pack.train, beton, "ffcv") == "ffcv"
-    front = Loader(pack.train, 24, "auto", 2, beton)
+    assert choose_engine(pack.train, [], "auto") == choose_engine(pack.train, [beton], "torch") == "torch"
+    assert choose_engine(pack.train, [beton], "auto") == choose_engine(pack.train, [beton], "ffcv") == "ffcv"
+    front = Loader(pack.train, 24, "auto", 2, [beton])
     pairs = list(front.iterate(plan.epoch(0)))
     front.close()
     assert front.engine_name == "ffcv"
@@ -424,8 +424,8 @@ def test_auto_takes_ffcv_where_the_file_is(mixed, plan):
 def test_small_images_stay_in_memory_even_so_unless_ffcv_is_asked_for(small_pack, tmp_path):
     pack = open_pack(small_pack)
     write_beton(pack.train, tmp_path / "train.beton", 1)
-    assert Loader(pack.train, 16, "auto", 1, tmp_path / "train.beton").engine_name == "resident"
-    asked = Loader(pack.train, 16, "ffcv", 1, tmp_path / "train.beton")
+    assert Loader(pack.train, 16, "auto", 1, [tmp_path / "train.beton"]).engine_name == "resident"
+    asked = Loader(pack.train, 16, "ffcv", 1, [tmp_path / "train.beton"])
     assert asked.engine_name == "ffcv"
     asked.close()
 

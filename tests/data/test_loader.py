@@ -236,8 +236,8 @@ def overwrite(split, image: int, data: bytes) -> None:
 
 @pytest.mark.parametrize("engine", ["auto", "torch"])
 def test_small_images_of_one_size_stay_in_memory(pack, mixed_pack, engine):
-    assert choose_engine(pack.train, None, engine) == choose_engine(pack.val, None, engine) == "resident"
-    assert choose_engine(mixed_pack.train, None, engine) == "torch"
+    assert choose_engine(pack.train, [], engine) == choose_engine(pack.val, [], engine) == "resident"
+    assert choose_engine(mixed_pack.train, [], engine) == "torch"
 
 
 def test_what_does_not_fit_is_not_kept_in_memory(pack, monkeypatch):
@@ -250,7 +250,7 @@ def test_what_does_not_fit_is_not_kept_in_memory(pack, monkeypatch):
 
 def test_an_engine_that_cannot_be_had_is_refused(pack):
     with pytest.raises(UserError, match=r"there is no engine 'cv': data\.engine is one of auto, torch, ffcv, dali"):
-        choose_engine(pack.train, None, "cv")
+        choose_engine(pack.train, [], "cv")
 
 
 def test_ffcv_without_its_file_or_its_package_says_what_to_do(pack, monkeypatch):
@@ -259,10 +259,10 @@ def test_ffcv_without_its_file_or_its_package_says_what_to_do(pack, monkeypatch)
 
     monkeypatch.setattr(loader_module, "import_ffcv", lambda: None)
     with pytest.raises(UserError, match=r"train\.beton: pack again with --beton, or set data\.engine=torch"):
-        choose_engine(pack.train, None, "ffcv")
+        choose_engine(pack.train, [], "ffcv")
     monkeypatch.setattr(loader_module, "import_ffcv", missing)
     with pytest.raises(UserError, match=r"pip install fastlt\[ffcv\]"):
-        choose_engine(pack.train, None, "ffcv")
+        choose_engine(pack.train, [], "ffcv")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -270,7 +270,7 @@ def test_ffcv_without_its_file_or_its_package_says_what_to_do(pack, monkeypatch)
 def test_the_front_pairs_each_batch_with_its_images(mixed_pack, pack, workers, name):
     for opened in (mixed_pack, pack):
         plan = plan_of(opened, CROPS["random-resized-crop"], batch=3)
-        front = Loader(opened.train, 24, choose_engine(opened.train, None, name), workers)
+        front = Loader(opened.train, 24, choose_engine(opened.train, [], name), workers)
         pairs = list(front.iterate(plan.epoch(0)))
         front.close()
         assert len(pairs) == plan.steps_per_epoch

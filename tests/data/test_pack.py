@@ -180,7 +180,8 @@ def test_beton_files_belong_to_the_pack(pets: Path, tmp_path: Path) -> None:
     if not has_ffcv():
         pytest.skip("FFCV is not installed")
     found = pack(collect(pets), tmp_path / "pack", beton=True)
-    assert set(found.beton) == {"train", "val"} <= {name.removesuffix(".beton") for name in found.manifest["files"]}
+    assert found.betons("train") == (found.path / "train.beton",) and found.betons("val") == (found.path / "val.beton",)
+    assert {"train.beton", "val.beton"} <= set(found.manifest["files"])
     assert verify_pack(tmp_path / "pack") == 6
 
 
