@@ -110,7 +110,7 @@ def hit_pack(request, photo_pack, tmp_path) -> tuple[Pack, list[int]]:
     pack = open_pack(tmp_path / "pack")
     split, hit = pack.train, [2, 5]
     shard = split.folder / split.shards[0]
-    betons = [path for name, path in pack.beton.items() if name == "train"]
+    betons = pack.betons("train")
     for image in hit:
         data = bytes(split.read(image))
         place, written = (len(data) // 2, b"\xff\xd9") if request.param == "middle" else (0, bytes(40))
