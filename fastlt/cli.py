@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastlt.config import as_override, load_config, recipe_names
-from fastlt.errors import UserError
+from fastlt.errors import UserError, extra
 from fastlt.methods import ONE_STAGE, SECOND_STAGE, method_settings
 
 if TYPE_CHECKING:
@@ -374,18 +374,20 @@ def propose(
 @curate.command()
 def retrieve(out: Curation, settings: Settings = None, config: SettingsFile = None, allow_private: AllowPrivate = False) -> None:
     """Fetch images of each auxiliary class, with licence and author. Called again, it goes on, and retries what may work now."""
-    from fastlt.curate.retrieve import run_retrieve
     from fastlt.curate.settings import read_settings
 
+    with extra("curate"):
+        from fastlt.curate.retrieve import run_retrieve
     run_retrieve(out, read_settings(out, config, settings or [], allow_private), console)
 
 
 @curate.command("filter")
 def filter_images(pack: TargetPack, out: Curation, settings: Settings = None, config: SettingsFile = None) -> None:
     """Keep the images that are like their class and not like one another, and none that the targets have."""
-    from fastlt.curate.filter import run_filter
     from fastlt.curate.settings import read_settings
 
+    with extra("curate"):
+        from fastlt.curate.filter import run_filter
     run_filter(pack, out, read_settings(out, config, settings or []), console)
 
 
@@ -399,11 +401,12 @@ def curate_all(
     allow_private: AllowPrivate = False,
 ) -> None:
     """Propose, retrieve and filter."""
-    from fastlt.curate.filter import run_filter
     from fastlt.curate.propose import run_propose
-    from fastlt.curate.retrieve import run_retrieve
     from fastlt.curate.settings import read_settings
 
+    with extra("curate"):
+        from fastlt.curate.filter import run_filter
+        from fastlt.curate.retrieve import run_retrieve
     read = read_settings(out, config, settings or [], allow_private)
     run_propose(Path(pack), out, read, control is not None, False, console)
     run_retrieve(out, read, console)

@@ -432,6 +432,16 @@ def test_what_a_source_lacks_is_named(tmp_path, settings, said):
         retrieved(tmp_path, **settings)
 
 
+def test_a_machine_without_the_libraries_is_told_what_to_install(tmp_path):
+    propose(tmp_path, "liger")
+    code = (
+        "import sys; sys.modules['aiohttp'] = None; sys.argv = ['fastlt', 'curate', 'retrieve', '--out', sys.argv[1]]; "
+        "from fastlt.__main__ import main; main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and "pip install fastlt[curate]" in ended.stderr and "Traceback" not in ended.stderr
+
+
 def test_before_proposing_there_is_nothing_to_retrieve(tmp_path):
     with pytest.raises(UserError, match="make it with `fastlt curate propose`"):
         retrieved(tmp_path)
