@@ -6,12 +6,13 @@ connection goes to the very addresses that were looked at.
 
 import ipaddress
 import socket
-from urllib.parse import urlsplit
 
-from aiohttp import ThreadedResolver
+from aiohttp import AddrInfoType, ThreadedResolver
 from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
 
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 inside IPv6, RFC 6052
+# IPv4 inside IPv6: NAT64 (RFC 6052, RFC 8215), and what was once meant by ::a.b.c.d
+WITH_IPV4 = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")]
 
 
 class Forbidden(Exception):
@@ -22,24 +23,28 @@ def is_public(address: str) -> bool:
     """Whether an IP address is one of the open internet."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None)
+        embedded = any(ip in network for network in WITH_IPV4)
+        inner = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if embedded else None)
         if inner is not None:
             return is_public(str(inner))
     return ip.is_global and not ip.is_multicast
 
 
 def check_url(url: str, allow_private: bool) -> str:
-    """The host of a URL. Raises Forbidden for other schemes, credentials, and private addresses that stand in it."""
+    """The host of a URL, as the connection is made to it: 127。0。0。1 is 127.0.0.1.
+
+    Raises Forbidden for other schemes, credentials, and private addresses that stand in it.
+    """
     try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
+        parts = URL(url)
+        host = parts.raw_host
     except ValueError as error:
         raise Forbidden("not a valid address") from error
     if parts.scheme not in ("http", "https"):
         raise Forbidden("neither http nor https")
     if not host:
         raise Forbidden("not a valid address")
-    if parts.username is not None or parts.password is not None:
+    if parts.user is not None or parts.password is not None:
         raise Forbidden("an address with a password")
     if not allow_private and _is_literal(host) and not is_public(host):
         raise Forbidden("a private address")
@@ -68,3 +73,11 @@ class PublicResolver(AbstractResolver):
 
     async def close(self) -> None:
         await self._inner.close()
+
+
+def public_socket(info: AddrInfoType) -> socket.socket:
+    """The last look, at the very address that is connected to, however it was come by."""
+    family, kind, protocol, _, address = info
+    if not is_public(str(address[0])):
+        raise Forbidden("a private address")
+    return socket.socket(family, kind, protocol)

@@ -115,7 +115,7 @@ async def ask(fetcher: Fetcher, address: str, parameters: dict[str, Any]) -> dic
     answer = await fetcher.get(f"{address}?{urlencode(parameters)}", JSON_BYTES, headers, is_api=True)
     try:
         found = json.loads(answer.data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused("the answer is not JSON") from error
     if not isinstance(found, dict):
         raise Refused("the answer is not as documented")
@@ -151,10 +151,11 @@ async def commons(ask: Ask, address: str, asked: Asked, most: int) -> list[Candi
     while len(found) < most:
         answer = await ask(address, parameters)
         query = answer.get("query")
+        before = len(found)
         pages = entries(query.get("pages") if isinstance(query, dict) else None)
         for entry in sorted(pages, key=lambda page: number(page, "index")):
             found += [_of_commons(asked.name, text(entry, "title"), info) for info in entries(entry.get("imageinfo"))[:1]]
-        if not pages or not isinstance(answer.get("continue"), dict):
+        if len(found) == before or not isinstance(answer.get("continue"), dict):
             break
         parameters |= answer["continue"]
     return found[:most]
@@ -182,8 +183,9 @@ async def inaturalist(ask: Ask, address: str, asked: Asked, most: int) -> list[C
     found: dict[str, Candidate] = {}
     for page in count(1):
         made = [_of_inaturalist(asked.name, photo) for photo in photos]
+        before = len(found)
         found |= {candidate.place: candidate for candidate in made if candidate.place}
-        if len(found) >= most:
+        if len(found) >= most or (page > 1 and len(found) == before):
             break
         parameters = {
             "taxon_id": taxon, "photos": "true", "quality_grade": "research", "photo_licensed": "true", "page": page,
@@ -209,7 +211,7 @@ def entries(value: Any) -> list[dict[str, Any]]:
 
 def text(entry: dict[str, Any], key: str) -> str:
     value = entry.get(key)
-    return value if isinstance(value, str) else ""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""  # JSON may hold half a character
 
 
 def number(entry: dict[str, Any], key: str) -> int:

@@ -1,5 +1,6 @@
 """Vectors for names, by which neighbours at the same distance are ranked."""
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,12 @@ def read_embeddings(place: str) -> Embeddings:
     try:
         with np.load(file) as arrays:
             keys = [name for name in arrays.files if name != "names"]
-            if "names" not in arrays.files or (key or keys[0]) not in keys or (len(keys) > 1 and not key):
+            if "names" not in arrays.files or not keys or (key or keys[0]) not in keys or (len(keys) > 1 and not key):
                 raise UserError(f"{file} must hold `names` and vectors, one of {', '.join(keys)}: name it as {file}:KEY")
             names, vectors = arrays["names"], arrays[key or keys[0]]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read embeddings from {file}: {error}") from error
-    if vectors.ndim != 2 or len(vectors) != len(names):
+    if vectors.ndim != 2 or vectors.dtype.kind != "f" or len(vectors) != len(names):
         raise UserError(f"{file}: {len(names)} names do not go with vectors of shape {vectors.shape}")
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = vectors / np.maximum(lengths, 1e-12)

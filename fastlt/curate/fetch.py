@@ -10,7 +10,7 @@ from urllib.parse import urljoin
 
 import aiohttp
 
-from fastlt.curate.addresses import Forbidden, PublicResolver, check_url
+from fastlt.curate.addresses import Forbidden, PublicResolver, check_url, public_socket
 from fastlt.curate.politeness import AGENT, Rates, Robots, opted_out
 from fastlt.curate.settings import RetrieveConfig
 
@@ -73,6 +73,8 @@ class Fetcher:
             if not is_api:
                 await self._ask_robots(url)
             answer = await self._request(url, host, max_bytes, headers)
+            if answer.opted_out and not is_api:
+                raise Refused("opted out of machine learning by X-Robots-Tag")
             if answer.location is not None:
                 url = answer.location
                 continue
@@ -81,8 +83,6 @@ class Fetcher:
                 raise Refused(f"HTTP {answer.status}", transient=True)
             if answer.status != 200:
                 raise Refused(f"HTTP {answer.status}")
-            if answer.opted_out and not is_api:
-                raise Refused("opted out of machine learning by X-Robots-Tag")
             return Fetched(answer.data, url)
         raise Refused(f"more than {REDIRECTS} redirects")
 
@@ -103,7 +103,7 @@ class Fetcher:
         for _ in range(REDIRECTS + 1):
             answer = await self._request(url, self._host(url), ROBOTS_BYTES, {})
             if answer.location is None:
-                return answer.status, answer.data.decode("utf-8", "replace")
+                return answer.status, answer.data.decode("utf-8-sig", "replace")
             url = answer.location
         return 404, ""  # RFC 9309 takes it for none
 
@@ -154,8 +154,9 @@ async def body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
 @asynccontextmanager
 async def open_fetcher(settings: RetrieveConfig) -> AsyncIterator[Fetcher]:
     connector = aiohttp.TCPConnector(
-        resolver=None if settings.allow_private else PublicResolver(), limit=settings.concurrency, use_dns_cache=False
-    )
+        resolver=None if settings.allow_private else PublicResolver(), limit=settings.concurrency, use_dns_cache=False,
+        socket_factory=None if settings.allow_private else public_socket,
+    )  # fmt: skip
     timeout = aiohttp.ClientTimeout(total=settings.timeout)
     headers = {"User-Agent": user_agent(settings.contact), "Accept-Encoding": "identity"}
     async with aiohttp.ClientSession(

@@ -83,16 +83,21 @@ COSINES = _cosines()
 
 
 def same_look(queries: Hashes, known: Hashes, distance: int) -> np.ndarray:
-    """(P, 2) int64 pairs (query, known) whose hashes, as they are or mirrored, differ in up to `distance` bits."""
+    """(P, 2) int64 pairs (query, known) whose hashes, as they are or mirrored, differ in up to `distance` bits. Of the known ones
+    with one and the same hash the first stands for all."""
     if distance < 0 or not len(queries) or not len(known):
         return np.zeros((0, 2), np.int64)
-    usable = np.flatnonzero(known.has_look)
-    asked = np.flatnonzero(queries.has_look)
-    found = [
-        np.stack([asked[rows], usable[columns]], axis=1)
-        for bits in (queries.seen, queries.mirrored)
-        for rows, columns in _near(bits[asked], known.seen[usable], distance)
-    ]
+    usable, asked = np.flatnonzero(known.has_look), np.flatnonzero(queries.has_look)
+    looks, first = np.unique(known.seen[usable], return_index=True)  # thousands may have the look of an empty page
+    found = []
+    for bits in (queries.seen, queries.mirrored):
+        own, which = np.unique(bits[asked], return_inverse=True)
+        by_own = np.argsort(which, kind="stable")
+        groups = np.split(by_own, np.cumsum(np.bincount(which, minlength=len(own)))[:-1])
+        for rows, columns in _near(own, looks, distance):
+            for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+                images = asked[groups[row]]
+                found.append(np.stack([images, np.full(len(images), usable[first[column]])], axis=1))
     return np.unique(np.concatenate(found), axis=0) if found else np.zeros((0, 2), np.int64)
 
 

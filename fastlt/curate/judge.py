@@ -40,35 +40,45 @@ def judge(
 ) -> Verdicts:
     """known: the images of the targets, by what they are; the first are those for training. owners: of each class of the pile."""
     verdicts = Verdicts(len(pile))
-    drop_same_bytes(verdicts, pile, known)
-    drop_same_look(verdicts, pile, known, settings.hash_distance)
-    centres = prototypes(pile, verdicts.kept, known, owners, settings.prototype)
+    drop_leaks(verdicts, pile, known, settings.hash_distance)
+    centres = prototypes(pile, without_copies(pile, verdicts.kept), known, owners, settings.prototype)
     verdicts.likeness = np.einsum("nd,nd->n", pile.features.astype(np.float32), centres[pile.split.label])
     for image in verdicts.kept:
         if verdicts.likeness[image] < settings.gamma1:
             verdicts.drop(image, UNLIKE)
+    drop_copies(verdicts, pile, settings.hash_distance)  # of those that are left: what is dropped itself is nobody's original
     drop_same_features(verdicts, pile, known, settings.gamma2, device)
     return verdicts
 
 
-def drop_same_bytes(verdicts: Verdicts, pile: Pile, known: Mapping[str, Pile]) -> None:
+def drop_leaks(verdicts: Verdicts, pile: Pile, known: Mapping[str, Pile], distance: int) -> None:
+    """By bytes and by looks."""
     for what, other in known.items():
         theirs = {digest: image for image, digest in reversed(list(enumerate(other.hashes.exact)))}
         for image, digest in enumerate(pile.hashes.exact):
             if digest in theirs:
                 verdicts.drop(image, f"leak: the bytes of a {what} image", other.split.where(theirs[digest]))
+    for what, other in known.items():
+        for image, theirs_ in same_look(pile.hashes, other.hashes, distance).tolist():
+            verdicts.drop(image, f"leak: the look of a {what} image", other.split.where(theirs_))
+
+
+def without_copies(pile: Pile, images: np.ndarray) -> np.ndarray:
+    """The first of those with the same bytes, of each class."""
+    first = {(int(pile.split.label[image]), pile.hashes.exact[image]): image for image in images[::-1].tolist()}
+    return np.array(sorted(first.values()), np.int64)
+
+
+def drop_copies(verdicts: Verdicts, pile: Pile, distance: int) -> None:
+    """By bytes and by looks."""
     first: dict[bytes, int] = {}
     for image in verdicts.kept.tolist():
         earlier = first.setdefault(pile.hashes.exact[image], image)
         if earlier != image:
             verdicts.drop(image, "duplicate: the same bytes", pile.split.where(earlier))
-
-
-def drop_same_look(verdicts: Verdicts, pile: Pile, known: Mapping[str, Pile], distance: int) -> None:
-    for what, other in known.items():
-        for image, theirs in same_look(pile.hashes, other.hashes, distance).tolist():
-            verdicts.drop(image, f"leak: the look of a {what} image", other.split.where(theirs))
-    drop_later(verdicts, pile, same_look(pile.hashes, pile.hashes, distance).tolist(), "duplicate: the same look")
+    kept = verdicts.kept
+    hashes = pile.hashes.take(kept)
+    drop_later(verdicts, pile, kept[same_look(hashes, hashes, distance)].tolist(), "duplicate: the same look")
 
 
 def drop_same_features(verdicts: Verdicts, pile: Pile, known: Mapping[str, Pile], gamma2: float, device: torch.device) -> None:

@@ -47,6 +47,10 @@ class Usage(NamedTuple):
         return (self.tokens_in * settings.price_in + self.tokens_out * settings.price_out) / 1e6
 
 
+class PromptRefused(Exception):
+    """The endpoint will not answer this one; others it may."""
+
+
 class Failed(NamedTuple):
     """Why a target has no answer."""
 
@@ -141,12 +145,15 @@ def ask(client: Any, cache: Cache, prompt: str) -> tuple[Reply | Failed, tuple[i
         return known, (0, 0)
     spent, problem = [0, 0], ""
     for _ in range(cache.settings.retries + 1):
-        text, tokens = _complete(client, cache.settings, prompt)
+        try:
+            text, tokens = _complete(client, cache.settings, prompt)
+        except PromptRefused as refused:
+            return Failed(str(refused)), (spent[0], spent[1])
         spent = [before + now for before, now in zip(spent, tokens, strict=True)]
         try:
             reply = Reply.model_validate_json(without_fence(text))
-        except ValidationError as error:
-            problem = str(error.errors()[0]["msg"])
+        except (ValidationError, RecursionError) as error:
+            problem = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else "nested too deeply"
             continue
         cache.keep(prompt, reply, (spent[0], spent[1]))
         return reply, (spent[0], spent[1])
@@ -162,12 +169,30 @@ def _complete(client: Any, settings: ProposeConfig, prompt: str) -> tuple[str, t
             model=settings.model, temperature=settings.temperature, messages=[{"role": "user", "content": prompt}],
             response_format={"type": "json_schema", "json_schema": schema},
         )  # fmt: skip
+    except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+        raise PromptRefused(f"the endpoint refuses the prompt: {error}") from error
     except openai.APIError as error:
         where = settings.base_url or "the endpoint"
         raise UserError(f"{where} does not answer ({type(error).__name__}: {error}); what was answered is kept") from error
-    usage, choices = answer.usage, answer.choices or []
-    text = (choices[0].message.content if choices else None) or ""
-    return text, (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+    except (AttributeError, TypeError, ValueError, RecursionError):  # its client does not check what it is sent
+        return "", (0, 0)
+    return said(answer), spent_on(answer)
+
+
+def said(answer: Any) -> str:
+    """The text of an answer that may be anything."""
+    try:
+        text = answer.choices[0].message.content
+    except (AttributeError, IndexError, TypeError):
+        return ""
+    return text if isinstance(text, str) else ""
+
+
+def spent_on(answer: Any) -> tuple[int, int]:
+    """Tokens in and out."""
+    usage = getattr(answer, "usage", None)
+    tokens_in, tokens_out = (getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens"))
+    return (tokens_in, tokens_out) if isinstance(tokens_in, int) and isinstance(tokens_out, int) else (0, 0)
 
 
 def without_fence(text: str) -> str:

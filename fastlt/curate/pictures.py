@@ -19,13 +19,13 @@ def examine(data: bytes, settings: RetrieveConfig) -> Picture:
         image = open_image(data, settings.max_pixels)
         if min(image.size) < settings.min_side:
             raise Refused("too small")
-        if getattr(image, "n_frames", 1) > 1:
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a JPEG with a second picture behind it, as phones make
             raise Refused("an animation")
         load(image, data)
     except BadImage as error:
         raise Refused(reason_of(str(error))) from error
     width, height = image.size if orientation(image) < 5 else image.size[::-1]
-    return Picture(FORMATS[str(image.format)], height, width)
+    return Picture(FORMATS.get(str(image.format), ".jpg"), height, width)
 
 
 def reason_of(message: str) -> str:

@@ -1,14 +1,15 @@
 """What is owed to the hosts that are asked: a rate, their robots.txt, and their word on machine learning."""
 
 import asyncio
-import re
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from urllib.parse import urlsplit
-from urllib.robotparser import RobotFileParser
+
+from protego import Protego
 
 AGENT = "fastlt"
 OPT_OUTS = {"noai", "noimageai"}  # of X-Robots-Tag
+RULES_WITH_VALUES = {"max-image-preview", "max-snippet", "max-video-preview", "unavailable_after"}
 MOST_DELAY = 30.0  # seconds that a robots.txt may ask for between two requests
 
 
@@ -18,12 +19,15 @@ class Rates:
     def __init__(self, per_second: float) -> None:
         self.interval: defaultdict[str, float] = defaultdict(lambda: 1 / per_second)
         self._next: dict[str, float] = {}
+        self._one_at_a_time: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def turn(self, host: str) -> None:
-        now = asyncio.get_running_loop().time()
-        at = max(now, self._next.get(host, now))
-        self._next[host] = at + self.interval[host]
-        await asyncio.sleep(at - now)
+        """Turns come one after the other, so that a pause is kept by all that wait."""
+        loop = asyncio.get_running_loop()
+        async with self._one_at_a_time[host]:
+            while (early := self._next.get(host, 0.0) - loop.time()) > 0:
+                await asyncio.sleep(early)
+            self._next[host] = loop.time() + self.interval[host]
 
     def pause(self, host: str, seconds: float) -> None:
         """As the host asked."""
@@ -39,7 +43,7 @@ class Robots:
 
     def __init__(self, read: Callable[[str], Awaitable[tuple[int, str]]], rates: Rates) -> None:
         self._read, self._rates = read, rates
-        self._origins: dict[str, asyncio.Task[RobotFileParser | None]] = {}
+        self._origins: dict[str, asyncio.Task[Protego | None]] = {}
 
     async def allow(self, url: str) -> bool | None:
         """None: not known, as robots.txt could not be read."""
@@ -53,26 +57,32 @@ class Robots:
         finally:
             if rules is None:
                 self._origins.pop(origin, None)
-        return None if rules is None else rules.can_fetch(AGENT, url)
+        return None if rules is None else rules.can_fetch(url, AGENT)
 
-    async def _rules(self, origin: str, host: str) -> RobotFileParser | None:
+    async def _rules(self, origin: str, host: str) -> Protego | None:
         status, text = await self._read(f"{origin}/robots.txt")
         if status != 200 and not 400 <= status < 500:
             return None
-        rules = RobotFileParser()
-        rules.parse(text.splitlines() if status == 200 else [])
+        try:
+            rules = Protego.parse(text if status == 200 else "")
+        except ValueError:
+            return None
         if delay := rules.crawl_delay(AGENT):
             self._rates.interval[host] = max(self._rates.interval[host], min(float(delay), MOST_DELAY))
         return rules
 
 
 def opted_out(tags: Iterable[str]) -> bool:
-    """tags: values of X-Robots-Tag, each `rule, rule` or `agent: rule, rule`."""
+    """tags: values of X-Robots-Tag: rules, separated by commas, those after `agent:` for that agent alone."""
     for tag in tags:
-        agent, colon, rules = tag.partition(":")
-        if colon and re.fullmatch(r"[\w.*-]+", agent.strip()) and agent.strip().lower() not in (AGENT, "*"):
-            continue
-        words = {word.strip().lower() for word in (rules if colon else tag).split(",")}
-        if words & OPT_OUTS:
-            return True
+        agent = ""
+        for part in tag.split(","):
+            name, colon, rule = part.partition(":")
+            if colon and name.strip().lower() not in RULES_WITH_VALUES:
+                agent = name.strip().lower()
+            elif colon:
+                continue
+            word = (rule if colon else part).strip().lower()
+            if word in OPT_OUTS and agent in ("", "*", AGENT):
+                return True
     return False

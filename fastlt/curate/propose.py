@@ -60,6 +60,8 @@ def run_propose(place: Path, out: Path, config: CurateConfig, random_control: bo
         show_prompts(settings, targets, limits, out, console)
         return
     proposed = PROVIDERS[settings.provider](settings, targets, limits, out, console)
+    for note in proposed.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     decisions, categories = merge(targets, proposed.synonyms, proposed.proposals, limits)
     if not categories:
         raise UserError(f"no neighbour was found for any of the {len(targets):,} targets: see propose.reach, or another provider")
@@ -67,8 +69,6 @@ def run_propose(place: Path, out: Path, config: CurateConfig, random_control: bo
         categories = random_categories(settings, targets, proposed.synonyms, categories)
     write(out, targets, decisions, categories)
     keep_settings(out, config)
-    for note in proposed.notes:
-        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     show(targets, decisions, categories, console)
     console.print(f"written to {out}: categories.jsonl, proposals.jsonl, pairs.csv", highlight=False, soft_wrap=True)
 
@@ -129,7 +129,17 @@ def from_llm(settings: ProposeConfig, targets: Sequence[Target], limits: Sequenc
                 proposals[number] = llm.to_proposals(number, reply)
     console.print(f"asked: {in_words(llm.Usage(len(asked), known, *tokens), settings)}", highlight=False)
     notes = [f"no answer for {len(failed)} targets ({few(list(failed))}): {next(iter(failed.values()))}"] if failed else []
-    return Proposed([[] for _ in targets], proposals, notes)
+    return Proposed(synonyms_of(settings, targets), proposals, notes)
+
+
+def synonyms_of(settings: ProposeConfig, targets: Sequence[Target]) -> list[list[str]]:
+    """By WordNet, where it is given to a provider that does not need it."""
+    if not settings.wordnet:
+        return [[] for _ in targets]
+    words = wordnet.read_wordnet(settings.wordnet)
+    mapping = wordnet.read_mapping(Path(settings.synsets), targets) if settings.synsets else {}
+    synsets = [mapping.get(target.name) or words.find(target.name) for target in targets]
+    return [list(words.lemmas.get(synset or "", [])) for synset in synsets]
 
 
 def from_file(settings: ProposeConfig, targets: Sequence[Target], limits: Sequence[int], out: Path, console: Console) -> Proposed:
@@ -153,7 +163,7 @@ def from_file(settings: ProposeConfig, targets: Sequence[Target], limits: Sequen
             raise UserError(f"{file}, line {line}: {wrong}")
         query, description = row.get("query") or "", row.get("description") or ""
         proposals[numbers[name]].append(Proposal(numbers[name], category, "file", query=query, description=description))
-    return Proposed([[] for _ in targets], proposals)
+    return Proposed(synonyms_of(settings, targets), proposals)
 
 
 PROVIDERS = {"wordnet": from_wordnet, "llm": from_llm, "file": from_file}
@@ -164,7 +174,8 @@ def random_categories(
 ) -> list[Category]:
     """As many categories, with as many owners, that have nothing to do with the targets."""
     words = wordnet.read_wordnet(settings.wordnet)
-    synsets = [words.find(target.name) for target in targets]
+    mapping = wordnet.read_mapping(Path(settings.synsets), targets) if settings.synsets else {}
+    synsets = [mapping.get(target.name) or words.find(target.name) for target in targets]
     taken = {normalised(word) for word in chain((target.name for target in targets), *synonyms)}
     pool = wordnet.pool(words, synsets, taken | {normalised(category.name) for category in categories})
     if len(pool) < len(categories):

@@ -46,7 +46,7 @@ class Found(NamedTuple):
 
 
 def run_retrieve(out: Path, config: CurateConfig, console: Console) -> None:
-    categories = [Asked(row["name"], row["query"]) for row in read_table(out / "categories.jsonl", PROPOSED_BY)]
+    categories = [Asked(row["name"], row.get("query") or row["name"]) for row in read_table(out / "categories.jsonl", PROPOSED_BY)]
     keep_settings(out, config)
     asyncio.run(retrieve(out, categories, config.retrieve, console))
     show(out, [category.name for category in categories], console)
@@ -152,6 +152,8 @@ async def fetch_group(raw: Path, number: int, group: Sequence[Candidate], fetche
                 result: Found | Refused = await fetch(candidate, fetcher)
             except Refused as refused:
                 result = refused
+            except Exception as error:  # whatever a stranger's server makes go wrong, the others are not lost for it
+                result = Refused(f"it failed by a {type(error).__name__}", transient=True)
             async with one_at_a_time:
                 await asyncio.to_thread(written.add, place, candidate, result)
             counts[isinstance(result, Found)] += 1

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fastlt.config import Count, Section, Several, to_toml, with_settings
+from fastlt.errors import UserError
 from fastlt.files import write_text
 
 CONFIG = "config.toml"
@@ -90,6 +91,8 @@ class CurateConfig(Section):
 def read_settings(out: Path, file: Path | None, overrides: Sequence[str], allow_private: bool = False) -> CurateConfig:
     """On top of a file's, by default of those that an earlier step kept in `out`; kept there in turn. --allow-private is given
     anew each time."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is no folder: name another one with --out")
     kept = out / CONFIG
     private = f"retrieve.allow_private={str(allow_private).lower()}"
     return with_settings(CurateConfig, file or (kept if kept.is_file() else None), [private, *overrides])

@@ -126,7 +126,11 @@ def _file(folder: Path, pattern: str) -> Path:
 
 
 def _pairs(file: Path, separator: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    for number, line in enumerate(lines, start=1):
         first, found, second = line.strip().partition(separator)
         if not found or not WNID.fullmatch(first):
             raise UserError(f"{file}, line {number}: '{line[:60]}' does not begin with a WordNet id such as n02124075")

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-Answer = Callable[[str, int], tuple[int, str | None]]  # class and how often it was asked -> status, content (None: no choices)
+Answer = Callable[
+    [str, int], tuple[int, str | bytes | None]
+]  # class, times asked -> status, content (None: no choices; bytes: the body)
 
 
 class Chat:
@@ -44,14 +46,15 @@ def chat_server(answer: Answer, seconds: float = 0.0) -> Iterator[Chat]:
                 chat.now -= 1
             self.reply(status, content)
 
-        def reply(self, status: int, content: str | None) -> None:
+        def reply(self, status: int, content: str | bytes | None) -> None:
             message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
             answer = {
                 "id": "1", "object": "chat.completion", "created": 0, "model": "m",
                 "choices": [] if content is None else [message],
                 "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
             }  # fmt: skip
-            data = json.dumps(answer if status == 200 else {"error": {"message": content}}).encode()
+            whole = answer if status == 200 else {"error": {"message": content}}
+            data = content if isinstance(content, bytes) else json.dumps(whole).encode()
             try:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")

@@ -14,6 +14,7 @@ from fastlt.curate.addresses import Forbidden, PublicResolver, check_url, is_pub
         "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
         "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:127.0.0.1",
         "::ffff:169.254.169.254", "64:ff9b::7f00:1", "2002:7f00:1::", "198.18.0.1", "192.0.2.1",
+        "::127.0.0.1", "64:ff9b:1::7f00:1",
     ],
 )  # fmt: skip
 def test_private_ones_are_not_public(address):
@@ -37,6 +38,9 @@ def test_public_ones_are(address):
         ("http://user:word@example.org/", "an address with a password"),
         ("http://127.0.0.1:80/", "a private address"),
         ("http://[::ffff:10.0.0.1]/", "a private address"),
+        ("http://127\u30020\u30020\u30021/", "a private address"),
+        ("http://\uff11\uff12\uff17.0.0.1/", "a private address"),
+        ("http://\u2460\u2461\u2466.0.0.1/", "a private address"),
         ("HTTP://169.254.169.254/latest/meta-data", "a private address"),
     ],
 )

@@ -45,10 +45,16 @@ def test_all_pairs_within_the_distance_are_found_and_no_others(distance):
     assert {tuple(pair) for pair in same_look(hashes(queries), hashes(known), distance).tolist()} >= wanted
 
 
+def test_thousands_with_one_look_cost_no_square():
+    same = hashes([7] * 50_000 + [8])
+    pairs = same_look(same, same, 5)
+    assert len(pairs) == 2 * 50_001 and set(pairs[:, 1].tolist()) == {0, 50_000}
+
+
 def test_many_alike_are_compared_in_blocks(monkeypatch):
     monkeypatch.setattr("fastlt.curate.hashes.BLOCK", 50)
     same = hashes([7] * 40)
-    assert len(same_look(same, same, 0)) == 1600
+    assert same_look(same, same, 0).tolist() == [[i, 0] for i in range(40)]
 
 
 def test_off_flat_and_empty():

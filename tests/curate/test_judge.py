@@ -57,6 +57,16 @@ def test_the_bytes_of_a_leak_are_no_earlier_image(make_pile):
     ]
 
 
+def test_a_copy_in_the_wrong_class_does_not_cost_the_right_one(make_pile):
+    pile = make_pile(
+        [EAST, NORTH, NORTH, NORTH, EAST, EAST, EAST],
+        [1, 1, 1, 1, 0, 0, 0],
+        exact=[b"a" * 32, *[bytes([i]) * 32 for i in range(3)], b"a" * 32, b"x" * 32, b"y" * 32],
+    )
+    found = reasons(pile, owners=[(0,), (0,)], gamma2=1.5, hash_distance=-1)
+    assert found == ["unlike its class", *[""] * 6]
+
+
 def test_leaks_by_look_and_by_features_name_whose_they_are(make_pile):
     known = {"training": make_pile([UP], 0, [0b1]), "test": make_pile([EAST + 0.05 * NORTH], 0)}
     pile = make_pile([EAST, NORTH + EAST, NORTH + EAST + 0.3 * UP], 0, [1 << 20, 0b11, 1 << 40])

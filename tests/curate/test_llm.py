@@ -83,6 +83,34 @@ def test_a_reply_of_another_form_is_asked_for_again_and_paid_for(tmp_path, bad):
     assert "Bengal tiger" in {category["name"] for category in found}
 
 
+OTHERWISE = [
+    b"<html>",
+    b'{"a',
+    b"[]",
+    b"null",
+    b'{"choices": 5}',
+    b'{"choices": [null]}',
+    b'{"choices": [{"message": null}]}',
+    b'{"choices": [{"message": {"content": [1]}}], "usage": {"prompt_tokens": null}}',
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("body", OTHERWISE)
+def test_an_endpoint_that_speaks_otherwise_is_no_crash(tmp_path, body):
+    with chat_server(lambda name, times: (200, body) if name == "tiger" else good(name, times)) as chat:
+        said, found, _ = proposed(tmp_path, chat, retries=1)
+    assert "no answer for 1 targets (tiger)" in said and len(found) >= 3
+
+
+def test_a_prompt_that_is_refused_stops_no_other(tmp_path):
+    with chat_server(lambda name, times: (400, "content policy") if name == "sofa" else good(name, times)) as chat:
+        said, found, _ = proposed(tmp_path, chat)
+    assert (
+        "no answer for 1 targets (sofa): the endpoint refuses the prompt" in said and "content policy" in said and len(found) == 3
+    )
+
+
 def test_json_in_a_fence_is_json(tmp_path):
     with chat_server(lambda name, times: (200, f"```json\n{categories(*GOOD[name])}\n```")) as chat:
         _, found, _ = proposed(tmp_path, chat)

@@ -18,7 +18,11 @@ from fastlt.curate.politeness import MOST_DELAY, Rates, Robots, opted_out
         (["fastlt: noai"], True),
         (["otherbot: noai"], False),
         (["*: noimageai"], True),
-        (["unavailable_after: 25 Jun 2010 15:00:00 PST, noai"], False),  # it is the date's
+        (["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"], True),
+        (["max-image-preview:large, noai"], True),
+        (["noai, max-snippet:10"], True),
+        (["otherbot: noindex, noai"], False),
+        (["otherbot: noindex, fastlt: noai"], True),
     ],
 )
 def test_opt_outs(tags, refused):
@@ -75,3 +79,34 @@ def test_turns_keep_the_rate_of_each_host():
     for took, least in zip(first, (0, 0, 0.02, 0.04, 0.02), strict=True):
         assert took >= least - 1e-3
     assert paused >= 0.2 - 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "answer"),
+    [
+        ("User-agent: *\nDisallow: /*.jpg$\n", "/a.jpg", False),
+        ("User-agent: *\nDisallow: /*.jpg$\n", "/a.jpg.html", True),
+        ("User-agent: *\nAllow: /\nDisallow: /private/\n", "/private/a.jpg", False),
+        ("User-agent: *\nDisallow: /\nAllow: /open/\n", "/open/a.jpg", True),
+        ("User-agent: *\nDisallow: //[x\n", "/a.jpg", True),
+        ("User-agent: *\nCrawl-delay: \u00b2\n", "/a.jpg", True),
+    ],
+)
+def test_robots_txt_is_read_as_rfc_9309_says(text, path, answer):
+    assert allowed(200, text, f"https://a.org{path}")[0] == [answer]
+
+
+def test_a_pause_is_kept_by_those_that_wait_already():
+    async def turns():
+        rates, loop = Rates(1000), asyncio.get_running_loop()
+
+        async def turn(number):
+            await rates.turn("a")
+            if number == 0:
+                rates.pause("a", 0.3)
+            return loop.time()
+
+        return await asyncio.gather(*map(turn, range(4)))
+
+    first, *others = asyncio.run(turns())
+    assert all(later - first >= 0.299 for later in others)

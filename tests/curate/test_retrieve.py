@@ -62,7 +62,7 @@ def retrieved(out, **settings):
 
 
 def rows(out):
-    return [json.loads(line) for path in sorted((out / "raw").glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return [json.loads(line) for path in sorted((out / "raw").glob("*.jsonl")) for line in path.read_text().split("\n") if line]
 
 
 def from_urls(out, *places, category="liger", **settings):
@@ -81,6 +81,24 @@ def fetched_bytes(out, row) -> bytes:
 
 
 # --- what is fetched
+
+
+def test_what_strangers_send_loses_nothing(web: Web, tmp_path):
+    """Titles that end lines, a robots.txt that is none, and a phone's JPEG with a second picture behind it."""
+    propose(tmp_path, "liger")
+    good = web.file("/a.jpg", picture())
+    file = io.BytesIO()
+    first, second = (Image.open(io.BytesIO(picture(seed))) for seed in (1, 2))
+    first.save(file, "MPO", save_all=True, append_images=[second])
+    phone = web.file("/phone.jpg", file.getvalue())
+    rows_ = [["liger", good, "two\u2028lines\x1c"], ["liger", phone, "x"], ["liger", web.url("/a.jpg", "localhost"), "y"]]
+    web.file("/robots.txt", b"User-agent: *\nDisallow: //[x\nCrawl-delay: \xc2\xb2\n", "text/plain")
+    with (tmp_path / "u.csv").open("w", newline="") as lines:
+        csv.writer(lines).writerows([["category", "url", "title"], *rows_])
+    for _ in range(2):
+        _, found = retrieved(tmp_path, sources=["urls"], urls=str(tmp_path / "u.csv"))
+        assert [row["fetched"] for row in found.values()] == [True] * 3
+    assert found[good]["title"] == "two\u2028lines\x1c"
 
 
 def test_pictures_are_stored_untouched_with_their_provenance_as_shards_that_pack_reads(web: Web, tmp_path):
@@ -179,6 +197,7 @@ def test_private_addresses_are_not_asked_however_they_are_reached(web: Web, tmp_
     """Without --allow-private, names and addresses alike; and a name that may be asked may not redirect there."""
     web.file("/a.jpg", picture())
     places = [
+        web.url("/a.jpg", "127\u30020\u30020\u30021"),
         web.url("/a.jpg"),
         web.url("/a.jpg", "localhost"),
         web.url("/a.jpg", "127.1"),
@@ -187,7 +206,7 @@ def test_private_addresses_are_not_asked_however_they_are_reached(web: Web, tmp_
     _, found = from_urls(tmp_path, *places, allow_private=False)
     reasons = [row["reason"] for row in found.values()]
     assert (
-        len(reasons) == 4
+        len(reasons) == 5
         and reasons.count("a private address") >= 3
         and set(reasons) <= {"a private address", "not a valid address"}
     )
