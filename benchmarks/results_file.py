@@ -31,7 +31,13 @@ def processor() -> str:
 
 def command(program: str) -> str:
     """The command line as somebody else can type it: of absolute paths the last part alone, for the rest is this machine's."""
-    return f"{program} " + shlex.join(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+    return f"{program} " + shlex.join(map(_of_no_machine, sys.argv[1:]))
+
+
+def _of_no_machine(word: str) -> str:
+    """`/data/cifar` and `cifar100:/data/cifar` alike."""
+    before, colon, path = word.rpartition(":")
+    return before + colon + Path(path).name if Path(path).is_absolute() else word
 
 
 def check_place(path: Path, columns: tuple[str, ...]) -> None:

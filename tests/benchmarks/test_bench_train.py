@@ -21,7 +21,7 @@ from fastlt_benchmarks import train, train_steps
 from fastlt_benchmarks.regions import write_images
 from fastlt_benchmarks.repeated import Control, spread, table, train_all
 from fastlt_benchmarks.reproduce import SIBLINGS
-from fastlt_benchmarks.results_file import append_rows
+from fastlt_benchmarks.results_file import append_rows, command
 from fastlt_benchmarks.train import run_bench_train
 
 SMALL = ["model.name=resnet8", "data.size=16", "data.batch=16"]
@@ -89,6 +89,22 @@ def test_rows_of_another_benchmark_are_not_mixed_in(tmp_path):
     assert [row["x"] for row in csv.DictReader((tmp_path / "a.csv").open())] == ["1", "2"]
     with pytest.raises(UserError, match="other columns"):
         append_rows(tmp_path / "a.csv", [{"y": 1}])
+
+
+def test_the_command_that_is_kept_names_no_machine(monkeypatch):
+    words = [
+        "fastlt",
+        "reproduce",
+        "cifar100-lt",
+        "--data",
+        "cifar100:/data/of me/cifar",
+        "--out",
+        "/tmp/runs",
+        "data.mean=[0, 1, 2]",
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    kept = command("fastlt")
+    assert kept == "fastlt reproduce cifar100-lt --data cifar100:cifar --out runs 'data.mean=[0, 1, 2]'"
 
 
 def test_the_table_of_controls_has_mean_and_deviation_and_no_zero_for_an_empty_group():
