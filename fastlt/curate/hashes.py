@@ -92,12 +92,11 @@ def same_look(queries: Hashes, known: Hashes, distance: int) -> np.ndarray:
     found = []
     for bits in (queries.seen, queries.mirrored):
         own, which = np.unique(bits[asked], return_inverse=True)
-        by_own = np.argsort(which, kind="stable")
-        groups = np.split(by_own, np.cumsum(np.bincount(which, minlength=len(own)))[:-1])
+        by_own, counts = np.argsort(which, kind="stable"), np.bincount(which, minlength=len(own))
+        starts = np.cumsum(counts) - counts
         for rows, columns in _near(own, looks, distance):
-            for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
-                images = asked[groups[row]]
-                found.append(np.stack([images, np.full(len(images), usable[first[column]])], axis=1))
+            images = asked[by_own[_ranges(starts[rows], counts[rows])]]
+            found.append(np.stack([images, np.repeat(usable[first[columns]], counts[rows])], axis=1))
     return np.unique(np.concatenate(found), axis=0) if found else np.zeros((0, 2), np.int64)
 
 
@@ -112,10 +111,15 @@ def _near(queries: np.ndarray, known: np.ndarray, distance: int) -> Iterator[tup
         counts = np.searchsorted(band[order], asked, "right") - first
         for start, end in _blocks(counts):
             rows = np.repeat(np.arange(start, end), counts[start:end])
-            within = np.arange(len(rows)) - np.repeat(np.cumsum(counts[start:end]) - counts[start:end], counts[start:end])
-            columns = order[first[rows] + within]
+            columns = order[_ranges(first[start:end], counts[start:end])]
             near = np.bitwise_count(queries[rows] ^ known[columns]) <= distance
             yield rows[near], columns[near]
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of each range, one after the other."""
+    ends = np.cumsum(counts)
+    return np.arange(int(counts.sum())) + np.repeat(starts - (ends - counts), counts)
 
 
 def _bands() -> list[tuple[int, int]]:
