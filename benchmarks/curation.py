@@ -9,7 +9,7 @@ anew or mirrored. RUN is a model of ours, as no pretrained weights are at hand: 
 
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,6 +136,7 @@ def measure(out: Path, weights: str, console: Console) -> Iterator[dict[str, Any
     categories = read_table(out / "categories.jsonl", "fastlt curate propose")
     rows = retrieved_rows(out, categories)
     kinds = [Path(row["place"]).name.split("-")[1] for row in rows]
+    originals = originals_of(rows)
     pack, backbone = open_pack(out / "pack"), open_backbone(config.filter)
     owners = owner_ids(pack.space, categories, str(out / "pack"))
     known = {
@@ -155,19 +156,39 @@ def measure(out: Path, weights: str, console: Console) -> Iterator[dict[str, Any
                 "gamma1": settings.gamma1, "gamma2": settings.gamma2, "hash_distance": settings.hash_distance, "kind": kind,
                 "planted": int(was_planted.sum()), "dropped": int(dropped.sum()), "hits": hits,
                 "recall": round(hits / was_planted.sum(), 4), "precision": round(hits / max(1, dropped.sum()), 4),
+                "missed": missed(kind, kinds, verdicts.reasons, originals),
                 "kept_of_class": int(sum(found == "own" and not why for found, why in zip(kinds, verdicts.reasons, strict=True))),
                 "of_class": kinds.count("own"),
             }  # fmt: skip
 
 
+def originals_of(rows: Sequence[dict[str, Any]]) -> dict[int, int]:
+    """Of each copy, the number of the image that it was made from."""
+    numbers = {place_of(row): number for number, row in enumerate(rows)}
+    return {
+        number: numbers[(category, f"a-own-{name.rpartition('-')[2]}")]
+        for (category, name), number in numbers.items()
+        if name.startswith("c-copy-")
+    }
+
+
+def place_of(row: dict[str, Any]) -> tuple[str, str]:
+    return row["category"], Path(row["place"]).stem
+
+
+def missed(kind: str, kinds: Sequence[str], reasons: Sequence[str], originals: dict[int, int]) -> int:
+    """Planted images that are left, whatever others were dropped for; copies, where what they are copies of is left as well."""
+    left = [number for number, found in enumerate(kinds) if found == kind and not reasons[number]]
+    return len(left) if kind != "copy" else sum(not reasons[originals[number]] for number in left)
+
+
 def table(rows: list[dict[str, Any]], trained: str) -> Table:
-    result = Table(
-        "gamma1", "gamma2", "hash", "planted", "", "recall", "precision", "own images kept", title=f"features: {trained}"
-    )
+    columns = ("gamma1", "gamma2", "hash", "planted", "", "recall", "precision", "missed", "own images kept")
+    result = Table(*columns, title=f"features: {trained}")
     for row in rows:
         result.add_row(
             f"{row['gamma1']:g}", f"{row['gamma2']:g}", str(row["hash_distance"]), str(row["planted"]), row["kind"],
-            f"{row['recall']:.1%}", f"{row['precision']:.1%}", f"{row['kept_of_class'] / row['of_class']:.1%}",
+            f"{row['recall']:.1%}", f"{row['precision']:.1%}", str(row["missed"]), f"{row['kept_of_class'] / row['of_class']:.1%}",
         )  # fmt: skip
     return result
 

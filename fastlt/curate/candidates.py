@@ -25,10 +25,12 @@ ENDPOINTS = {
     "commons": "https://commons.wikimedia.org/w/api.php",
     "inaturalist": "https://api.inaturalist.org/v1/",
 }
-PER_MINUTE = {"openverse": 20, "commons": 200, "inaturalist": 60}  # requests that each asks those without a key to keep to
-OPENVERSE_WITH_TOKEN = 100
+# Requests a minute. iNaturalist asks for 60 or fewer (and fewer than 10,000 a day); Openverse allows 60 without a token;
+# Wikimedia's limits depend on who asks, and 60 is a guess on the low side.
+PER_MINUTE = {"openverse": 60, "commons": 60, "inaturalist": 60}
 JSON_BYTES = 20_000_000
-OPENVERSE_PAGE, COMMONS_PAGE, INATURALIST_PAGE = 20, 50, 100  # what each allows those who have no key
+OPENVERSE_PAGE, COMMONS_PAGE, INATURALIST_PAGE = 20, 50, 100  # images; Openverse gives no more without a token
+OPENVERSE_PAGES = 20  # that it answers of any search
 COMMONS_WIDTH = 1024  # of the scaled copy that is taken; originals are often tens of megabytes
 
 
@@ -74,10 +76,8 @@ def open_sources(settings: RetrieveConfig, names: Sequence[str], fetcher: Fetche
 
 
 def keep_to_rate(fetcher: Fetcher, source: str) -> None:
-    with_token = source == "openverse" and os.environ.get("OPENVERSE_TOKEN")
     host = urlsplit(ENDPOINTS[source]).hostname or ""
-    slowest = 60 / (OPENVERSE_WITH_TOKEN if with_token else PER_MINUTE[source])
-    fetcher.rates.interval[host] = max(fetcher.rates.interval[host], slowest)
+    fetcher.rates.interval[host] = max(fetcher.rates.interval[host], 60 / PER_MINUTE[source])
 
 
 def endpoint(settings: RetrieveConfig, source: str) -> str:
@@ -123,9 +123,9 @@ async def ask(fetcher: Fetcher, address: str, parameters: dict[str, Any]) -> dic
 
 
 async def openverse(ask: Ask, address: str, asked: Asked, most: int) -> list[Candidate]:
-    """api.openverse.org/v1: openly licensed images, mostly of Flickr and museums. OPENVERSE_TOKEN raises its limits."""
+    """api.openverse.org/v1: openly licensed images, mostly of Flickr and museums. OPENVERSE_TOKEN, if set, is sent along."""
     found: list[Candidate] = []
-    for page in range(1, -(-most // OPENVERSE_PAGE) + 1):
+    for page in range(1, min(OPENVERSE_PAGES, -(-most // OPENVERSE_PAGE)) + 1):
         answer = await ask(f"{address}images/", {"q": asked.query, "page": page, "page_size": OPENVERSE_PAGE})
         for entry in entries(answer.get("results")):
             licence = f"{text(entry, 'license')} {text(entry, 'license_version')}".strip()

@@ -51,7 +51,11 @@ class FfcvEngine:
 
     def _rows(self, batch: Batch) -> np.ndarray:
         """A batch as (n, ROW) int64. Checked, for compiled code would read beyond the table, or the end of the file."""
-        if not self._beton.is_file() or self._beton.stat().st_size != self._bytes:
+        try:
+            is_whole = self._beton.stat().st_size == self._bytes
+        except OSError:
+            is_whole = False
+        if not is_whole:
             raise UserError(f"{self._beton} was changed while it was read: copy it again or pack again")
         if len(batch.images) and not 0 <= batch.images.min() <= batch.images.max() < len(self._split):
             raise IndexError(f"batch.images must lie in 0..{len(self._split) - 1}")

@@ -228,6 +228,23 @@ def test_a_redirect_to_a_private_address_is_refused(web: Web, tmp_path, monkeypa
     assert [found[place]["reason"] for place in places] == ["a private address"] * 3 + ["the connection failed"]
 
 
+def test_the_connection_itself_refuses_a_private_address(web: Web, tmp_path, monkeypatch):
+    """Whatever the looks at address and name before it let pass."""
+    web.file("/a.jpg", picture())
+    monkeypatch.setattr("fastlt.curate.fetch.check_url", lambda url, allow_private: "127.0.0.1")
+    _, found = from_urls(tmp_path, web.url("/a.jpg"), allow_private=False, retries=0)
+    (row,) = found.values()
+    assert row["reason"] == "a private address" and not web.asked
+
+
+def test_openverse_is_asked_no_more_pages_than_it_answers(web: Web, tmp_path):
+    results = [{"url": web.url("/a.jpg")}]
+    web.page("/v1/images/", lambda handler, _: handler.answer(200, json.dumps({"page_count": 999, "results": results}).encode()))
+    propose(tmp_path, "liger")
+    retrieved(tmp_path, sources=["openverse"], endpoints={"openverse": web.url("/v1/")}, per_category=10_000)
+    assert web.asked["/v1/images/"] == 20
+
+
 def test_a_token_goes_to_nobody_but_its_own_host(web: Web, tmp_path):
     seen = {}
 
