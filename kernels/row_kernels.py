@@ -1,15 +1,16 @@
-"""The Triton kernels: tiles of logits to their terms and their gradient, with prior and silencing, in fp32 inside.
+"""The Triton kernels: rows of logits to their terms and their gradient, with prior and silencing, in fp32 inside.
 
-A program has a few rows and goes over its classes in blocks of columns. Where a whole row is one block it stays in
-registers: read once, written once, one exponential per element and label. Longer rows are gone over twice, by one
-program or, where there are few rows, by several that never wait for each other.
+A program has one row, or a part of one, and goes over its classes in blocks of columns. Where a whole row is one block it stays
+in registers: read once, written once. Longer rows are gone over twice, by one program or, where there are few rows, by several
+that never wait for each other. Within a program no thread waits for another either until the end: each keeps a log-sum-exp of
+its own columns.
 
-The silenced classes of a label are a row of the class graph, ascending. Each block looks its own up by bisection, and
-compares its columns with those few alone; no mask over rows and classes is ever made.
+The silenced classes of a label are a row of the class graph, ascending, so they are met one by one on the way: a block compares
+its columns with those that lie in it, mostly none. No mask over rows and classes is ever made.
 
-Offsets of rows are 64 bits wide: 16k rows of 1M classes are more than 2^31 logits. Names: L labels per row (1 or 2),
-ROWS and BLOCK the shape of a block, `first` the class of column 0, `part` one of several programs of a row, `width` the columns
-that memory has, of which those from `classes` on mean nothing.
+Offsets of rows are 64 bits wide: 16k rows of 1M classes are more than 2^31 logits. Names: L labels per row (1 or 2; a and b), BLOCK
+columns in LANEs that one thread reads at once, `first` the class of column 0, `part` one of several programs of a row, `width` the
+columns that memory has, of which those from `classes` on mean nothing. Strides and `width` are in units of ALIGNED columns.
 """
 
 from __future__ import annotations
@@ -22,90 +23,166 @@ NEVER = tl.constexpr(2147483647)  # above every class
 
 
 @triton.jit
-def _logits(logits, stride, row, columns, mask, stop):
-    """(ROWS, BLOCK) fp32; -inf from column `stop` on. The mask says where there is memory, in wide strides where it can."""
-    read = tl.load(logits + row.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=float("-inf")).to(tl.float32)
-    return tl.where((columns < stop)[None, :], read, float("-inf"))
+def _columns(start, BLOCK: tl.constexpr, LANE: tl.constexpr):
+    """(BLOCK // LANE, LANE) int32, the shape of all tiles."""
+    return start + tl.arange(0, BLOCK // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
 
 
 @triton.jit
-def _add_prior(base, log_prior, first, columns, width):
-    if log_prior is not None:
-        base += tl.load(log_prior + first + columns, mask=columns < width, other=0.0)[None, :]
-    return base
+def _column_of(label, first):
+    """int32; no column of this tile where the class is in another one."""
+    return tl.maximum(tl.minimum(label - first, NEVER), -1).to(tl.int32)
+
+
+# ---- silenced classes
 
 
 @triton.jit
-def _neighbour(indices, slot, end, first):
-    """(ROWS,) int32, the silenced class in each row's slot, as a column; NEVER after the last."""
-    found = tl.load(indices + slot, mask=slot < end, other=0) - first
-    return tl.where(slot < end, tl.minimum(found, NEVER), NEVER).to(tl.int32)
-
-
-@triton.jit
-def _penalty(
-    indptr, indices, graph_rows, label_row, mask, first, start, log_silence, steps, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(ROWS, BLOCK) fp32: log_silence at the silenced columns start..start + BLOCK - 1, 0 elsewhere."""
-    columns = start + tl.arange(0, BLOCK)
-    penalty = tl.zeros((ROWS, BLOCK), tl.float32)
-    graph_row = tl.load(graph_rows + label_row, mask=mask, other=0)
-    slot = tl.load(indptr + graph_row, mask=mask, other=0)
-    end = tl.load(indptr + graph_row + 1, mask=mask, other=0)
+def _silenced_range(indptr, indices, graph_rows, label_row, begin_class, steps):
+    """The places in `indices` of the label's silenced classes from begin_class on, and their end."""
+    graph_row = tl.load(graph_rows + label_row)
+    slot, end = tl.load(indptr + graph_row), tl.load(indptr + graph_row + 1)
     high = end
     for _ in range(steps):
         middle = (slot + high) // 2
-        before = tl.load(indices + middle, mask=slot < high, other=start + first) < start + first
+        before = tl.load(indices + middle, mask=slot < high, other=begin_class) < begin_class
         slot = tl.where(before, middle + 1, slot)
         high = tl.where(before, high, middle)
-    neighbour = _neighbour(indices, slot, end, first)
-    while tl.min(neighbour, axis=0) < start + BLOCK:
-        penalty = tl.where(columns[None, :] == neighbour[:, None], log_silence, penalty)
-        slot += (neighbour < start + BLOCK).to(tl.int64)
-        neighbour = _neighbour(indices, slot, end, first)
-    return penalty
+    return slot, end
 
 
 @triton.jit
-def _silenced(
-    base, indptr, indices, graph_rows, label_row, mask, first, start, log_silence, steps, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """base with its silenced columns lowered, and whether each column is unsilenced, (ROWS, BLOCK)."""
-    if indices is None:
-        return base, tl.full((ROWS, BLOCK), 1, tl.int1)
-    else:  # the compiler goes on after a return that is not at the end
-        penalty = _penalty(indptr, indices, graph_rows, label_row, mask, first, start, log_silence, steps, ROWS, BLOCK)
-        return base + penalty, penalty == 0.0
+def _column_at(indices, slot, end, first):
+    """The column of the silenced class at that place; NEVER after the last."""
+    return tl.where(slot < end, tl.minimum(tl.load(indices + slot, mask=slot < end, other=0) - first, NEVER), NEVER).to(tl.int32)
 
 
 @triton.jit
-def _label_logit(logits, stride, row, log_prior, label, classes, first, mask):
-    """(ROWS,) fp32, logit plus prior of each row's label; -inf where it is in another tile."""
+def _silenced(base, indices, slot, end, first, columns, stop, log_silence, smoothing):
+    """base with its silenced columns below `stop` lowered, which columns are not silenced, and the place of the next one.
+
+    The latter tile is made only where labels are smoothed.
+    """
+    values = base
+    unsilenced = columns >= 0
+    if indices is not None:
+        column = _column_at(indices, slot, end, first)
+        while column < stop:
+            values = tl.where(columns == column, values + log_silence, values)
+            if smoothing is not None:
+                unsilenced = unsilenced & (columns != column)
+            slot += 1
+            column = _column_at(indices, slot, end, first)
+    return values, unsilenced, slot
+
+
+# ---- reading
+
+
+@triton.jit
+def _block(logits, log_prior, first, columns, stop, MASKED: tl.constexpr):
+    """The logits of a row at these columns, and the same plus prior, fp32; -inf from `stop` on, where they are masked."""
+    if MASKED:
+        inside = columns < stop
+        read = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        base = read
+        if log_prior is not None:
+            base += tl.load(log_prior + first + columns, mask=inside, other=0.0)
+    else:
+        read = tl.load(logits + columns).to(tl.float32)
+        base = read
+        if log_prior is not None:
+            base += tl.load(log_prior + first + columns)
+    return read, base
+
+
+@triton.jit
+def _store_label_logit(logits, log_prior, labels, label_logits, label_row, classes, first):
+    """Logit plus prior of a label; -inf where it is in another tile."""
+    label = tl.load(labels + label_row)
     column = label - first
-    inside = mask & (column >= 0) & (column < classes)
-    logit = tl.load(logits + row.to(tl.int64) * stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+    inside = (column >= 0) & (column < classes)
+    logit = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
     if log_prior is not None:
         logit += tl.load(log_prior + label, mask=inside, other=0.0)
-    return logit
+    tl.store(label_logits + label_row, logit)
 
 
 @triton.jit
-def _best_of(logits, columns, start, first, num_predicted, best_logit, best):
-    """The running best over the predicted classes, with a block's logits (ROWS, BLOCK) taken in; the first of equals."""
-    considered = tl.where((columns + first < num_predicted)[None, :], logits, float("-inf"))
-    here, where = tl.max(considered, axis=1, return_indices=True)
-    column = where.to(tl.int64) + start + first
-    better = here > best_logit
-    return tl.where(better, here, best_logit), tl.where(better, column, best)
+def _best_of(read, start, first, num_predicted, best_logit, best, BLOCK: tl.constexpr):
+    """The running best over the predicted classes, with a block's logits taken in; the first of equals."""
+    classes = start + first + tl.arange(0, BLOCK)
+    considered = tl.where(classes < num_predicted, tl.reshape(read, (BLOCK,)), float("-inf"))
+    here, where = tl.max(considered, axis=0, return_indices=True)
+    return tl.maximum(here, best_logit), tl.where(here > best_logit, where.to(tl.int64) + start + first, best)
+
+
+# ---- log-sum-exp, of each thread's own columns
 
 
 @triton.jit
-def _mass(columns, first, label, unsilenced, share, smooth, label_smoothing, smoothing):
-    """(ROWS, BLOCK): share * target mass, to be taken off the softmax."""
-    taken = tl.where((columns + first)[None, :] == label[:, None], (share * (1.0 - label_smoothing))[:, None], 0.0)
+def _taken_in(peak, weight, values):
+    """Running maximum and sum of exponentials above it, (BLOCK // LANE,), with a tile taken in."""
+    higher = tl.maximum(peak, tl.max(values, axis=1))
+    return higher, weight * tl.exp(peak - higher) + tl.sum(tl.exp(values - higher[:, None]), axis=1)
+
+
+@triton.jit
+def _log_sum_of(peak, weight):
+    highest = tl.max(peak, axis=0)
+    return highest + tl.log(tl.sum(weight * tl.exp(peak - highest), axis=0))
+
+
+@triton.jit
+def _gradient_of(values, log_sum, share, unsilenced, spread, smoothing):
+    """share * softmax, less what label smoothing spreads."""
+    gradient = tl.where(share != 0, tl.exp(values - log_sum) * share, 0.0)
     if smoothing is not None:
-        taken += tl.where(unsilenced, (share * smooth)[:, None], 0.0)
-    return taken
+        gradient -= tl.where(unsilenced, spread, 0.0)
+    return gradient
+
+
+@triton.jit
+def _less_label(gradient, columns, column, start, stop, mass):
+    if (column >= start) & (column < stop):
+        gradient -= tl.where(columns == column, mass, 0.0)
+    return gradient
+
+
+@triton.jit
+def _label_of(labels, shares, smoothing, label_row, first, label_smoothing):
+    """Its column, its share, and what of that is on the label and on each unsilenced class."""
+    column = _column_of(tl.load(labels + label_row), first)
+    share = tl.load(shares + label_row)
+    spread = 0.0
+    if smoothing is not None:
+        spread = share * tl.load(smoothing + label_row)
+    return column, share, share * (1.0 - label_smoothing), spread
+
+
+# ---- short rows
+
+
+@triton.jit
+def _whole_row_of_label(
+    base, columns, log_prior, labels, shares, smoothing, graph_rows, indptr, indices,
+    log_sums, logit_sums, label_row, classes, log_silence, label_smoothing, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stores the terms of one label, and returns its part of the gradient."""
+    slot, end = 0, 0
+    if indices is not None:
+        slot, end = _silenced_range(indptr, indices, graph_rows, label_row, 0, 0)
+    values, unsilenced, _ = _silenced(base, indices, slot, end, 0, columns, BLOCK, log_silence, smoothing)
+    highest = tl.maximum(tl.max(values), LOWEST)
+    exponentials = tl.exp(values - highest)
+    total = tl.sum(exponentials)
+    tl.store(log_sums + label_row, highest + tl.log(total))
+    column, share, mass, spread = _label_of(labels, shares, smoothing, label_row, 0, label_smoothing)
+    gradient = tl.where(share != 0, exponentials * (share / total), 0.0)
+    if smoothing is not None:
+        tl.store(logit_sums + label_row, tl.sum(tl.where(unsilenced & (columns < classes), base, 0.0)))
+        gradient -= tl.where(unsilenced, spread, 0.0)
+    return gradient - tl.where(columns == column, mass, 0.0)
 
 
 @triton.jit
@@ -118,151 +195,186 @@ def whole_rows(
     log_sums, label_logits, logit_sums,  # (L, n) fp32, written
     best_logits, bests,  # (n,) fp32 and int64, written; or None
     rows, classes, width, num_predicted, log_silence, label_smoothing,
-    LABELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Rows that fit into one block: terms and gradient."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    mask = row < rows
-    inside = mask[:, None] & (columns < width)[None, :]
-    base = _logits(logits, stride, row, columns, inside, classes)
+    stride, out_stride, width = stride * ALIGNED, out_stride * ALIGNED, width * ALIGNED
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * stride
+    columns = _columns(0, BLOCK, LANE)
+    read, base = _block(logits, log_prior, 0, columns, width, True)
+    read, base = tl.where(columns < classes, read, float("-inf")), tl.where(columns < classes, base, float("-inf"))
     if bests is not None:
-        best_logit = tl.full((ROWS,), float("-inf"), tl.float32)
-        best_logit, best = _best_of(base, columns, 0, 0, num_predicted, best_logit, tl.zeros((ROWS,), tl.int64))
-        tl.store(best_logits + row, best_logit, mask=mask)
-        tl.store(bests + row, best, mask=mask)
-    base = _add_prior(base, log_prior, 0, columns, width)
-    gradient = tl.zeros((ROWS, BLOCK), tl.float32)
+        best_logit, best = _best_of(read, 0, 0, num_predicted, float("-inf"), tl.zeros((), tl.int64), BLOCK)
+        tl.store(best_logits + row, best_logit)
+        tl.store(bests + row, best)
     for which in tl.static_range(LABELS):
-        label_row = which * rows + row
-        label = tl.load(labels + label_row, mask=mask, other=0)
-        tl.store(label_logits + label_row, _label_logit(logits, stride, row, log_prior, label, classes, 0, mask), mask=mask)
-        # Column 0 is class 0: the first neighbour is the row's first, and nothing has to be searched.
-        values, unsilenced = _silenced(base, indptr, indices, graph_rows, label_row, mask, 0, 0, log_silence, 0, ROWS, BLOCK)
-        highest = tl.maximum(tl.max(values, axis=1), LOWEST)
-        exponentials = tl.exp(values - highest[:, None])
-        total = tl.sum(exponentials, axis=1)
-        tl.store(log_sums + label_row, highest + tl.log(total), mask=mask)
-        smooth = tl.zeros((ROWS,), tl.float32)
-        if smoothing is not None:
-            smooth = tl.load(smoothing + label_row, mask=mask, other=0.0)
-            logit_sum = tl.sum(tl.where(unsilenced & (columns < classes)[None, :], base, 0.0), axis=1)
-            tl.store(logit_sums + label_row, logit_sum, mask=mask)
-        share = tl.load(shares + label_row, mask=mask, other=0.0)
-        gradient += tl.where((share != 0)[:, None], exponentials * (share / total)[:, None], 0.0)
-        gradient -= _mass(columns, 0, label, unsilenced, share, smooth, label_smoothing, smoothing)
+        _store_label_logit(logits, log_prior, labels, label_logits, which * rows + row, classes, 0)
+    gradient = tl.zeros((BLOCK // LANE, LANE), tl.float32)
+    for which in tl.static_range(LABELS):
+        gradient += _whole_row_of_label(
+            base, columns, log_prior, labels, shares, smoothing, graph_rows, indptr, indices,
+            log_sums, logit_sums, which * rows + row, classes, log_silence, label_smoothing, BLOCK,
+        )  # fmt: skip
     # Where out is logits, other warps may still have to read the label's logit.
     tl.debug_barrier()
-    place = out + row.to(tl.int64)[:, None] * out_stride + columns[None, :]
-    tl.store(place, gradient.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row.to(tl.int64) * out_stride + columns, gradient.to(out.dtype.element_ty), mask=columns < width)
+
+
+# ---- long rows
+
+
+@triton.jit
+def _scan_block(
+    logits, log_prior, smoothing, indices, bests, start, stop, first, num_predicted, log_silence,
+    slot_a, end_a, peak_a, weight_a, sum_a, slot_b, end_b, peak_b, weight_b, sum_b, best_logit, best,
+    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    columns = _columns(start, BLOCK, LANE)
+    read, base = _block(logits, log_prior, first, columns, stop, MASKED)
+    if bests is not None and start + first < num_predicted:
+        best_logit, best = _best_of(read, start, first, num_predicted, best_logit, best, BLOCK)
+    values, unsilenced, slot_a = _silenced(base, indices, slot_a, end_a, first, columns, start + BLOCK, log_silence, smoothing)
+    peak_a, weight_a = _taken_in(peak_a, weight_a, values)
+    if smoothing is not None:
+        sum_a += tl.sum(tl.where(unsilenced & (columns < stop), base, 0.0), axis=1)
+    if LABELS == 2:
+        values, unsilenced, slot_b = _silenced(base, indices, slot_b, end_b, first, columns, start + BLOCK, log_silence, smoothing)
+        peak_b, weight_b = _taken_in(peak_b, weight_b, values)
+        if smoothing is not None:
+            sum_b += tl.sum(tl.where(unsilenced & (columns < stop), base, 0.0), axis=1)
+    return slot_a, peak_a, weight_a, sum_a, slot_b, peak_b, weight_b, sum_b, best_logit, best
 
 
 @triton.jit
 def _scan(
-    logits, stride, log_prior, smoothing, graph_rows, indptr, indices,
+    logits, log_prior, smoothing, indices, slot_a, end_a, slot_b, end_b,
     log_sums, logit_sums, best_logits, bests, part,
-    row, mask, rows, begin, stop, classes, width, first, num_predicted, log_silence, steps,
-    LABELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    row, rows, begin, stop, first, num_predicted, log_silence,
+    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
-    """Terms over the columns begin..stop - 1, stored as those of this part; returns log-sum-exp (LABELS, ROWS)."""
-    which_label = tl.arange(0, LABELS)[:, None]
-    highest = tl.full((LABELS, ROWS), LOWEST, tl.float32)
-    total = tl.zeros((LABELS, ROWS), tl.float32)
-    logit_sum = tl.zeros((LABELS, ROWS), tl.float32)
-    best_logit = tl.full((ROWS,), float("-inf"), tl.float32)
-    best = tl.zeros((ROWS,), tl.int64)
-    for start in range(begin, stop, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = mask[:, None] & (columns < width)[None, :]
-        base = _logits(logits, stride, row, columns, inside, stop)
-        if bests is not None and start + first < num_predicted:
-            best_logit, best = _best_of(base, columns, start, first, num_predicted, best_logit, best)
-        base = _add_prior(base, log_prior, first, columns, width)
-        for which in tl.static_range(LABELS):
-            values, unsilenced = _silenced(
-                base, indptr, indices, graph_rows, which * rows + row, mask, first, start, log_silence, steps, ROWS, BLOCK
-            )
-            mine = which_label == which
-            higher = tl.where(mine, tl.maximum(highest, tl.max(values, axis=1)[None, :]), highest)
-            reference = tl.max(tl.where(mine, higher, LOWEST), axis=0)
-            added = tl.sum(tl.exp(values - reference[:, None]), axis=1)
-            total = total * tl.exp(highest - higher) + tl.where(mine, added[None, :], 0.0)
-            highest = higher
-            if smoothing is not None:
-                logit_sum += tl.where(
-                    mine, tl.sum(tl.where(unsilenced & (columns < stop)[None, :], base, 0.0), axis=1)[None, :], 0.0
-                )
-    log_sum = highest + tl.log(total)
-    place = (part.to(tl.int64) * LABELS + which_label) * rows + row[None, :]
-    tl.store(log_sums + place, log_sum, mask=mask[None, :])
+    """Terms over the columns begin..stop - 1, stored as those of this part; returns the log-sum-exp for each label."""
+    peak_a, weight_a = tl.full((BLOCK // LANE,), LOWEST, tl.float32), tl.zeros((BLOCK // LANE,), tl.float32)
+    peak_b, weight_b = peak_a, weight_a
+    sum_a, sum_b = weight_a, weight_a
+    best_logit, best = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.int64)
+    full = begin + tl.maximum(stop - begin, 0) // BLOCK * BLOCK
+    for start in range(begin, full, BLOCK):
+        slot_a, peak_a, weight_a, sum_a, slot_b, peak_b, weight_b, sum_b, best_logit, best = _scan_block(
+            logits, log_prior, smoothing, indices, bests, start, stop, first, num_predicted, log_silence,
+            slot_a, end_a, peak_a, weight_a, sum_a, slot_b, end_b, peak_b, weight_b, sum_b, best_logit, best,
+            LABELS, BLOCK, LANE, False,
+        )  # fmt: skip
+    if full < stop:
+        slot_a, peak_a, weight_a, sum_a, slot_b, peak_b, weight_b, sum_b, best_logit, best = _scan_block(
+            logits, log_prior, smoothing, indices, bests, full, stop, first, num_predicted, log_silence,
+            slot_a, end_a, peak_a, weight_a, sum_a, slot_b, end_b, peak_b, weight_b, sum_b, best_logit, best,
+            LABELS, BLOCK, LANE, True,
+        )  # fmt: skip
+    part_row = part.to(tl.int64) * rows + row
+    place = part.to(tl.int64) * LABELS * rows + row
+    log_sum_a = _log_sum_of(peak_a, weight_a)
+    log_sum_b = log_sum_a
+    tl.store(log_sums + place, log_sum_a)
     if smoothing is not None:
-        tl.store(logit_sums + place, logit_sum, mask=mask[None, :])
+        tl.store(logit_sums + place, tl.sum(sum_a))
+    if LABELS == 2:
+        log_sum_b = _log_sum_of(peak_b, weight_b)
+        tl.store(log_sums + place + rows, log_sum_b)
+        if smoothing is not None:
+            tl.store(logit_sums + place + rows, tl.sum(sum_b))
     if bests is not None:
-        tl.store(best_logits + part.to(tl.int64) * rows + row, best_logit, mask=mask)
-        tl.store(bests + part.to(tl.int64) * rows + row, best, mask=mask)
-    return log_sum
+        tl.store(best_logits + part_row, best_logit)
+        tl.store(bests + part_row, best)
+    return log_sum_a, log_sum_b
+
+
+@triton.jit
+def _gradient_block(
+    logits, out, log_prior, smoothing, indices, start, stop, first, log_silence,
+    slot_a, end_a, log_sum_a, column_a, share_a, mass_a, spread_a,
+    slot_b, end_b, log_sum_b, column_b, share_b, mass_b, spread_b,
+    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    columns = _columns(start, BLOCK, LANE)
+    _, base = _block(logits, log_prior, first, columns, stop, MASKED)
+    values, unsilenced, slot_a = _silenced(base, indices, slot_a, end_a, first, columns, start + BLOCK, log_silence, smoothing)
+    gradient = _gradient_of(values, log_sum_a, share_a, unsilenced, spread_a, smoothing)
+    gradient = _less_label(gradient, columns, column_a, start, start + BLOCK, mass_a)
+    if LABELS == 2:
+        values, unsilenced, slot_b = _silenced(base, indices, slot_b, end_b, first, columns, start + BLOCK, log_silence, smoothing)
+        gradient += _gradient_of(values, log_sum_b, share_b, unsilenced, spread_b, smoothing)
+        gradient = _less_label(gradient, columns, column_b, start, start + BLOCK, mass_b)
+    if MASKED:
+        tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=columns < stop)
+    else:
+        tl.store(out + columns, gradient.to(out.dtype.element_ty))
+    return slot_a, slot_b
 
 
 @triton.jit
 def _write_gradient(
-    logits, stride, out, out_stride, log_prior, labels, shares, smoothing, graph_rows, indptr, indices, log_sum,
-    row, mask, rows, begin, stop, classes, width, first, log_silence, label_smoothing, steps,
-    LABELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    logits, out, log_prior, labels, shares, smoothing, indices, slot_a, end_a, slot_b, end_b, log_sum_a, log_sum_b,
+    row, rows, begin, stop, first, log_silence, label_smoothing,
+    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient at the columns begin..stop - 1; log_sum (LABELS, ROWS) is over all classes."""
-    for start in range(begin, stop, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = mask[:, None] & (columns < width)[None, :]
-        base = _add_prior(_logits(logits, stride, row, columns, inside, stop), log_prior, first, columns, width)
-        gradient = tl.zeros((ROWS, BLOCK), tl.float32)
-        for which in tl.static_range(LABELS):
-            label_row = which * rows + row
-            values, unsilenced = _silenced(
-                base, indptr, indices, graph_rows, label_row, mask, first, start, log_silence, steps, ROWS, BLOCK
-            )
-            label = tl.load(labels + label_row, mask=mask, other=0)
-            share = tl.load(shares + label_row, mask=mask, other=0.0)
-            smooth = tl.zeros((ROWS,), tl.float32)
-            if smoothing is not None:
-                smooth = tl.load(smoothing + label_row, mask=mask, other=0.0)
-            of_label = tl.sum(tl.where((tl.arange(0, LABELS) == which)[:, None], log_sum, 0.0), axis=0)
-            gradient += tl.where((share != 0)[:, None], tl.exp(values - of_label[:, None]) * share[:, None], 0.0)
-            gradient -= _mass(columns, first, label, unsilenced, share, smooth, label_smoothing, smoothing)
-        place = out + row.to(tl.int64)[:, None] * out_stride + columns[None, :]
-        tl.store(place, gradient.to(out.dtype.element_ty), mask=inside)
+    """The gradient at the columns begin..stop - 1; the log-sum-exps are over all classes."""
+    column_a, share_a, mass_a, spread_a = _label_of(labels, shares, smoothing, row, first, label_smoothing)
+    column_b, share_b, mass_b, spread_b = column_a, share_a, mass_a, spread_a
+    if LABELS == 2:
+        column_b, share_b, mass_b, spread_b = _label_of(labels, shares, smoothing, rows + row, first, label_smoothing)
+    full = begin + tl.maximum(stop - begin, 0) // BLOCK * BLOCK
+    for start in range(begin, full, BLOCK):
+        slot_a, slot_b = _gradient_block(
+            logits, out, log_prior, smoothing, indices, start, stop, first, log_silence,
+            slot_a, end_a, log_sum_a, column_a, share_a, mass_a, spread_a,
+            slot_b, end_b, log_sum_b, column_b, share_b, mass_b, spread_b, LABELS, BLOCK, LANE, False,
+        )  # fmt: skip
+    if full < stop:
+        _gradient_block(
+            logits, out, log_prior, smoothing, indices, full, stop, first, log_silence,
+            slot_a, end_a, log_sum_a, column_a, share_a, mass_a, spread_a,
+            slot_b, end_b, log_sum_b, column_b, share_b, mass_b, spread_b, LABELS, BLOCK, LANE, True,
+        )  # fmt: skip
 
 
 @triton.jit
-def _store_label_logits(
-    logits, stride, log_prior, labels, label_logits, row, mask, rows, classes, first, LABELS: tl.constexpr
-):  # fmt: skip
-    for which in tl.static_range(LABELS):
-        label = tl.load(labels + which * rows + row, mask=mask, other=0)
-        logit = _label_logit(logits, stride, row, log_prior, label, classes, first, mask)
-        tl.store(label_logits + which * rows + row, logit, mask=mask)
+def _silenced_ranges(indptr, indices, graph_rows, row, rows, begin_class, steps, LABELS: tl.constexpr):
+    """_silenced_range of both labels; of one twice where there is one."""
+    slot_a, end_a = _silenced_range(indptr, indices, graph_rows, row, begin_class, steps)
+    slot_b, end_b = slot_a, end_a
+    if LABELS == 2:
+        slot_b, end_b = _silenced_range(indptr, indices, graph_rows, rows + row, begin_class, steps)
+    return slot_a, end_a, slot_b, end_b
 
 
 @triton.jit
 def long_rows(
     logits, stride, out, out_stride, log_prior, labels, shares, smoothing, graph_rows, indptr, indices,
     log_sums, label_logits, logit_sums, best_logits, bests,
-    rows, classes, width, num_predicted, log_silence, label_smoothing, steps,
-    LABELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, classes, num_predicted, log_silence, label_smoothing,
+    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """As `whole_rows`, for rows of several blocks: the second time they come from the cache."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask = row < rows
-    _store_label_logits(logits, stride, log_prior, labels, label_logits, row, mask, rows, classes, 0, LABELS)
-    log_sum = _scan(
-        logits, stride, log_prior, smoothing, graph_rows, indptr, indices,
+    stride, out_stride = stride * ALIGNED, out_stride * ALIGNED
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * stride
+    for which in tl.static_range(LABELS):
+        _store_label_logit(logits, log_prior, labels, label_logits, which * rows + row, classes, 0)
+    slot_a, end_a, slot_b, end_b = 0, 0, 0, 0
+    if indices is not None:  # column 0 is class 0: nothing has to be searched
+        slot_a, end_a, slot_b, end_b = _silenced_ranges(indptr, indices, graph_rows, row, rows, 0, 0, LABELS)
+    log_sum_a, log_sum_b = _scan(
+        logits, log_prior, smoothing, indices, slot_a, end_a, slot_b, end_b,
         log_sums, logit_sums, best_logits, bests, tl.program_id(1),
-        row, mask, rows, 0, classes, classes, width, 0, num_predicted, log_silence, steps, LABELS, ROWS, BLOCK,
+        row, rows, 0, classes, 0, num_predicted, log_silence, LABELS, BLOCK, LANE,
     )  # fmt: skip
     # Where out is logits, every warp must have read the labels' logits before any warp writes.
     tl.debug_barrier()
     _write_gradient(
-        logits, stride, out, out_stride, log_prior, labels, shares, smoothing, graph_rows, indptr, indices, log_sum,
-        row, mask, rows, 0, classes, classes, width, 0, log_silence, label_smoothing, steps, LABELS, ROWS, BLOCK,
+        logits, out + row.to(tl.int64) * out_stride, log_prior, labels, shares, smoothing, indices,
+        slot_a, end_a, slot_b, end_b, log_sum_a, log_sum_b,
+        row, rows, 0, classes, 0, log_silence, label_smoothing, LABELS, BLOCK, LANE,
     )  # fmt: skip
 
 
@@ -270,39 +382,48 @@ def long_rows(
 def part_terms(
     logits, stride, log_prior, labels, smoothing, graph_rows, indptr, indices,
     log_sums, label_logits, logit_sums, best_logits, bests,  # the first, third, fourth and fifth once per part
-    rows, classes, width, first, span, num_predicted, log_silence, steps,
-    LABELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, classes, first, span, num_predicted, log_silence, steps,
+    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Terms of a part of each row, `span` columns of a tile whose column 0 is class `first`."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask = row < rows
-    part = tl.program_id(1)
+    stride = stride * ALIGNED
+    row, part = tl.program_id(0), tl.program_id(1)
+    logits += row.to(tl.int64) * stride
     begin = part * span
     if part == 0:
-        _store_label_logits(logits, stride, log_prior, labels, label_logits, row, mask, rows, classes, first, LABELS)
+        for which in tl.static_range(LABELS):
+            _store_label_logit(logits, log_prior, labels, label_logits, which * rows + row, classes, first)
+    slot_a, end_a, slot_b, end_b = 0, 0, 0, 0
+    if indices is not None:
+        slot_a, end_a, slot_b, end_b = _silenced_ranges(indptr, indices, graph_rows, row, rows, first + begin, steps, LABELS)
     _scan(
-        logits, stride, log_prior, smoothing, graph_rows, indptr, indices,
+        logits, log_prior, smoothing, indices, slot_a, end_a, slot_b, end_b,
         log_sums, logit_sums, best_logits, bests, part,
-        row, mask, rows, begin, tl.minimum(begin + span, classes), classes, width, first, num_predicted, log_silence, steps,
-        LABELS, ROWS, BLOCK,
+        row, rows, begin, tl.minimum(begin + span, classes), first, num_predicted, log_silence, LABELS, BLOCK, LANE,
     )  # fmt: skip
 
 
 @triton.jit
 def part_gradient(
     logits, stride, out, out_stride, log_prior, labels, shares, smoothing, graph_rows, indptr, indices, log_sums,
-    rows, classes, width, first, span, log_silence, label_smoothing, steps,
-    LABELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, classes, first, span, log_silence, label_smoothing, steps,
+    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a part of each row; log_sums (L, n) are over all classes."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask = row < rows
+    stride, out_stride = stride * ALIGNED, out_stride * ALIGNED
+    row = tl.program_id(0)
     begin = tl.program_id(1) * span
-    log_sum = tl.load(log_sums + tl.arange(0, LABELS)[:, None] * rows + row[None, :], mask=mask[None, :], other=0.0)
+    log_sum_a = tl.load(log_sums + row)
+    log_sum_b = log_sum_a
+    if LABELS == 2:
+        log_sum_b = tl.load(log_sums + rows + row)
+    slot_a, end_a, slot_b, end_b = 0, 0, 0, 0
+    if indices is not None:
+        slot_a, end_a, slot_b, end_b = _silenced_ranges(indptr, indices, graph_rows, row, rows, first + begin, steps, LABELS)
     _write_gradient(
-        logits, stride, out, out_stride, log_prior, labels, shares, smoothing, graph_rows, indptr, indices, log_sum,
-        row, mask, rows, begin, tl.minimum(begin + span, classes), classes, width, first, log_silence, label_smoothing, steps,
-        LABELS, ROWS, BLOCK,
+        logits + row.to(tl.int64) * stride, out + row.to(tl.int64) * out_stride, log_prior, labels, shares, smoothing, indices,
+        slot_a, end_a, slot_b, end_b, log_sum_a, log_sum_b,
+        row, rows, begin, tl.minimum(begin + span, classes), first, log_silence, label_smoothing, LABELS, BLOCK, LANE,
     )  # fmt: skip
 
 

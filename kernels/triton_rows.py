@@ -13,20 +13,15 @@ from torch import Tensor
 from fastlt_kernels import row_kernels
 from fastlt_kernels.rows import Rows, Terms, merge_terms
 
-# In elements of a program. Compiled for sm_90, for one label, whole rows take 32 registers a thread (62 with smoothing) and long
-# rows 40 to 111: one or two programs fit on a processor, so that one can load while another computes, and there are few enough
-# rows at a time that the second reading of long ones finds them in the L2 cache.
-WHOLE_ROW = 8_192
-SMALL_BLOCK = 2_048  # of short rows, several go into a program
+WHOLE_ROW = 2_048  # classes
 LONG_BLOCK = 4_096
-ELEMENTS_PER_THREAD = 8
+ELEMENTS_PER_THREAD = 16
 VECTOR = 16  # what Triton must know a number to be a multiple of, to read and write several elements at once
 
 
 class Cut(NamedTuple):
     """How rows of logits go to programs."""
 
-    rows: int  # of a program
     block: int  # columns of a program at a time, a power of two
     warps: int
     parts: int  # programs that share a row
@@ -37,12 +32,11 @@ def plan_cut(rows: int, classes: int, labels: int, processors: int) -> Cut:
     # Two labels keep two sets of values and their gradient.
     if classes <= WHOLE_ROW // labels:
         block = triton.next_power_of_2(max(classes, 16))
-        together = max(1, min(SMALL_BLOCK // block, triton.next_power_of_2(max(1, rows // (2 * processors)))))
-        return Cut(together, block, _warps(together * block), 1)
+        return Cut(block, _warps(block), 1)
     block = LONG_BLOCK // labels
     programs = 2 * processors
     parts = 1 if rows >= programs else min(triton.cdiv(classes, 2 * block), triton.cdiv(programs, max(rows, 1)))
-    return Cut(1, block, _warps(block), parts)
+    return Cut(block, _warps(block), parts)
 
 
 def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
@@ -52,11 +46,12 @@ def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
     labels = rows.labels.shape[0]
     cut = _cut(logits, labels)
     out = _empty_terms(rows, logits, cut.parts)
+    aligned, (stride,) = _in_units(logits.stride(0))
     with _on(logits):
-        row_kernels.part_terms[triton.cdiv(count, cut.rows), cut.parts](
-            logits, logits.stride(0), rows.log_prior, rows.labels, rows.smoothing, rows.graph_rows, rows.indptr, rows.indices,
-            *out, count, columns, _width(logits), first, _span(columns, cut), rows.num_predicted, _log_silence(rows), _steps(rows),
-            LABELS=labels, ROWS=cut.rows, BLOCK=cut.block, num_warps=cut.warps,
+        row_kernels.part_terms[count, cut.parts](
+            logits, stride, rows.log_prior, rows.labels, rows.smoothing, rows.graph_rows, rows.indptr, rows.indices,
+            *out, count, columns, first, _span(columns, cut), rows.num_predicted, _log_silence(rows), _steps(rows),
+            LABELS=labels, BLOCK=cut.block, LANE=_lane(logits), ALIGNED=aligned, num_warps=cut.warps,
         )  # fmt: skip
     return _merged(out)
 
@@ -67,12 +62,13 @@ def row_gradient(logits: Tensor, first: int, rows: Rows, log_sum: Tensor, out: T
     count, columns = logits.shape
     labels = rows.labels.shape[0]
     cut = _cut(logits, labels)
+    aligned, (stride, out_stride) = _in_units(logits.stride(0), out.stride(0))
     with _on(logits):
-        row_kernels.part_gradient[triton.cdiv(count, cut.rows), cut.parts](
-            logits, logits.stride(0), out, out.stride(0), rows.log_prior, rows.labels, rows.shares, rows.smoothing,
+        row_kernels.part_gradient[count, cut.parts](
+            logits, stride, out, out_stride, rows.log_prior, rows.labels, rows.shares, rows.smoothing,
             rows.graph_rows, rows.indptr, rows.indices, log_sum.contiguous(),
-            count, columns, _width(logits, out), first, _span(columns, cut), _log_silence(rows), rows.label_smoothing, _steps(rows),
-            LABELS=labels, ROWS=cut.rows, BLOCK=cut.block, num_warps=cut.warps,
+            count, columns, first, _span(columns, cut), _log_silence(rows), rows.label_smoothing, _steps(rows),
+            LABELS=labels, BLOCK=cut.block, LANE=_lane(logits), ALIGNED=aligned, num_warps=cut.warps,
         )  # fmt: skip
 
 
@@ -88,13 +84,14 @@ def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
         row_gradient(logits, 0, rows, terms.log_sum, out)
         return terms
     written = _empty_terms(rows, logits, 1)
-    kernel, search = (row_kernels.whole_rows, ()) if whole else (row_kernels.long_rows, (_steps(rows),))
+    kernel, widths = (row_kernels.whole_rows, [_width(logits, out)]) if whole else (row_kernels.long_rows, [])
+    aligned, (stride, out_stride, *widths) = _in_units(logits.stride(0), out.stride(0), *widths)
     with _on(logits):
-        kernel[triton.cdiv(count, cut.rows), 1](
-            logits, logits.stride(0), out, out.stride(0), rows.log_prior, rows.labels, rows.shares,
+        kernel[count, 1](
+            logits, stride, out, out_stride, rows.log_prior, rows.labels, rows.shares,
             rows.smoothing, rows.graph_rows, rows.indptr, rows.indices, *written,
-            count, columns, _width(logits, out), rows.num_predicted, _log_silence(rows), rows.label_smoothing, *search,
-            LABELS=labels, ROWS=cut.rows, BLOCK=cut.block, num_warps=cut.warps,
+            count, columns, *widths, rows.num_predicted, _log_silence(rows), rows.label_smoothing,
+            LABELS=labels, BLOCK=cut.block, LANE=_lane(logits), ALIGNED=aligned, num_warps=cut.warps,
         )  # fmt: skip
     return _merged(written)
 
@@ -163,6 +160,17 @@ def _width(logits: Tensor, out: Tensor | None = None) -> int:
 def _span(columns: int, cut: Cut) -> int:
     """Columns of a part, whole blocks."""
     return triton.cdiv(triton.cdiv(columns, cut.parts), cut.block) * cut.block
+
+
+def _lane(logits: Tensor) -> int:
+    """Neighbouring columns of one thread: what it reads at once, 16 bytes."""
+    return 16 // logits.element_size()
+
+
+def _in_units(*lengths: int) -> tuple[int, list[int]]:
+    """A unit, and the lengths in it. Triton sees by itself what is a multiple of 16; so rows of 1,000 classes are vectors too."""
+    unit = 8 if all(length % 8 == 0 for length in lengths) else 1
+    return unit, [length // unit for length in lengths]
 
 
 def _warps(elements: int) -> int:
