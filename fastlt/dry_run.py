@@ -137,7 +137,7 @@ def memory_bytes(device: torch.device) -> int:
 
 def timed(trainer: Trainer, batch: int) -> Speed:
     """The trainer's own steps, on batches of this size that the loader feeds."""
-    trainer.plan = replace(trainer.plan, batch=batch, drop_last=True)
+    trainer.plan, trainer.forward = replace(trainer.plan, batch=batch, drop_last=True), None  # compiled for such batches
     steps = own_steps(trainer)
     for _ in itertools.islice(steps, WARM_UP):
         pass

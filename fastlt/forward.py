@@ -1,6 +1,7 @@
 """Model and loss as one module: what DistributedDataParallel and torch.compile are given."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,22 @@ class Forward(nn.Module):
         return self.criterion.step(self.model, images, target, target_b, mix)
 
 
-def build_forward(model: Classifier, criterion: Criterion, ranks: Ranks, mode: str | None) -> Callable[..., Step]:
+class CompiledForBatch:
+    """A module compiled for batches of one length. Others, such as the last of an epoch, go through it as it is: to compile it for
+    them as well would take longer than they do."""
+
+    def __init__(self, module: nn.Module, mode: str, batch: int) -> None:
+        self.module, self.compiled, self.batch = module, torch.compile(module, mode=mode), batch
+        self.no_sync = getattr(module, "no_sync", nullcontext)
+
+    def __call__(self, images: Tensor, *labels: Tensor | None) -> Step:
+        return (self.compiled if len(images) == self.batch else self.module)(images, *labels)
+
+
+def build_forward(model: Classifier, criterion: Criterion, ranks: Ranks, mode: str | None, batch: int) -> Callable[..., Step]:
     """`forward(images, target, target_b, mix)`; with several ranks the gradients become those of the mean over ranks.
 
-    mode: of torch.compile; None: not compiled.
+    mode: of torch.compile; None: not compiled. batch: images of a rank's usual batch.
     """
     forward: nn.Module = Forward(model, criterion)
     trains_anything = any(p.requires_grad for name, p in forward.named_parameters() if not _is_whole_already(model, name))
@@ -34,7 +47,7 @@ def build_forward(model: Classifier, criterion: Criterion, ranks: Ranks, mode: s
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(forward, own)
         device = next(model.parameters()).device
         forward = DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None)
-    return torch.compile(forward, mode=mode) if mode else forward
+    return CompiledForBatch(forward, mode, batch) if mode else forward
 
 
 def _is_whole_already(model: Classifier, name: str) -> bool:

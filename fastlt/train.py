@@ -259,7 +259,8 @@ def make_input(
 
     dtype: that of autocast, to which the first layer would turn them anyway.
     """
-    augment, data, compiled = config.augment, config.data, is_compiled(config, device)
+    augment, data = config.augment, config.data
+    compiled = is_compiled(config, device) and data.batch % len(pixels) == 0  # not for the short batch that may end an epoch
     target, pixels = to_device(labels, device), to_device(pixels, device)
     if augment.randaugment or any(augment.jitter):
         planes = colour_jitter(pixels.permute(0, 3, 1, 2), augment.jitter, generator, compiled)
@@ -292,7 +293,10 @@ def forward_of(trainer: Trainer, epoch: int) -> Callable[..., Step]:
         criterion = build_criterion(config.loss, trainer.space, counts, trainer.model, phase.drw, trainer.device)
         trainer.forward = None  # first: what it has hung on the parameters goes with it
         mode = config.train.compile_mode if is_compiled(config, trainer.device) else None
-        trainer.forward = phase, build_forward(trainer.model, criterion, trainer.ranks, mode)
+        trainer.forward = (
+            phase,
+            build_forward(trainer.model, criterion, trainer.ranks, mode, trainer.plan.batch // trainer.ranks.world),
+        )
     return trainer.forward[1]
 
 

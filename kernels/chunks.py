@@ -11,6 +11,8 @@ import torch
 # On a GPU each chunk of rows reads and writes the whole fp32 weight gradient once more, which costs about 240 / rows of the
 # time of the products; making the logits a second time costs a third.
 GPU_ROWS = 1024
+GPU_MOST_ROWS = 8192  # more take memory, and gain little
+GPU_TILE = 128  # rows of a matrix product that a processor computes together
 # Measured on AVX-512 at C = 10k and 100k: 64 rows starve the matrix products (1.1 times the time in fp32, 2 in bf16),
 # and more than 512 leave the caches and gain nothing in fp32. In bf16 every chunk adds a rounded weight gradient.
 CPU_ROWS = 512
@@ -40,6 +42,7 @@ def plan_chunks(
     device: str,
     in_torch: bool,
     chunk_bytes: int,
+    weight_grad: bool = True,
 ) -> Chunking:
     """slots: silenced columns per row, padded; product, total: dtypes of products and sums; in_torch: rows are torch's."""
     cast_bytes = width * product.itemsize if weight_dtype != product else 0  # of a class
@@ -54,10 +57,17 @@ def plan_chunks(
     per_logit = product.itemsize + (total.itemsize * (1 if product == total else 2) / 8 if in_torch else 0)
     per_row = width * (product.itemsize + total.itemsize) + widened  # features and their gradient
     per_row += slots * 13 * total.itemsize if in_torch else 0  # indices, masks and values of the silenced columns, as measured
-    wanted = min(rows, CPU_ROWS if device == "cpu" and product == total else 4 * GPU_ROWS)
-    fitting = int(left // (_up(classes) * per_logit + per_row))
+    wanted = min(rows, CPU_ROWS if device == "cpu" and product == total else GPU_MOST_ROWS)
+    row_bytes = _up(classes) * per_logit + per_row
+    # Several chunks sum the weight's gradient beside it; where all rows are one chunk, their logits may have that memory.
+    sums = classes * width * total.itemsize if weight_grad and weight_dtype != total else 0
+    if wanted == rows and device != "cpu" and (left + sums) // row_bytes >= rows:
+        return Chunking(rows, classes, products, cast_once)
+    fitting = int(left // row_bytes)
     if fitting >= min(wanted, CPU_LEAST_ROWS if device == "cpu" else GPU_ROWS) or classes <= LEAST_CLASSES:
-        return Chunking(_even(rows, max(1, min(wanted, fitting))), classes, products, cast_once)
+        step = max(1, min(wanted, fitting))
+        together = _even(rows, step) if device == "cpu" or step < GPU_TILE else _up(_even(rows, _down(step, GPU_TILE)), GPU_TILE)
+        return Chunking(together, classes, products, cast_once)
     # As many rows as classes: the gradients of both are read and written once per tile.
     square = CPU_ROWS if device == "cpu" else _down(math.isqrt(max(0, int(left / per_logit))))
     count = _even(rows, max(1, min(square, int(left // (per_row + LEAST_CLASSES * per_logit)))))
@@ -70,12 +80,12 @@ def _even(length: int, step: int) -> int:
     return math.ceil(length / math.ceil(length / step)) if length else step
 
 
-def _down(count: int) -> int:
-    return count // ALIGNED * ALIGNED
+def _down(count: int, step: int = ALIGNED) -> int:
+    return count // step * step
 
 
-def _up(count: int) -> int:
-    return -(-count // ALIGNED) * ALIGNED
+def _up(count: int, step: int = ALIGNED) -> int:
+    return -(-count // step) * step
 
 
 def slices(length: int, step: int, start: int = 0) -> Iterator[slice]:

@@ -225,6 +225,7 @@ def _run(problem: Problem, wanted: Sequence[bool]) -> tuple[Tensor, Terms, Gradi
         device=features.device.type,
         in_torch=backend == "torch",
         chunk_bytes=chunk_bytes,
+        weight_grad=wanted[1],
     )
     gradients = _empty_gradients(problem, wanted)
     # The dtypes of the products are chosen already; autocast must not choose again.
