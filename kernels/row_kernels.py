@@ -355,30 +355,27 @@ def long_rows(
     rows, classes, num_predicted, log_silence, label_smoothing,
     LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """As `whole_rows`, for rows of several blocks: the second time they come from the cache. A program takes one row after another,
-    so that there are not more rows under way than the cache holds."""
+    """As `whole_rows`, for rows of several blocks: the second time they come from the cache."""
     stride, out_stride = stride * ALIGNED, out_stride * ALIGNED
     row = tl.program_id(0)
-    while row < rows:
-        here = logits + row.to(tl.int64) * stride
-        for which in tl.static_range(LABELS):
-            _store_label_logit(here, log_prior, labels, label_logits, which * rows + row, classes, 0)
-        slot_a, end_a, slot_b, end_b = 0, 0, 0, 0
-        if indices is not None:  # column 0 is class 0: nothing has to be searched
-            slot_a, end_a, slot_b, end_b = _silenced_ranges(indptr, indices, graph_rows, row, rows, 0, 0, LABELS)
-        log_sum_a, log_sum_b = _scan(
-            here, log_prior, smoothing, indices, slot_a, end_a, slot_b, end_b,
-            log_sums, logit_sums, best_logits, bests, tl.program_id(1),
-            row, rows, 0, classes, 0, num_predicted, log_silence, LABELS, BLOCK, LANE,
-        )  # fmt: skip
-        # Where out is logits, every warp must have read the labels' logits before any warp writes.
-        tl.debug_barrier()
-        _write_gradient(
-            here, out + row.to(tl.int64) * out_stride, log_prior, labels, shares, smoothing, indices,
-            slot_a, end_a, slot_b, end_b, log_sum_a, log_sum_b,
-            row, rows, 0, classes, 0, log_silence, label_smoothing, LABELS, BLOCK, LANE,
-        )  # fmt: skip
-        row += tl.num_programs(0)
+    logits += row.to(tl.int64) * stride
+    for which in tl.static_range(LABELS):
+        _store_label_logit(logits, log_prior, labels, label_logits, which * rows + row, classes, 0)
+    slot_a, end_a, slot_b, end_b = 0, 0, 0, 0
+    if indices is not None:  # column 0 is class 0: nothing has to be searched
+        slot_a, end_a, slot_b, end_b = _silenced_ranges(indptr, indices, graph_rows, row, rows, 0, 0, LABELS)
+    log_sum_a, log_sum_b = _scan(
+        logits, log_prior, smoothing, indices, slot_a, end_a, slot_b, end_b,
+        log_sums, logit_sums, best_logits, bests, tl.program_id(1),
+        row, rows, 0, classes, 0, num_predicted, log_silence, LABELS, BLOCK, LANE,
+    )  # fmt: skip
+    # Where out is logits, every warp must have read the labels' logits before any warp writes.
+    tl.debug_barrier()
+    _write_gradient(
+        logits, out + row.to(tl.int64) * out_stride, log_prior, labels, shares, smoothing, indices,
+        slot_a, end_a, slot_b, end_b, log_sum_a, log_sum_b,
+        row, rows, 0, classes, 0, log_silence, label_smoothing, LABELS, BLOCK, LANE,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -13,18 +13,13 @@ from torch import Tensor
 from fastlt_kernels import row_kernels
 from fastlt_kernels.rows import Rows, Terms, merge_terms
 
-# Measured on an H100, bf16 and fp32, with silencing and prior (benchmarks/results/loss-h100.csv has what came of it).
+# Measured on an H100, bf16 and fp32, with prior and silencing. Programs that take one row after another, so that the L2 cache still
+# holds a row at its second reading, were slower, and hints to the caches changed nothing.
 WHOLE_ROW = 2_048  # classes that stay in registers
-SHORT, MEDIUM = 16_384, 65_536  # classes: below, rows go in smaller blocks
-SHARED_FROM = 2**18  # classes: of fewer, one program a row is done before several have been put together
-CACHED = 0.7  # of the L2 cache, for rows that are to be read a second time
-FULL = 64  # warps that a processor has at once
+SHORT, MEDIUM = 16_384, 65_536  # classes: below, rows go in smaller blocks, by fewer warps
+SHARED_FROM = 2**18  # classes: a program alone is through with fewer before the parts of several have been put together
+SHARED_ROWS = 64  # and with so many rows it is too
 VECTOR = 16  # what Triton must know a number to be a multiple of, to read and write several elements at once
-
-
-class Chip(NamedTuple):
-    processors: int
-    cache_bytes: int
 
 
 class Cut(NamedTuple):
@@ -33,20 +28,17 @@ class Cut(NamedTuple):
     block: int  # columns of a program at a time, a power of two
     warps: int
     parts: int  # programs that share a row
-    at_once: int  # programs, each of which takes one row after another; 0: as many as rows
 
 
-def plan_cut(rows: int, classes: int, labels: int, itemsize: int, chip: Chip) -> Cut:
-    """Whole rows in registers where they fit; long ones by as many programs as the cache has room for rows, few ones in parts."""
+def plan_cut(rows: int, classes: int, labels: int, processors: int) -> Cut:
+    """Whole rows in registers where they fit; long rows in one program, a few very long ones in parts."""
     if classes <= WHOLE_ROW // labels:  # two labels keep two sets of values and their gradient
         block = triton.next_power_of_2(max(classes, 16))
-        return Cut(block, max(1, block // 1024), 1, 0)
+        return Cut(block, max(1, block // 1024), 1)
     block, warps = (2_048, 8) if classes < SHORT else (8_192, 16) if classes < MEDIUM else (8_192, 32)
-    if classes >= SHARED_FROM and rows < chip.processors:
-        return Cut(block, warps, min(triton.cdiv(classes, 2 * block), triton.cdiv(2 * chip.processors, max(rows, 1))), 0)
-    kept = int(chip.cache_bytes * CACHED) // (classes * itemsize)
-    at_once = kept // chip.processors * chip.processors
-    return Cut(block, warps, 1, min(at_once, FULL // warps * chip.processors) if classes >= MEDIUM else 0)
+    if classes < SHARED_FROM or rows > SHARED_ROWS:
+        return Cut(block, warps, 1)
+    return Cut(block, warps, min(triton.cdiv(classes, 2 * block), triton.cdiv(2 * processors, max(rows, 1))))
 
 
 def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
@@ -97,7 +89,7 @@ def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
     kernel, widths = (row_kernels.whole_rows, [_width(logits, out)]) if whole else (row_kernels.long_rows, [])
     aligned, (stride, out_stride, *widths) = _in_units(logits.stride(0), out.stride(0), *widths)
     with _on(logits):
-        kernel[min(count, cut.at_once or count), 1](
+        kernel[count, 1](
             logits, stride, out, out_stride, rows.log_prior, rows.labels, rows.shares,
             rows.smoothing, rows.graph_rows, rows.indptr, rows.indices, *written,
             count, columns, *widths, rows.num_predicted, _log_silence(rows), rows.label_smoothing,
@@ -151,8 +143,7 @@ def _merged(out: _Out) -> Terms:
 
 
 def _cut(logits: Tensor, labels: int) -> Cut:
-    rows, classes = logits.shape
-    return plan_cut(rows, classes, labels, logits.element_size(), _chip(logits.device))
+    return plan_cut(logits.shape[0], logits.shape[1], labels, _processors(logits.device))
 
 
 def _width(logits: Tensor, out: Tensor | None = None) -> int:
@@ -194,11 +185,8 @@ def _steps(rows: Rows) -> int:
 
 
 @cache
-def _chip(device: torch.device) -> Chip:
-    if device.type != "cuda":
-        return Chip(1, 2**20)
-    properties = torch.cuda.get_device_properties(device)
-    return Chip(properties.multi_processor_count, properties.L2_cache_size)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _on(tensor: Tensor) -> Any:

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def cut(request, monkeypatch):
     """Rows of some hundred classes go the way of longer ones: several blocks, in one program or in parts."""
     if request.param != "whole":
-        cut = triton_rows.Cut(block=64, warps=1, parts=3 if request.param == "parts" else 1, at_once=3)
+        cut = triton_rows.Cut(block=64, warps=1, parts=3 if request.param == "parts" else 1)
         monkeypatch.setattr(triton_rows, "plan_cut", lambda *_: cut)
     return request.param
 
@@ -250,16 +250,15 @@ def test_compiles_whole():
 
 
 def test_plan_of_programs():
-    chip = triton_rows.Chip(processors=132, cache_bytes=50 * 2**20)
+    plan = triton_rows.plan_cut
     for rows_, classes, labels in [(1024, 1000, 1), (16_384, 100, 2), (1, 1, 1), (1, 10**6, 1), (4096, 10**6, 2), (64, 50_000, 1)]:
-        cut = triton_rows.plan_cut(rows_, classes, labels, 2, chip)
+        cut = plan(rows_, classes, labels, 132)
         assert cut.block & (cut.block - 1) == 0
         assert cut.parts == 1 or cut.block < classes
         assert 1 <= cut.warps <= 32
-        assert cut.at_once * classes * 2 <= chip.cache_bytes
-    assert triton_rows.plan_cut(4, 10**6, 1, 2, chip).parts > 32
-    assert triton_rows.plan_cut(16_384, 10**6, 1, 2, chip).parts == 1
-    assert triton_rows.plan_cut(4096, 100_000, 1, 2, chip).at_once == 132
+    assert plan(16_384, 2000, 1, 132).block >= 2000 > plan(16_384, 2000, 2, 132).block // 2
+    assert plan(4, 10**6, 1, 132).parts > 32
+    assert plan(16_384, 10**6, 1, 132).parts == 1
 
 
 COMPILE = """
