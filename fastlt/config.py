@@ -303,9 +303,11 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 def with_settings(model: type[Tree], file: Path | None, overrides: Sequence[str]) -> Tree:
     """A tree of sections of its own, from a .toml file if there is one, with `section.key=value` on top."""
     tree = read_recipe(str(file)) if file else {}
+    if file:
+        checked(tree, str(file), model)  # so that an error says whose it is
     for override in overrides:
         _set(tree, *_parsed(override), model)
-    return checked(tree, str(file) if file else "settings", model)
+    return checked(tree, "settings", model)
 
 
 def checked(tree: dict[str, Any], where: str, model: type[Tree] = Config) -> Tree:  # type: ignore[assignment]

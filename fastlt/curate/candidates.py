@@ -31,6 +31,8 @@ PER_MINUTE = {"openverse": 60, "commons": 60, "inaturalist": 60}
 JSON_BYTES = 20_000_000
 OPENVERSE_PAGE, COMMONS_PAGE, INATURALIST_PAGE = 20, 50, 100  # images; Openverse gives no more without a token
 OPENVERSE_PAGES = 20  # that it answers of any search
+COMMONS_DEPTH = 10  # results that are looked at for each that is wanted, where licences are chosen
+CLIP_ROWS = 65_536  # images whose scores are made together
 COMMONS_WIDTH = 1024  # of the scaled copy that is taken; originals are often tens of megabytes
 
 
@@ -65,11 +67,12 @@ def open_sources(settings: RetrieveConfig, names: Sequence[str], fetcher: Fetche
         "clip": nearest_in_index,
     }
     found: dict[str, Find] = {}
+    accept = partial(accepted, licences=settings.licences)
     for source in dict.fromkeys(settings.sources):
         if source in web:
             if source not in settings.endpoints:
                 keep_to_rate(fetcher, source)
-            found[source] = partial(web[source], partial(ask, fetcher), endpoint(settings, source))
+            found[source] = partial(web[source], partial(ask, fetcher), endpoint(settings, source), accept)
         else:
             found[source] = partial(_known, local[source](settings, names))
     return found
@@ -106,6 +109,7 @@ def plain_licence(text: str) -> str:
 # --- interfaces on the web
 
 Ask = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]  # address, parameters -> JSON
+Accept = Callable[[Candidate], bool]  # by its licence
 
 
 async def ask(fetcher: Fetcher, address: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -122,27 +126,27 @@ async def ask(fetcher: Fetcher, address: str, parameters: dict[str, Any]) -> dic
     return found
 
 
-async def openverse(ask: Ask, address: str, asked: Asked, most: int) -> list[Candidate]:
+async def openverse(ask: Ask, address: str, accept: Accept, asked: Asked, most: int) -> list[Candidate]:
     """api.openverse.org/v1: openly licensed images, mostly of Flickr and museums. OPENVERSE_TOKEN, if set, is sent along."""
     found: list[Candidate] = []
-    for page in range(1, min(OPENVERSE_PAGES, -(-most // OPENVERSE_PAGE)) + 1):
+    for page in range(1, OPENVERSE_PAGES + 1):
         answer = await ask(f"{address}images/", {"q": asked.query, "page": page, "page_size": OPENVERSE_PAGE})
-        for entry in entries(answer.get("results")):
-            licence = f"{text(entry, 'license')} {text(entry, 'license_version')}".strip()
-            found.append(
-                Candidate(
-                    asked.name, text(entry, "url"), "openverse", licence, text(entry, "creator"),
-                    text(entry, "foreign_landing_url"), text(entry, "title"),
-                )
-            )  # fmt: skip
-        if page >= number(answer, "page_count"):
+        found += filter(accept, [_of_openverse(asked.name, entry) for entry in entries(answer.get("results"))])
+        if len(found) >= most or page >= number(answer, "page_count"):
             break
     return found[:most]
 
 
-async def commons(ask: Ask, address: str, asked: Asked, most: int) -> list[Candidate]:
+def _of_openverse(category: str, entry: dict[str, Any]) -> Candidate:
+    licence = f"{text(entry, 'license')} {text(entry, 'license_version')}".strip()
+    page, title = text(entry, "foreign_landing_url"), text(entry, "title")
+    return Candidate(category, text(entry, "url"), "openverse", licence, text(entry, "creator"), page, title)
+
+
+async def commons(ask: Ask, address: str, accept: Accept, asked: Asked, most: int) -> list[Candidate]:
     """MediaWiki's interface: files of Wikimedia Commons by full-text search."""
     found: list[Candidate] = []
+    looked_at = 0
     parameters: dict[str, Any] = {
         "action": "query", "format": "json", "formatversion": 2, "generator": "search", "gsrnamespace": 6, "prop": "imageinfo",
         "gsrsearch": f"filetype:bitmap {asked.query}", "gsrlimit": min(most, COMMONS_PAGE), "iiprop": "url|extmetadata|mime",
@@ -151,11 +155,12 @@ async def commons(ask: Ask, address: str, asked: Asked, most: int) -> list[Candi
     while len(found) < most:
         answer = await ask(address, parameters)
         query = answer.get("query")
-        before = len(found)
         pages = entries(query.get("pages") if isinstance(query, dict) else None)
         for entry in sorted(pages, key=lambda page: number(page, "index")):
-            found += [_of_commons(asked.name, text(entry, "title"), info) for info in entries(entry.get("imageinfo"))[:1]]
-        if len(found) == before or not isinstance(answer.get("continue"), dict):
+            made = [_of_commons(asked.name, text(entry, "title"), info) for info in entries(entry.get("imageinfo"))[:1]]
+            found += filter(accept, made)
+        looked_at += len(pages)
+        if not pages or looked_at >= COMMONS_DEPTH * most or not isinstance(answer.get("continue"), dict):
             break
         parameters |= answer["continue"]
     return found[:most]
@@ -171,7 +176,7 @@ def _of_commons(category: str, title: str, info: dict[str, Any]) -> Candidate:
     return Candidate(category, place, "commons", values.get("LicenseShortName", ""), author, text(info, "descriptionurl"), title)
 
 
-async def inaturalist(ask: Ask, address: str, asked: Asked, most: int) -> list[Candidate]:
+async def inaturalist(ask: Ask, address: str, accept: Accept, asked: Asked, most: int) -> list[Candidate]:
     """api.inaturalist.org/v1: photographs of the taxon that the name means, then those of observations that others confirmed."""
     taxa = entries((await ask(f"{address}taxa", {"q": asked.name, "per_page": 1})).get("results"))
     if not taxa:
@@ -180,12 +185,14 @@ async def inaturalist(ask: Ask, address: str, asked: Asked, most: int) -> list[C
     described = entries((await ask(f"{address}taxa/{taxon}", {})).get("results"))
     shown = [entry.get("photo") for one in described for entry in entries(one.get("taxon_photos"))]
     photos = entries(shown)
-    found: dict[str, Candidate] = {}
+    found: list[Candidate] = []
+    seen: dict[str, Candidate] = {}
     for page in count(1):
         made = [_of_inaturalist(asked.name, photo) for photo in photos]
-        before = len(found)
-        found |= {candidate.place: candidate for candidate in made if candidate.place}
-        if len(found) >= most or (page > 1 and len(found) == before):
+        before = len(seen)
+        seen |= {candidate.place: candidate for candidate in made if candidate.place}
+        found = list(filter(accept, seen.values()))
+        if len(found) >= most or (page > 1 and len(seen) == before):
             break
         parameters = {
             "taxon_id": taxon, "photos": "true", "quality_grade": "research", "photo_licensed": "true", "page": page,
@@ -195,7 +202,7 @@ async def inaturalist(ask: Ask, address: str, asked: Asked, most: int) -> list[C
         if not observations:
             break
         photos = [photo for one in observations for photo in entries(one.get("photos"))]
-    return list(found.values())[:most]
+    return found[:most]
 
 
 def _of_inaturalist(category: str, photo: dict[str, Any]) -> Candidate:
@@ -243,7 +250,7 @@ def rows_of(file: Path) -> Iterator[dict[str, Any]]:
     """Of a CSV or a parquet file."""
     try:
         if file.suffix == ".parquet":
-            yield from parquet_rows(file)
+            yield from parquet_table(file).to_pylist()
         else:
             with file.open(encoding="utf-8-sig", newline="") as lines:
                 yield from csv.DictReader(lines)
@@ -251,12 +258,12 @@ def rows_of(file: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"cannot read {file}: {error}") from error
 
 
-def parquet_rows(file: Path) -> list[dict[str, Any]]:
+def parquet_table(file: Path) -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{file} needs the library pyarrow: pip install fastlt[curate]") from error
-    return pyarrow.parquet.read_table(file).to_pylist()
+    return pyarrow.parquet.read_table(file)
 
 
 def in_folder(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Candidate]]:
@@ -282,26 +289,39 @@ def nearest_in_index(settings: RetrieveConfig, names: Sequence[str]) -> dict[str
     best: list[list[tuple[float, str, dict[str, Any]]]] = [[] for _ in wanted]
     for file in sorted((folder / "img_emb").glob("img_emb_*.npy")):
         images = np.load(file, mmap_mode="r")
-        rows = parquet_rows(folder / "metadata" / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet"))
+        rows = parquet_table(folder / "metadata" / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet"))
         if images.shape[1] != queries.shape[1] or len(rows) != len(images):
             raise UserError(
                 f"{file} of shape {images.shape} does not go with {len(rows)} rows and text of {queries.shape[1]} numbers"
             )
-        scores = queries @ np.asarray(images, np.float32).T
-        for number_, row in enumerate(scores):
-            top = np.argsort(-row, kind="stable")[: settings.per_category]
-            best[number_] += [(float(row[i]), str(rows[i].get("url") or rows[i].get("image_path") or ""), rows[i]) for i in top]
+        for start in range(0, len(images), CLIP_ROWS):
+            add_best(
+                best, queries @ np.asarray(images[start : start + CLIP_ROWS], np.float32).T, rows.slice(start, CLIP_ROWS), settings
+            )
     if not any(best):
         raise UserError(f"{folder} has no img_emb/img_emb_*.npy: it is no index of clip-retrieval")
     return grouped(
         (
             Candidate(name, place, "clip", title=str(row.get("caption") or ""), score=score)
             for name, found in zip(wanted, best, strict=True)
-            for score, place, row in sorted(found, key=lambda entry: -entry[0])
+            for score, place, row in found
             if place
         ),
         names,
     )
+
+
+def add_best(best: list[list[tuple[float, str, dict[str, Any]]]], scores: Any, rows: Any, settings: RetrieveConfig) -> None:
+    """best of each category, with the scores (categories, n) of n more images taken in, told by the table `rows`."""
+    import numpy as np
+
+    count = min(settings.per_category, scores.shape[1])
+    for kept, row in zip(best, scores, strict=True):
+        top = np.sort(np.argpartition(-row, count - 1)[:count])
+        for i, entry in zip(top.tolist(), rows.take(top).to_pylist(), strict=True):
+            kept.append((float(row[i]), str(entry.get("url") or entry.get("image_path") or ""), entry))
+        kept.sort(key=lambda entry: -entry[0])
+        del kept[settings.per_category :]
 
 
 def grouped(candidates: Iterable[Candidate], names: Sequence[str]) -> dict[str, list[Candidate]]:

@@ -92,23 +92,41 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
 
-def near_pairs(
-    queries: np.ndarray, known: np.ndarray, threshold: float, device: torch.device, earlier: bool = False
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs (P, 2) of indices (query, known) whose cosine is at least the threshold, and the cosines (P,), a block of queries at a
-    time. The threshold is above 0. earlier: known is queries, and only pairs with an earlier one are wanted."""
+def nearest(queries: np.ndarray, known: np.ndarray, threshold: float, device: torch.device) -> Iterator[tuple[int, int]]:
+    """(query, known) for each query that has one whose cosine to it is at least the threshold: the nearest of those."""
     for start in range(0, len(queries), ROWS):
-        rows = on(queries[start : start + ROWS], device)
-        pairs, cosines = [], []
-        for column in range(0, start + len(rows) if earlier else len(known), COLUMNS):
-            similar = rows @ on(known[column : column + COLUMNS], device).T
-            if earlier:
-                similar = similar.tril(start - column - 1) if column + similar.shape[1] > start else similar
-            found = (similar >= threshold).nonzero()
-            cosines.append(similar[found[:, 0], found[:, 1]].cpu().numpy())
-            pairs.append((found + found.new_tensor([start, column])).cpu().numpy())
-        if pairs:
-            yield np.concatenate(pairs), np.concatenate(cosines)
+        found = _nearest_of(on(queries[start : start + ROWS], device), known, np.arange(len(known)), threshold, device)
+        for row in np.flatnonzero(found >= 0).tolist():
+            yield start + row, int(found[row])
+
+
+def later_copies(features: np.ndarray, threshold: float, device: torch.device) -> Iterator[tuple[int, int]]:
+    """(image, earlier) for each image that has an earlier one whose cosine to it is at least the threshold, and that is no such
+    copy itself. In memory there are never more than a block's similarities, however many are alike."""
+    is_copy = np.zeros(len(features), bool)
+    for start in range(0, len(features), ROWS):
+        rows = on(features[start : start + ROWS], device)
+        found = _nearest_of(rows, features, np.flatnonzero(~is_copy[:start]), threshold, device)
+        among = (rows @ rows.T >= threshold).cpu().numpy()
+        for row in np.flatnonzero(found < 0).tolist():
+            earlier = np.flatnonzero(among[row, :row] & (found[:row] < 0))
+            found[row] = start + earlier[0] if len(earlier) else -1
+        is_copy[start : start + len(rows)] = found >= 0
+        for row in np.flatnonzero(found >= 0).tolist():
+            yield start + row, int(found[row])
+
+
+def _nearest_of(rows: Tensor, known: np.ndarray, usable: np.ndarray, threshold: float, device: torch.device) -> np.ndarray:
+    """(n,) int64: of the usable known ones the nearest to each row, -1 where none reaches the threshold."""
+    best = torch.full((len(rows),), threshold, device=device)
+    found = torch.full((len(rows),), -1, dtype=torch.int64, device=device)
+    for begin in range(0, len(usable), COLUMNS):
+        block = usable[begin : begin + COLUMNS]
+        cosine, place = (rows @ on(known[block], device).T).max(dim=1)
+        better = (cosine > best) | ((cosine == best) & (found < 0))
+        best = torch.where(better, cosine, best)
+        found = torch.where(better, torch.from_numpy(block).to(device)[place], found)
+    return found.cpu().numpy()
 
 
 def on(features: np.ndarray, device: torch.device) -> Tensor:

@@ -101,18 +101,19 @@ class Fetcher:
 
     async def _robots_text(self, url: str) -> tuple[int, str]:
         for _ in range(REDIRECTS + 1):
-            answer = await self._request(url, self._host(url), ROBOTS_BYTES, {})
+            answer = await self._request(url, self._host(url), ROBOTS_BYTES, {}, cut=True)
             if answer.location is None:
                 return answer.status, answer.data.decode("utf-8-sig", "replace")
             url = answer.location
         return 404, ""  # RFC 9309 takes it for none
 
-    async def _request(self, url: str, host: str, max_bytes: int, headers: dict[str, str]) -> Answer:
+    async def _request(self, url: str, host: str, max_bytes: int, headers: dict[str, str], cut: bool = False) -> Answer:
+        """cut: what is longer than max_bytes is not refused, but ends there."""
         await self.rates.turn(host)
         try:
             async with self._slots, self.session.get(url, allow_redirects=False, headers=headers) as response:
                 answer = self._head(response, url)
-                return answer._replace(data=await body(response, max_bytes)) if answer.status == 200 else answer
+                return answer._replace(data=await body(response, max_bytes, cut)) if answer.status == 200 else answer
         except Forbidden as error:
             raise Refused(str(error)) from error
         except (TimeoutError, asyncio.TimeoutError) as error:
@@ -139,16 +140,18 @@ class Fetcher:
         return Answer(response.status, b"", urljoin(url, location) if location else None, pause, opted_out(tags))
 
 
-async def body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """Raises Refused as soon as there is more than max_bytes, announced or not."""
-    if (response.content_length or 0) > max_bytes:
+async def body(response: aiohttp.ClientResponse, max_bytes: int, cut: bool) -> bytes:
+    """Raises Refused as soon as there is more than max_bytes, announced or not, or ends there."""
+    if (response.content_length or 0) > max_bytes and not cut:
         raise Refused("too many bytes")
     parts = bytearray()
     async for part in response.content.iter_chunked(PIECE):
         parts += part
         if len(parts) > max_bytes:
+            if cut:
+                break
             raise Refused("too many bytes")
-    return bytes(parts)
+    return bytes(parts[:max_bytes])
 
 
 @asynccontextmanager

@@ -49,6 +49,11 @@ def run_filter(place: str, out: Path, config: CurateConfig, console: Console) ->
     owners = owner_ids(pack.space, categories, place)
     backbone = open_backbone(settings)
     keep_settings(out, config)
+    if not settings.test:
+        console.print(
+            "[yellow]note:[/] images are held against those of the pack alone; name a pack of test images with filter.test",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     known = {
         name: make_pile(out / "features", split, backbone, settings, f"{name} images", console)
         for name, split in splits_of(pack, settings).items()

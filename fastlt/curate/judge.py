@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from fastlt.curate.features import near_pairs, robust_mean
+from fastlt.curate.features import later_copies, nearest, robust_mean
 from fastlt.curate.hashes import same_look
 from fastlt.curate.piles import Pile
 from fastlt.curate.settings import FilterConfig
@@ -84,12 +84,11 @@ def drop_copies(verdicts: Verdicts, pile: Pile, distance: int) -> None:
 def drop_same_features(verdicts: Verdicts, pile: Pile, known: Mapping[str, Pile], gamma2: float, device: torch.device) -> None:
     for what, other in known.items():
         kept = verdicts.kept
-        for pairs, _ in near_pairs(pile.features[kept], other.features, gamma2, device):
-            for row, theirs in pairs.tolist():
-                verdicts.drop(kept[row], f"leak: the features of a {what} image", other.split.where(theirs))
+        for row, theirs in nearest(pile.features[kept], other.features, gamma2, device):
+            verdicts.drop(kept[row], f"leak: the features of a {what} image", other.split.where(theirs))
     kept = verdicts.kept
-    for pairs, _ in near_pairs(pile.features[kept], pile.features[kept], gamma2, device, earlier=True):
-        drop_later(verdicts, pile, kept[pairs].tolist(), "duplicate: the same features")
+    for row, earlier in later_copies(pile.features[kept], gamma2, device):
+        verdicts.drop(kept[row], "duplicate: the same features", pile.split.where(kept[earlier]))
 
 
 def drop_later(verdicts: Verdicts, pile: Pile, pairs: Iterable[list[int]], reason: str) -> None:

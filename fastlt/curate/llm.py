@@ -81,7 +81,7 @@ def _fill(template: Template, place: str, target: Target, count: int, targets: S
 
 
 def spoken(target: Target) -> str:
-    return target.name.replace("_", " ")
+    return (target.word or target.name).replace("_", " ")
 
 
 class Cache:
@@ -122,6 +122,7 @@ def ask_all(cache: Cache, asked: Sequence[str]) -> Iterator[tuple[int, Reply | F
             for job in as_completed(waiting):
                 yield waiting[job], *job.result()
         finally:
+            client.close()  # what is under way ends at once, for nobody waits for it
             pool.shutdown(wait=False, cancel_futures=True)
 
 

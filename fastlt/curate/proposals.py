@@ -12,6 +12,7 @@ from fastlt.curate.names import normalised
 class Target:
     name: str
     count: int = 0  # training images; 0: not known
+    word: str = ""  # what it is called, where its name is an id
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def merge(
     synonym of one, is dropped, as is a second category of the same name.
     """
     target_of = {normalised(word): target.name for target, words in zip(targets, synonyms, strict=True) for word in words}
-    target_of |= {normalised(target.name): target.name for target in targets}
-    names = {normalised(target.name) for target in targets}
+    target_of |= {normalised(word): target.name for target in targets for word in (target.word, target.name) if word}
+    names = {normalised(word) for target in targets for word in (target.name, target.word) if word}
     categories: dict[str, Category] = {}
     decisions: list[Decision] = []
     for proposed, limit in zip(proposals, limits, strict=True):

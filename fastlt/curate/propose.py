@@ -10,7 +10,7 @@ import csv
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ class Proposed(NamedTuple):
 def run_propose(place: Path, out: Path, config: CurateConfig, random_control: bool, dry_run: bool, console: Console) -> None:
     """place: a pack, or a text file with the name or the WordNet id of a target on each line."""
     settings = config.propose
-    targets = read_targets(place)
+    targets = named(settings, read_targets(place))
     limits = limits_of(settings, targets)
     if dry_run:
         show_prompts(settings, targets, limits, out, console)
@@ -66,7 +66,8 @@ def run_propose(place: Path, out: Path, config: CurateConfig, random_control: bo
     if not categories:
         raise UserError(f"no neighbour was found for any of the {len(targets):,} targets: see propose.reach, or another provider")
     if random_control:
-        categories = random_categories(settings, targets, proposed.synonyms, categories)
+        neighbours, categories = categories, random_categories(settings, targets, proposed.synonyms, categories)
+        decisions = [drawn(*pair) for pair in zip(neighbours, categories, strict=True)]
     write(out, targets, decisions, categories)
     keep_settings(out, config)
     show(targets, decisions, categories, console)
@@ -86,6 +87,15 @@ def read_targets(place: Path) -> list[Target]:
     if not names:
         raise UserError(f"{place} names no targets: write one on each line")
     return [Target(name) for name in names]
+
+
+def named(settings: ProposeConfig, targets: Sequence[Target]) -> list[Target]:
+    """Targets whose name is the id of a WordNet synset, with its first word, where WordNet is given."""
+    if not settings.wordnet or not any(wordnet.is_id(target.name) for target in targets):
+        return list(targets)
+    words = wordnet.read_wordnet(settings.wordnet)
+    first = {target.name: next(iter(words.lemmas.get(target.name, [])), "") for target in targets if wordnet.is_id(target.name)}
+    return [replace(target, word=first.get(target.name, "")) for target in targets]
 
 
 def limits_of(settings: ProposeConfig, targets: Sequence[Target]) -> list[int]:
@@ -120,14 +130,16 @@ def from_llm(settings: ProposeConfig, targets: Sequence[Target], limits: Sequenc
     failed: dict[str, str] = {}
     tokens = [0, 0]
     known = sum(cache.read(prompt) is not None for prompt in asked)
-    with rated_progress(console, "prompts/s", transient=True) as bar:
-        for number, reply, spent in bar.track(llm.ask_all(cache, asked), total=len(asked), description="asking"):
-            tokens = [before + now for before, now in zip(tokens, spent, strict=True)]
-            if isinstance(reply, llm.Failed):
-                failed[targets[number].name] = reply.reason
-            else:
-                proposals[number] = llm.to_proposals(number, reply)
-    console.print(f"asked: {in_words(llm.Usage(len(asked), known, *tokens), settings)}", highlight=False)
+    try:
+        with rated_progress(console, "prompts/s", transient=True) as bar:
+            for number, reply, spent in bar.track(llm.ask_all(cache, asked), total=len(asked), description="asking"):
+                tokens = [before + now for before, now in zip(tokens, spent, strict=True)]
+                if isinstance(reply, llm.Failed):
+                    failed[targets[number].name] = reply.reason
+                else:
+                    proposals[number] = llm.to_proposals(number, reply)
+    finally:  # what was spent is told where it ends early, too
+        console.print(f"asked: {in_words(llm.Usage(len(asked), known, *tokens), settings)}", highlight=False)
     notes = [f"no answer for {len(failed)} targets ({few(list(failed))}): {next(iter(failed.values()))}"] if failed else []
     return Proposed(synonyms_of(settings, targets), proposals, notes)
 
@@ -181,6 +193,12 @@ def random_categories(
     if len(pool) < len(categories):
         raise UserError(f"WordNet has {len(pool):,} categories to draw from, fewer than the {len(categories):,} of the neighbours")
     return with_random_names(categories, pool, settings.seed)
+
+
+def drawn(neighbour: Category, category: Category) -> Decision:
+    first, *others = sorted(category.owners)
+    proposal = Proposal(first, category.name, "random", category.key, category.query, also=tuple(others))
+    return Decision(proposal, True, f"drawn at random, in the place of {neighbour.name}")
 
 
 # --- what is written, and shown

@@ -99,7 +99,7 @@ async def remembered(folder: Path, name: str, source: Find, category: Asked, set
     """What an interface answered is kept in a file."""
     if name not in ENDPOINTS:
         return await source(category, settings.per_category)
-    key = json.dumps([name, category, settings.per_category, endpoint(settings, name)])
+    key = json.dumps([name, category, settings.per_category, settings.licences, endpoint(settings, name)])
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.jsonl"
     if path.is_file():
         return [Candidate(**row) for row in read_table(path, "fastlt curate retrieve")]

@@ -93,6 +93,10 @@ def _walk(start: str, following: Callable[[str], Iterable[str]], depth: int | No
 # --- reading
 
 
+def is_id(name: str) -> bool:
+    return WNID.fullmatch(name) is not None
+
+
 def read_wordnet(place: str) -> WordNet:
     """place: a folder with tables, or `wn:LEXICON`, data of the library `wn`. Raises UserError where there is none."""
     if place.startswith("wn:"):

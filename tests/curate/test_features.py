@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastlt.curate import features as deep
-from fastlt.curate.features import near_pairs, open_backbone, robust_mean
+from fastlt.curate.features import later_copies, nearest, open_backbone, robust_mean
 from fastlt.curate.settings import FilterConfig
 from fastlt.errors import UserError
 
@@ -17,21 +17,37 @@ def directions(count, size, rng):
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(7, 5), (64, 64), (1000, 1000), (13, 1000)])
-@pytest.mark.parametrize("earlier", [False, True])
-def test_pairs_are_those_of_the_whole_matrix_whatever_the_blocks(monkeypatch, rows, columns, earlier):
-    monkeypatch.setattr(deep, "ROWS", rows)
-    monkeypatch.setattr(deep, "COLUMNS", columns)
-    rng = np.random.default_rng(rows)
-    known = directions(150, 8, rng)
-    queries = known if earlier else directions(97, 8, rng)
+@pytest.fixture(params=[(7, 5), (64, 64), (1000, 1000), (13, 1000)])
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(deep, "ROWS", request.param[0])
+    monkeypatch.setattr(deep, "COLUMNS", request.param[1])
+
+
+def test_the_nearest_is_that_of_the_whole_matrix_whatever_the_blocks(blocks):
+    rng = np.random.default_rng(1)
+    queries, known = directions(97, 8, rng), directions(150, 8, rng)
     similar = queries.astype(np.float32) @ known.astype(np.float32).T
-    wanted = similar >= 0.6
-    if earlier:
-        wanted = np.tril(wanted, -1)
-    found, cosines = (np.concatenate(part) for part in zip(*near_pairs(queries, known, 0.6, CPU, earlier), strict=True))
-    assert {tuple(pair) for pair in found.tolist()} == {tuple(pair) for pair in np.argwhere(wanted).tolist()}
-    np.testing.assert_allclose(cosines, similar[found[:, 0], found[:, 1]], atol=1e-6)
+    wanted = {row: int(similar[row].argmax()) for row in range(97) if similar[row].max() >= 0.8}
+    assert 0 < len(wanted) < 97
+    assert dict(nearest(queries, known, 0.8, CPU)) == wanted
+    assert not list(nearest(queries, known[:0], 0.8, CPU))
+
+
+def test_copies_are_those_of_an_earlier_one_that_is_none_itself(blocks):
+    features = directions(300, 6, np.random.default_rng(2))
+    similar = features.astype(np.float32) @ features.astype(np.float32).T >= 0.85
+    kept: list[int] = []
+    for image in range(300):
+        if not similar[image, kept].any():
+            kept.append(image)
+    found = dict(later_copies(features, 0.85, CPU))
+    assert sorted(set(range(300)) - found.keys()) == kept and len(kept) < 300
+    assert all(earlier < image and earlier in kept and similar[image, earlier] for image, earlier in found.items())
+
+
+def test_thousands_that_are_alike_are_copies_of_the_first(blocks):
+    features = np.repeat(directions(1, 8, np.random.default_rng(3)), 3000, axis=0)
+    assert dict(later_copies(features, 0.98, CPU)) == dict.fromkeys(range(1, 3000), 0)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.45])

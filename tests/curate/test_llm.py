@@ -183,6 +183,39 @@ def test_a_refused_key_ends_it(tmp_path):
         proposed(tmp_path, chat, retries=0)  # it is gone
 
 
+def test_the_end_does_not_wait_for_slow_answers_and_tells_what_was_spent(tmp_path):
+    begun, over = threading.Event(), threading.Event()
+
+    def answer(name, times):
+        if name == "tiger":
+            begun.wait(60)
+            return 401, "wrong key"
+        begun.set()
+        over.wait(100)
+        return 200, categories(*GOOD[name])
+
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    command = [sys.executable, "-m", "fastlt", "curate", "propose", str(tmp_path / "names.txt"), "--out", str(tmp_path / "out")]
+    with chat_server(answer) as chat:
+        settings = ["propose.provider=llm", "propose.model=m", f"propose.base_url={chat.url}", "propose.retries=0"]
+        try:
+            ended = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=80)
+        finally:
+            over.set()
+    assert ended.returncode == 2 and "wrong key" in ended.stderr
+    assert "asked: 3 prompts, 0 answered before; 0 tokens in" in " ".join(ended.stdout.split())
+
+
+def test_targets_that_are_wordnet_ids_are_asked_for_by_their_word(tmp_path, shared_data):
+    (tmp_path / "ids.txt").write_text("n02129604\nn02129165\n")
+    console = Console(record=True, width=300)
+    settings = {"provider": "llm", "model": "m", "wordnet": str(shared_data / "labels")}
+    config = CurateConfig.model_validate({"propose": settings})
+    run_propose(tmp_path / "ids.txt", tmp_path / "out", config, False, True, console)
+    said = console.export_text()
+    assert 'For the class "tiger"' in said and "in the data set already: lion." in said
+
+
 def test_the_prompt_is_a_file_that_may_be_changed(tmp_path):
     (tmp_path / "mine.txt").write_text('For the class "$target": $count like it, not $others; for $$5')
     with chat_server(good) as chat:

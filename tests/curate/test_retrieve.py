@@ -278,6 +278,13 @@ def test_robots_txt_is_honoured_and_asked_once(web: Web, tmp_path):
     assert web.asked["/robots.txt"] == 1 and not any(path.startswith("/closed/") for path in web.asked)
 
 
+def test_of_a_very_long_robots_txt_the_beginning_counts(web: Web, tmp_path):
+    web.file("/robots.txt", b"User-agent: *\nDisallow: /closed/\n" + b"# ...\n" * 200_000, "text/plain")
+    places = [web.file(f"/{folder}/a.jpg", picture()) for folder in ("open", "closed")]
+    _, found = from_urls(tmp_path, *places)
+    assert [found[place].get("reason") for place in places] == [None, "disallowed by robots.txt"]
+
+
 def test_without_a_readable_robots_txt_nothing_is_asked_but_later_again(web: Web, tmp_path):
     web.status("/robots.txt", 500)
     place = web.file("/a.jpg", picture())
@@ -347,6 +354,27 @@ def test_openverse(web: Web, tmp_path):
     asked = web.asked["/v1/images/"]
     retrieved(tmp_path, **settings, licences=["CC BY-SA"])
     assert web.asked["/v1/images/"] == asked == 2  # what was answered is not asked again
+
+
+def test_further_pages_are_asked_where_licences_are_refused(web: Web, tmp_path):
+    def openverse(handler, times):
+        results = [{"url": web.file(f"/o{times}-{i}.jpg", picture(10 * times + i)), "license": ["nc", "cc0"][i]} for i in range(2)]
+        handler.answer(200, json.dumps({"page_count": 9, "results": results}).encode())
+
+    def commons(handler, times):
+        name, licence = f"/c{times}.jpg", "CC0" if times % 2 else "CC BY-NC 4.0"
+        info = {"url": web.file(name, picture(50 + times)), "extmetadata": {"LicenseShortName": {"value": licence}}}
+        pages = [{"index": 1, "title": name, "imageinfo": [info]}]
+        handler.answer(200, json.dumps({"continue": {"gsroffset": times}, "query": {"pages": pages}}).encode())
+
+    web.page("/v1/images/", openverse)
+    web.page("/w/api.php", commons)
+    propose(tmp_path, "liger")
+    for source, place, times in (("openverse", "/v1/", 3), ("commons", "/w/api.php", 5)):
+        settings = {"sources": [source], "endpoints": {source: web.url(place)}, "licences": ["cc0"], "per_category": 3}
+        _, found = retrieved(tmp_path, **settings)
+        mine = [row["licence"].lower() for row in found.values() if row["source"] == source]
+        assert mine == ["cc0"] * 3 and web.asked[place + ("images/" if source == "openverse" else "")] == times
 
 
 def test_commons(web: Web, tmp_path):

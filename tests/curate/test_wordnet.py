@@ -203,7 +203,13 @@ def test_imagenets_classes_get_neighbours_none_of_which_is_a_target_or_its_synon
     assert statistics.median(per_target[synset] for synset in ids) == 8
     assert sum(len(category["owners"]) > 1 for category in categories) > 1_000
     assert sum(not per_target[synset] for synset in ids) < 20
+    decided = [row for row in read(tmp_path / "proposals.jsonl") if row["kept"]]
+    assert {row["name"] for row in decided} == {category["name"] for category in categories}
+    if not control:
+        first = {normalised(real.lemmas[synset][0]) for synset in ids}
+        assert first.isdisjoint(normalised(word) for category in categories for word in real.lemmas[category["key"]])
     if control:
+        assert all(row["reason"].startswith("drawn at random, in the place of ") for row in decided)
         below = {synset for synset in real.lemmas if set(real.above(synset)).intersection(ids)}
         assert not below.intersection(category["key"] for category in categories)
     written = list(csv.reader((tmp_path / "pairs.csv").open()))
