@@ -285,6 +285,28 @@ def reproduce(
     run_reproduce(task, Asked(data, out, epochs, seeds, parallel, settings or []), csv, console)
 
 
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="The axes, and how trials are chosen and placed.")],
+    data: PackPath,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the sweep: a RUN of each trial, and results.csv.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings of every trial, on top of the file's.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="A Ray cluster, or auto; DIR and PACK must be seen from all its machines."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a sweep: what has finished is not run again, what failed is tried again.")
+    ] = False,
+) -> None:
+    """Train along axes such as neighbours, silence, images and seed, several trials at a time."""
+    from fastlt.sweep.run import run_sweep
+
+    run_sweep(file, pack_place(data), out, settings or [], address, resume, console)
+
+
 @app.command("bench-train")
 def bench_train(
     recipe: Annotated[str, typer.Argument(help="The recipe whose loop is measured.")] = "cifar100-lt",

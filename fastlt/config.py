@@ -21,6 +21,7 @@ else:
 Share = Annotated[float, Field(ge=0, le=1)]
 HalfTurn = Annotated[float, Field(ge=0, le=0.5)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Epoch = Annotated[str, Field(pattern=r"^[0-9]+$")]
@@ -71,6 +72,13 @@ class DataConfig(Section):
     mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     auxiliary: bool = True  # false: train on the targets alone
+    neighbours: Annotated[
+        int, Field(ge=-1)
+    ] = -1  # of each target the first so many, nearest first by `similarity`; 0: none, -1: all
+    auxiliary_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the auxiliary classes, drawn at random by train.seed
+    similarity: str = ""  # FILE.npz or FILE.npz:KEY with names and vectors of the classes, which say how near two are
+    band: tuple[Cosine, Cosine] = (-1, 1)  # cosines of target and neighbour by `similarity`; others are left out
+    pairs: Literal["given", "random"] = "given"  # random: a control, in which each target silences as many, but any others
     target_sampling: Literal["once", "class-balanced", "square-root"] = "once"
     budget: Several = 50  # images per auxiliary class and epoch
     budgets: dict[str, Count] = {}  # the same for single auxiliary classes, by name
@@ -211,6 +219,8 @@ class Config(Section):
             0 < data.eval_resize < data.size,
             f"data.eval_resize={data.eval_resize} is less than data.size={data.size}: raise it, or 0",
         )
+        yield data.band[0] > data.band[1], f"data.band={list(data.band)} must ascend"
+        yield data.band != (-1, 1) and not data.similarity, "data.band needs data.similarity, vectors of the classes"
         yield data.auxiliary_ratio > 0 and bool(data.budgets), "data.auxiliary_ratio and data.budgets exclude each other"
         yield data.start_size == 0 and data.ramp != (0, 0), "data.ramp is for data.start_size: set that too, or leave both out"
         yield data.start_size > data.size, f"data.start_size={data.start_size} is more than data.size={data.size}: lower it, or 0"

@@ -26,6 +26,7 @@ from fastlt.model import Classifier, build_model, weights_file
 from fastlt.optim import Averaged, averaged, build_optimizer, lr_factor
 from fastlt.stopping import StopRequest
 from fastlt.update import MaxNorm, Updater
+from fastlt.view import view
 from fastlt_kernels import ClassParallelLinear
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -85,9 +86,9 @@ class Trainer:
 
 def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trainer:
     device, dtype = choose_device(config, ranks.local)
-    space = pack.space if config.data.auxiliary else pack.space.targets_only()
+    pack, space = view(pack, config.data, config.train.seed)
     data = config.data
-    plan = build_plan(config, pack, size_at(data, 0), ranks)
+    plan = build_plan(config, pack, space, size_at(data, 0), ranks)
     if plan.steps_per_epoch == 0:
         raise UserError(
             f"an epoch has {plan.images_per_epoch} images, less than one batch of {config.data.batch}: set data.batch lower"
@@ -144,7 +145,7 @@ def grow(trainer: Trainer) -> None:
     size = size_at(trainer.config.data, trainer.at.epoch)
     if size != trainer.plan.geometry.size:
         trainer.train_loader.close()
-        trainer.plan = build_plan(trainer.config, trainer.pack, size, trainer.ranks)
+        trainer.plan = build_plan(trainer.config, trainer.pack, trainer.space, size, trainer.ranks)
         trainer.train_loader = train_loader(trainer.config.data, trainer.pack, trainer.device, size)
 
 
@@ -202,14 +203,15 @@ def on_device(model: Classifier, config: Config, device: torch.device) -> Classi
     return model.to(memory_format=torch.channels_last) if config.train.channels_last else model  # type: ignore[call-overload]
 
 
-def build_plan(config: Config, pack: Pack, size: int | None = None, ranks: Ranks = ALONE) -> Plan:
-    """The training order, for images of `size` pixels a side: by default those of the last epoch."""
-    data, space = config.data, pack.space
+def build_plan(config: Config, pack: Pack, space: ClassSpace, size: int | None = None, ranks: Ranks = ALONE) -> Plan:
+    """The training order, for images of `size` pixels a side: by default those of the last epoch. space: of what is trained, the
+    first of the pack's classes."""
+    data, unused = config.data, pack.space.num_auxiliaries - space.num_auxiliaries
     geometry = Geometry(data.crop, size or data.size, data.flip, data.scale, data.ratio, data.padding, data.eval_resize)
-    sampling = Sampling(data.target_sampling, budgets_of(data, space), data.repeats)
+    sampling = Sampling(data.target_sampling, (*budgets_of(data, space), *[0] * unused), data.repeats)
     return Plan(
-        pack.train, space.num_targets, space.num_classes, geometry, sampling, data.batch, config.train.seed, data.drop_last,
-        ranks.rank, ranks.world, window_of(data, pack),
+        pack.train, pack.space.num_targets, pack.space.num_classes, geometry, sampling, data.batch, config.train.seed,
+        data.drop_last, ranks.rank, ranks.world, window_of(data, pack),
     )  # fmt: skip
 
 
@@ -221,16 +223,14 @@ def window_of(data: DataConfig, pack: Pack) -> int:
     return max(1, remote.limit // 2)
 
 
-def budgets_of(data: DataConfig, space: ClassSpace) -> int | tuple[int, ...]:
+def budgets_of(data: DataConfig, space: ClassSpace) -> tuple[int, ...]:
     """Images of each auxiliary class in an epoch."""
-    if not data.auxiliary:
-        return 0
     stored = np.array(space.train_counts)
     if data.auxiliary_ratio:
         return spread_budget(round(data.auxiliary_ratio * stored[: space.num_targets].sum()), stored[space.num_targets :])
     if unknown := [name for name in data.budgets if name not in space.auxiliary_names]:
         raise UserError(f"data.budgets names '{unknown[0]}', but the pack has no such auxiliary class")
-    return tuple(data.budgets.get(name, data.budget) for name in space.auxiliary_names) if data.budgets else data.budget
+    return tuple(data.budgets.get(name, data.budget) for name in space.auxiliary_names)
 
 
 def size_at(data: DataConfig, epoch: int) -> int:

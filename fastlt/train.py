@@ -48,13 +48,15 @@ from fastlt.stopping import Stopped, stop_on_signals
 DAMAGED_SHOWN = 5  # images that are named at the end of an epoch
 UNKNOWN = -1.0  # the norm of a gradient that is still being accumulated
 ASK_EVERY = 10  # steps, of several ranks: whether one of them wants a checkpoint, or to stop
+OnEpoch = Callable[[dict[str, Any]], None]
 READ_LOSS_EVERY = 20  # steps between looks at the loss: each look waits for the device
 
 
-def train(config: Config, run: Path, console: Console) -> dict[str, Any]:
+def train(config: Config, run: Path, console: Console, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
     """`fastlt train`: goes on where an earlier call in the same RUN stopped. Returns what result.json holds.
 
-    Raises Stopped where SIGTERM or Ctrl-C ended it early, once it is saved.
+    on_epoch is told what metrics.jsonl is told, once the epoch is saved. Raises Stopped where SIGTERM or Ctrl-C ended it early,
+    once it is saved.
     """
     with joined(config.model.head == "class-parallel") as ranks:
         if not ranks.is_first:
@@ -65,7 +67,7 @@ def train(config: Config, run: Path, console: Console) -> dict[str, Any]:
             trainer = prepare(config, run, pack, ranks)
             trainer.stop = stop
             try:
-                return carry_out(trainer, console)
+                return carry_out(trainer, console, on_epoch)
             finally:
                 trainer.forward = None  # before the process group, to which it holds on
                 trainer.train_loader.close()
@@ -73,7 +75,7 @@ def train(config: Config, run: Path, console: Console) -> dict[str, Any]:
                 trainer.writer.close()
 
 
-def carry_out(trainer: Trainer, console: Console) -> dict[str, Any]:
+def carry_out(trainer: Trainer, console: Console, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
     config, run = trainer.config, trainer.run
     if trainer.ranks.is_first:
         write_text(run / "config.toml", to_toml(config))
@@ -82,7 +84,7 @@ def carry_out(trainer: Trainer, console: Console) -> dict[str, Any]:
         console.print(f"{run} has finished already")
         return result
     introduce(trainer, console)
-    return finish(trainer, fit(trainer, console))
+    return finish(trainer, fit(trainer, console, on_epoch))
 
 
 def open_packs(data: DataConfig) -> Pack:
@@ -96,7 +98,7 @@ def open_packs(data: DataConfig) -> Pack:
 # --- loop
 
 
-def fit(trainer: Trainer, console: Console) -> Predictions | None:
+def fit(trainer: Trainer, console: Console, on_epoch: OnEpoch | None = None) -> Predictions | None:
     """All epochs that are left. Returns the predictions of the last one, None where none was left."""
     config, at = trainer.config, trainer.at
     predictions = None
@@ -116,6 +118,8 @@ def fit(trainer: Trainer, console: Console) -> Predictions | None:
             if "top1" in record:
                 bar.console.print(epoch_line(record, config.train.epochs), highlight=False, soft_wrap=True)
             save(trainer)
+            if on_epoch is not None:
+                on_epoch(record)
             stop_if_asked(trainer)
     trainer.writer.wait()
     return predictions

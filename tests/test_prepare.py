@@ -13,6 +13,7 @@ from fastlt.data.pool import cores
 from fastlt.errors import UserError
 from fastlt.prepare import budgets_of, build_plan, notes, prepare, size_at
 from fastlt.train import train
+from fastlt.view import view
 
 QUIET = Console(quiet=True)
 SMALL = ["model.name=resnet8", "data.size=16", "data.batch=16", "data.padding=2", "data.workers=0", "train.threads=1"]
@@ -32,17 +33,18 @@ def test_images_grow_over_the_ramp():
 
 def test_budgets_by_name_and_by_ratio(small_pack):
     space = open_pack(small_pack).space
-    assert budgets_of(DataConfig(), space) == 50
+    assert budgets_of(DataConfig(), space) == (50, 50)
     assert budgets_of(DataConfig(budget=9, budgets={"y": 4}), space) == (9, 4)
     assert budgets_of(DataConfig(auxiliary_ratio=0.5), space) == (5, 5)  # half of 21 targets, rounded to the even
-    assert budgets_of(DataConfig(auxiliary=False, auxiliary_ratio=2), space) == 0
+    assert budgets_of(DataConfig(auxiliary=False, auxiliary_ratio=2), space.targets_only()) == ()
     with pytest.raises(UserError, match=r"data\.budgets names 'z'"):
         budgets_of(DataConfig(budgets={"z": 4}), space)
 
 
 @pytest.mark.parametrize("settings", [["data.auxiliary_ratio=1.5"], ["data.budgets={x = 3}"], ["data.target_sampling=square-root"]])
 def test_the_prior_counts_what_an_epoch_holds(small_pack, settings):
-    plan = build_plan(config_of(small_pack, *settings), open_pack(small_pack))
+    pack, config = open_pack(small_pack), config_of(small_pack, *settings)
+    plan = build_plan(config, *view(pack, config.data, 0))
     seen = np.bincount(open_pack(small_pack).train.label[plan.order(4)], minlength=5)
     assert seen.tolist() == plan.class_counts.tolist()
 
@@ -90,7 +92,7 @@ def test_a_split_without_auxiliary_images_has_no_budget(small_pack):
     pack = open_pack(small_pack)
     kept = pack.train.label < 3
     columns = {name: getattr(pack.train, name)[kept] for name in ("shard", "offset", "size", "label", "height", "width")}
-    plan = build_plan(config_of(small_pack, "data.budget=7"), replace(pack, train=replace(pack.train, **columns)))
+    plan = build_plan(config_of(small_pack, "data.budget=7"), replace(pack, train=replace(pack.train, **columns)), pack.space)
     assert plan.class_counts.tolist() == [12, 6, 3, 0, 0]
 
 

@@ -14,6 +14,7 @@ from fastlt.export import targets_only
 from fastlt.prepare import introduce, prepare
 from fastlt.train import forward_of, set_modes, train_step
 
+pytestmark = pytest.mark.slow
 if find_spec("timm") is None:
     pytest.skip("timm is an extra", allow_module_level=True)
 SETS = ("imagenet-lt", "inat18", "places-lt")

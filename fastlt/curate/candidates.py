@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
 
-from fastlt.curate.embeddings import read_embeddings
 from fastlt.curate.fetch import Fetcher, Refused
-from fastlt.curate.names import normalised
 from fastlt.curate.settings import RetrieveConfig
 from fastlt.data.images import EXTENSIONS
+from fastlt.embeddings import read_embeddings
 from fastlt.errors import UserError
+from fastlt.names import normalised
 
 ENDPOINTS = {
     "openverse": "https://api.openverse.org/v1/",

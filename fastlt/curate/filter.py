@@ -24,7 +24,6 @@ from rich.table import Table
 from fastlt.classes import ClassSpace
 from fastlt.curate.features import open_backbone
 from fastlt.curate.judge import Verdicts, give_up_small_classes, judge
-from fastlt.curate.names import normalised
 from fastlt.curate.piles import Pile, make_pile
 from fastlt.curate.retrieve import PROPOSED_BY, tried
 from fastlt.curate.settings import CurateConfig, FilterConfig, keep_settings
@@ -35,6 +34,7 @@ from fastlt.data.packed import COLUMNS, Pack, Split, open_pack
 from fastlt.data.shards import ShardWriter, member_keys
 from fastlt.errors import UserError
 from fastlt.files import whole_file, whole_folder, write_text
+from fastlt.names import normalised
 
 SHARD_BYTES = 10**9
 RETRIEVED_BY = "fastlt curate retrieve"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fastlt.curate.names import normalised
+from fastlt.names import normalised
 
 
 @dataclass(frozen=True)

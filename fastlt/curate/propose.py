@@ -21,8 +21,6 @@ from rich.table import Table
 
 from fastlt.classes import ClassSpace
 from fastlt.curate import llm, wordnet
-from fastlt.curate.embeddings import read_embeddings
-from fastlt.curate.names import normalised
 from fastlt.curate.proposals import (
     Category,
     Decision,
@@ -35,8 +33,10 @@ from fastlt.curate.proposals import (
 )
 from fastlt.curate.settings import CurateConfig, ProposeConfig, keep_settings
 from fastlt.curate.table import write_table
+from fastlt.embeddings import read_embeddings
 from fastlt.errors import UserError
 from fastlt.files import whole_file
+from fastlt.names import normalised
 from fastlt.progress import rated_progress
 
 SHOWN = 8  # targets of the table on the screen

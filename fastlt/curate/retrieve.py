@@ -27,12 +27,12 @@ from rich.table import Table
 
 from fastlt.curate.candidates import ENDPOINTS, Asked, Candidate, Find, accepted, endpoint, open_sources
 from fastlt.curate.fetch import Fetcher, Refused, open_fetcher
-from fastlt.curate.names import normalised
 from fastlt.curate.pictures import Picture, examine
 from fastlt.curate.settings import CurateConfig, RetrieveConfig, keep_settings
 from fastlt.curate.table import read_table, write_table
 from fastlt.errors import UserError
 from fastlt.files import whole_file
+from fastlt.names import normalised
 from fastlt.progress import rated_progress
 
 PROPOSED_BY = "fastlt curate propose"

@@ -6,14 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fastlt.config import Count, Section, Several, to_toml, with_settings
+from fastlt.config import Cosine, Count, Section, Several, to_toml, with_settings
 from fastlt.errors import UserError
 from fastlt.files import write_text
 
 CONFIG = "config.toml"
 
 Source = Literal["openverse", "commons", "inaturalist", "urls", "clip", "folder"]
-Cosine = Annotated[float, Field(ge=-1, le=1)]
 Price = Annotated[float, Field(ge=0)]
 
 

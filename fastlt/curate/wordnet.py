@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 
 from fastlt.config import did_you_mean
-from fastlt.curate.embeddings import Embeddings
-from fastlt.curate.names import normalised
 from fastlt.curate.proposals import Category, Proposal, Target
+from fastlt.embeddings import Embeddings
 from fastlt.errors import UserError
+from fastlt.names import normalised
 
 WNID = re.compile(r"n\d{8}")
 EDGES, LEMMAS, DEFINITIONS = "*wordnet*parent-child*", "*synset*lemma*", "*synset*definition*"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastlt.curate.names import normalised
+from fastlt.names import normalised
 
 
 @pytest.mark.parametrize(

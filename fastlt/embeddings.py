@@ -1,4 +1,4 @@
-"""Vectors for names, by which neighbours at the same distance are ranked."""
+"""Vectors for the names of classes, by which neighbours are ranked and chosen."""
 
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastlt.curate.names import normalised
 from fastlt.errors import UserError
+from fastlt.names import normalised
 
 
 @dataclass(frozen=True)

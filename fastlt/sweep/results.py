@@ -1,0 +1,109 @@
+"""What has become of the trials, read from their folders: one row a point, in DIR/results.csv and results.parquet."""
+
+import csv
+import json
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastlt.files import whole_file, write_text
+from fastlt.sweep.trial import Trial
+
+Row = dict[str, Any]
+FIGURES = ("top1", "many", "medium", "few", "balanced_accuracy", "harmonic_mean", "ece")
+WHY = "failed.txt"  # in the RUN of a trial that failed
+ENDED = "ended.txt"  # in that of one that was ended early
+
+
+def run_of(out: Path, trial: Trial, first: dict[str, str]) -> Path:
+    """The RUN of a trial; of those that are one run, that of the first."""
+    return out / "runs" / first.setdefault(trial.key, trial.name)
+
+
+def read_row(run: Path, trial: Trial, cpus: float, gpus: float) -> Row:
+    result, status, note = outcome(run)
+    row: Row = {**{name: plain(value) for name, value in trial.values.items()}, "seed": trial.seed}
+    row |= {"run": run.name, "status": status, "note": note}
+    row |= {name: result.get(name) for name in (*FIGURES, "epochs", "images", "seconds")}
+    if row["seconds"] is not None:
+        row["seconds"] = round(row["seconds"], 1)
+        row["gpu_hours"], row["cpu_hours"] = round(row["seconds"] / 3600 * gpus, 4), round(row["seconds"] / 3600 * cpus, 4)
+    return {**row, "settings": " ".join(trial.settings), "fastlt": version("fastlt"), "commit": commit()}
+
+
+def outcome(run: Path) -> tuple[dict[str, Any], str, str]:
+    """Figures, what has become of it (finished, stopped early, failed, begun, waiting), and why."""
+    if (result := read_json(run / "result.json")) is not None:
+        return result, "finished", ""
+    if (run / WHY).is_file():
+        return last_record(run), "failed", (run / WHY).read_text(encoding="utf-8").strip()
+    if (run / ENDED).is_file():
+        return last_record(run), "stopped early", "others were ahead at the same epoch"
+    return {}, "begun" if (run / "config.toml").is_file() else "waiting", ""
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "top1" in found else None
+
+
+def last_record(run: Path) -> dict[str, Any]:
+    """Of the last epoch that was evaluated."""
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return {}
+    evaluated = [record for record in records if "top1" in record]
+    return {**evaluated[-1], "epochs": evaluated[-1]["epoch"] + 1} if evaluated else {}
+
+
+def plain(value: Any) -> Any:
+    """One cell of a table."""
+    return json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
+
+
+def write_results(out: Path, rows: Sequence[Row]) -> None:
+    """Replaced as a whole, each time."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with whole_file(out / "results.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        table.writerows(rows)
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return
+    text = {name for name in columns if any(isinstance(row.get(name), str) for row in rows)}
+    values = {name: [as_text(row.get(name)) if name in text else row.get(name) for row in rows] for name in columns}
+    with whole_file(out / "results.parquet") as temporary:
+        pyarrow.parquet.write_table(pyarrow.table(values), temporary)
+
+
+def as_text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def note_failure(run: Path, why: str) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / WHY, why.strip() + "\n")
+
+
+@cache
+def commit() -> str:
+    """Of the source that is running, where it is a clone; with + where it was changed since."""
+    here = Path(__file__).parent
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return told.stdout.strip() if told.returncode == 0 else ""

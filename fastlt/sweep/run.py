@@ -1,0 +1,334 @@
+"""`fastlt sweep`: the trials on Ray Tune. What is known of them lies in DIR alone, so that a killed sweep goes on from there.
+
+DIR/sweep.toml       what was asked for
+DIR/runs/TRIAL/      a RUN of each trial, as `fastlt train` leaves it
+DIR/results.csv, results.parquet   one row a trial, written anew whenever one ends
+"""
+
+import json
+import logging
+import os
+import shutil
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastlt.data.pool import cores
+from fastlt.errors import UserError, extra
+from fastlt.files import write_text
+from fastlt.rundir import only_run
+from fastlt.sweep.results import ENDED, WHY, Row, note_failure, outcome, read_row, run_of, write_results
+from fastlt.sweep.spec import METRICS, Range, Sweep, Values, read_sweep
+from fastlt.sweep.trial import Trial, check_axes, make_trial, points
+
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_MAX_PENDING_TRIALS_PG": "auto", "RAY_TRAIN_V2_ENABLED": "0",
+}  # fmt: skip
+
+
+@dataclass
+class Board:
+    """What the driver knows of the trials."""
+
+    sweep: Sweep
+    pack: str
+    out: Path
+    more: Sequence[str]
+    trials: list[Trial] = field(default_factory=list)
+    first: dict[str, str] = field(default_factory=dict)  # key of a run -> the trial that it is named after
+
+    def add(self, values: Values) -> Trial:
+        """Those of a search become known as they are begun."""
+        trial = make_trial(self.sweep, self.pack, values, self.more)
+        if all(trial.name != known.name for known in self.trials):
+            self.trials.append(trial)
+            run_of(self.out, trial, self.first)
+        return trial
+
+    def begin(self, suggested: dict[str, Any]) -> Trial:
+        """The trial that Ray begins, which of a search is a new one, and is written down."""
+        before = len(self.trials)
+        trial = self.add(values_of(self.sweep, suggested))
+        if len(self.trials) > before:
+            self.write_down()
+        return trial
+
+    def write_down(self) -> None:
+        write_text(self.out / "trials.jsonl", "".join(json.dumps(trial.values) + "\n" for trial in self.trials))
+
+    def run(self, trial: Trial) -> Path:
+        return run_of(self.out, trial, self.first)
+
+    def rows(self) -> list[Row]:
+        resources = self.sweep.resources
+        return [read_row(self.run(trial), trial, resources.cpus, resources.gpus) for trial in self.trials]
+
+    def left(self) -> list[Trial]:
+        """One of each run that is not over."""
+        runs: dict[Path, Trial] = {}
+        for trial in self.trials:
+            if outcome(self.run(trial))[1] not in ("finished", "stopped early"):
+                runs.setdefault(self.run(trial), trial)
+        return list(runs.values())
+
+
+def run_sweep(
+    file: Path, pack: str, out: Path, more: Sequence[str], address: str | None, resume: bool, console: Console
+) -> list[Row]:
+    """Raises UserError where the sweep is wrong, or DIR holds another one."""
+    sweep, out = read_sweep(file), out.resolve()
+    board = Board(sweep, pack, out, list(more))
+    check_axes(sweep, pack, more)
+    if (out / "runs").is_dir() and not resume:
+        raise UserError(f"{out} holds a sweep already: go on with it by --resume, or choose another --out")
+    with only_run(out):
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+        write_text(out / "sweep.toml", file.read_text(encoding="utf-8"))
+        for values in points(sweep) if sweep.search.kind != "optuna" else known_points(board):
+            board.add(values)
+        board.write_down()
+        with suppressed_ray(address, sweep) as tune:
+            tell_plan(board, console)
+            follow(board, tune, console)
+        rows = board.rows()
+        write_results(out, rows)
+    show(rows, sweep, console)
+    return rows
+
+
+def known_points(board: Board) -> Iterator[Values]:
+    """Of a search that was killed: what it had tried."""
+    path = board.out / "trials.jsonl"
+    if path.is_file():
+        yield from (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def tell_plan(board: Board, console: Console) -> None:
+    runs = {board.run(trial) for trial in board.trials}
+    left, total = len(board.left()), len(runs)
+    same = len(board.trials) - total
+    alike = f" ({same} more are the same as others)" if same else ""
+    console.print(f"{total} runs{alike}, {total - left} of them finished before", highlight=False)
+
+
+# --- Ray
+
+
+@contextmanager
+def suppressed_ray(address: str | None, sweep: Sweep) -> Iterator[Any]:
+    """Ray, started here or joined at the address, and without its own words; yields ray.tune."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    with extra("sweep"):
+        import ray
+        from ray import tune
+    here: dict[str, Any] = {} if address else {"num_cpus": max(cores(), round(sweep.resources.cpus)), "include_dashboard": False}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **here)
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot reach Ray{f' at {address}' if address else ''}: {str(error).splitlines()[0]}") from error
+    try:
+        yield tune
+    finally:
+        ray.shutdown()
+
+
+def follow(board: Board, tune: Any, console: Console) -> None:
+    """Until all trials have ended, with a bar over them and results.csv up to date."""
+    left, search = board.left(), board.sweep.search
+    if not left and search.kind != "optuna":
+        return
+    for trial in left:
+        (board.run(trial) / WHY).unlink(missing_ok=True)  # it gets another chance
+    space, settings = arranged(board, left, tune)
+    own = board.out / "ray"  # what matters lies in the runs, so it is made anew each time
+    shutil.rmtree(own, ignore_errors=True)
+    columns = (
+        TextColumn("trials"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
+        total = search.trials - len(board.trials) + len(left) if search.kind == "optuna" else len(left)
+        watch = make_watch(board, tune, partial(bar.update, bar.add_task("", total=total)), bar.console)
+        tuner = tune.Tuner(
+            tune.with_resources(partial(train_trial, board), resources_of(board.sweep)),
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric=search.metric, mode="max", max_concurrent_trials=board.sweep.resources.parallel or None,
+                reuse_actors=True, **settings,
+            ),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(own), verbose=0, callbacks=[watch],
+                failure_config=tune.FailureConfig(max_failures=board.sweep.resources.retries),
+            ),
+        )  # fmt: skip
+        tuner.fit()
+    shutil.rmtree(own, ignore_errors=True)
+
+
+def resources_of(sweep: Sweep) -> dict[str, float]:
+    return {"cpu": sweep.resources.cpus, **({"gpu": sweep.resources.gpus} if sweep.resources.gpus else {})}
+
+
+def arranged(board: Board, left: Sequence[Trial], tune: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The space that Ray draws from, and how."""
+    search = board.sweep.search
+    settings: dict[str, Any] = {}
+    if search.stop_early:
+        from ray.tune.schedulers import ASHAScheduler
+
+        most = max((trial.config.train.epochs for trial in board.trials), default=1)
+        settings["scheduler"] = ASHAScheduler(time_attr="epoch", max_t=max(most, search.grace), grace_period=search.grace)
+    if search.kind != "optuna":
+        return {"values": tune.grid_search([trial.values for trial in left])}, settings
+    settings["search_alg"] = optuna_search(board)
+    settings["num_samples"] = max(0, search.trials - (len(board.trials) - len(left)))
+    return {}, settings
+
+
+def optuna_search(board: Board) -> Any:
+    with extra("sweep"):
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
+
+    of = optuna.distributions
+    search = board.sweep.search
+    space: dict[str, of.BaseDistribution] = {
+        name: of.CategoricalDistribution(range(len(axis)))  # by number, for a value may be a list
+        if isinstance(axis, list)
+        else of.IntDistribution(round(axis.low), round(axis.high), log=axis.log)
+        if axis.whole
+        else of.FloatDistribution(axis.low, axis.high, log=axis.log)
+        for name, axis in board.sweep.axes.items()
+    }
+    ended = [(trial, outcome(board.run(trial))[0].get(search.metric)) for trial in board.trials]
+    seen = [(numbered(board.sweep, trial.values), figure) for trial, figure in ended if figure is not None]
+    again = [numbered(board.sweep, trial.values) for trial in board.left()]
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    told: dict[str, Any] = {"points_to_evaluate": [p for p, _ in seen], "evaluated_rewards": [f for _, f in seen]} if seen else {}
+    if again and not seen:
+        told = {"points_to_evaluate": again}
+    return OptunaSearch(space, metric=search.metric, mode="max", seed=search.seed + len(seen), **told)
+
+
+def numbered(sweep: Sweep, values: Values) -> Values:
+    """Values of lists as their number."""
+    return {name: v if isinstance(sweep.axes[name], Range) else sweep.axes[name].index(v) for name, v in values.items()}  # type: ignore[union-attr]
+
+
+def values_of(sweep: Sweep, suggested: dict[str, Any]) -> Values:
+    if "values" in suggested:
+        return suggested["values"]
+    return {name: suggested[name] if isinstance(axis, Range) else axis[suggested[name]] for name, axis in sweep.axes.items()}
+
+
+def train_trial(board: Board, suggested: dict[str, Any]) -> None:
+    """In a process of Ray: trains, or goes on, in the trial's own RUN."""
+    from ray import tune
+
+    from fastlt.train import train
+
+    trial = make_trial(board.sweep, board.pack, values_of(board.sweep, suggested), board.more)
+    run = board.run(trial)
+    run.mkdir(parents=True, exist_ok=True)
+
+    def tell(record: dict[str, Any]) -> None:
+        if board.sweep.search.stop_early and "top1" in record:
+            tune.report({"epoch": record["epoch"] + 1, **{name: record[name] or 0.0 for name in METRICS}})
+
+    try:
+        with (run / "log.txt").open("a", encoding="utf-8") as log:
+            result = train(trial.config, run, Console(file=log, width=120, no_color=True), tell)
+    except UserError as error:  # the same would come again
+        note_failure(run, str(error))
+        tune.report({"epoch": 0, **dict.fromkeys(METRICS, 0.0)})
+        return
+    tune.report({"epoch": result["epochs"], **{name: result[name] or 0.0 for name in METRICS}})
+
+
+def make_watch(board: Board, tune: Any, update: Any, console: Console) -> Any:
+    """A callback of Ray's: results.csv whenever a trial ends."""
+
+    class Watch(tune.Callback):
+        def __init__(self, board: Board, update: Any, console: Console) -> None:
+            self.board, self.update, self.console = board, update, console
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Ray writes it down for resuming by its own means, and a screen cannot be written down
+
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            self.board.begin(trial.config)
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            run = self.board.run(self.board.begin(trial.config))
+            if outcome(run)[1] not in ("finished", "failed"):
+                write_text(run / ENDED, "")
+            self._count()
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            run = self.board.run(self.board.begin(trial.config))
+            note_failure(run, reason_of(trial))
+            told = f"{escape(run.name)} failed: see {escape(str(run / WHY))}"
+            self.console.print(f"[yellow]note:[/] {told}", highlight=False, soft_wrap=True)
+            self._count()
+
+        def _count(self) -> None:
+            rows = self.board.rows()
+            write_results(self.board.out, rows)
+            best = max((row["top1"] for row in rows if row["top1"] is not None), default=None)
+            self.update(advance=1, description="" if best is None else f"best top-1 {best:.1f}")
+
+    return Watch(board, update, console)
+
+
+def reason_of(trial: Any) -> str:
+    """The last line of what Ray says."""
+    try:
+        error = trial.get_error()
+        told = "".join(traceback.format_exception(error)) if error else ""
+    except Exception:  # what Ray kept cannot be read back
+        told = ""
+    lines = [line for line in told.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "its process died"
+
+
+# --- on screen
+
+
+def show(rows: Sequence[Row], sweep: Sweep, console: Console) -> None:
+    status: dict[str, int] = {}
+    for row in rows:
+        status[row["status"]] = status.get(row["status"], 0) + 1
+    console.print(", ".join(f"{times} {name}" for name, times in status.items()), highlight=False)
+    measured = [row for row in rows if row[sweep.search.metric] is not None]
+    axes = [name for name in sweep.axes if name != "seed"]
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in measured:
+        groups.setdefault(tuple(row[name] for name in axes), []).append(row)
+    table = Table(*axes, "runs", *METRICS, title=f"the best by {sweep.search.metric}, mean over seeds", title_justify="left")
+    ranked = sorted(groups.items(), key=lambda entry: -mean_of(entry[1], sweep.search.metric))
+    for point, members in ranked[:10]:
+        figures = (f"{mean_of(members, name):.1f}" for name in METRICS)
+        table.add_row(*(escape(str(value)) for value in point), str(len(members)), *figures)
+    if groups:
+        console.print(table)
+
+
+def mean_of(rows: Sequence[Row], name: str) -> float:
+    known = [row[name] for row in rows if row[name] is not None]
+    return sum(known) / len(known) if known else float("nan")

@@ -1,0 +1,144 @@
+"""SWEEP.toml: what all trials share, the axes along which they differ, and how trials are chosen and placed."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
+
+from fastlt.config import Config, Count, Positive, Section, did_you_mean
+from fastlt.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# What one asks for, and the key of the configuration that it is.
+SHORT = {
+    "neighbours": "data.neighbours", "images": "data.budget", "share": "data.auxiliary_share", "ratio": "data.auxiliary_ratio",
+    "band": "data.band", "silence": "loss.silence", "directions": "loss.directions", "pack": "data.pack", "seed": "train.seed",
+}  # fmt: skip
+CONTROLS: dict[str, dict[str, Any]] = {
+    "neighbours": {"data.auxiliary": True, "data.pairs": "given"},
+    "random": {"data.auxiliary": True, "data.pairs": "random"},
+    "none": {"data.auxiliary": False},
+}
+METRICS = ("top1", "many", "medium", "few")
+SECTIONS = tuple(Config.model_fields)
+Values = dict[str, Any]  # axis -> value
+
+
+class Range(Section):
+    """Of an axis that is searched rather than gone through."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False  # numbers without a fraction
+
+    @model_validator(mode="after")
+    def _ascends(self) -> "Range":
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"low = {self.low:g} must be less than high = {self.high:g}, and above 0 where log is true")
+        return self
+
+    def draw(self, rng: np.random.Generator) -> float | int:
+        if self.whole:
+            return int(rng.integers(round(self.low), round(self.high) + 1))
+        if self.log:
+            return float(np.exp(rng.uniform(np.log(self.low), np.log(self.high))))
+        return float(rng.uniform(self.low, self.high))
+
+
+Axis = list[Any] | Range
+
+
+class Search(Section):
+    kind: Literal["grid", "random", "optuna"] = "grid"
+    trials: Count = 0  # of random and optuna
+    seed: Annotated[int, Field(ge=0)] = 0
+    metric: Literal["top1", "many", "medium", "few"] = "top1"  # what is to be high
+    stop_early: bool = False  # ASHA: trials that are behind at the same epoch end there
+    grace: Annotated[int, Field(ge=1)] = 1  # epochs before which none is ended
+
+
+class Resources(Section):
+    """Of a trial."""
+
+    cpus: Positive = 1.0  # torch has as many threads
+    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0.25: four trials share one
+    parallel: Count = 0  # trials at a time at most; 0: as many as there is room for
+    retries: Count = 2  # of a trial whose process dies, or that fails for no reason of its own
+
+
+class Sweep(Section):
+    recipe: str
+    method: str = ""  # of `fastlt train --method`
+    settings: dict[str, Any] = Field(default={})  # section.key -> value, of every trial
+    axes: dict[str, Axis] = Field(min_length=1)
+    baseline: Values = Field(default={})  # values of axes: the trials that others are compared with
+    search: Search = Search()
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Sweep":
+        ranges = [name for name, axis in self.axes.items() if isinstance(axis, Range)]
+        if self.search.kind == "grid" and ranges:
+            raise ValueError(f"the axis {ranges[0]} is a range: list its values, or set search.kind to random or optuna")
+        if self.search.kind != "grid" and not self.search.trials:
+            raise ValueError(f"search.kind = {self.search.kind} needs search.trials, how many there are to be")
+        if empty := [name for name, axis in self.axes.items() if axis == []]:
+            raise ValueError(f"the axis {empty[0]} has no values")
+        if unknown := [name for name in self.baseline if name not in self.axes]:
+            raise ValueError(f"the baseline names '{unknown[0]}'{did_you_mean(unknown[0], list(self.axes))}, which is no axis")
+        return self
+
+
+def read_sweep(file: Path) -> Sweep:
+    """Raises UserError that says where it is wrong."""
+    try:
+        tree = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the sweep {file}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file} is not valid TOML: {error}") from error
+    for part in ("settings", "axes", "baseline"):
+        if isinstance(tree.get(part), dict):
+            tree[part] = dotted(tree[part])
+    try:
+        return Sweep.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part not in ("Range", "list[any]"))
+        raise UserError(f"{file}: {place or 'it'}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def dotted(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections within a table as `section.key`."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in SECTIONS and isinstance(value, dict):
+            flat |= {f"{key}.{name}": entry for name, entry in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def settings_of(values: Values) -> dict[str, Any]:
+    """Values of axes as settings."""
+    settings: dict[str, Any] = {}
+    for axis, value in values.items():
+        if axis == "control":
+            if value not in CONTROLS:
+                raise UserError(f"the axis control has '{value}': it may be one of {', '.join(CONTROLS)}")
+            settings |= CONTROLS[value]
+        else:
+            settings[SHORT.get(axis, axis)] = value
+    return settings
+
+
+def choose(rng: np.random.Generator, axis: Axis) -> Any:
+    return axis.draw(rng) if isinstance(axis, Range) else axis[int(rng.integers(len(axis)))]

@@ -1,0 +1,119 @@
+"""A trial: one point of a sweep, its configuration, and the RUN folder it is trained in.
+
+What two points differ in may not matter: without auxiliary classes nothing is silenced, however strongly. Such points are one run.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlt.config import Config, load_config
+from fastlt.errors import UserError
+from fastlt.methods import method_settings
+from fastlt.rundir import MAY_CHANGE, flat
+from fastlt.sweep.spec import SHORT, Sweep, Values, choose, settings_of
+
+LONGEST_NAME = 100  # characters of a folder
+# What no run without auxiliary classes depends on.
+OF_AUXILIARIES = (
+    "loss.silence", "loss.directions", "loss.few_shot_below", "data.auxiliary", "data.neighbours", "data.auxiliary_share",
+    "data.similarity", "data.band", "data.pairs", "data.budget", "data.budgets", "data.auxiliary_ratio",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    values: Values  # axis -> value
+    settings: tuple[str, ...]  # section.key=value
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return name_of(self.values)
+
+    @property
+    def seed(self) -> int:
+        return self.config.train.seed
+
+    @property
+    def key(self) -> str:
+        """The same for trials that are one run."""
+        told = {key: value for key, value in flat(self.config).items() if key not in MAY_CHANGE or key == "data.pack"}
+        if not self.config.data.auxiliary or self.config.data.neighbours == 0:
+            told = {key: value for key, value in told.items() if key not in OF_AUXILIARIES}
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def make_trial(sweep: Sweep, pack: str, values: Values, more: Sequence[str] = ()) -> Trial:
+    """more: settings of the command line, on top of the sweep's. Raises UserError that names the setting."""
+    own = settings_of(values)
+    settings = (*(as_setting(key, value) for key, value in sweep.settings.items()), *more)
+    settings += (f"train.threads={max(1, round(sweep.resources.cpus))}", *(as_setting(key, value) for key, value in own.items()))
+    place = [] if "data.pack" in own else [as_setting("data.pack", pack)]
+    config = load_config(sweep.recipe, [*place, *settings], method_settings(sweep.method or None, None))
+    return Trial(values, settings, config)
+
+
+def as_setting(key: str, value: Any) -> str:
+    return f"{key}={toml_of(value)}"
+
+
+def toml_of(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))} = {toml_of(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(toml_of, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def points(sweep: Sweep) -> list[Values]:
+    """Of a grid, all; of a random search, as many different ones as it is to have."""
+    if sweep.search.kind == "grid":
+        lists = [axis for axis in sweep.axes.values() if isinstance(axis, list)]
+        return [dict(zip(sweep.axes, values, strict=True)) for values in itertools.product(*lists)]
+    rng = np.random.default_rng(sweep.search.seed)
+    found: dict[str, Values] = {}
+    for _ in range(100 * sweep.search.trials):
+        values = {name: choose(rng, axis) for name, axis in sweep.axes.items()}
+        found.setdefault(json.dumps(values, sort_keys=True), values)
+        if len(found) == sweep.search.trials:
+            break
+    return list(found.values())
+
+
+def name_of(values: Values) -> str:
+    """Of the folder: what the trial is, where that is not too long."""
+    told = ",".join(f"{axis.rpartition('.')[2]}={short(value)}" for axis, value in values.items())
+    name = re.sub(r"[^A-Za-z0-9=,.+-]+", "-", told).strip("-.")
+    if len(name) <= LONGEST_NAME and name == told:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return "..".join(map(short, value))
+    return Path(value).name if isinstance(value, str) else str(value)
+
+
+def check_axes(sweep: Sweep, pack: str, more: Sequence[str]) -> None:
+    """Every value of every axis alone, before anything is trained. Raises UserError."""
+    for name, axis in sweep.axes.items():
+        if name not in SHORT and "." not in name and name != "control":
+            known = ", ".join([*SHORT, "control"])
+            raise UserError(f"there is no axis '{name}': it is one of {known}, or any key of the configuration such as optim.lr")
+        for value in axis if isinstance(axis, list) else [axis.draw(np.random.default_rng(0))]:
+            make_trial(sweep, pack, {name: value}, more)
+    for name, value in sweep.baseline.items():
+        axis = sweep.axes[name]
+        if isinstance(axis, list) and value not in axis:
+            raise UserError(f"the baseline has {name} = {value!r}, which is none of the axis' values")
