@@ -7,6 +7,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -19,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 # CSS variable -> a colour that nothing else uses; `_svg` puts `var(--name)` in its place.
 COLOURS = {name: f"#fa57{i:02x}" for i, name in enumerate(("ink", "muted", "grid", "many", "medium", "few"), start=1)}
+LIGHT = dict(zip(COLOURS.values(), ("#191d22", "#59626d", "#dde1e6", "#0a5fae", "#0b7a5c", "#c03d0c"), strict=True))
 NAMED_UP_TO = 40  # with more classes there is no room for names, and dots with a running mean read better than bars
 LONGEST_NAME = 26  # characters; the tables give names in full
 
@@ -214,6 +216,20 @@ def _svg(label: str, draw: Draw, size: tuple[int, int], narrow: bool) -> Markup:
         draw(figure, narrow)
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return Markup(_themed(out.getvalue(), label, size))
+
+
+def write_png(path: Path, draw: Draw, size: tuple[int, int]) -> None:
+    """For places without a style sheet: in the colours of the light page, twice as sharp as a screen needs."""
+    style: Any = {name: LIGHT.get(value, value) if isinstance(value, str) else value for name, value in STYLE.items()}
+    page = dict(COLOURS)
+    COLOURS.update({name: LIGHT[colour] for name, colour in page.items()})
+    try:
+        with mpl.rc_context(style):
+            figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
+            draw(figure, False)
+            figure.savefig(path, format="png", dpi=144, facecolor="white")
+    finally:
+        COLOURS.update(page)
 
 
 def _themed(svg: str, label: str, size: tuple[int, int]) -> str:

@@ -251,11 +251,24 @@ def export(run: Run, to: Annotated[Path, typer.Option(help="A name that ends in 
 
 
 @app.command()
-def report(run: Run) -> None:
-    """Write RUN/report.html: one page that needs nothing else."""
-    from fastlt.report import write_report
+def report(
+    place: Annotated[Path, typer.Argument(metavar="DIR", help="What `fastlt train` or `fastlt sweep` wrote.")],
+    axes: Annotated[
+        str, typer.Option(metavar="A,B", help="Of a sweep: the two axes of the heat map; by default the strongest.")
+    ] = "",
+) -> None:
+    """Write DIR/report.html, of a run or a sweep: one page that needs nothing else."""
+    if (place / "sweep.toml").is_file():
+        from fastlt.sweep.report import write_sweep_report
 
-    console.print(f"report: {write_report(run)}")
+        written = write_sweep_report(place, [axis for axis in axes.split(",") if axis])
+    else:
+        from fastlt.report import write_report
+
+        if axes:
+            raise UserError(f"--axes is for sweeps, and {place} is none")
+        written = write_report(place)
+    console.print(f"report: {written}", soft_wrap=True)
 
 
 @app.command()
@@ -286,6 +299,16 @@ def reproduce(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Finished runs, the one to beat first.")],
+) -> None:
+    """Runs side by side: figures, the settings in which they differ, and whether that is more than chance."""
+    from fastlt.compare import compare as tell
+
+    tell(runs, console)
+
+
+@app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="The axes, and how trials are chosen and placed.")],
     data: PackPath,
@@ -302,9 +325,12 @@ def sweep(
     ] = False,
 ) -> None:
     """Train along axes such as neighbours, silence, images and seed, several trials at a time."""
+    from fastlt.sweep.report import write_sweep_report
     from fastlt.sweep.run import run_sweep
 
-    run_sweep(file, pack_place(data), out, settings or [], address, resume, console)
+    rows = run_sweep(file, pack_place(data), out, settings or [], address, resume, console)
+    if any(row["top1"] is not None for row in rows):
+        console.print(f"report: {write_sweep_report(out)}", soft_wrap=True)
 
 
 @app.command("bench-train")

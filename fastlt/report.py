@@ -185,18 +185,23 @@ def find_pack(run: Run, path: Path | None) -> tuple[Pack | None, str]:
 
 def render(run: Run, pack: Pack | None, absent: str = "") -> str:
     """The page as text."""
-    templates = FileSystemLoader(TEMPLATES)
-    environment = Environment(loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "number": number, "duration": duration, "value": config_value}
     space = run.space if run.space.pairs or pack is None else pack.space
     relation = Relation(space)
-    return environment.get_template("report.html").render(
+    return environment().get_template("report.html").render(
         run=run, title=run.path.resolve().name, space=run.space, result=run.result,
         group_names=GROUPS, group_rows=group_rows(run), story=story(run),
         curves=curves(run), class_chart=class_chart(run), class_rows=class_rows(run, relation), extremes=extremes(run),
         graph=graph_summary(run, relation), errors=error_summary(run, relation), matrix=matrix(run, relation),
         group_flow=group_flow(run), absent=absent, samples=samples(run, relation, pack), mistakes=mistakes(run, relation, pack),
     )  # fmt: skip
+
+
+def environment() -> Environment:
+    """The templates, with the filters that all of them use."""
+    templates = FileSystemLoader(TEMPLATES)
+    found = Environment(loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    found.filters |= {"percent": percent, "number": number, "duration": duration, "value": config_value}
+    return found
 
 
 # --- how good, for whom

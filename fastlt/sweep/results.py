@@ -31,7 +31,7 @@ def read_row(run: Path, trial: Trial, cpus: float, gpus: float) -> Row:
     if row["seconds"] is not None:
         row["seconds"] = round(row["seconds"], 1)
         row["gpu_hours"], row["cpu_hours"] = round(row["seconds"] / 3600 * gpus, 4), round(row["seconds"] / 3600 * cpus, 4)
-    return {**row, "settings": " ".join(trial.settings), "fastlt": version("fastlt"), "commit": commit()}
+    return {**row, "settings": json.dumps(list(trial.settings)), "fastlt": version("fastlt"), "commit": commit()}
 
 
 def outcome(run: Path) -> tuple[dict[str, Any], str, str]:

@@ -7,6 +7,7 @@ DIR/results.csv, results.parquet   one row a trial, written anew whenever one en
 
 import json
 import logging
+import math
 import os
 import shutil
 import traceback
@@ -193,7 +194,7 @@ def arranged(board: Board, left: Sequence[Trial], tune: Any) -> tuple[dict[str, 
         from ray.tune.schedulers import ASHAScheduler
 
         most = max((trial.config.train.epochs for trial in board.trials), default=1)
-        settings["scheduler"] = ASHAScheduler(time_attr="epoch", max_t=max(most, search.grace), grace_period=search.grace)
+        settings["scheduler"] = ASHAScheduler(time_attr="epoch", max_t=max(most, search.grace) + 1, grace_period=search.grace)
     if search.kind != "optuna":
         return {"values": tune.grid_search([trial.values for trial in left])}, settings
     settings["search_alg"] = optuna_search(board)
@@ -323,7 +324,7 @@ def show(rows: Sequence[Row], sweep: Sweep, console: Console) -> None:
     table = Table(*axes, "runs", *METRICS, title=f"the best by {sweep.search.metric}, mean over seeds", title_justify="left")
     ranked = sorted(groups.items(), key=lambda entry: -mean_of(entry[1], sweep.search.metric))
     for point, members in ranked[:10]:
-        figures = (f"{mean_of(members, name):.1f}" for name in METRICS)
+        figures = ("-" if math.isnan(mean := mean_of(members, name)) else f"{mean:.1f}" for name in METRICS)
         table.add_row(*(escape(str(value)) for value in point), str(len(members)), *figures)
     if groups:
         console.print(table)

@@ -111,7 +111,7 @@ def read_sweep(file: Path) -> Sweep:
     try:
         return Sweep.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = next((e for e in error.errors() if e["type"] != "list_type"), error.errors()[0])  # an axis is a list or a range
         place = ".".join(str(part) for part in first["loc"] if part not in ("Range", "list[any]"))
         raise UserError(f"{file}: {place or 'it'}: {first['msg'].removeprefix('Value error, ')}") from error
 

@@ -1,0 +1,195 @@
+"""What a sweep says: means over seeds, effects of each axis, differences to the baseline, and what it cost."""
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastlt.errors import UserError
+from fastlt.sweep.results import plain
+from fastlt.sweep.spec import METRICS, Sweep, read_sweep
+
+Row = dict[str, Any]
+Level = tuple[str, ...]  # a value of each axis but the seed, as the table has them
+
+
+class Spread(NamedTuple):
+    """Over seeds."""
+
+    mean: float
+    deviation: float | None  # None of one seed
+    seeds: int
+
+
+class Difference(NamedTuple):
+    """To the baseline, seed by seed."""
+
+    mean: float
+    p: float | None  # two-sided paired t-test, corrected for the number of points (Holm); None of fewer than two seeds
+
+
+@dataclass(frozen=True)
+class Study:
+    out: Path
+    sweep: Sweep
+    rows: Sequence[Row]  # as results.csv has them, figures as numbers
+
+    @cached_property
+    def axes(self) -> list[str]:
+        return [name for name in self.sweep.axes if name not in ("seed", "train.seed")]
+
+    @cached_property
+    def measured(self) -> list[Row]:
+        return [row for row in self.rows if row["top1"] is not None]
+
+    @cached_property
+    def points(self) -> dict[Level, list[Row]]:
+        """The trials of each point, those of all seeds."""
+        order = sorted(self.measured, key=self.level)
+        return {level: list(rows) for level, rows in groupby(order, self.level)}
+
+    def level(self, row: Row) -> Level:
+        return tuple(str(row[name]) for name in self.axes)
+
+    @cached_property
+    def ranked(self) -> list[Level]:
+        """Best first, by what the sweep was to raise."""
+        return sorted(self.points, key=lambda level: -self.spread(self.points[level], self.sweep.search.metric).mean)
+
+    @cached_property
+    def baseline(self) -> Level | None:
+        """The point that the sweep names, its other axes at their first value; else the worst one."""
+        wanted = {name: str(plain(value)) for name, value in self.sweep.baseline.items()}
+        fitting = [
+            level for level in self.points if all(dict(zip(self.axes, level, strict=True)).get(n) == v for n, v in wanted.items())
+        ]
+        if not wanted:
+            return self.ranked[-1] if self.ranked else None
+        return min(
+            fitting, key=lambda level: [self.values(name).index(v) for name, v in zip(self.axes, level, strict=True)], default=None
+        )
+
+    def values(self, axis: str) -> list[str]:
+        """That occur, in the sweep's order; numbers of a range by size."""
+        found = {str(row[axis]) for row in self.measured}
+        listed = self.sweep.axes[axis]
+        if isinstance(listed, list):
+            return [str(plain(value)) for value in listed if str(plain(value)) in found]
+        return sorted(found, key=float)
+
+    @staticmethod
+    def spread(rows: Sequence[Row], figure: str) -> Spread:
+        """Over seeds: of several rows of a seed their mean counts."""
+        by_seed: dict[Any, list[float]] = {}
+        for row in rows:
+            if row[figure] is not None:
+                by_seed.setdefault(row["seed"], []).append(row[figure])
+        means = [sum(values) / len(values) for values in by_seed.values()]
+        if not means:
+            return Spread(math.nan, None, 0)
+        return Spread(float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1 else None, len(means))
+
+    def effect(self, axis: str) -> dict[str, dict[str, Spread]]:
+        """Of each value of an axis each figure, all other axes averaged."""
+        return {
+            value: {figure: self.spread([r for r in self.measured if str(r[axis]) == value], figure) for figure in METRICS}
+            for value in self.values(axis)
+        }
+
+    def size(self, axis: str) -> float:
+        """Between the best and the worst value of an axis, in what the sweep was to raise."""
+        means = [of[self.sweep.search.metric].mean for of in self.effect(axis).values()]
+        known = [mean for mean in means if not math.isnan(mean)]
+        return max(known) - min(known) if known else 0.0
+
+    @cached_property
+    def by_size(self) -> list[str]:
+        return sorted((axis for axis in self.axes if len(self.values(axis)) > 1), key=lambda axis: -self.size(axis))
+
+    @cached_property
+    def differences(self) -> dict[Level, Difference]:
+        """Of every other point to the baseline."""
+        if self.baseline is None:
+            return {}
+        found: dict[Level, tuple[float, float | None]] = {}
+        runs = {row["run"] for row in self.points[self.baseline]}
+        for level, rows in self.points.items():
+            if level == self.baseline or {row["run"] for row in rows} == runs:  # the very runs
+                continue
+            pairs = paired(rows, self.points[self.baseline], self.sweep.search.metric)
+            if len(pairs):
+                found[level] = float(np.mean(pairs)), t_test(pairs)
+        corrected = holm({level: p for level, (_, p) in found.items() if p is not None})
+        return {level: Difference(mean, corrected.get(level)) for level, (mean, _) in found.items()}
+
+    def cost(self) -> dict[str, float]:
+        """Of each run once."""
+        runs = {row["run"]: row for row in self.rows if row["seconds"] is not None}
+        resources = self.sweep.resources
+        seconds = sum(row["seconds"] for row in runs.values())
+        return {
+            "runs": len(runs), "images": sum(row["images"] or 0 for row in runs.values()),
+            "gpu_hours": seconds / 3600 * resources.gpus, "cpu_hours": seconds / 3600 * resources.cpus,
+        }  # fmt: skip
+
+
+def read_study(out: Path) -> Study:
+    """Raises UserError where DIR is no sweep, or nothing of it is done yet."""
+    sweep = read_sweep(out / "sweep.toml")
+    try:
+        with (out / "results.csv").open(encoding="utf-8", newline="") as file:
+            rows = [numbered(row) for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{out} has no results yet ({error}): let `fastlt sweep` end a trial") from error
+    if missing := [name for name in (*sweep.axes, *METRICS, "run", "status") if rows and name not in rows[0]]:
+        raise UserError(f"{out / 'results.csv'} has no column {missing[0]}: call `fastlt sweep --resume` again")
+    study = Study(out, sweep, rows)
+    if not study.measured:
+        raise UserError(f"no trial of {out} has ended yet")
+    return study
+
+
+def numbered(row: dict[str, str]) -> Row:
+    told: Row = dict(row)
+    for name in (*METRICS, "balanced_accuracy", "harmonic_mean", "ece", "epochs", "images", "seconds"):
+        told[name] = float(row[name]) if row.get(name) else None
+    return told
+
+
+def paired(rows: Sequence[Row], others: Sequence[Row], figure: str) -> np.ndarray:
+    """Differences of the seeds that both have."""
+    of, to = ({row["seed"]: row[figure] for row in each if row[figure] is not None} for each in (rows, others))
+    return np.array([of[seed] - to[seed] for seed in of if seed in to])
+
+
+def t_test(differences: np.ndarray) -> float | None:
+    """Two-sided p of a mean other than 0, Student's t; None where there are too few, or all are the same."""
+    count = len(differences)
+    if count < 2 or np.ptp(differences) == 0:
+        return None
+    t = abs(differences.mean()) / (differences.std(ddof=1) / math.sqrt(count))
+    return 1 - t_mass(float(t), count - 1)
+
+
+def t_mass(t: float, freedom: int) -> float:
+    """Probability of -t..t. By the angle of t the integral is of a power of a cosine, over a bounded stretch."""
+    angle = math.atan(t / math.sqrt(freedom))
+    x, weights = np.polynomial.legendre.leggauss(200)
+    inside = np.cos((x + 1) / 2 * angle) ** (freedom - 1)
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    return min(1.0, 2 * scale * float(weights @ inside) * angle / 2)
+
+
+def holm(p_values: dict[Level, float]) -> dict[Level, float]:
+    """Corrected for their number: the k-th smallest of n times n - k + 1, ascending, at most 1."""
+    corrected, highest = {}, 0.0
+    for rank, (level, p) in enumerate(sorted(p_values.items(), key=lambda entry: entry[1])):
+        highest = max(highest, min(1.0, p * (len(p_values) - rank)))
+        corrected[level] = highest
+    return corrected

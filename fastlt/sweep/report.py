@@ -1,0 +1,164 @@
+"""`fastlt report DIR` of a sweep: one page that answers what the sweep asked, and effects.png, its main figure."""
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from fastlt import charts
+from fastlt.errors import UserError
+from fastlt.files import whole_file, write_text
+from fastlt.report import environment
+from fastlt.sweep.analysis import Level, Spread, Study, read_study
+from fastlt.sweep.spec import METRICS
+
+SHOWN_POINTS = 40
+NAMES = {"top1": "all", "many": "many", "medium": "medium", "few": "few"}
+SPOKEN = {"top1": "top-1", "many": "many-shot", "medium": "medium-shot", "few": "few-shot"}
+
+
+def write_sweep_report(out: Path, axes: Sequence[str] = ()) -> Path:
+    """axes: the two of the heat map; by default those of the largest effects."""
+    study = read_study(out)
+    if unknown := [axis for axis in axes if axis not in study.axes]:
+        raise UserError(f"--axes: there is no axis '{unknown[0]}' with values to compare; axes: {', '.join(study.axes)}")
+    if axes and len(set(axes)) != 2:
+        raise UserError("--axes names two axes, as --axes silence,neighbours")
+    path = out / "report.html"
+    write_text(path, render(study, list(axes) or study.by_size[:2]))
+    with whole_file(out / "effects.png") as temporary:
+        charts.write_png(temporary, lambda figure, narrow: draw_effects(figure, study, study.by_size[:3], narrow), (1060, 380))
+    return path
+
+
+def render(study: Study, pair: Sequence[str]) -> str:
+    best = study.ranked[0]
+    return (
+        environment()
+        .get_template("sweep.html")
+        .render(
+            title=study.out.resolve().name, study=study, best=best, best_spread=figures(study, best), story=story(study),
+            command=command(study, best), points=[point(study, level) for level in study.ranked[:SHOWN_POINTS]],
+            more=max(0, len(study.ranked) - SHOWN_POINTS), effects=[effect(study, axis) for axis in study.by_size],
+            heat=heat(study, pair) if len(pair) == 2 else None, cost=study.cost(), metric=study.sweep.search.metric,
+            not_done=[row for row in study.rows if row["status"] not in ("finished", "stopped early")], names=NAMES, spoken=SPOKEN,
+        )
+    )  # fmt: skip
+
+
+# --- in words
+
+
+def story(study: Study) -> str:
+    """The answer, in a few sentences."""
+    metric, best, base = study.sweep.search.metric, study.ranked[0], study.baseline
+    told = [f"The best of {len(study.ranked)} points is {spoken(study, best)}."]
+    if base is not None and best in study.differences:
+        gain = study.differences[best]
+        sure = (
+            ""
+            if gain.p is None
+            else f", p = {gain.p:.2g}"
+            if gain.p < 0.05
+            else f"; over these seeds that may be chance, p = {gain.p:.2f}"
+        )
+        told.append(f"That is {gain.mean:+.1f} points {SPOKEN[metric]} over {spoken(study, base)}{sure}.")
+    elif base is not None:
+        told.append("That is the baseline itself: nothing else was better.")
+    for axis in study.by_size[:2]:
+        means = {value: of[metric].mean for value, of in study.effect(axis).items()}
+        high, low = max(means, key=lambda v: means[v]), min(means, key=lambda v: means[v])
+        told.append(f"On average {axis} = {high} is best, {means[high] - means[low]:.1f} points above {axis} = {low}.")
+    return " ".join(told)
+
+
+def spoken(study: Study, level: Level) -> str:
+    return ", ".join(f"{axis} = {value}" for axis, value in zip(study.axes, level, strict=True))
+
+
+def command(study: Study, level: Level) -> str:
+    """That trains the point again."""
+    row = study.points[level][0]
+    recipe = study.sweep.recipe
+    method = f" --method {study.sweep.method}" if study.sweep.method else ""
+    quoted = " ".join(map(shlex.quote, settings_in(row)))
+    return f"fastlt train {recipe} --data PACK --out RUN{method} {quoted}"
+
+
+def settings_in(row: dict[str, Any]) -> list[str]:
+    return [setting for setting in json.loads(row["settings"]) if not setting.startswith("train.threads=")]
+
+
+# --- in figures
+
+
+def figures(study: Study, level: Level) -> dict[str, Spread]:
+    return {name: study.spread(study.points[level], name) for name in METRICS}
+
+
+def point(study: Study, level: Level) -> dict[str, Any]:
+    return {
+        "values": level, "figures": figures(study, level), "difference": study.differences.get(level),
+        "is_baseline": level == study.baseline, "is_same": level != study.baseline and level not in study.differences,
+    }  # fmt: skip
+
+
+def effect(study: Study, axis: str) -> dict[str, Any]:
+    found = study.effect(axis)
+    told = "; ".join(f"{axis} {value}: {of['top1'].mean:.1f}" for value, of in found.items())
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        draw_effect(figure.add_subplot(), study, axis)
+
+    return {"axis": axis, "values": found, "chart": charts.chart(f"Accuracy over {axis}. {told}", draw, (500, 300), (350, 280))}
+
+
+def draw_effects(figure: Figure, study: Study, axes: Sequence[str], narrow: bool) -> None:
+    for place, axis in zip(figure.subplots(1, len(axes), sharey=True, squeeze=False)[0], axes, strict=True):
+        draw_effect(place, study, axis)
+
+
+def draw_effect(axes: Any, study: Study, axis: str) -> None:
+    found = study.effect(axis)
+    axes.set_title(f"accuracy over {axis}, %")
+    ends = {}
+    for name in METRICS:
+        spreads = [of[name] for of in found.values()]
+        if all(math.isnan(spread.mean) for spread in spreads):
+            continue
+        colour = charts.COLOURS["ink" if name == "top1" else name]
+        axes.errorbar(
+            range(len(spreads)), [s.mean for s in spreads], [s.deviation or 0.0 for s in spreads],
+            color=colour, marker="o", markersize=5, capsize=3, elinewidth=1.2,
+        )  # fmt: skip
+        ends[name] = spreads[-1].mean
+    axes.set_xticks(range(len(found)), list(found), parse_math=False)
+    low, high = axes.get_ylim()
+    for (name, _), y in zip(ends.items(), charts.spread(list(ends.values()), (high - low) * 0.06), strict=True):
+        colour = charts.COLOURS["ink" if name == "top1" else name]
+        axes.annotate(NAMES[name], (1.02, y), xycoords=("axes fraction", "data"), color=colour, va="center", weight="bold")
+
+
+def heat(study: Study, pair: Sequence[str]) -> dict[str, Any]:
+    """Of the sweep's metric over two axes, others averaged; `strength` from 0 to 100 for the colour."""
+    metric, (down, across) = study.sweep.search.metric, pair
+    cells = {
+        (v, w): study.spread([r for r in study.measured if str(r[down]) == v and str(r[across]) == w], metric)
+        for v in study.values(down)
+        for w in study.values(across)
+    }
+    known = [cell.mean for cell in cells.values() if not math.isnan(cell.mean)]
+    low, width = min(known), max(max(known) - min(known), 1e-9)
+    rows = [
+        {"value": v, "cells": [{"spread": c, "strength": shade(c, low, width)} for w in study.values(across) if (c := cells[v, w])]}
+        for v in study.values(down)
+    ]
+    return {"down": down, "across": across, "columns": study.values(across), "rows": rows}
+
+
+def shade(cell: Spread, low: float, width: float) -> int:
+    return 0 if math.isnan(cell.mean) else round(5 + 65 * (cell.mean - low) / width)

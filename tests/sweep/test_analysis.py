@@ -1,0 +1,86 @@
+"""What a sweep says, of figures that are known."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+
+from fastlt.errors import UserError
+from fastlt.sweep.analysis import holm, read_study, t_mass, t_test
+from fastlt.sweep.report import write_sweep_report
+
+
+@pytest.fixture
+def study(tmp_path):
+    def make(figure, baseline="", status="finished"):
+        text = f'recipe = "demo"\n[axes]\nsilence = [1, 0.1]\nneighbours = [0, 2]\nseed = [0, 1, 2]\n{baseline}'
+        (tmp_path / "sweep.toml").write_text(text)
+        with (tmp_path / "results.csv").open("w", newline="") as file:
+            rows = [
+                {
+                    "silence": s, "neighbours": n, "seed": seed, "run": f"silence={s if n else 1},neighbours={n},seed={seed}",
+                    "status": status, "note": "", "top1": figure(s, n, seed), "many": 50, "medium": 40, "few": "",
+                    "epochs": 2, "images": 100, "seconds": 36, "settings": '["loss.silence=0.1", "train.threads=1"]',
+                }
+                for s in (1, 0.1) for n in (0, 2) for seed in (0, 1, 2)
+            ]  # fmt: skip
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "mass"),
+    [(12.706, 1, 0.95), (4.303, 2, 0.95), (2.228, 10, 0.95), (1.96, 100000, 0.95), (2.776, 4, 0.95), (9.925, 2, 0.99)],
+)
+def test_students_t_is_that_of_the_tables(t, freedom, mass):
+    assert t_mass(t, freedom) == pytest.approx(mass, abs=5e-5)
+
+
+def test_of_one_seed_or_of_equal_differences_there_is_no_test():
+    assert t_test(np.array([1.0])) is None and t_test(np.array([1.0, 1.0, 1.0])) is None
+    assert t_test(np.array([1.0, 2.0, 3.0])) == pytest.approx(0.0742, abs=1e-4)  # t = 3.464 of two degrees
+
+
+def test_holm_corrects_for_the_number_of_tests():
+    assert holm({("a",): 0.01, ("b",): 0.04, ("c",): 0.03}) == {("a",): 0.03, ("c",): 0.06, ("b",): 0.06}
+
+
+def test_effects_differences_and_cost(study):
+    out = study(lambda s, n, seed: 40 + n + (1 if n and s < 1 else 0) + 0.1 * seed * (1 + n), "[baseline]\nneighbours = 0")
+    found = read_study(out)
+    assert found.baseline == ("1", "0") and found.ranked[0] == ("0.1", "2")
+    by_neighbours = found.effect("neighbours")
+    assert by_neighbours["0"]["top1"].mean == pytest.approx(40.1) and by_neighbours["2"]["top1"].mean == pytest.approx(42.8)
+    assert by_neighbours["2"]["top1"].deviation == pytest.approx(0.3)  # over seeds, not over the other axis
+    assert math.isnan(by_neighbours["0"]["few"].mean)
+    assert found.by_size == ["neighbours", "silence"]
+    assert set(found.differences) == {("1", "2"), ("0.1", "2")}  # ("0.1", "0") are the baseline's own runs
+    assert found.differences["0.1", "2"].mean == pytest.approx(3.2)
+    assert found.cost()["runs"] == 9 and found.cost()["cpu_hours"] == pytest.approx(9 * 36 / 3600)
+
+
+def test_the_page_answers_and_names_what_is_missing(study):
+    out = study(lambda s, n, seed: "" if (s, n, seed) == (1, 2, 0) else 40 + n + 0.3 * seed + s)
+    page = write_sweep_report(out, ["neighbours", "silence"]).read_text()
+    assert "The best of 4 points is silence = 1, neighbours = 2." in page
+    assert "fastlt train demo --data PACK --out RUN loss.silence=0.1" in page and "train.threads" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page and "<link" not in page
+    assert (out / "effects.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(UserError, match="there is no axis 'depth'"):
+        write_sweep_report(out, ["depth", "silence"])
+    with pytest.raises(UserError, match="--axes names two axes"):
+        write_sweep_report(out, ["silence"])
+
+
+def test_before_a_trial_has_ended_there_is_no_report(study):
+    with pytest.raises(UserError, match=r"no trial of .* has ended yet"):
+        read_study(study(lambda *_: ""))
+    out = study(lambda *_: "")
+    (out / "results.csv").unlink()
+    with pytest.raises(UserError, match="has no results yet"):
+        read_study(out)

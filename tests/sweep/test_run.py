@@ -1,0 +1,166 @@
+"""Sweeps on a real Ray: what is trained, what is not trained again, and what is left after kills."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+pytest.importorskip("ray", reason="no ray here: it comes with the extra `sweep`")
+
+from fastlt.errors import UserError
+from fastlt.sweep.run import run_sweep
+
+SETTINGS = 'recipe = "demo"\n[settings]\ntrain.epochs = {epochs}\ndata.batch = 8\ndata.size = 16\ndata.workers = 0\n'
+PATIENCE = 180  # seconds for what takes a few
+
+
+def write(folder, axes, epochs=1, more=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "s.toml").write_text(SETTINGS.format(epochs=epochs) + f"[axes]\n{axes}\n{more}")
+    return folder / "s.toml"
+
+
+def swept(file, pack, out, resume=False, settings=()):
+    console = Console(record=True, width=200)
+    rows = run_sweep(file, str(pack), out, list(settings), None, resume, console)
+    return rows, console.export_text()
+
+
+def table(out):
+    with (out / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def epochs_of(run: Path) -> int:
+    try:
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def test_a_grid_is_trained_once_and_what_has_finished_is_not_run_again(small_pack, tmp_path):
+    out = tmp_path / "out"
+    file = write(tmp_path, "silence = [1, 0.1]\nneighbours = [0, 1]\nseed = [0, 1]")
+    rows, said = swept(file, small_pack, out)
+    assert "6 runs (2 more are the same as others), 0 of them finished before" in said
+    assert len(rows) == 8 and {row["status"] for row in rows} == {"finished"} and len(list((out / "runs").iterdir())) == 6
+    written = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
+    assert len(written) == 6
+    kept = table(out)
+    assert [row["run"] for row in kept] == [row["run"] for row in rows] and all(float(row["top1"]) >= 0 for row in kept)
+    assert {row["commit"] for row in kept} != {""} or not (Path(__file__).parents[2] / ".git").exists()
+    with pytest.raises(UserError, match="holds a sweep already: go on with it by --resume"):
+        swept(file, small_pack, out)
+    swept(write(tmp_path, "silence = [1, 0.1, 0]\nneighbours = [0, 1]\nseed = [0, 1]"), small_pack, out, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in written} == written and len(list(out.glob("runs/*/result.json"))) == 8
+    alone = json.loads((out / "runs" / "silence=0.1,neighbours=1,seed=1" / "result.json").read_text())
+    command = json.loads(next(row for row in kept if row["run"] == "silence=0.1,neighbours=1,seed=1")["settings"])
+    ended = subprocess.run(
+        [sys.executable, "-m", "fastlt", "train", "demo", "--data", str(small_pack), "--out", str(tmp_path / "again"), *command],
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((tmp_path / "again" / "result.json").read_text())["per_class"] == alone["per_class"]
+
+
+def test_a_trial_that_fails_is_told_and_stops_no_other(small_pack, tmp_path):
+    file = write(tmp_path, 'pack = ["nowhere", "PACK"]\nseed = [0, 1]'.replace("PACK", str(small_pack)))
+    rows, said = swept(file, small_pack, tmp_path / "out")
+    assert [row["status"] for row in rows] == ["failed", "failed", "finished", "finished"]
+    assert all("there is no pack at nowhere" in row["note"] for row in rows[:2]) and "2 failed, 2 finished" in said
+
+
+def test_random_and_optuna_searches_have_as_many_trials_as_asked(small_pack, tmp_path):
+    axes = "optim.lr = {low = 0.01, high = 0.1, log = true}\nsilence = [0.1, 0.5]"
+    rows, _ = swept(write(tmp_path / "r", axes, more='[search]\nkind = "random"\ntrials = 3'), small_pack, tmp_path / "random")
+    assert [row["status"] for row in rows] == ["finished"] * 3
+    pytest.importorskip("optuna")
+    file = write(tmp_path / "o", axes, more='[search]\nkind = "optuna"\ntrials = 3')
+    rows, _ = swept(file, small_pack, tmp_path / "optuna")
+    assert [row["status"] for row in rows] == ["finished"] * 3
+    file.write_text(file.read_text().replace("trials = 3", "trials = 5"))
+    more, _ = swept(file, small_pack, tmp_path / "optuna", resume=True)
+    assert len(more) == 5 and [row["run"] for row in more[:3]] == [row["run"] for row in rows]
+
+
+def test_what_is_behind_ends_early(small_pack, tmp_path):
+    more = "[search]\nstop_early = true\ngrace = 1\n[resources]\nparallel = 1"
+    file = write(tmp_path, "optim.lr = [0.1, 1e-9, 1e-8, 1e-7]\nseed = [0]", epochs=30, more=more)
+    rows, _ = swept(file, small_pack, tmp_path / "out")
+    states = [row["status"] for row in rows]
+    assert set(states) <= {"finished", "stopped early"} and "finished" in states and "stopped early" in states
+    ended = next(row for row in rows if row["status"] == "stopped early")
+    assert ended["epochs"] < 30 and ended["top1"] is not None
+
+
+def begun(small_pack, tmp_path, epochs=40):
+    """A sweep in a process of its own, killed later; each of two trials has gone through some epochs."""
+    file, out = write(tmp_path, "seed = [0, 1]\nsilence = [0.1, 0.5]", epochs=epochs), tmp_path / "out"
+    command = [sys.executable, "-m", "fastlt", "sweep", str(file), "--data", str(small_pack), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    until(lambda: any(epochs_of(run) >= 3 for run in out.glob("runs/*")), process)
+    return command, out, process
+
+
+def until(is_so, process=None):
+    end = time.monotonic() + PATIENCE
+    while not is_so():
+        assert time.monotonic() < end, "it took too long"
+        assert process is None or process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+
+
+def trainers(process) -> list[int]:
+    """Processes of Ray that train for this sweep: they have its session's folder in their command lines' ancestry."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                name = (entry / "cmdline").read_bytes()
+                session = os.getsid(int(entry.name))
+            except OSError:
+                continue
+            if name.startswith(b"ray::ImplicitFunc") and session == process.pid:
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(small_pack, tmp_path):
+    _, out, process = begun(small_pack, tmp_path)
+    victims = trainers(process)
+    assert victims
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+    said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, said
+    assert [row["status"] for row in table(out)] == ["finished"] * 4
+    assert all(epochs_of(run) == 40 for run in out.glob("runs/*"))
+    assert any("going on from" in (run / "log.txt").read_text() for run in out.glob("runs/*"))
+
+
+def test_a_killed_sweep_goes_on_and_runs_nothing_twice(small_pack, tmp_path):
+    command, out, process = begun(small_pack, tmp_path)
+    until(lambda: any((run / "result.json").is_file() for run in out.glob("runs/*")), process)
+    workers = trainers(process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    until(
+        lambda: (
+            not any(Path(f"/proc/{worker}/cmdline").exists() and Path(f"/proc/{worker}/cmdline").read_bytes() for worker in workers)
+        )
+    )
+    done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
+    assert 0 < len(done) < 4
+    ended = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert f"4 runs, {len(done)} of them finished before" in ended.stdout
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert [row["status"] for row in table(out)] == ["finished"] * 4
+    assert all(epochs_of(run) == 40 for run in out.glob("runs/*"))
