@@ -333,6 +333,26 @@ def sweep(
         console.print(f"report: {write_sweep_report(out)}", soft_wrap=True)
 
 
+@app.command()
+def granularity(
+    data: Annotated[str, typer.Argument(metavar="PACK", help="The pack whose training images are looked at.")],
+    weights: Annotated[str, typer.Option(help="A RUN whose backbone makes the features, or a file for --backbone.")] = "",
+    backbone: Annotated[str, typer.Option(help="Any timm model.")] = "vit_small_patch14_dinov2.lvd142m",
+    hierarchy: Annotated[
+        Path | None, typer.Option(help="CSV with the columns class,parent: the parents are scored beside the targets.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Figures, and all pairs of nearest targets.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+) -> None:
+    """How fine the classes of a pack are, which targets are nearest, and which auxiliary lies between; nothing is trained."""
+    from fastlt.curate.settings import FilterConfig
+    from fastlt.granularity import run_granularity
+
+    settings = FilterConfig(weights=weights, backbone=backbone, batch=batch, device=device)
+    run_granularity(pack_place(data), settings, hierarchy, out, console)
+
+
 @app.command("bench-train")
 def bench_train(
     recipe: Annotated[str, typer.Argument(help="The recipe whose loop is measured.")] = "cifar100-lt",
