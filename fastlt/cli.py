@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -436,7 +438,7 @@ def propose(
     from fastlt.curate.propose import run_propose
     from fastlt.curate.settings import read_settings
 
-    run_propose(targets, out, read_settings(out, config, settings or []), control is not None, dry_run, console)
+    run_propose(targets, out, read_settings(out, config, with_control(settings, control)), dry_run, console)
 
 
 @curate.command()
@@ -446,7 +448,8 @@ def retrieve(out: Curation, settings: Settings = None, config: SettingsFile = No
 
     with extra("curate"):
         from fastlt.curate.retrieve import run_retrieve
-    run_retrieve(out, read_settings(out, config, settings or [], allow_private), console)
+    with stopped_in_words():
+        run_retrieve(out, read_settings(out, config, settings or [], allow_private), console)
 
 
 @curate.command("filter")
@@ -473,12 +476,31 @@ def curate_all(
     from fastlt.curate.settings import read_settings
 
     with extra("curate"):
+        from fastlt.curate.features import open_backbone
         from fastlt.curate.filter import run_filter
         from fastlt.curate.retrieve import run_retrieve
-    read = read_settings(out, config, settings or [], allow_private)
-    run_propose(Path(pack), out, read, control is not None, False, console)
-    run_retrieve(out, read, console)
-    run_filter(pack, out, read, console)
+    read = read_settings(out, config, with_control(settings, control), allow_private)
+    open_backbone(read.filter)  # what it lacks is told now, not after hours of fetching
+    with stopped_in_words():
+        run_propose(Path(pack), out, read, False, console)
+        run_retrieve(out, read, console)
+        run_filter(pack, out, read, console)
+
+
+@contextmanager
+def stopped_in_words() -> Iterator[None]:
+    """What was stopped, and is saved, ends as well as what was let run."""
+    from fastlt.stopping import Stopped
+
+    try:
+        yield
+    except Stopped as stopped:
+        console.print(str(stopped), highlight=False, soft_wrap=True)
+        raise typer.Exit(0) from stopped
+
+
+def with_control(settings: list[str] | None, control: Control | None) -> list[str]:
+    return [*(settings or []), *([f"propose.control={control.value}"] if control else [])]
 
 
 def collect(

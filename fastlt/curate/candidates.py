@@ -32,7 +32,12 @@ JSON_BYTES = 20_000_000
 OPENVERSE_PAGE, COMMONS_PAGE, INATURALIST_PAGE = 20, 50, 100  # images; Openverse gives no more without a token
 OPENVERSE_PAGES = 20  # that it answers of any search
 COMMONS_DEPTH = 10  # results that are looked at for each that is wanted, where licences are chosen
+LOCAL_CLIP = "clip, local"  # source of what the index has on this machine
 CLIP_ROWS = 65_536  # images whose scores are made together
+SPELT = (
+    ("licence", "license"), ("author", "creator", "photographer", "artist", "attribution"),
+    ("page", "foreign_landing_url", "source_page"), ("title", "caption"),
+)  # fmt: skip
 COMMONS_WIDTH = 1024  # of the scaled copy that is taken; originals are often tens of megabytes
 
 
@@ -74,7 +79,7 @@ def open_sources(settings: RetrieveConfig, names: Sequence[str], fetcher: Fetche
                 keep_to_rate(fetcher, source)
             found[source] = partial(web[source], partial(ask, fetcher), endpoint(settings, source), accept)
         else:
-            found[source] = partial(_known, local[source](settings, names))
+            found[source] = partial(_known, local[source](settings, names), accept)
     return found
 
 
@@ -88,12 +93,16 @@ def endpoint(settings: RetrieveConfig, source: str) -> str:
     return {str(name): address for name, address in settings.endpoints.items()}.get(source, ENDPOINTS[source])
 
 
-async def _known(candidates: dict[str, list[Candidate]], asked: Asked, most: int) -> list[Candidate]:
-    return candidates.get(normalised(asked.name), [])[:most]
+async def _known(candidates: dict[str, list[Candidate]], accept: "Accept", asked: Asked, most: int) -> list[Candidate]:
+    return list(filter(accept, candidates.get(normalised(asked.name), [])))[:most]
 
 
 def accepted(candidate: Candidate, licences: Sequence[str]) -> bool:
-    return not licences or plain_licence(candidate.licence) in {plain_licence(licence) for licence in licences}
+    return licence_accepted(candidate.licence, licences)
+
+
+def licence_accepted(told: str, licences: Sequence[str]) -> bool:
+    return not licences or plain_licence(told) in {plain_licence(licence) for licence in licences}
 
 
 def plain_licence(text: str) -> str:
@@ -237,13 +246,17 @@ def listed(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Can
     rows = list(rows_of(file))
     if rows and not {"category", "url"} <= rows[0].keys():
         raise UserError(f"{file} must have the columns category and url")
-    told = (row for row in rows if row["category"] and row["url"])
-    return grouped(map(_of_row, told), names)
+    return grouped((_of_row(row) for row in rows if row["category"] and row["url"]), names)
 
 
 def _of_row(row: dict[str, Any]) -> Candidate:
-    licence, author, page, title = (str(row.get(name) or "") for name in ("licence", "author", "page", "title"))
-    return Candidate(str(row["category"]), str(row["url"]), "urls", licence, author, page, title)
+    return Candidate(str(row["category"]), str(row["url"]), "urls", *told(row))
+
+
+def told(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Licence, author, page and title, however the columns are spelt."""
+    lower = {str(name).strip().lower(): value for name, value in row.items()}
+    return tuple(str(next((lower[name] for name in names if lower.get(name)), "")) for names in SPELT)  # type: ignore[return-value]
 
 
 def rows_of(file: Path) -> Iterator[dict[str, Any]]:
@@ -263,7 +276,10 @@ def parquet_table(file: Path) -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{file} needs the library pyarrow: pip install fastlt[curate]") from error
-    return pyarrow.parquet.read_table(file)
+    try:
+        return pyarrow.parquet.read_table(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
 
 
 def in_folder(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Candidate]]:
@@ -271,7 +287,7 @@ def in_folder(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[
     if not settings.folder or not folder.is_dir():
         raise UserError(f"the source folder needs retrieve.folder, a folder with one of images for each category, not '{folder}'")
     images = (path for path in sorted(folder.glob("*/**/*")) if path.suffix.lower() in EXTENSIONS)
-    return grouped((Candidate(path.relative_to(folder).parts[0], str(path), "folder") for path in images), names)
+    return grouped((Candidate(path.relative_to(folder).parts[0], str(path.resolve()), "folder") for path in images), names)
 
 
 def nearest_in_index(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Candidate]]:
@@ -286,9 +302,12 @@ def nearest_in_index(settings: RetrieveConfig, names: Sequence[str]) -> dict[str
     if not wanted:
         raise UserError(f"{settings.clip_text} has vectors for none of the categories, not even '{names[0]}'")
     queries = np.stack([features[normalised(name)] for name in wanted])
-    best: list[list[tuple[float, str, dict[str, Any]]]] = [[] for _ in wanted]
+    best: list[list[tuple[float, dict[str, Any]]]] = [[] for _ in wanted]
     for file in sorted((folder / "img_emb").glob("img_emb_*.npy")):
-        images = np.load(file, mmap_mode="r")
+        try:
+            images = np.load(file, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {file}: {error}") from error
         rows = parquet_table(folder / "metadata" / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet"))
         if images.shape[1] != queries.shape[1] or len(rows) != len(images):
             raise UserError(
@@ -302,24 +321,38 @@ def nearest_in_index(settings: RetrieveConfig, names: Sequence[str]) -> dict[str
         raise UserError(f"{folder} has no img_emb/img_emb_*.npy: it is no index of clip-retrieval")
     return grouped(
         (
-            Candidate(name, place, "clip", title=str(row.get("caption") or ""), score=score)
+            _of_clip(name, row, score)
             for name, found in zip(wanted, best, strict=True)
-            for score, place, row in found
-            if place
+            for score, row in found
+            if row.get("url") or row.get("image_path")
         ),
         names,
     )
 
 
-def add_best(best: list[list[tuple[float, str, dict[str, Any]]]], scores: Any, rows: Any, settings: RetrieveConfig) -> None:
+def _of_clip(category: str, row: dict[str, Any], score: float) -> Candidate:
+    """What `url` names is fetched like any address; `image_path` alone is a file of this machine."""
+    if row.get("url"):
+        return Candidate(category, str(row["url"]), "clip", *told(row), score=score)
+    return Candidate(category, str(row["image_path"]), LOCAL_CLIP, *told(row), score=score)
+
+
+def add_best(best: list[list[tuple[float, dict[str, Any]]]], scores: Any, rows: Any, settings: RetrieveConfig) -> None:
     """best of each category, with the scores (categories, n) of n more images taken in, told by the table `rows`."""
     import numpy as np
 
+    if settings.licences:
+        known = [name for name in rows.column_names if name.strip().lower() in SPELT[0]]
+        told_ = rows.column(known[0]).to_pylist() if known else [""] * len(rows)
+        usable = np.array([licence_accepted(str(licence or ""), settings.licences) for licence in told_], bool)
+        scores, rows = scores[:, usable], rows.filter(usable)
+    if not len(rows):
+        return
     count = min(settings.per_category, scores.shape[1])
     for kept, row in zip(best, scores, strict=True):
         top = np.sort(np.argpartition(-row, count - 1)[:count])
         for i, entry in zip(top.tolist(), rows.take(top).to_pylist(), strict=True):
-            kept.append((float(row[i]), str(entry.get("url") or entry.get("image_path") or ""), entry))
+            kept.append((float(row[i]), entry))
         kept.sort(key=lambda entry: -entry[0])
         del kept[settings.per_category :]
 

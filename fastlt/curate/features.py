@@ -22,6 +22,7 @@ from fastlt.data.packed import Split
 from fastlt.data.plan import evaluation_batches
 from fastlt.errors import UserError
 from fastlt.export import find_metadata, load_exported
+from fastlt.files import sha256_of
 from fastlt.model import build_model, weights_file
 from fastlt.prepare import best_precision, find_device
 
@@ -37,6 +38,7 @@ class Backbone(NamedTuple):
     std: Sequence[float]
     device: torch.device
     name: str
+    digest: str = ""  # of the weights, where they are in a file
 
 
 def open_backbone(settings: FilterConfig) -> Backbone:
@@ -45,10 +47,14 @@ def open_backbone(settings: FilterConfig) -> Backbone:
     if settings.weights and (told := _exported(settings.weights)) is not None:
         path, size, mean, std = told
         model, _ = load_exported(path)
-        return Backbone(model.backbone.eval().to(device), size, mean, std, device, settings.weights)
+        return Backbone(model.backbone.eval().to(device), size, mean, std, device, settings.weights, sha256_of(path))
     config = ModelConfig(name=settings.backbone, pretrained=True, weights=settings.weights)
-    model = build_model(config, 1, settings.size)
-    return Backbone(model.backbone.eval().to(device), settings.size, settings.mean, settings.std, device, settings.backbone)
+    try:
+        model = build_model(config, 1, settings.size)
+    except UserError as error:
+        raise UserError(str(error).replace("model.weights", "filter.weights").replace("model.name", "filter.backbone")) from error
+    digest = sha256_of(Path(settings.weights)) if settings.weights else ""
+    return Backbone(model.backbone.eval().to(device), settings.size, settings.mean, settings.std, device, settings.backbone, digest)
 
 
 def _exported(place: str) -> tuple[Path, int, Sequence[float], Sequence[float]] | None:

@@ -22,8 +22,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastlt.classes import ClassSpace
+from fastlt.curate.candidates import licence_accepted
 from fastlt.curate.features import open_backbone
-from fastlt.curate.judge import Verdicts, give_up_small_classes, judge
+from fastlt.curate.judge import SAME_FEATURES, Verdicts, give_up_small_classes, judge
+from fastlt.curate.lock import only_step
 from fastlt.curate.piles import Pile, make_pile
 from fastlt.curate.retrieve import PROPOSED_BY, tried
 from fastlt.curate.settings import CurateConfig, FilterConfig, keep_settings
@@ -37,16 +39,23 @@ from fastlt.files import whole_file, whole_folder, write_text
 from fastlt.names import normalised
 
 SHARD_BYTES = 10**9
+SUSPICIOUS = 0.2  # share of the images that leak by their features alone
 RETRIEVED_BY = "fastlt curate retrieve"
 
 
 def run_filter(place: str, out: Path, config: CurateConfig, console: Console) -> None:
     """place: the pack of the targets. Raises UserError where nothing was retrieved, or nothing is kept."""
+    with only_step(out):
+        filter_images(place, out, config, console)
+
+
+def filter_images(place: str, out: Path, config: CurateConfig, console: Console) -> None:
     settings = config.filter
     categories = read_table(out / "categories.jsonl", PROPOSED_BY)
     rows = retrieved_rows(out, categories)
     pack = open_pack(place)
     owners = owner_ids(pack.space, categories, place)
+    splits = splits_of(pack, settings)
     backbone = open_backbone(settings)
     keep_settings(out, config)
     if not settings.test:
@@ -55,19 +64,21 @@ def run_filter(place: str, out: Path, config: CurateConfig, console: Console) ->
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     known = {
-        name: make_pile(out / "features", split, backbone, settings, f"{name} images", console)
-        for name, split in splits_of(pack, settings).items()
+        name: make_pile(out / "features", split, backbone, settings, f"{name} images", console) for name, split in splits.items()
     }
     pile = make_pile(out / "features", retrieved_split(out, rows, categories), backbone, settings, "retrieved images", console)
-    verdicts = judge(pile, known, owners, settings, backbone.device)
+    refused = [image for image, row in enumerate(rows) if not licence_accepted(row["licence"], config.retrieve.licences)]
+    verdicts = judge(pile, known, owners, settings, backbone.device, refused)
     give_up_small_classes(verdicts, pile.split.label, settings.min_images)
     write_table(out / "filtered.jsonl", map(verdict_row, rows, verdicts.reasons, verdicts.of, verdicts.likeness.tolist()))
     show(verdicts, categories, pile.split.label, console)
+    tell_suspicious(verdicts, console)
     if settings.sheet:
         write_sheets(out, pile.split, verdicts, categories, settings.sheet)
         console.print(f"contact sheets: {out / 'sheet.html'}", highlight=False, soft_wrap=True)
     if not len(verdicts.kept):
-        raise UserError(f"no image is left: see {out / 'filtered.jsonl'}, filter.gamma1 and filter.min_images")
+        remove_set(out)  # an earlier one is no longer what filtered.jsonl says
+        raise UserError(f"no image is left: see {out / 'filtered.jsonl'}, filter.gamma1, filter.gamma2 and filter.min_images")
     write_auxiliary(out, rows, pile, verdicts, categories, settings)
     console.print(
         f"now: fastlt pack --target {place} --auxiliary {out / 'auxiliary'} --pairs {out / 'pairs.csv'} --out PACK",
@@ -148,13 +159,19 @@ def write_auxiliary(
             for image, name, key in zip(kept, names, keys, strict=True):
                 told = json.dumps({**rows[image], "likeness": round(float(verdicts.likeness[image]), 4)}, ensure_ascii=False)
                 shards.add(key, extension_of(pile.split, image), bytes(pile.split.read(image)), name, told.encode())
-        card = summary(rows, verdicts, [categories[number] for number in left], settings)
+        card = summary(rows, verdicts, [categories[number] for number in left], settings, refusals(out))
         write_text(folder / "card.json", json.dumps(card, ensure_ascii=False, indent=1) + "\n")
-        shutil.rmtree(out / "auxiliary", ignore_errors=True)  # of an earlier call
+        remove_set(out)  # of an earlier call
     with whole_file(out / "pairs.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         pairs = csv.writer(file)
         pairs.writerow(["target", "auxiliary"])
         pairs.writerows([owner, categories[number]["name"]] for number in left for owner in categories[number]["owners"])
+
+
+def refusals(out: Path) -> Counter[str]:
+    """Why candidates were not retrieved."""
+    last = {(row["category"], row["place"]): row for row in tried(out / "raw")}
+    return Counter(row["reason"] for row in last.values() if not row["fetched"])
 
 
 def extension_of(split: Split, image: int) -> str:
@@ -164,12 +181,18 @@ def extension_of(split: Split, image: int) -> str:
 
 
 def summary(
-    rows: Sequence[dict[str, Any]], verdicts: Verdicts, left: Sequence[dict[str, Any]], settings: FilterConfig
+    rows: Sequence[dict[str, Any]],
+    verdicts: Verdicts,
+    left: Sequence[dict[str, Any]],
+    settings: FilterConfig,
+    not_fetched: Counter[str],
 ) -> dict[str, Any]:
     """The card: what the auxiliary set is, where it came from, and what was dropped."""
     kept = [rows[image] for image in verdicts.kept.tolist()]
     dropped = Counter(reason for reason in verdicts.reasons if reason)
+    drawn = any(category.get("provider") == "random" for category in left)
     return {
+        "kind": "random control" if drawn else "neighbours",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "classes": len(left),
         "pairs": sum(len(category["owners"]) for category in left),
@@ -178,11 +201,29 @@ def summary(
         "licences": dict(Counter(row["licence"] or "unknown" for row in kept).most_common()),
         "sources": dict(Counter(row["source"] for row in kept).most_common()),
         "dropped": dict(dropped.most_common()),
+        "not_retrieved": dict(not_fetched.most_common()),
         "backbone": settings.weights or settings.backbone,
         "gamma1": settings.gamma1,
         "gamma2": settings.gamma2,
         "origins": {category["name"]: f"{category.get('provider', '')} {category.get('key', '')}".strip() for category in left},
     }
+
+
+def tell_suspicious(verdicts: Verdicts, console: Console) -> None:
+    """Features that cannot tell classes apart make leaks of all that is alike."""
+    by_features = sum(SAME_FEATURES in reason for reason in verdicts.reasons)
+    if by_features > SUSPICIOUS * len(verdicts.reasons):
+        console.print(
+            f"[yellow]note:[/] {by_features:,} images are as good as the same as a target's by their features: are those of this "
+            "backbone good enough? filter.gamma2 says how near that is",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def remove_set(out: Path) -> None:
+    """The auxiliary set, which is made anew from what was retrieved."""
+    shutil.rmtree(out / "auxiliary", ignore_errors=True)
+    (out / "pairs.csv").unlink(missing_ok=True)
 
 
 def show(verdicts: Verdicts, categories: Sequence[dict[str, Any]], labels: np.ndarray, console: Console) -> None:

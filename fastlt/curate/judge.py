@@ -15,6 +15,8 @@ from fastlt.curate.piles import Pile
 from fastlt.curate.settings import FilterConfig
 
 UNLIKE = "unlike its class"
+UNLICENSED = "its licence is not accepted"
+SAME_FEATURES = "the features of a"
 TOO_FEW = "too few images of its class are left"
 
 
@@ -36,10 +38,18 @@ class Verdicts:
 
 
 def judge(
-    pile: Pile, known: Mapping[str, Pile], owners: Sequence[Sequence[int]], settings: FilterConfig, device: torch.device
+    pile: Pile,
+    known: Mapping[str, Pile],
+    owners: Sequence[Sequence[int]],
+    settings: FilterConfig,
+    device: torch.device,
+    refused: Iterable[int] = (),
 ) -> Verdicts:
-    """known: the images of the targets, by what they are; the first are those for training. owners: of each class of the pile."""
+    """known: the images of the targets, by what they are; the first are those for training. owners: of each class of the pile.
+    refused: images whose licence is not accepted."""
     verdicts = Verdicts(len(pile))
+    for image in refused:
+        verdicts.drop(image, UNLICENSED)
     drop_leaks(verdicts, pile, known, settings.hash_distance)
     centres = prototypes(pile, without_copies(pile, verdicts.kept), known, owners, settings.prototype)
     verdicts.likeness = np.einsum("nd,nd->n", pile.features.astype(np.float32), centres[pile.split.label])
@@ -85,7 +95,7 @@ def drop_same_features(verdicts: Verdicts, pile: Pile, known: Mapping[str, Pile]
     for what, other in known.items():
         kept = verdicts.kept
         for row, theirs in nearest(pile.features[kept], other.features, gamma2, device):
-            verdicts.drop(kept[row], f"leak: the features of a {what} image", other.split.where(theirs))
+            verdicts.drop(kept[row], f"leak: {SAME_FEATURES} {what} image", other.split.where(theirs))
     kept = verdicts.kept
     for row, earlier in later_copies(pile.features[kept], gamma2, device):
         verdicts.drop(kept[row], "duplicate: the same features", pile.split.where(kept[earlier]))

@@ -6,6 +6,7 @@ Every reply is kept on the disk under the hash of what was asked, so that what w
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import resources
@@ -13,7 +14,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fastlt.curate.proposals import Proposal, Target
 from fastlt.curate.settings import ProposeConfig
@@ -34,6 +35,20 @@ class Suggested(BaseModel):
 class Reply(BaseModel):
     model_config = ConfigDict(extra="ignore")
     categories: list[Suggested] = Field(min_length=1)
+
+    @field_validator("categories", mode="before")
+    @classmethod
+    def _sound_ones(cls, value: Any) -> Any:
+        """One that is damaged does not cost the others."""
+        return [entry for entry in value if is_suggested(entry)] or value if isinstance(value, list) else value
+
+
+def is_suggested(entry: Any) -> bool:
+    try:
+        Suggested.model_validate(entry)
+    except ValidationError:
+        return False
+    return True
 
 
 class Usage(NamedTuple):
@@ -152,7 +167,7 @@ def ask(client: Any, cache: Cache, prompt: str) -> tuple[Reply | Failed, tuple[i
             return Failed(str(refused)), (spent[0], spent[1])
         spent = [before + now for before, now in zip(spent, tokens, strict=True)]
         try:
-            reply = Reply.model_validate_json(without_fence(text))
+            reply = Reply.model_validate_json(json_in(text))
         except (ValidationError, RecursionError) as error:
             problem = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else "nested too deeply"
             continue
@@ -161,16 +176,32 @@ def ask(client: Any, cache: Cache, prompt: str) -> tuple[Reply | Failed, tuple[i
     return Failed(f"no reply of the form that was asked for, last: {problem}"), (spent[0], spent[1])
 
 
+# What is asked for in the reply, the strictest first.
+FORMS: dict[str, dict[str, Any]] = {
+    "json_schema": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "categories", "schema": Reply.model_json_schema()}}
+    },
+    "json_object": {"response_format": {"type": "json_object"}},
+    "none": {},
+}
+
+
+def _form(client: Any, settings: ProposeConfig) -> str:
+    return getattr(client, "fastlt_form", "json_schema") if settings.structured == "auto" else settings.structured
+
+
 def _complete(client: Any, settings: ProposeConfig, prompt: str) -> tuple[str, tuple[int, int]]:
     import openai
 
-    schema = {"name": "categories", "schema": Reply.model_json_schema()}
+    form = _form(client, settings)
     try:
         answer = client.chat.completions.create(
-            model=settings.model, temperature=settings.temperature, messages=[{"role": "user", "content": prompt}],
-            response_format={"type": "json_schema", "json_schema": schema},
+            model=settings.model, temperature=settings.temperature, messages=[{"role": "user", "content": prompt}], **FORMS[form]
         )  # fmt: skip
     except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+        if settings.structured == "auto" and form != "none" and "response_format" in str(error):
+            client.fastlt_form = list(FORMS)[list(FORMS).index(form) + 1]  # for the prompts to come too
+            return _complete(client, settings, prompt)
         raise PromptRefused(f"the endpoint refuses the prompt: {error}") from error
     except openai.APIError as error:
         where = settings.base_url or "the endpoint"
@@ -196,11 +227,13 @@ def spent_on(answer: Any) -> tuple[int, int]:
     return (tokens_in, tokens_out) if isinstance(tokens_in, int) and isinstance(tokens_out, int) else (0, 0)
 
 
-def without_fence(text: str) -> str:
-    """Many models wrap JSON in a fence of Markdown."""
-    lines = text.strip().splitlines()
-    fenced = len(lines) > 2 and lines[0].startswith("```") and lines[-1].startswith("```")
-    return "\n".join(lines[1:-1]) if fenced else text
+def json_in(text: str) -> str:
+    """The JSON of a reply: many models think aloud first, wrap it in a fence of Markdown, or say something around it."""
+    text = text.rpartition("</think>")[2].strip()
+    if fenced := re.search(r"```(?:json)?\s*(\{.*?\})\s*```", text, re.DOTALL):
+        return fenced[1]
+    begin, end = text.find("{"), text.rfind("}")
+    return text[begin : end + 1] if 0 <= begin < end else text
 
 
 def to_proposals(target: int, reply: Reply) -> list[Proposal]:

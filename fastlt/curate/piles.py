@@ -72,7 +72,9 @@ def stored_hashes(folder: Path, part: Split, advance: Advance) -> Hashes:
 
 
 def stored_features(folder: Path, part: Split, backbone: Backbone, settings: FilterConfig, advance: Advance) -> np.ndarray:
-    path = folder / f"features-{identity(part, [backbone.name, backbone.size, *backbone.mean, *backbone.std])}.npz"
+    path = (
+        folder / f"features-{identity(part, [backbone.digest or backbone.name, backbone.size, *backbone.mean, *backbone.std])}.npz"
+    )
     found = read_arrays(path)
     if found is None:
         found = {"features": extract(backbone, part, settings.batch, settings.workers, advance)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,8 +33,7 @@ class Proposal:
     refused: str = ""  # by the provider, and why
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     proposal: Proposal
     kept: bool
     reason: str
@@ -69,7 +69,7 @@ def merge(
     decisions: list[Decision] = []
     for proposed, limit in zip(proposals, limits, strict=True):
         owned: set[str] = set()
-        for proposal in proposed:
+        for proposal in (replace(proposal, name=printable(proposal.name)) for proposal in proposed):
             word = normalised(proposal.name)
             reason = proposal.refused or _objection(proposal, word, target_of, names, categories, owned, len(owned) < limit)
             decisions.append(Decision(proposal, not reason, reason))
@@ -96,10 +96,18 @@ def _objection(
         return f"it is also called '{target_of[called.pop()]}', which is a target"
     if word in owned:
         return "it was proposed for this target before"
+    for synonym in map(normalised, proposal.synonyms):
+        if synonym != word and synonym in categories and categories[synonym].key != proposal.key:
+            return f"it is also called '{categories[synonym].name}', which is another category"
     known = categories.get(word)
     if known and known.key and proposal.key and known.key != proposal.key:
         return f"another category has this name ({known.key})"
     return "" if has_room else "enough were better"
+
+
+def printable(name: str) -> str:
+    """On one line, without what no file name or label may have."""
+    return " ".join("".join(c if c.isprintable() else " " for c in name).split())
 
 
 def add_to(categories: dict[str, Category], word: str, proposal: Proposal) -> None:

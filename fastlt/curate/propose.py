@@ -7,6 +7,9 @@ CURATED/llm/              replies of a language model
 """
 
 import csv
+import io
+import re
+import shutil
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,6 +24,7 @@ from rich.table import Table
 
 from fastlt.classes import ClassSpace
 from fastlt.curate import llm, wordnet
+from fastlt.curate.lock import only_step
 from fastlt.curate.proposals import (
     Category,
     Decision,
@@ -39,6 +43,8 @@ from fastlt.files import whole_file
 from fastlt.names import normalised
 from fastlt.progress import rated_progress
 
+REPLACED = "the random control has another category in its place"
+WITH_WORD = re.compile(r"(n\d{8})[\s,]+(\S.*)")  # a WordNet id and what it is called
 SHOWN = 8  # targets of the table on the screen
 FILE_COLUMNS = ("target", "category", "query", "description")
 
@@ -51,23 +57,34 @@ class Proposed(NamedTuple):
     notes: list[str] = []  # noqa: RUF012  # never changed
 
 
-def run_propose(place: Path, out: Path, config: CurateConfig, random_control: bool, dry_run: bool, console: Console) -> None:
+def run_propose(place: Path, out: Path, config: CurateConfig, dry_run: bool, console: Console) -> None:
     """place: a pack, or a text file with the name or the WordNet id of a target on each line."""
+    if dry_run:
+        settings = config.propose
+        targets = named(settings, read_targets(place))
+        show_prompts(settings, targets, limits_of(settings, targets), out, console)
+        return
+    with only_step(out):
+        propose(place, out, config, console)
+
+
+def propose(place: Path, out: Path, config: CurateConfig, console: Console) -> None:
     settings = config.propose
     targets = named(settings, read_targets(place))
     limits = limits_of(settings, targets)
-    if dry_run:
-        show_prompts(settings, targets, limits, out, console)
-        return
+    if settings.control == "random" and not settings.wordnet:
+        raise UserError("the random control is drawn from WordNet: give its tables with propose.wordnet")
     proposed = PROVIDERS[settings.provider](settings, targets, limits, out, console)
     for note in proposed.notes:
         console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     decisions, categories = merge(targets, proposed.synonyms, proposed.proposals, limits)
     if not categories:
-        raise UserError(f"no neighbour was found for any of the {len(targets):,} targets: see propose.reach, or another provider")
-    if random_control:
+        write_table(out / "proposals.jsonl", (decision_row(decision, targets) for decision in decisions))
+        raise UserError(f"no neighbour was found for any of the {len(targets):,} targets: {out / 'proposals.jsonl'} says why")
+    if settings.control == "random":
         neighbours, categories = categories, random_categories(settings, targets, proposed.synonyms, categories)
-        decisions = [drawn(*pair) for pair in zip(neighbours, categories, strict=True)]
+        replaced = [d._replace(kept=False, reason=REPLACED) if d.kept else d for d in decisions]
+        decisions = [*replaced, *(drawn(*pair) for pair in zip(neighbours, categories, strict=True))]
     write(out, targets, decisions, categories)
     keep_settings(out, config)
     show(targets, decisions, categories, console)
@@ -82,11 +99,15 @@ def read_targets(place: Path) -> list[Target]:
         names = [line.strip() for line in place.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{place} is neither a pack nor a text file with a target on each line ({error})") from error
+    if names and names[0][0] in "[{":
+        raise UserError(f"{place} is JSON, not a list of names: write one target on each line")
+    words = {match[1]: match[2].replace("_", " ") for name in names if (match := WITH_WORD.fullmatch(name))}
+    names = [match[1] if (match := WITH_WORD.fullmatch(name)) else name for name in names]
     if repeated := [name for name, times in Counter(names).items() if times > 1]:
         raise UserError(f"{place} names '{repeated[0]}' more than once")
     if not names:
         raise UserError(f"{place} names no targets: write one on each line")
-    return [Target(name) for name in names]
+    return [Target(name, word=words.get(name, "")) for name in names]
 
 
 def named(settings: ProposeConfig, targets: Sequence[Target]) -> list[Target]:
@@ -95,7 +116,7 @@ def named(settings: ProposeConfig, targets: Sequence[Target]) -> list[Target]:
         return list(targets)
     words = wordnet.read_wordnet(settings.wordnet)
     first = {target.name: next(iter(words.lemmas.get(target.name, [])), "") for target in targets if wordnet.is_id(target.name)}
-    return [replace(target, word=first.get(target.name, "")) for target in targets]
+    return [replace(target, word=first.get(target.name) or target.word) for target in targets]
 
 
 def limits_of(settings: ProposeConfig, targets: Sequence[Target]) -> list[int]:
@@ -119,7 +140,11 @@ def from_wordnet(
     found = wordnet.propose(words, synsets, settings.reach, settings.rise, embeddings)
     unknown = [target.name for target, synset in zip(targets, synsets, strict=True) if not synset]
     notes = [f"WordNet does not know {len(unknown)} targets ({few(unknown)}): map them with propose.synsets"] if unknown else []
-    return Proposed([list(words.lemmas[synset]) if synset else [] for synset in synsets], list(found), notes)
+    proposals = [
+        of if synset else [Proposal(number, "", "wordnet", refused="WordNet does not know this target")]
+        for number, (of, synset) in enumerate(zip(found, synsets, strict=True))
+    ]
+    return Proposed([list(words.lemmas[synset]) if synset else [] for synset in synsets], proposals, notes)
 
 
 def from_llm(settings: ProposeConfig, targets: Sequence[Target], limits: Sequence[int], out: Path, console: Console) -> Proposed:
@@ -136,6 +161,7 @@ def from_llm(settings: ProposeConfig, targets: Sequence[Target], limits: Sequenc
                 tokens = [before + now for before, now in zip(tokens, spent, strict=True)]
                 if isinstance(reply, llm.Failed):
                     failed[targets[number].name] = reply.reason
+                    proposals[number] = [Proposal(number, "", "llm", refused=f"no answer: {reply.reason}")]
                 else:
                     proposals[number] = llm.to_proposals(number, reply)
     finally:  # what was spent is told where it ends early, too
@@ -160,7 +186,7 @@ def from_file(settings: ProposeConfig, targets: Sequence[Target], limits: Sequen
         raise UserError("propose.provider=file needs propose.file, a CSV with the header target,category")
     file = Path(settings.file)
     try:
-        reader = csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines())
+        reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"), newline=""))
         rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {file}: {error}") from error
@@ -197,7 +223,8 @@ def random_categories(
 
 def drawn(neighbour: Category, category: Category) -> Decision:
     first, *others = sorted(category.owners)
-    proposal = Proposal(first, category.name, "random", category.key, category.query, also=tuple(others))
+    description = category.description
+    proposal = Proposal(first, category.name, "random", category.key, category.query, description=description, also=tuple(others))
     return Decision(proposal, True, f"drawn at random, in the place of {neighbour.name}")
 
 
@@ -205,6 +232,8 @@ def drawn(neighbour: Category, category: Category) -> Decision:
 
 
 def write(out: Path, targets: Sequence[Target], decisions: Sequence[Decision], categories: Sequence[Category]) -> None:
+    """An auxiliary set of an earlier proposal goes: it would not fit these pairs. What was retrieved stays."""
+    shutil.rmtree(out / "auxiliary", ignore_errors=True)
     write_table(out / "proposals.jsonl", (decision_row(decision, targets) for decision in decisions))
     write_table(out / "categories.jsonl", (category_row(category, targets) for category in categories))
     with whole_file(out / "pairs.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:

@@ -11,10 +11,13 @@ import asyncio
 import hashlib
 import io
 import json
+import shutil
+import signal
 import tarfile
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from itertools import zip_longest
@@ -25,8 +28,9 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from fastlt.curate.candidates import ENDPOINTS, Asked, Candidate, Find, accepted, endpoint, open_sources
+from fastlt.curate.candidates import ENDPOINTS, LOCAL_CLIP, Asked, Candidate, Find, accepted, endpoint, open_sources
 from fastlt.curate.fetch import Fetcher, Refused, open_fetcher
+from fastlt.curate.lock import only_step
 from fastlt.curate.pictures import Picture, examine
 from fastlt.curate.settings import CurateConfig, RetrieveConfig, keep_settings
 from fastlt.curate.table import read_table, write_table
@@ -34,6 +38,7 @@ from fastlt.errors import UserError
 from fastlt.files import whole_file
 from fastlt.names import normalised
 from fastlt.progress import rated_progress
+from fastlt.stopping import Stopped
 
 PROPOSED_BY = "fastlt curate propose"
 CATEGORIES_AT_A_TIME = 8  # whose sources are asked
@@ -46,15 +51,31 @@ class Found(NamedTuple):
 
 
 def run_retrieve(out: Path, config: CurateConfig, console: Console) -> None:
+    """Raises UserError where nothing is known or fetched, Stopped where SIGTERM or Ctrl-C ended it: what was fetched is kept."""
     categories = [Asked(row["name"], row.get("query") or row["name"]) for row in read_table(out / "categories.jsonl", PROPOSED_BY)]
-    keep_settings(out, config)
-    asyncio.run(retrieve(out, categories, config.retrieve, console))
-    show(out, [category.name for category in categories], console)
+    with only_step(out):
+        mend(out / "raw", console)
+        try:
+            asyncio.run(until_told(retrieve(out, categories, config, console)))
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            have = sum(row["fetched"] for row in tried(out / "raw"))
+            raise Stopped(f"stopped: {have:,} images are in {out / 'raw'}; the same command goes on") from None
+    show(out, [category.name for category in categories], config.retrieve, console)
 
 
-async def retrieve(out: Path, categories: Sequence[Asked], settings: RetrieveConfig, console: Console) -> None:
+async def until_told(work: Coroutine[Any, Any, None]) -> None:
+    """SIGTERM ends it as Ctrl-C does."""
+    task = asyncio.ensure_future(work)
+    with suppress(NotImplementedError, RuntimeError):  # no signals here, or not in this thread
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await task
+
+
+async def retrieve(out: Path, categories: Sequence[Asked], config: CurateConfig, console: Console) -> None:
+    settings = config.retrieve
     async with open_fetcher(settings) as fetcher:
         sources = open_sources(settings, [category.name for category in categories], fetcher)
+        keep_settings(out, config)  # now that they are known to be of use
         with rated_progress(console, "/s", transient=True) as bar:
             found = await find_all(out / "candidates", categories, sources, settings, bar)
             waiting = pending(out / "raw", interleaved(found), settings)
@@ -165,7 +186,7 @@ async def fetch_group(raw: Path, number: int, group: Sequence[Candidate], fetche
 
 async def fetch(candidate: Candidate, fetcher: Fetcher) -> Found:
     settings = fetcher.settings
-    if candidate.source == "folder" or (candidate.source == "clip" and "://" not in candidate.place):
+    if candidate.source in ("folder", LOCAL_CLIP):
         data, url = await asyncio.to_thread(read_file, Path(candidate.place), settings.max_bytes), ""
     else:
         data, url = await fetcher.get(candidate.place, settings.max_bytes)
@@ -182,13 +203,24 @@ def read_file(path: Path, max_bytes: int) -> bytes:
 
 
 class Group:
-    """A shard that is being written, and its table."""
+    """A shard that is being written, by one thread at a time, and its table."""
 
     def __init__(self, number: int, tar: tarfile.TarFile) -> None:
         self.number, self.tar = number, tar
+        self.lock, self.is_closed = threading.Lock(), False
         self.rows: dict[int, dict[str, Any]] = {}  # by the place of the candidate
 
     def add(self, place: int, candidate: Candidate, result: Found | Refused) -> None:
+        with self.lock:
+            if not self.is_closed:
+                self._add(place, candidate, result)
+
+    def close(self) -> None:
+        """What comes later is not kept."""
+        with self.lock:
+            self.is_closed = True
+
+    def _add(self, place: int, candidate: Candidate, result: Found | Refused) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         row: dict[str, Any] = {**asdict(candidate), "time": now, "fetched": isinstance(result, Found)}
         self.rows[place] = row
@@ -208,11 +240,57 @@ class Group:
 
 @contextmanager
 def whole_group(raw: Path, number: int) -> Iterator[Group]:
-    """The shard, then its table: a shard without a table does not count, and is written over."""
+    """The shard, then its table: a shard without a table does not count, and is written over. One that is stopped keeps what it
+    has."""
+    stopped: BaseException | None = None
     with whole_file(raw / f"{number:06d}.tar") as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
         group = Group(number, tar)
-        yield group
+        try:
+            yield group
+        except (asyncio.CancelledError, KeyboardInterrupt) as error:
+            stopped = error
+        group.close()
     write_table(raw / f"{number:06d}.jsonl", (group.rows[place] for place in sorted(group.rows)))
+    if stopped is not None:
+        raise stopped
+
+
+# --- what a kill, or a damaged disk, left
+
+
+def mend(raw: Path, console: Console) -> None:
+    """Takes up what killed groups had fetched, and lets go of groups whose shard is gone: they are fetched again."""
+    for path in sorted(raw.glob("*.jsonl")):
+        rows = [row for row in read_table(path, "fastlt curate retrieve") if row["fetched"]]
+        shard = path.with_suffix(".tar")
+        if rows and (not shard.is_file() or shard.stat().st_size < max(row["offset"] + row["size"] for row in rows)):
+            console.print(f"[yellow]note:[/] {shard} is damaged or gone: its {len(rows):,} images are fetched again")
+            path.unlink()
+            shard.unlink(missing_ok=True)
+    for partial in sorted(raw.glob(".*.tar.*.partial")):
+        number = partial.name[1:7]
+        if number.isdigit() and not (raw / f"{number}.jsonl").exists():
+            salvage(partial, raw, number)
+        partial.unlink(missing_ok=True)
+
+
+def salvage(partial: Path, raw: Path, number: str) -> None:
+    """The whole images of a shard that was being written."""
+    rows: list[dict[str, Any]] = []
+    end = 0
+    with partial.open("rb") as file, suppress(tarfile.TarError, ValueError, EOFError):
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  # it is cut, so closing it has nothing to do
+        while (member := tar.next()) is not None:
+            if member.name.endswith(".json"):
+                told = tar.extractfile(member)
+                rows.append(json.loads(told.read() if told else b""))
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    if not rows:
+        return
+    with whole_file(raw / f"{number}.tar") as temporary, partial.open("rb") as file, temporary.open("wb") as kept:
+        shutil.copyfileobj(io.BytesIO(file.read(end)), kept)
+        kept.write(bytes(2 * tarfile.BLOCKSIZE))
+    write_table(raw / f"{number}.jsonl", rows)
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
@@ -227,10 +305,11 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 # --- what is shown
 
 
-def show(out: Path, names: Sequence[str], console: Console) -> None:
+def show(out: Path, names: Sequence[str], settings: RetrieveConfig, console: Console) -> None:
     last = {(row["category"], row["place"]): row for row in tried(out / "raw")}
     if not last:
-        raise UserError("no source knows an image of any category: see retrieve.sources, and the notes above")
+        chosen = f" with one of the licences {', '.join(settings.licences)}" if settings.licences else ""
+        raise UserError(f"no source knows an image of any category{chosen}: see retrieve.sources")
     reasons = Counter(row.get("reason", "fetched") for row in last.values())
     table = Table("candidates", "", title=f"{len(last):,} candidates", title_justify="left")
     for reason, times in reasons.most_common():
@@ -245,3 +324,11 @@ def show(out: Path, names: Sequence[str], console: Console) -> None:
     )  # fmt: skip
     shares = ", ".join(f"{name} {times:,}" for name, times in licences.most_common(8))
     console.print(f"licences: {shares}", highlight=False, markup=False)
+    for_good = sum(not row["fetched"] and not row["transient"] for row in last.values())
+    if for_good:
+        console.print(
+            f"{for_good:,} were refused for good; where other settings would take them, retrieve.retry=all tries them again",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    if not reasons["fetched"]:
+        raise UserError(f"not one of {len(last):,} candidates could be fetched: the table above says why")

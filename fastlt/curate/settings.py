@@ -18,6 +18,7 @@ Price = Annotated[float, Field(ge=0)]
 
 class ProposeConfig(Section):
     provider: Literal["wordnet", "llm", "file"] = "wordnet"
+    control: Literal["neighbours", "random"] = "neighbours"  # random: as many, drawn from all of WordNet
     per_target: Annotated[int, Field(ge=1, le=1000)] = 8  # the most auxiliary classes that one target gets
     allocation: Literal["even", "tail"] = "even"  # tail: as many in all, but more for targets with fewer images
     seed: Annotated[int, Field(ge=0)] = 0  # of the random control
@@ -32,6 +33,8 @@ class ProposeConfig(Section):
     # llm
     model: str = ""
     base_url: str = ""  # of any endpoint that speaks OpenAI's protocol; empty: OPENAI_BASE_URL, or OpenAI itself
+    # how replies are asked for; auto: by a schema, or as the endpoint takes it
+    structured: Literal["auto", "json_schema", "json_object", "none"] = "auto"
     prompt: str = ""  # a text file with $target, $count, $others; empty: the one that comes with fastlt
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.2
     concurrency: Several = 4  # requests at a time

@@ -8,8 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("aiohttp", reason="no aiohttp here: it comes with the extra `curate`")
 from fastlt.curate.filter import run_filter
@@ -145,7 +148,7 @@ def test_small_classes_are_given_up(curated, hued_pack, run):
     assert {row["reason"] for row in rows.values() if row["category"] == "bench"} == {"too few images of its class are left"}
     with pytest.raises(UserError, match="no image is left"):
         filtered(curated, hued_pack, settings_of(curated, run, min_images=100))
-    assert (curated / "auxiliary/card.json").is_file()  # that of before
+    assert not (curated / "auxiliary").exists() and not (curated / "pairs.csv").exists()  # they are not what filtered.jsonl says
 
 
 def test_what_was_computed_is_not_computed_again(curated, hued_pack, run, monkeypatch):
@@ -158,6 +161,38 @@ def test_what_was_computed_is_not_computed_again(curated, hued_pack, run, monkey
         path.write_bytes(path.read_bytes()[:50])
     monkeypatch.undo()
     assert filtered(curated, hued_pack, config) == before
+
+
+def test_features_are_of_the_weights_and_not_of_their_place(curated, hued_pack, run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    before = filtered(curated, hued_pack, settings_of(curated, copy))
+    made = len(list((curated / "features").glob("features-*")))
+    assert filtered(curated, hued_pack, settings_of(curated, run)) == before  # the same weights elsewhere
+    assert len(list((curated / "features").glob("features-*"))) == made
+    tensors = load_file(copy / "model.safetensors")
+    with safe_open(copy / "model.safetensors", "pt") as file:
+        told = file.metadata()
+    save_file(
+        {name: t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t for name, t in tensors.items()},
+        copy / "model.safetensors",
+        told,
+    )
+    filtered(curated, hued_pack, settings_of(curated, copy))
+    assert len(list((curated / "features").glob("features-*"))) == 2 * made
+
+
+def test_what_has_no_accepted_licence_is_dropped_and_the_card_tells_what_was_not_retrieved(curated, hued_pack, run, tmp_path):
+    (curated.parent / "images/mink/broken.jpg").write_bytes(b"no image")
+    filtered(curated, hued_pack, settings_of(curated, run))
+    card = json.loads((curated / "auxiliary/card.json").read_text())
+    assert card["kind"] == "neighbours" and card["not_retrieved"] == {"not a JPEG, PNG or WebP image": 1}
+    config = settings_of(curated, run)
+    config = config.model_copy(update={"retrieve": config.retrieve.model_copy(update={"licences": ("cc0",)})})
+    with pytest.raises(UserError, match="no image is left"):
+        run_filter(str(hued_pack), curated, config, QUIET)
+    reasons = {json.loads(line)["reason"] for line in (curated / "filtered.jsonl").read_text().splitlines()}
+    assert reasons == {"its licence is not accepted"}
 
 
 def test_owners_must_be_targets_of_the_pack(curated, hued_pack, run):

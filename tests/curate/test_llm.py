@@ -34,7 +34,7 @@ def proposed(tmp_path, chat, *, dry_run=False, **settings):
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
     config = {"provider": "llm", "model": "m", "base_url": chat.url, "retries": 3, **settings}
     console, out = Console(record=True, width=300), tmp_path / "out"
-    run_propose(tmp_path / "names.txt", out, CurateConfig.model_validate({"propose": config}), False, dry_run, console)
+    run_propose(tmp_path / "names.txt", out, CurateConfig.model_validate({"propose": config}), dry_run, console)
     return console.export_text(), *(
         [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()] if not dry_run else []
         for name in ("categories", "proposals")
@@ -211,7 +211,7 @@ def test_targets_that_are_wordnet_ids_are_asked_for_by_their_word(tmp_path, shar
     console = Console(record=True, width=300)
     settings = {"provider": "llm", "model": "m", "wordnet": str(shared_data / "labels")}
     config = CurateConfig.model_validate({"propose": settings})
-    run_propose(tmp_path / "ids.txt", tmp_path / "out", config, False, True, console)
+    run_propose(tmp_path / "ids.txt", tmp_path / "out", config, True, console)
     said = console.export_text()
     assert 'For the class "tiger"' in said and "in the data set already: lion." in said
 
@@ -245,3 +245,68 @@ def test_the_command(tmp_path):
     (tmp_path / "mine.csv").write_text("target,category\ntiger,\n")
     wrong = subprocess.run([*command, "propose.provider=file", f"propose.file={tmp_path}/mine.csv"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "mine.csv, line 2: there is no category" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("taken", ["json_object", "none"])
+def test_an_endpoint_that_takes_no_schema_is_asked_without(tmp_path, taken):
+    def answer(name, times):
+        form = chat.bodies[-1].get("response_format", {}).get("type", "none")
+        return good(name, times) if form == taken else (400, f"response_format {form} is not supported")
+
+    with chat_server(answer) as chat:
+        _, found, _ = proposed(tmp_path, chat, concurrency=1)
+    assert len(found) == 4 and len(chat.asked) == 3 + {"json_object": 1, "none": 2}[taken]
+
+
+@pytest.mark.parametrize(
+    "around", ["<think>{no}</think>\n%s", "Here it is:\n```json\n%s\n```\nAnything else?", "```\n%s```", "Sure. %s Done."]
+)
+def test_what_a_model_says_around_its_json_does_no_harm(tmp_path, around):
+    with chat_server(lambda name, _: (200, around % categories(*GOOD[name]))) as chat:
+        _, found, _ = proposed(tmp_path, chat)
+    assert len(found) == 4 and len(chat.asked) == 3
+
+
+def test_one_damaged_category_does_not_cost_the_others_and_names_are_on_one_line(tmp_path):
+    def answer(name, times):
+        reply = json.loads(categories(*GOOD[name]))
+        reply["categories"] += [{"name": ""}, {"nome": "x"}, {"name": f"{name}\tkin\n"}]
+        return 200, json.dumps(reply)
+
+    with chat_server(answer) as chat:
+        _, found, _ = proposed(tmp_path, chat)
+    assert {category["name"] for category in found} >= {"liger", "settee", "lawn mower kin"} and len(chat.asked) == 3
+
+
+def test_a_target_without_an_answer_has_a_row_that_says_so(tmp_path):
+    with chat_server(lambda name, times: good(name, times) if name != "tiger" else (400, "no such topic")) as chat:
+        _, _, decided = proposed(tmp_path, chat)
+    (row,) = [row for row in decided if row["target"] == "tiger"]
+    assert not row["kept"] and "no such topic" in row["reason"]
+
+
+def test_the_control_is_kept_with_the_settings(tmp_path, shared_data):
+    (tmp_path / "names.txt").write_text("tiger\nsofa\n")
+    command = [sys.executable, "-m", "fastlt", "curate", "propose", str(tmp_path / "names.txt"), "--out", str(tmp_path / "out")]
+    for more in (["--control", "random", f"propose.wordnet={shared_data / 'labels'}"], []):
+        ended = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        rows = [json.loads(line) for line in (tmp_path / "out/proposals.jsonl").read_text().splitlines()]
+        kept = [row for row in rows if row["kept"]]
+        assert kept and all(row["reason"].startswith("drawn at random") for row in kept)
+        assert any(row["reason"] == "the random control has another category in its place" for row in rows)
+    ended = subprocess.run([*command, "propose.wordnet="], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "the random control is drawn from WordNet" in ended.stderr
+
+
+def test_ids_with_words_are_ids_and_json_is_no_list(tmp_path):
+    from fastlt.curate.propose import read_targets
+
+    (tmp_path / "ids.txt").write_text("n02119789 red_fox\nn02100735, English setter\n")
+    assert [(t.name, t.word) for t in read_targets(tmp_path / "ids.txt")] == [
+        ("n02119789", "red fox"),
+        ("n02100735", "English setter"),
+    ]
+    (tmp_path / "index.json").write_text('{"0": ["n01440764", "tench"]}')
+    with pytest.raises(UserError, match="is JSON, not a list of names"):
+        read_targets(tmp_path / "index.json")

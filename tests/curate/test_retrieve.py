@@ -57,7 +57,11 @@ def propose(out, *names):
 def retrieved(out, **settings):
     """What is printed, and what became of each place, the last time."""
     console = Console(record=True, width=200)
-    run_retrieve(out, CurateConfig.model_validate({"retrieve": {**QUICK, "allow_private": True, **settings}}), console)
+    try:
+        run_retrieve(out, CurateConfig.model_validate({"retrieve": {**QUICK, "allow_private": True, **settings}}), console)
+    except UserError as error:  # what was refused is told nevertheless
+        if "could be fetched" not in str(error):
+            raise
     return console.export_text(), {row["place"]: row for row in rows(out)}
 
 
@@ -539,6 +543,7 @@ def test_a_killed_retrieval_goes_on_and_nothing_is_lost_or_fetched_twice(web: We
     kept = {row["place"] for row in rows(tmp_path)}
     assert 2 <= len(whole) < 6
     before = web.asked.copy()
+    assert sum(before[path] for path in before if path.endswith(".jpg")) <= 60
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert "60 images of 1 categories" in ended.stdout
@@ -548,4 +553,93 @@ def test_a_killed_retrieval_goes_on_and_nothing_is_lost_or_fetched_twice(web: We
     for place in kept:  # what was whole was not fetched again
         path = place.removeprefix(web.url(""))
         assert web.asked[path] == before[path]
-    assert not list((tmp_path / "raw").glob(".*.partial")) or len(list((tmp_path / "raw").glob("*.jsonl"))) == 6
+    assert not list((tmp_path / "raw").glob(".*.partial"))
+    # Each kill costs what was under way, and what was not yet on the disk; not the group.
+    assert sum(times for path, times in web.asked.items() if path.endswith(".jpg")) <= 60 + 2 * 8
+
+
+def slow_command(web, tmp_path, images=60):
+    def slowly(handler, times):
+        time.sleep(0.02)
+        handler.answer(200, picture(int(handler.path[1:-4])))
+
+    places = [web.page(f"/{i}.jpg", slowly) for i in range(images)]
+    propose(tmp_path, "liger")
+    (tmp_path / "urls.csv").write_text("category,url\n" + "".join(f"liger,{place}\n" for place in places))
+    return [
+        sys.executable, "-m", "fastlt", "curate", "retrieve", "--out", str(tmp_path), "--allow-private",
+        "retrieve.sources=['urls']", f"retrieve.urls={tmp_path}/urls.csv", "retrieve.per_host=30", "retrieve.concurrency=4",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_fetched_when_it_was_stopped_is_kept(web: Web, tmp_path, number):
+    command = slow_command(web, tmp_path)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while sum(web.asked.values()) < 10:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="another step is at work in"):
+        retrieved(tmp_path, sources=["urls"], urls=f"{tmp_path}/urls.csv")
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    kept = rows(tmp_path)
+    assert process.returncode == 0 and f"stopped: {len(kept)} images are in" in " ".join(said.split())
+    assert 3 < len(kept) < 60 and all(
+        fetched_bytes(tmp_path, row) == picture(int(row["place"].split("/")[-1][:-4])) for row in kept
+    )
+
+
+def test_a_shard_that_is_damaged_or_gone_is_fetched_again(web: Web, tmp_path):
+    places = [web.file(f"/{i}.jpg", picture(i)) for i in range(6)]
+    from_urls(tmp_path, *places, shard=2)
+    (tmp_path / "raw/000001.tar").write_bytes((tmp_path / "raw/000001.tar").read_bytes()[:700])
+    (tmp_path / "raw/000002.tar").unlink()
+    said, found = from_urls(tmp_path, *places, shard=2)
+    assert said.count("its 2 images are fetched again") == 2 and sum(web.asked[f"/{i}.jpg"] for i in range(6)) == 10
+    assert all(fetched_bytes(tmp_path, row) == picture(int(row["place"].split("/")[-1][:-4])) for row in found.values())
+
+
+def test_licences_are_chosen_before_candidates_are_cut_and_columns_may_be_spelt_otherwise(web: Web, tmp_path):
+    places = [web.file(f"/{i}.jpg", picture(i)) for i in range(8)]
+    propose(tmp_path, "liger")
+    (tmp_path / "u.csv").write_text(
+        "category,url,License,Creator\n"
+        + "".join(f"liger,{place},{'BY-NC' if i < 5 else 'CC0'},A\n" for i, place in enumerate(places))
+    )
+    _, found = retrieved(tmp_path, sources=["urls"], urls=f"{tmp_path}/u.csv", licences=["cc0"], per_category=3)
+    assert sorted(found) == sorted(places[5:]) and {(row["licence"], row["author"]) for row in found.values()} == {("CC0", "A")}
+    with pytest.raises(UserError, match="knows an image of any category with one of the licences pdm"):
+        retrieved(tmp_path / "other" if propose(tmp_path / "other", "liger") is None else tmp_path, sources=["urls"],
+                  urls=f"{tmp_path}/u.csv", licences=["pdm"])  # fmt: skip
+
+
+def test_a_clip_index_of_others_opens_no_file_here_and_a_damaged_one_is_named(web: Web, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    index = tmp_path / "index"
+    (index / "img_emb").mkdir(parents=True)
+    (index / "metadata").mkdir()
+    for name in ("own", "other"):
+        (tmp_path / f"{name}.jpg").write_bytes(picture())
+    vectors = np.eye(3, 4, dtype=np.float16)
+    np.save(index / "img_emb/img_emb_0.npy", vectors)
+    told = {
+        "url": [str(tmp_path / "own.jpg"), "", None],
+        "image_path": ["", str(tmp_path / "other.jpg"), ""],
+        "LICENSE": ["CC0", "by", ""],
+    }
+    parquet.write_table(pa.table(told), index / "metadata/metadata_0.parquet")
+    np.savez(tmp_path / "text.npz", names=["liger"], clip=np.ones((1, 4), np.float32) / 2)
+    propose(tmp_path, "liger")
+    settings = {"sources": ["clip"], "clip_index": str(index), "clip_text": str(tmp_path / "text.npz")}
+    retrieved(tmp_path, **settings)
+    found = {row["licence"]: row for row in rows(tmp_path)}
+    assert found["by"]["fetched"] and "neither http nor https" in found["CC0"]["reason"] and len(found) == 2
+    (index / "metadata/metadata_0.parquet").write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"cannot read .*metadata_0\.parquet"):
+        retrieved(tmp_path, **settings)
+    (index / "img_emb/img_emb_0.npy").write_bytes((index / "img_emb/img_emb_0.npy").read_bytes()[:140])
+    with pytest.raises(UserError, match=r"cannot read .*img_emb_0\.npy"):
+        retrieved(tmp_path, **settings)

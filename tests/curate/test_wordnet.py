@@ -188,8 +188,9 @@ def real(shared_data):
 def test_imagenets_classes_get_neighbours_none_of_which_is_a_target_or_its_synonym(shared_data, real, tmp_path, control):
     labels = shared_data / "labels"
     ids = (labels / "imagenet/imagenet_synsets.txt").read_text().split()
-    config = CurateConfig.model_validate({"propose": {"wordnet": str(labels)}})
-    run_propose(labels / "imagenet/imagenet_synsets.txt", tmp_path, config, control, False, Console(quiet=True))
+    kind = "random" if control else "neighbours"
+    config = CurateConfig.model_validate({"propose": {"wordnet": str(labels), "control": kind}})
+    run_propose(labels / "imagenet/imagenet_synsets.txt", tmp_path, config, False, Console(quiet=True))
     categories = read(tmp_path / "categories.jsonl")
     words = {normalised(word) for synset in ids for word in real.lemmas[synset]}
     assert not words.intersection(normalised(category["name"]) for category in categories)
@@ -222,7 +223,7 @@ def test_cifars_names_get_neighbours(shared_data, real, tmp_path):
     (tmp_path / "names.txt").write_text("\n".join(names))
     settings = {"wordnet": str(labels), "embeddings": f"{labels}/cifar100/class_embeddings.npz:glove"}
     console = Console(record=True, width=200)
-    run_propose(tmp_path / "names.txt", tmp_path, CurateConfig.model_validate({"propose": settings}), False, False, console)
+    run_propose(tmp_path / "names.txt", tmp_path, CurateConfig.model_validate({"propose": settings}), False, console)
     assert "WordNet does not know 4 targets (aquarium_fish, dinosaur, forest, sea)" in console.export_text()
     categories = read(tmp_path / "categories.jsonl")
     per_target = Counter(owner for category in categories for owner in category["owners"])
