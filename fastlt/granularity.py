@@ -175,7 +175,7 @@ def reading(scores: Mapping[str, Score]) -> str:
     own, wide = scores["targets"], scores.get("targets and auxiliaries")
     told = (
         f"An image has {own.granularity:.1%} of the other classes' medoids nearer than its own: 0 where classes lie well apart, 50 "
-        "where labels say nothing. It is by these features: compare packs by the same backbone, and by none that was trained on one."
+        "where labels say nothing. It is by these features: compare packs by one backbone, and none that was trained on either."
     )
     if wide is None:
         return told
