@@ -29,6 +29,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Long-tailed image classification with auxiliary classes and neighbour silencing.")  # fmt: skip
 curate = typer.Typer(no_args_is_help=True, help="From the names of targets to auxiliary classes.")
 app.add_typer(curate, name="curate")
+granularity = typer.Typer(no_args_is_help=True, help="How fine the classes of a pack are, and what that does to a long tail.")
+app.add_typer(granularity, name="granularity")
 console = Console()
 
 PackPath = Annotated[
@@ -335,8 +337,8 @@ def sweep(
         console.print(f"report: {write_sweep_report(out)}", soft_wrap=True)
 
 
-@app.command()
-def granularity(
+@granularity.command("score")
+def granularity_score(
     data: Annotated[str, typer.Argument(metavar="PACK", help="The pack whose training images are looked at.")],
     weights: Annotated[str, typer.Option(help="A RUN whose backbone makes the features, or a file for --backbone.")] = "",
     backbone: Annotated[str, typer.Option(help="Any timm model.")] = "vit_small_patch14_dinov2.lvd142m",
@@ -353,6 +355,26 @@ def granularity(
 
     settings = FilterConfig(weights=weights, backbone=backbone, batch=batch, device=device)
     run_granularity(pack_place(data), settings, hierarchy, out, console)
+
+
+@granularity.command("train")
+def granularity_train(
+    data: Annotated[
+        str, typer.Argument(metavar="PACK", help="A pack whose classes have many images each, such as all of CIFAR-100.")
+    ],
+    hierarchy: Annotated[Path, typer.Option(help="CSV with the columns class,parent.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Packs and runs; what has finished there is not run again.")],
+    draws: Annotated[int, typer.Option(min=1, help="Of classes, images and trainings.")] = 3,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time; the cores are shared among them.")] = 1,
+    imbalance: Annotated[float, typer.Option(min=1, help="Most over fewest images of a class.")] = 100,
+    csv: Annotated[Path | None, typer.Option(help="Add the figures of every run to this file.")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings of every run.")] = None,
+) -> None:
+    """Balanced and long-tailed trainings at several granularities: does a long tail hurt less where classes are finer?"""
+    from fastlt_benchmarks.granularity import Asked, run_granularity_study
+
+    asked = Asked(pack_place(data), hierarchy, out, draws, parallel, imbalance, settings or [])
+    run_granularity_study(asked, csv, console)
 
 
 @app.command("bench-train")

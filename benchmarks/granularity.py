@@ -1,0 +1,148 @@
+"""`fastlt granularity train`: does a long tail hurt less where classes are finer? The quantitative study of the paper, on any pack
+with a hierarchy over its classes.
+
+Each level is trained on a balanced and on a long-tailed set of as many images. With the number of classes fixed, they are drawn
+from all parents, one each, up to all children of a few; and the parents themselves, each with the images of its children. With the
+parents fixed, the same few are told apart as parents, or by their children.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fastlt.data.derived import Selection, derive_pack
+from fastlt.data.packed import Pack, Split, open_pack
+from fastlt.errors import UserError
+from fastlt.granularity import read_hierarchy
+from fastlt_benchmarks.repeated import GROUPS, Control, spread, train_all
+from fastlt_benchmarks.results_file import append_rows, check_file
+
+KINDS = ("balanced", "long-tailed")
+LARGEST = 500  # training images of the most frequent class, if every class of the pack has as many
+
+
+class Level(NamedTuple):
+    """Classes, each the union of some of the pack's; finer ones last."""
+
+    name: str
+    classes: dict[str, list[int]]  # name -> target ids of the pack
+
+
+class Asked(NamedTuple):
+    pack: str
+    hierarchy: Path
+    out: Path
+    draws: int  # of classes, of the images, and of the training
+    parallel: int
+    imbalance: float
+    settings: list[str]
+
+
+def run_granularity_study(asked: Asked, csv: Path | None, console: Console) -> None:
+    """Runs that have finished in --out are not run again. Raises UserError."""
+    if csv is not None:
+        check_file(csv)
+    pack = open_pack(asked.pack)
+    parents = read_hierarchy(asked.hierarchy, pack.space.target_names)
+    controls: dict[str, Control] = {}
+    for draw in range(asked.draws):
+        for level in levels(pack, parents, np.random.default_rng([draw, 2])):
+            for kind, place in packs_of(pack, level, draw, asked).items():
+                settings = ["loss.name=ce", "data.auxiliary=false", f"train.seed={draw}", *asked.settings]
+                controls[f"{level.name} | {kind} | {draw}"] = Control(place, settings)
+    rows = [told(row) for row in train_all("cifar100-siblings", controls, asked.out, 1, asked.parallel, console)]
+    for fixed in ("classes", "parents"):
+        console.print(table([row for row in rows if row["level"].startswith(f"fixed {fixed}")], fixed))
+    if csv is not None:
+        append_rows(csv, rows)
+        console.print(f"added to {csv}")
+
+
+def levels(pack: Pack, parents: Mapping[str, str], rng: np.random.Generator) -> list[Level]:
+    """The study's levels, drawn anew each time."""
+    children: dict[str, list[int]] = {}
+    for target, name in enumerate(pack.space.target_names):
+        children.setdefault(parents[name], []).append(target)
+    names = sorted(children)
+    count, each = len(names), min(map(len, children.values()))
+    if count < 4 or each < 2:
+        raise UserError(f"the hierarchy has {count} parents of {each} children at least: it needs 4 of 2")
+    order = rng.permutation(count).tolist()
+    found = [Level("fixed classes: parents", {name: children[name] for name in names})]
+    for part in sorted({1, *divisors(count, each)}):
+        chosen = [names[i] for i in order[: count // part]]
+        drawn = {name: rng.permutation(children[name])[:part].tolist() for name in chosen}
+        single = {pack.space.target_names[t]: [t] for targets in drawn.values() for t in targets}
+        found.append(Level(f"fixed classes: {part} of a parent", single))
+    few = [names[i] for i in order[: max(2, count // each)]]
+    found.append(Level("fixed parents: parents", {name: children[name] for name in few}))
+    found.append(Level("fixed parents: children", {pack.space.target_names[t]: [t] for name in few for t in children[name]}))
+    return found
+
+
+def divisors(count: int, most: int) -> list[int]:
+    return [part for part in range(2, most + 1) if count % part == 0]
+
+
+def packs_of(pack: Pack, level: Level, draw: int, asked: Asked) -> dict[str, Path]:
+    """The balanced and the long-tailed set of a level, of as many training images."""
+    names, found = list(level.classes), {}
+    fewest = min(pack.space.train_counts[: pack.space.num_targets])  # the same at all levels, so that they can be compared
+    rng = np.random.default_rng([draw, 3])
+    rank = rng.permutation(len(names))
+    tail = tail_counts(min(LARGEST, fewest), asked.imbalance, len(names))
+    even = spread_evenly(sum(tail), len(names))
+    val = take(pack.val, level, [10**9] * len(names), rng)
+    for kind, counts in zip(KINDS, (even, [tail[i] for i in rank]), strict=True):
+        place = asked.out / "packs" / f"{level.name.replace(':', '').replace(' ', '-')}-{kind}-{draw}"
+        if not place.is_dir():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            derive_pack(pack, place, names, take(pack.train, level, counts, rng), val)
+        found[kind] = place
+    return found
+
+
+def tail_counts(largest: int, imbalance: float, classes: int) -> list[int]:
+    return [max(1, int(largest * imbalance ** (-i / (classes - 1)))) for i in range(classes)]
+
+
+def spread_evenly(total: int, classes: int) -> list[int]:
+    return [total // classes + (i < total % classes) for i in range(classes)]
+
+
+def take(split: Split, level: Level, counts: Sequence[int], rng: np.random.Generator) -> Selection:
+    """counts of each class at most, drawn evenly from what it unites."""
+    images, labels = [], []
+    for label, (targets, count) in enumerate(zip(level.classes.values(), counts, strict=True)):
+        own = np.flatnonzero(np.isin(split.label, targets))
+        chosen = np.sort(rng.permutation(own)[:count])
+        images.append(chosen)
+        labels.append(np.full(len(chosen), label))
+    return Selection(np.concatenate(images), np.concatenate(labels))
+
+
+def told(row: dict[str, Any]) -> dict[str, Any]:
+    level, kind, draw = row["control"].split(" | ")
+    return {"level": level, "kind": kind, "draw": int(draw), **{key: value for key, value in row.items() if key != "control"}}
+
+
+def table(rows: Sequence[dict[str, Any]], fixed: str) -> Table:
+    """The gaps of each level, mean and standard deviation over draws."""
+    title = f"the number of {fixed} fixed: accuracy in percent, coarse levels first"
+    result = Table("level", *KINDS, "balanced - long-tailed", "many - few", title=title, title_justify="left")
+    for level in dict.fromkeys(row["level"] for row in rows):
+        of = {kind: {row["draw"]: row for row in rows if (row["level"], row["kind"]) == (level, kind)} for kind in KINDS}
+        draws = sorted(of["balanced"].keys() & of["long-tailed"].keys())
+        gaps = [of["balanced"][d]["top1"] - of["long-tailed"][d]["top1"] for d in draws]
+        tails = [
+            row["many"] - row["few"] if None not in (row["many"], row["few"]) else math.nan for row in of["long-tailed"].values()
+        ]
+        known: list[float | None] = [gap for gap in tails if not math.isnan(gap)]
+        tops = [spread([of[kind][d][GROUPS[0]] for d in draws]) for kind in KINDS]
+        result.add_row(level.partition(": ")[2], *tops, spread(list(gaps)), spread(known))
+    return result

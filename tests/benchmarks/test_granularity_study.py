@@ -1,0 +1,77 @@
+"""The study of granularity: which sets are trained on, and what is told of them."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from fastlt.data.pack import PackOptions, write_pack
+from fastlt.data.packed import open_pack
+from fastlt.data.source import read_collection
+from fastlt.errors import UserError
+from fastlt_benchmarks.granularity import Asked, levels, packs_of, run_granularity_study, spread_evenly, tail_counts
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """16 classes of 4 parents, 12 images each, and the hierarchy."""
+    root = tmp_path_factory.mktemp("hierarchy")
+    rng = np.random.default_rng(0)
+    for split, count in (("target", 12), ("val", 2)):
+        for k in range(16):
+            (root / split / f"c{k:02}").mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(15 * k, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / f"c{k:02}" / f"{i}.png")
+    collection = read_collection(root / "target", None, root / "val", None, None, None)
+    write_pack(collection, PackOptions(out=root / "pack", workers=1), Console(quiet=True))
+    (root / "h.csv").write_text("class,parent\n" + "".join(f"c{k:02},p{k // 4}\n" for k in range(16)))
+    return root
+
+
+def parents():
+    return {f"c{k:02}": f"p{k // 4}" for k in range(16)}
+
+
+def test_levels_have_as_many_classes_or_the_same_parents(study):
+    found = {level.name: level.classes for level in levels(open_pack(study / "pack"), parents(), np.random.default_rng(0))}
+    fixed = [len(classes) for name, classes in found.items() if name.startswith("fixed classes")]
+    assert fixed == [4, 4, 4, 4]  # parents; 1, 2 and 4 of a parent
+    for part in (1, 2, 4):
+        of = [parents()[name] for name in found[f"fixed classes: {part} of a parent"]]
+        assert all(of.count(parent) == part for parent in of)
+    few, fine = found["fixed parents: parents"], found["fixed parents: children"]
+    assert sorted(t for targets in few.values() for t in targets) == sorted(t for targets in fine.values() for t in targets)
+    with pytest.raises(UserError, match="it needs 4 of 2"):
+        levels(open_pack(study / "pack"), dict.fromkeys(parents(), "one"), np.random.default_rng(0))
+
+
+def test_both_sets_have_as_many_images(study, tmp_path):
+    assert tail_counts(500, 100, 20)[0] == 500 and tail_counts(500, 100, 20)[-1] == 5
+    assert spread_evenly(10, 4) == [3, 3, 2, 2]
+    pack = open_pack(study / "pack")
+    asked = Asked(str(study / "pack"), study / "h.csv", tmp_path, 1, 1, 6, [])
+    for level in levels(pack, parents(), np.random.default_rng(0)):
+        made = {kind: open_pack(place) for kind, place in packs_of(pack, level, 0, asked).items()}
+        totals = {kind: len(found.train) for kind, found in made.items()}
+        assert totals["balanced"] == totals["long-tailed"]
+        assert sorted(made["long-tailed"].space.train_counts)[-1] == 12 and min(made["long-tailed"].space.train_counts) == 2
+        assert np.ptp(made["balanced"].space.train_counts) <= 1
+        assert made["balanced"].space.val_counts == [2 * len(targets) for targets in level.classes.values()]
+
+
+def test_the_whole_study_is_told_and_kept(study, tmp_path):
+    console = Console(record=True, width=160)
+    settings = ["train.epochs=1", "data.size=16", "data.batch=8", "model.name=resnet8"]
+    asked = Asked(str(study / "pack"), study / "h.csv", tmp_path / "out", 1, 2, 6, settings)
+    run_granularity_study(asked, tmp_path / "g.csv", console)
+    said = console.export_text()
+    assert "the number of classes fixed" in said and "4 of a parent" in said and "children" in said
+    with (tmp_path / "g.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 and {row["kind"] for row in rows} == {"balanced", "long-tailed"}
+    one = next(path for path in (tmp_path / "out").glob("*/result.json"))
+    assert json.loads(one.read_text())["epochs"] == 1
