@@ -61,6 +61,7 @@ class DataConfig(Section):
     workers: Annotated[int, Field(ge=0, le=512)] = 2
     prefetch: Several = 2  # batches ahead, of the dali engine
     hw_decoder_load: Share = 0.65  # of the dali engine: share of the JPEGs that a GPU's decoding hardware takes
+    shared: str = ""  # a folder in which small images are kept decoded, in memory once for all trainings that name it
     batch: Several = 128  # over all ranks
     size: Several = 32  # pixels a side
     crop: Literal["random-resized-crop", "pad-crop", "centre-crop"] = "pad-crop"

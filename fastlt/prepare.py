@@ -152,14 +152,20 @@ def grow(trainer: Trainer) -> None:
 def train_loader(data: DataConfig, pack: Pack, device: torch.device, size: int) -> Loader:
     return Loader(
         pack.train, size, data.engine, data.workers, pack.betons("train"), decode=data.decode, strict=data.strict,
-        device=device, prefetch=data.prefetch, hw_decoder_load=data.hw_decoder_load,
+        device=device, prefetch=data.prefetch, hw_decoder_load=data.hw_decoder_load, shared=shared_by(data),
     )  # fmt: skip
 
 
 def val_loader(data: DataConfig, pack: Pack, device: torch.device) -> Loader:
     """Decodes exactly, so that a figure does not depend on the machine; but for the dali engine, which cannot."""
     decode = "region" if data.engine == "dali" else "exact"
-    return Loader(pack.val, data.size, data.engine, data.workers, pack.betons("val"), decode=decode, device=device)
+    return Loader(
+        pack.val, data.size, data.engine, data.workers, pack.betons("val"), decode=decode, device=device, shared=shared_by(data)
+    )  # fmt: skip
+
+
+def shared_by(data: DataConfig) -> Path | None:
+    return Path(data.shared) if data.shared else None
 
 
 def choose_device(config: Config, local: int = 0) -> tuple[torch.device, torch.dtype]:

@@ -23,7 +23,8 @@ from fastlt.prepare import Progressed, Trainer
 LOCK = ".lock"
 MAY_CHANGE = (
     "data.pack", "data.cache_gb", "data.workers", "data.engine", "data.strict", "data.prefetch", "data.hw_decoder_load",
-    "train.device", "train.threads", "train.checkpoint_minutes", "train.checkpoint_steps", "train.keep", "train.max_skipped",
+    "data.shared", "train.device", "train.threads", "train.checkpoint_minutes", "train.checkpoint_steps", "train.keep",
+    "train.max_skipped",
 )  # fmt: skip
 
 

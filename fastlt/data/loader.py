@@ -38,7 +38,7 @@ class Loader:
     decode: `exact` decodes whole images, as Pillow does; `region` only what the crop needs; `auto` does so where it can; `gpu`
     decodes on `device`, by DALI or, where that is missing or engine is `torch`, by torchvision. Not `strict`, an image that
     cannot be decoded is replaced by another one of its class. prefetch (batches) and hw_decoder_load (share of the JPEGs for a
-    GPU's decoding hardware) are for the dali engine.
+    GPU's decoding hardware) are for the dali engine; shared is a folder for what the resident engine has decoded.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Loader:
         device: torch.device = CPU,
         prefetch: int = dali.PREFETCH,
         hw_decoder_load: float = dali.HW_DECODER_LOAD,
+        shared: Path | None = None,
     ) -> None:
         self._split = split
         self.engine_name = name = choose_engine(split, betons, engine, decode, device)
@@ -66,7 +67,7 @@ class Loader:
         elif name == "ffcv":
             self._engine = FfcvEngine(split, size, workers, betons[0], self.decode, strict)
         elif name == "resident":
-            self._engine = ResidentEngine(split, size, device)
+            self._engine = ResidentEngine(split, size, device, shared)
         elif self.decode == "gpu":
             self._engine = GpuEngine(split, size, workers, device, strict, torchvision_decoder(device))
         else:

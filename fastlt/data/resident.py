@@ -1,6 +1,10 @@
 """Small images of one size, such as CIFAR's, are decoded once and kept: cropping them costs less than handing them over."""
 
-from collections.abc import Generator, Iterable
+import hashlib
+import json
+from collections.abc import Callable, Generator, Iterable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +14,7 @@ from PIL import Image
 from fastlt.data.images import fill_box
 from fastlt.data.packed import Split, check_shards, picture
 from fastlt.data.plan import Batch
+from fastlt.files import whole_file
 
 MAX_SIDE = 64  # pixels
 MAX_BYTES = 512 * 2**20
@@ -24,19 +29,47 @@ def fits(split: Split) -> bool:
     return one_size and max(height, width) <= MAX_SIDE and 3 * height * width * len(split) <= MAX_BYTES
 
 
-class ResidentEngine:
-    """Decodes all images at the start; on a GPU they are kept, cropped and flipped there. Raises UserError naming a damaged one."""
+def decoded(split: Split) -> np.ndarray:
+    """(n, H, W, 3) uint8."""
+    images = np.empty((len(split), int(split.height[0]), int(split.width[0]), 3), np.uint8)
+    for i in range(len(split)):
+        images[i] = np.asarray(picture(split, i))
+    return images
 
-    def __init__(self, split: Split, size: int, device: torch.device) -> None:
+
+def identity(split: Split) -> str:
+    """Of the images and their order; labels do not matter."""
+    told = hashlib.sha256(json.dumps([str(split.folder.resolve()), *split.shards]).encode())
+    for column in (split.shard, split.offset, split.size):
+        told.update(column.tobytes())
+    return told.hexdigest()[:24]
+
+
+class ResidentEngine:
+    """Decodes all images at the start; on a GPU they are kept, cropped and flipped there. Raises UserError naming a damaged one.
+
+    shared: a folder where what is decoded is kept as a file that is mapped into memory, once for all processes that train on the
+    same images.
+    """
+
+    def __init__(self, split: Split, size: int, device: torch.device, shared: Path | None = None) -> None:
         check_shards(split)
         self.damaged: dict[int, str] = {}
         self._size, self._device = size, device
-        shape = (len(split), int(split.height[0]), int(split.width[0]), 3)
+        self._shared, self._name = shared, identity(split)
         self._margin = 0  # black pixels around each image
-        self._images = np.empty(shape, np.uint8)
-        for i in range(len(split)):
-            self._images[i] = np.asarray(picture(split, i))
+        self._images = self._kept(partial(decoded, split))
         self._send()
+
+    def _kept(self, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What is made, in memory or, where it is to be shared, in a file, which may be there already."""
+        if self._shared is None:
+            return make()
+        path = self._shared / f"{self._name}-{self._margin}.npy"
+        if not path.is_file():
+            with whole_file(path) as temporary, temporary.open("wb") as file:
+                np.save(file, make())
+        return np.load(path, mmap_mode="r")
 
     def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
         """The images of each batch, (n, size, size, 3) uint8, the caller's to keep; crops of their own size on the device."""
@@ -78,13 +111,16 @@ class ResidentEngine:
 
     def _surround(self, margin: int) -> None:
         if margin > self._margin:
-            more = margin - self._margin
-            self._images = np.pad(self._images, ((0, 0), (more, more), (more, more), (0, 0)))
+            more, bare = margin - self._margin, self._images
             self._margin = margin
+            self._images = self._kept(lambda: np.pad(bare, ((0, 0), (more, more), (more, more), (0, 0))))
             self._send()
 
     def _send(self) -> None:
-        self._there = torch.from_numpy(self._images).to(self._device) if self._device.type != "cpu" else None
+        self._there: torch.Tensor | None = None
+        if self._device.type != "cpu":
+            mine = self._images if self._shared is None else np.array(self._images)  # torch wants memory that may be written to
+            self._there = torch.from_numpy(mine).to(self._device)
 
     def _resized(self, batch: Batch) -> np.ndarray:
         out = np.empty((len(batch.images), self._size, self._size, 3), np.uint8)

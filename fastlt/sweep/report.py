@@ -90,7 +90,7 @@ def command(study: Study, level: Level) -> str:
 
 
 def settings_in(row: dict[str, Any]) -> list[str]:
-    return [setting for setting in json.loads(row["settings"]) if not setting.startswith("train.threads=")]
+    return json.loads(row["settings"])
 
 
 # --- in figures

@@ -2,6 +2,7 @@
 
 DIR/sweep.toml       what was asked for
 DIR/runs/TRIAL/      a RUN of each trial, as `fastlt train` leaves it
+DIR/decoded/         small images, decoded once for all trials; may be removed at any time
 DIR/results.csv, results.parquet   one row a trial, written anew whenever one ends
 """
 
@@ -49,9 +50,12 @@ class Board:
     trials: list[Trial] = field(default_factory=list)
     first: dict[str, str] = field(default_factory=dict)  # key of a run -> the trial that it is named after
 
+    def trial(self, values: Values) -> Trial:
+        return make_trial(self.sweep, self.pack, values, self.more, self.out / "decoded")
+
     def add(self, values: Values) -> Trial:
         """Those of a search become known as they are begun."""
-        trial = make_trial(self.sweep, self.pack, values, self.more)
+        trial = self.trial(values)
         if all(trial.name != known.name for known in self.trials):
             self.trials.append(trial)
             run_of(self.out, trial, self.first)
@@ -244,7 +248,7 @@ def train_trial(board: Board, suggested: dict[str, Any]) -> None:
 
     from fastlt.train import train
 
-    trial = make_trial(board.sweep, board.pack, values_of(board.sweep, suggested), board.more)
+    trial = board.trial(values_of(board.sweep, suggested))
     run = board.run(trial)
     run.mkdir(parents=True, exist_ok=True)
 

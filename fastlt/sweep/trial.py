@@ -51,13 +51,15 @@ class Trial:
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def make_trial(sweep: Sweep, pack: str, values: Values, more: Sequence[str] = ()) -> Trial:
-    """more: settings of the command line, on top of the sweep's. Raises UserError that names the setting."""
+def make_trial(sweep: Sweep, pack: str, values: Values, more: Sequence[str] = (), shared: Path | None = None) -> Trial:
+    """more: settings of the command line, on top of the sweep's. shared: a folder for what all trials decode. Raises UserError
+    that names the setting."""
     own = settings_of(values)
     settings = (*(as_setting(key, value) for key, value in sweep.settings.items()), *more)
-    settings += (f"train.threads={max(1, round(sweep.resources.cpus))}", *(as_setting(key, value) for key, value in own.items()))
+    settings += tuple(as_setting(key, value) for key, value in own.items())
     place = [] if "data.pack" in own else [as_setting("data.pack", pack)]
-    config = load_config(sweep.recipe, [*place, *settings], method_settings(sweep.method or None, None))
+    how = [f"train.threads={max(1, round(sweep.resources.cpus))}", *([as_setting("data.shared", str(shared))] if shared else [])]
+    config = load_config(sweep.recipe, [*place, *how, *settings], method_settings(sweep.method or None, None))
     return Trial(values, settings, config)
 
 

@@ -21,7 +21,7 @@ def study(tmp_path):
                 {
                     "silence": s, "neighbours": n, "seed": seed, "run": f"silence={s if n else 1},neighbours={n},seed={seed}",
                     "status": status, "note": "", "top1": figure(s, n, seed), "many": 50, "medium": 40, "few": "",
-                    "epochs": 2, "images": 100, "seconds": 36, "settings": '["loss.silence=0.1", "train.threads=1"]',
+                    "epochs": 2, "images": 100, "seconds": 36, "settings": '["loss.silence=0.1"]',
                 }
                 for s in (1, 0.1) for n in (0, 2) for seed in (0, 1, 2)
             ]  # fmt: skip
@@ -68,7 +68,7 @@ def test_the_page_answers_and_names_what_is_missing(study):
     out = study(lambda s, n, seed: "" if (s, n, seed) == (1, 2, 0) else 40 + n + 0.3 * seed + s)
     page = write_sweep_report(out, ["neighbours", "silence"]).read_text()
     assert "The best of 4 points is silence = 1, neighbours = 2." in page
-    assert "fastlt train demo --data PACK --out RUN loss.silence=0.1" in page and "train.threads" not in page
+    assert "fastlt train demo --data PACK --out RUN loss.silence=0.1" in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page and "<link" not in page
     assert (out / "effects.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="there is no axis 'depth'"):

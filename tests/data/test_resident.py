@@ -1,0 +1,34 @@
+"""Small images that are decoded once, for one process or for several."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fastlt.data.augment import Geometry
+from fastlt.data.packed import open_pack
+from fastlt.data.plan import Plan, Sampling
+from fastlt.data.resident import ResidentEngine, identity
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+def test_what_is_shared_is_what_each_would_decode(small_pack, tmp_path, padding, monkeypatch):
+    split = open_pack(small_pack).train
+    batches = list(Plan(split, 3, 5, Geometry("pad-crop", 16, flip=True, padding=padding), Sampling(), 8, seed=1).epoch(0))
+    own = list(ResidentEngine(split, 16, CPU).batches(batches))
+    first = list(ResidentEngine(split, 16, CPU, tmp_path).batches(batches))
+    monkeypatch.setattr("fastlt.data.resident.decoded", lambda split: pytest.fail("decoded again"))
+    engine = ResidentEngine(split, 16, CPU, tmp_path)
+    second = list(engine.batches(batches))
+    assert isinstance(engine._images, np.memmap) and not engine._images.flags.writeable
+    for a, b, c in zip(own, first, second, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_labels_do_not_matter_and_other_images_do(small_pack):
+    pack = open_pack(small_pack)
+    assert identity(pack.train) == identity(replace(pack.train, label=pack.train.label[::-1].copy()))
+    assert len({identity(pack.train), identity(pack.val), identity(pack.train.subset(np.arange(5)))}) == 3
