@@ -109,14 +109,17 @@ class Cache:
         asked = [self.settings.model, self.settings.temperature, prompt]
         return self.folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()}.json"
 
-    def read(self, prompt: str) -> Reply | None:
+    def read(self, prompt: str) -> Reply | Failed | None:
         try:
-            return Reply.model_validate(json.loads(self.path(prompt).read_text(encoding="utf-8"))["reply"])
-        except (OSError, ValueError, KeyError):
+            kept = json.loads(self.path(prompt).read_text(encoding="utf-8"))
+            return Failed(kept["failed"]) if "failed" in kept else Reply.model_validate(kept["reply"])
+        except (OSError, ValueError, KeyError, TypeError):
             return None  # it is asked again
 
-    def keep(self, prompt: str, reply: Reply, tokens: tuple[int, int]) -> None:
-        kept = {"model": self.settings.model, "prompt": prompt, "reply": reply.model_dump(), "tokens": tokens}
+    def keep(self, prompt: str, reply: Reply | Failed, tokens: tuple[int, int]) -> None:
+        """What was answered badly each time was paid for as well, and would be again."""
+        told: dict[str, Any] = {"failed": reply.reason} if isinstance(reply, Failed) else {"reply": reply.model_dump()}
+        kept = {"model": self.settings.model, "prompt": prompt, **told, "tokens": tokens}
         write_text(self.path(prompt), json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
 
 
@@ -173,7 +176,9 @@ def ask(client: Any, cache: Cache, prompt: str) -> tuple[Reply | Failed, tuple[i
             continue
         cache.keep(prompt, reply, (spent[0], spent[1]))
         return reply, (spent[0], spent[1])
-    return Failed(f"no reply of the form that was asked for, last: {problem}"), (spent[0], spent[1])
+    failed = Failed(f"no reply of the form that was asked for, last: {problem}; to ask again, remove {cache.path(prompt)}")
+    cache.keep(prompt, failed, (spent[0], spent[1]))
+    return failed, (spent[0], spent[1])
 
 
 # What is asked for in the reply, the strictest first.

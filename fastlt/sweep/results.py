@@ -15,6 +15,7 @@ from fastlt.sweep.trial import Trial
 Row = dict[str, Any]
 FIGURES = ("top1", "many", "medium", "few", "balanced_accuracy", "harmonic_mean", "ece")
 WHY = "failed.txt"  # in the RUN of a trial that failed
+TRAINED_BY = "commit.txt"  # of the source that trained it
 ENDED = "ended.txt"  # in that of one that was ended early
 
 
@@ -31,7 +32,7 @@ def read_row(run: Path, trial: Trial, cpus: float, gpus: float) -> Row:
     if row["seconds"] is not None:
         row["seconds"] = round(row["seconds"], 1)
         row["gpu_hours"], row["cpu_hours"] = round(row["seconds"] / 3600 * gpus, 4), round(row["seconds"] / 3600 * cpus, 4)
-    return {**row, "settings": json.dumps(list(trial.settings)), "fastlt": version("fastlt"), "commit": commit()}
+    return {**row, "settings": json.dumps(list(trial.settings)), "fastlt": version("fastlt"), "commit": read_text(run / TRAINED_BY)}
 
 
 def outcome(run: Path) -> tuple[dict[str, Any], str, str]:
@@ -39,7 +40,7 @@ def outcome(run: Path) -> tuple[dict[str, Any], str, str]:
     if (result := read_json(run / "result.json")) is not None:
         return result, "finished", ""
     if (run / WHY).is_file():
-        return last_record(run), "failed", (run / WHY).read_text(encoding="utf-8").strip()
+        return last_record(run), "failed", read_text(run / WHY)
     if (run / ENDED).is_file():
         return last_record(run), "stopped early", "others were ahead at the same epoch"
     return {}, "begun" if (run / "config.toml").is_file() else "waiting", ""
@@ -89,6 +90,10 @@ def write_results(out: Path, rows: Sequence[Row]) -> None:
 
 def as_text(value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+def read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def note_failure(run: Path, why: str) -> None:

@@ -28,7 +28,7 @@ from fastlt.data.pool import cores
 from fastlt.errors import UserError, extra
 from fastlt.files import write_text
 from fastlt.rundir import only_run
-from fastlt.sweep.results import ENDED, WHY, Row, note_failure, outcome, read_row, run_of, write_results
+from fastlt.sweep.results import ENDED, TRAINED_BY, WHY, Row, commit, note_failure, outcome, read_row, run_of, write_results
 from fastlt.sweep.spec import METRICS, Range, Sweep, Values, read_sweep
 from fastlt.sweep.trial import Trial, check_axes, make_trial, points
 
@@ -251,6 +251,7 @@ def train_trial(board: Board, suggested: dict[str, Any]) -> None:
     trial = board.trial(values_of(board.sweep, suggested))
     run = board.run(trial)
     run.mkdir(parents=True, exist_ok=True)
+    write_text(run / TRAINED_BY, commit() + "\n")
 
     def tell(record: dict[str, Any]) -> None:
         if board.sweep.search.stop_early and "top1" in record:

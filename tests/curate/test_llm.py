@@ -1,9 +1,11 @@
 """The `llm` provider against a server that answers well, badly, slowly, or not at all."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from chat_server import categories, chat_server
@@ -122,6 +124,10 @@ def test_a_target_without_an_answer_is_named_and_the_others_go_on(tmp_path):
         said, found, _ = proposed(tmp_path, chat)
         assert "no answer for 1 targets (sofa): no reply of the form that was asked for" in said
         assert {owner for category in found for owner in category["owners"]} == {"lawn_mower", "tiger"}
+        asked = len(chat.asked)
+        proposed(tmp_path, chat)
+        assert len(chat.asked) == asked  # nor is it paid for again
+        Path(re.search(r"to ask again, remove (\S+\.json)", said)[1]).unlink()
         chat.answer = good
         said, found, _ = proposed(tmp_path, chat)
     assert "1 prompts, 2 answered before" in said and len(found) == 4 and chat.asked.count("tiger") == 1
