@@ -77,6 +77,7 @@ def test_a_trial_that_fails_is_told_and_stops_no_other(small_pack, tmp_path):
     assert all("there is no pack at nowhere" in row["note"] for row in rows[:2]) and "2 failed, 2 finished" in said
 
 
+@pytest.mark.slow
 def test_random_and_optuna_searches_have_as_many_trials_as_asked(small_pack, tmp_path):
     axes = "optim.lr = {low = 0.01, high = 0.1, log = true}\nsilence = [0.1, 0.5]"
     rows, _ = swept(write(tmp_path / "r", axes, more='[search]\nkind = "random"\ntrials = 3'), small_pack, tmp_path / "random")
@@ -90,6 +91,7 @@ def test_random_and_optuna_searches_have_as_many_trials_as_asked(small_pack, tmp
     assert len(more) == 5 and [row["run"] for row in more[:3]] == [row["run"] for row in rows]
 
 
+@pytest.mark.slow
 def test_what_is_behind_ends_early(small_pack, tmp_path):
     more = "[search]\nstop_early = true\ngrace = 1\n[resources]\nparallel = 1"
     file = write(tmp_path, "optim.lr = [0.1, 1e-9, 1e-8, 1e-7]\nseed = [0]", epochs=30, more=more)
