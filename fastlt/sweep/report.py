@@ -30,6 +30,8 @@ def write_sweep_report(out: Path, axes: Sequence[str] = ()) -> Path:
         raise UserError("--axes names two axes, as --axes silence,neighbours")
     path = out / "report.html"
     write_text(path, render(study, list(axes) or study.by_size[:2]))
+    if not study.by_size:  # one value of each axis: there is nothing to draw
+        return path
     with whole_file(out / "effects.png") as temporary:
         charts.write_png(temporary, lambda figure, narrow: draw_effects(figure, study, study.by_size[:3], narrow), (1060, 380))
     return path

@@ -46,7 +46,7 @@ class Trial:
     def key(self) -> str:
         """The same for trials that are one run."""
         told = {key: value for key, value in flat(self.config).items() if key not in MAY_CHANGE or key == "data.pack"}
-        if not self.config.data.auxiliary or self.config.data.neighbours == 0:
+        if has_no_auxiliaries(self.config):
             told = {key: value for key, value in told.items() if key not in OF_AUXILIARIES}
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -59,8 +59,16 @@ def make_trial(sweep: Sweep, pack: str, values: Values, more: Sequence[str] = ()
     settings += tuple(as_setting(key, value) for key, value in own.items())
     place = [] if "data.pack" in own else [as_setting("data.pack", pack)]
     how = [f"train.threads={max(1, round(sweep.resources.cpus))}", *([as_setting("data.shared", str(shared))] if shared else [])]
-    config = load_config(sweep.recipe, [*place, *how, *settings], method_settings(sweep.method or None, None))
+    method = method_settings(sweep.method or None, None)
+    config = load_config(sweep.recipe, [*place, *how, *settings], method)
+    if has_no_auxiliaries(config) and config.loss.name == "neighbor-silencing":
+        settings += ("loss.silence=1",)  # there is nothing to be silenced, and a run that is to silence nothing is refused
+        config = load_config(sweep.recipe, [*place, *how, *settings], method)
     return Trial(values, settings, config)
+
+
+def has_no_auxiliaries(config: Config) -> bool:
+    return not config.data.auxiliary or config.data.neighbours == 0
 
 
 def as_setting(key: str, value: Any) -> str:

@@ -77,6 +77,11 @@ def test_the_page_answers_and_names_what_is_missing(study):
         write_sweep_report(out, ["silence"])
 
 
+def test_of_one_value_there_is_no_effect_to_draw(study):
+    out = study(lambda s, n, seed: 40 + seed if (s, n) == (1, 2) else "")
+    assert "silence = 1, neighbours = 2" in write_sweep_report(out).read_text() and not (out / "effects.png").exists()
+
+
 def test_before_a_trial_has_ended_there_is_no_report(study):
     with pytest.raises(UserError, match=r"no trial of .* has ended yet"):
         read_study(study(lambda *_: ""))

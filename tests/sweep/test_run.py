@@ -47,7 +47,7 @@ def epochs_of(run: Path) -> int:
 
 def test_a_grid_is_trained_once_and_what_has_finished_is_not_run_again(small_pack, tmp_path):
     out = tmp_path / "out"
-    file = write(tmp_path, "silence = [1, 0.1]\nneighbours = [0, 1]\nseed = [0, 1]")
+    file = write(tmp_path, "silence = [0.1, 1]\nneighbours = [0, 1]\nseed = [0, 1]")
     rows, said = swept(file, small_pack, out)
     assert "6 runs (2 more are the same as others), 0 of them finished before" in said
     assert len(rows) == 8 and {row["status"] for row in rows} == {"finished"} and len(list((out / "runs").iterdir())) == 6
@@ -58,7 +58,7 @@ def test_a_grid_is_trained_once_and_what_has_finished_is_not_run_again(small_pac
     assert {row["commit"] for row in kept} != {""} or not (Path(__file__).parents[2] / ".git").exists()
     with pytest.raises(UserError, match="holds a sweep already: go on with it by --resume"):
         swept(file, small_pack, out)
-    swept(write(tmp_path, "silence = [1, 0.1, 0]\nneighbours = [0, 1]\nseed = [0, 1]"), small_pack, out, resume=True)
+    swept(write(tmp_path, "silence = [0.1, 1, 0]\nneighbours = [0, 1]\nseed = [0, 1]"), small_pack, out, resume=True)
     assert {path: path.stat().st_mtime_ns for path in written} == written and len(list(out.glob("runs/*/result.json"))) == 8
     alone = json.loads((out / "runs" / "silence=0.1,neighbours=1,seed=1" / "result.json").read_text())
     command = json.loads(next(row for row in kept if row["run"] == "silence=0.1,neighbours=1,seed=1")["settings"])

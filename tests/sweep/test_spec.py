@@ -35,6 +35,7 @@ def test_what_makes_no_difference_is_one_run(sweep):
     assert len(trials) == 8 and len(keys) == 5  # without neighbours silence and images do not matter
     of = {trial.name: trial.key for trial in trials}
     assert of["silence=1,neighbours=0,images=5"] == of["silence=0.1,neighbours=0,images=9"]
+    assert all(trial.config.loss.silence == 1 for trial in trials if trial.values["neighbours"] == 0)  # or it would be refused
     more = sweep('recipe = "demo"\n[axes]\ncontrol = ["none", "random", "neighbours"]\nsilence = [0, 0.5]')
     assert len({make_trial(more, "pack", values).key for values in points(more)}) == 5
 
