@@ -205,6 +205,8 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
     weights = read_weights(path)
     own = backbone.state_dict()
     weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
+    if "pos_embed" in own and "pos_embed" in weights:
+        weights["pos_embed"] = of_size(weights["pos_embed"], backbone)
     missing = [name for name in own if name not in weights]
     wrong = [name for name in own if name in weights and weights[name].shape != own[name].shape]
     if missing or wrong:
@@ -213,6 +215,18 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
             f"the first is {(missing + wrong)[0]}"
         )
     backbone.load_state_dict({name: weights[name] for name in own})
+
+
+def of_size(pos_embed: Tensor, backbone: nn.Module) -> Tensor:
+    """Position embeddings (1, tokens, D) of a vision transformer, resampled where they are of images of another size."""
+    if pos_embed.ndim != 3 or pos_embed.shape == backbone.pos_embed.shape:
+        return pos_embed
+    from timm.layers import resample_abs_pos_embed
+
+    # Prefix tokens, such as that of the class, may have positions of their own, or none, as the model was made.
+    prefix = 0 if getattr(backbone, "no_embed_class", False) else int(getattr(backbone, "num_prefix_tokens", 1))
+    patches: Any = backbone.patch_embed
+    return resample_abs_pos_embed(pos_embed, new_size=list(patches.grid_size), num_prefix_tokens=prefix)
 
 
 def start_head(head: Head, path: Path) -> None:

@@ -35,6 +35,22 @@ def test_the_cosine_head_gives_scaled_cosines():
     torch.testing.assert_close(head(x), expected)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224"])
+def test_weights_of_a_vision_transformer_may_be_of_another_image_size(name, tmp_path):
+    """As DINOv2's are, stored for 518 pixels: position embeddings are resampled, all else is taken as it is."""
+    stored = build_model(ModelConfig(name=name), 7, 224).backbone
+    with torch.no_grad():  # positions that vary smoothly are about the same when they are resampled
+        grid = torch.linspace(-1, 1, 14)[:, None] + torch.linspace(0, 2, 14)
+        stored.pos_embed[:, -196:] = grid.reshape(1, -1, 1)
+    save_file(stored.state_dict(), tmp_path / "w.safetensors")
+    found = build_model(ModelConfig(name=name, weights=str(tmp_path / "w.safetensors")), 7, 112).backbone
+    assert torch.equal(found.patch_embed.proj.weight, stored.patch_embed.proj.weight)
+    torch.testing.assert_close(found.pos_embed[:, :-49], stored.pos_embed[:, :-196])  # of the class token
+    wanted = grid.reshape(7, 2, 7, 2).mean(dim=(1, 3)).reshape(-1)
+    assert (found.pos_embed[0, -49:, 0] - wanted).abs().max() < 0.1
+    assert found(torch.rand(2, 3, 112, 112)).shape == (2, found.num_features)
+
+
 def test_a_timm_backbone_gets_our_head():
     model = build_model(ModelConfig(name="resnet18"), 7, 64)
     assert model(torch.rand(2, 3, 64, 64)).shape == (2, 7)
