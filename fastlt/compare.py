@@ -1,6 +1,5 @@
 """`fastlt compare`: runs side by side, where their configurations differ, and whether the differences are more than chance."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,15 +7,16 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from scipy import stats
 
 from fastlt.errors import UserError
 from fastlt.report import Run, read_run
+from fastlt.rundir import MAY_CHANGE
 
 FIGURES = {
     "top-1": "top1", "many": "many", "medium": "medium", "few": "few", "balanced": "balanced_accuracy",
     "harmonic": "harmonic_mean", "ECE": "ece",
 }  # fmt: skip
-HOW = {"data.pack", "data.workers", "train.threads", "train.device"}  # not what is trained
 
 
 def compare(places: Sequence[Path], console: Console) -> None:
@@ -65,7 +65,7 @@ def settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {
         key: values
         for key in keys
-        if key not in HOW and len(set(values := [of.get(key, "-") for of in flat])) > 1
+        if key not in MAY_CHANGE and len(set(values := [of.get(key, "-") for of in flat])) > 1
     }  # fmt: skip
 
 
@@ -77,18 +77,9 @@ def verdict(one: Run, other: Run, name: str, other_name: str) -> str:
         return f"{name} and {other_name} were evaluated on other images or classes: no test of their difference"
     right, also = a["predicted"] == a["label"], b["predicted"] == b["label"]
     gained, lost = int((~right & also).sum()), int((right & ~also).sum())
-    p = mcnemar(gained, lost)
+    p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     sure = "more than chance" if p < 0.05 else "within chance"
     return (
         f"{other_name} has {gained:,} images right that {name} has wrong, and {lost:,} the other way round: {sure} on these images "
         f"(McNemar, p = {p:.2g}); other seeds may differ by more"
     )
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided, exact: of gained + lost fair coins, as far from half or farther."""
-    count, few = gained + lost, min(gained, lost)
-    if count == 0:
-        return 1.0
-    logs = [math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) - count * math.log(2) for k in range(few + 1)]
-    return min(1.0, 2 * sum(map(math.exp, logs)))

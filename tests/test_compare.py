@@ -1,28 +1,16 @@
 """Runs side by side."""
 
 import json
-import math
 import shutil
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from fastlt.compare import compare, mcnemar
+from fastlt.compare import compare
 from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.train import train
-
-
-@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 5), (10, 12), (9, 9), (40, 15)])
-def test_mcnemar_is_the_binomial(gained, lost):
-    count = gained + lost
-    tail = sum(math.comb(count, k) for k in range(min(gained, lost) + 1)) / 2**count
-    assert mcnemar(gained, lost) == pytest.approx(min(1.0, 2 * tail))
-
-
-def test_thousands_are_no_overflow():
-    assert 0 < mcnemar(5000, 4500) < 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +41,10 @@ def test_figures_settings_and_chance(run, tmp_path):
         changed = {**arrays, "predicted": arrays["label"]}
     np.savez(other / "val_predictions.npz", **changed)
     wrong = len(changed["label"]) - round(result["top1"] / 100 * len(changed["label"]))
-    assert f"other has {wrong} images right that first has wrong" in said(run, other)
+    told = said(run, other)
+    assert (
+        f"other has {wrong} images right that first has wrong" in told and f"p = {2 * 0.5**wrong:.2g}" in told
+    )  # of so many coins
 
 
 def test_what_cannot_be_compared_is_said(run, tmp_path):

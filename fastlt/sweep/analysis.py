@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from fastlt.errors import UserError
 from fastlt.sweep.results import plain
@@ -59,21 +60,17 @@ class Study:
 
     @cached_property
     def ranked(self) -> list[Level]:
-        """Best first, by what the sweep was to raise."""
-        return sorted(self.points, key=lambda level: -self.spread(self.points[level], self.sweep.search.metric).mean)
+        """Best first, by what the sweep was to raise; what is not known last."""
+        means = {level: self.spread(rows, self.sweep.search.metric).mean for level, rows in self.points.items()}
+        return sorted(self.points, key=lambda level: (math.isnan(means[level]), -means[level]))
 
     @cached_property
     def baseline(self) -> Level | None:
-        """The point that the sweep names, its other axes at their first value; else the worst one."""
-        wanted = {name: str(plain(value)) for name, value in self.sweep.baseline.items()}
-        fitting = [
-            level for level in self.points if all(dict(zip(self.axes, level, strict=True)).get(n) == v for n, v in wanted.items())
-        ]
-        if not wanted:
-            return self.ranked[-1] if self.ranked else None
-        return min(
-            fitting, key=lambda level: [self.values(name).index(v) for name, v in zip(self.axes, level, strict=True)], default=None
-        )
+        """The point that the sweep names, axes that it does not name at their first value; None where it was not measured."""
+        wanted = {name: str(plain(value)) for name, value in self.sweep.baseline.items() if name in self.axes}
+        fitting = [level for level in self.points if wanted.items() <= dict(zip(self.axes, level, strict=True)).items()]
+        places = {level: [self.values(name).index(v) for name, v in zip(self.axes, level, strict=True)] for level in fitting}
+        return min(fitting, key=lambda level: places[level], default=None)
 
     def values(self, axis: str) -> list[str]:
         """That occur, in the sweep's order; numbers of a range by size."""
@@ -114,19 +111,23 @@ class Study:
 
     @cached_property
     def differences(self) -> dict[Level, Difference]:
-        """Of every other point to the baseline."""
+        """Of every point that is not the baseline's very runs to the baseline."""
         if self.baseline is None:
             return {}
         found: dict[Level, tuple[float, float | None]] = {}
-        runs = {row["run"] for row in self.points[self.baseline]}
         for level, rows in self.points.items():
-            if level == self.baseline or {row["run"] for row in rows} == runs:  # the very runs
+            if self.is_baseline(level):
                 continue
             pairs = paired(rows, self.points[self.baseline], self.sweep.search.metric)
             if len(pairs):
                 found[level] = float(np.mean(pairs)), t_test(pairs)
         corrected = holm({level: p for level, (_, p) in found.items() if p is not None})
         return {level: Difference(mean, corrected.get(level)) for level, (mean, _) in found.items()}
+
+    def is_baseline(self, level: Level) -> bool:
+        """Also what only differs from it in ways that do not matter: the very runs."""
+        runs, own = ({row["run"] for row in self.points[of]} if of is not None else set() for of in (self.baseline, level))
+        return runs == own
 
     def cost(self) -> dict[str, float]:
         """Of each run once."""
@@ -169,21 +170,10 @@ def paired(rows: Sequence[Row], others: Sequence[Row], figure: str) -> np.ndarra
 
 
 def t_test(differences: np.ndarray) -> float | None:
-    """Two-sided p of a mean other than 0, Student's t; None where there are too few, or all are the same."""
-    count = len(differences)
-    if count < 2 or np.ptp(differences) == 0:
+    """Two-sided p of a mean other than 0; None where there are too few, or all are the same."""
+    if len(differences) < 2 or np.ptp(differences) == 0:
         return None
-    t = abs(differences.mean()) / (differences.std(ddof=1) / math.sqrt(count))
-    return 1 - t_mass(float(t), count - 1)
-
-
-def t_mass(t: float, freedom: int) -> float:
-    """Probability of -t..t. By the angle of t the integral is of a power of a cosine, over a bounded stretch."""
-    angle = math.atan(t / math.sqrt(freedom))
-    x, weights = np.polynomial.legendre.leggauss(200)
-    inside = np.cos((x + 1) / 2 * angle) ** (freedom - 1)
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    return min(1.0, 2 * scale * float(weights @ inside) * angle / 2)
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def holm(p_values: dict[Level, float]) -> dict[Level, float]:

@@ -59,23 +59,24 @@ def story(study: Study) -> str:
     """The answer, in a few sentences."""
     metric, best, base = study.sweep.search.metric, study.ranked[0], study.baseline
     told = [f"The best of {len(study.ranked)} points is {spoken(study, best)}."]
-    if base is not None and best in study.differences:
+    if base is None:
+        told.append("The baseline was not measured.")
+    elif best in study.differences:
         gain = study.differences[best]
-        sure = (
-            ""
-            if gain.p is None
-            else f", p = {gain.p:.2g}"
-            if gain.p < 0.05
-            else f"; over these seeds that may be chance, p = {gain.p:.2f}"
-        )
-        told.append(f"That is {gain.mean:+.1f} points {SPOKEN[metric]} over {spoken(study, base)}{sure}.")
-    elif base is not None:
+        told.append(f"That is {gain.mean:+.1f} points {SPOKEN[metric]} over {spoken(study, base)}{surety(gain.p)}.")
+    else:
         told.append("That is the baseline itself: nothing else was better.")
     for axis in study.by_size[:2]:
-        means = {value: of[metric].mean for value, of in study.effect(axis).items()}
+        means = {value: of[metric].mean for value, of in study.effect(axis).items() if of[metric].seeds}
         high, low = max(means, key=lambda v: means[v]), min(means, key=lambda v: means[v])
         told.append(f"On average {axis} = {high} is best, {means[high] - means[low]:.1f} points above {axis} = {low}.")
     return " ".join(told)
+
+
+def surety(p: float | None) -> str:
+    if p is None:
+        return ""
+    return f", p = {p:.2g}" if p < 0.05 else f"; over these seeds that may be chance, p = {p:.2f}"
 
 
 def spoken(study: Study, level: Level) -> str:
@@ -87,12 +88,8 @@ def command(study: Study, level: Level) -> str:
     row = study.points[level][0]
     recipe = study.sweep.recipe
     method = f" --method {study.sweep.method}" if study.sweep.method else ""
-    quoted = " ".join(map(shlex.quote, settings_in(row)))
+    quoted = " ".join(map(shlex.quote, json.loads(row["settings"])))
     return f"fastlt train {recipe} --data PACK --out RUN{method} {quoted}"
-
-
-def settings_in(row: dict[str, Any]) -> list[str]:
-    return json.loads(row["settings"])
 
 
 # --- in figures
@@ -105,7 +102,7 @@ def figures(study: Study, level: Level) -> dict[str, Spread]:
 def point(study: Study, level: Level) -> dict[str, Any]:
     return {
         "values": level, "figures": figures(study, level), "difference": study.differences.get(level),
-        "is_baseline": level == study.baseline, "is_same": level != study.baseline and level not in study.differences,
+        "is_baseline": level == study.baseline, "is_same": study.is_baseline(level),
     }  # fmt: skip
 
 
@@ -146,21 +143,18 @@ def draw_effect(axes: Any, study: Study, axis: str) -> None:
 
 
 def heat(study: Study, pair: Sequence[str]) -> dict[str, Any]:
-    """Of the sweep's metric over two axes, others averaged; `strength` from 0 to 100 for the colour."""
+    """Of the sweep's metric over two axes, others averaged; strengths from 0 to 100 for the colours."""
     metric, (down, across) = study.sweep.search.metric, pair
-    cells = {
-        (v, w): study.spread([r for r in study.measured if str(r[down]) == v and str(r[across]) == w], metric)
-        for v in study.values(down)
-        for w in study.values(across)
-    }
-    known = [cell.mean for cell in cells.values() if not math.isnan(cell.mean)]
+    rows: list[dict[str, Any]] = []
+    for v in study.values(down):
+        own = [row for row in study.measured if str(row[down]) == v]
+        cells = [study.spread([row for row in own if str(row[across]) == w], metric) for w in study.values(across)]
+        rows.append({"value": v, "cells": cells})
+    known = [cell.mean for row in rows for cell in row["cells"] if cell.seeds]
     low, width = min(known), max(max(known) - min(known), 1e-9)
-    rows = [
-        {"value": v, "cells": [{"spread": c, "strength": shade(c, low, width)} for w in study.values(across) if (c := cells[v, w])]}
-        for v in study.values(down)
-    ]
-    return {"down": down, "across": across, "columns": study.values(across), "rows": rows}
+    strengths = [[shade(cell, low, width) for cell in row["cells"]] for row in rows]
+    return {"down": down, "across": across, "columns": study.values(across), "rows": rows, "strengths": strengths}
 
 
 def shade(cell: Spread, low: float, width: float) -> int:
-    return 0 if math.isnan(cell.mean) else round(5 + 65 * (cell.mean - low) / width)
+    return 0 if not cell.seeds else round(5 + 65 * (cell.mean - low) / width)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastlt.errors import UserError
-from fastlt.sweep.analysis import holm, read_study, t_mass, t_test
+from fastlt.sweep.analysis import holm, read_study, t_test
 from fastlt.sweep.report import write_sweep_report
 
 
@@ -33,14 +33,6 @@ def study(tmp_path):
     return make
 
 
-@pytest.mark.parametrize(
-    ("t", "freedom", "mass"),
-    [(12.706, 1, 0.95), (4.303, 2, 0.95), (2.228, 10, 0.95), (1.96, 100000, 0.95), (2.776, 4, 0.95), (9.925, 2, 0.99)],
-)
-def test_students_t_is_that_of_the_tables(t, freedom, mass):
-    assert t_mass(t, freedom) == pytest.approx(mass, abs=5e-5)
-
-
 def test_of_one_seed_or_of_equal_differences_there_is_no_test():
     assert t_test(np.array([1.0])) is None and t_test(np.array([1.0, 1.0, 1.0])) is None
     assert t_test(np.array([1.0, 2.0, 3.0])) == pytest.approx(0.0742, abs=1e-4)  # t = 3.464 of two degrees
@@ -62,6 +54,21 @@ def test_effects_differences_and_cost(study):
     assert set(found.differences) == {("1", "2"), ("0.1", "2")}  # ("0.1", "0") are the baseline's own runs
     assert found.differences["0.1", "2"].mean == pytest.approx(3.2)
     assert found.cost()["runs"] == 9 and found.cost()["cpu_hours"] == pytest.approx(9 * 36 / 3600)
+
+
+def test_what_was_not_measured_is_neither_baseline_nor_best(study):
+    found = read_study(study(lambda s, n, seed: "" if (s, n) == (1, 0) else 40 + n + s, "[baseline]\nneighbours = 0\nseed = 1"))
+    assert found.baseline == ("0.1", "0")  # the first that is there
+    out = study(lambda s, n, seed: "" if n == 0 else 40 + n + s, "[baseline]\nneighbours = 0")
+    assert read_study(out).baseline is None and not read_study(out).differences
+    assert "The baseline was not measured." in write_sweep_report(out).read_text()
+
+
+def test_without_a_word_the_baseline_is_the_first_point_and_its_very_runs_are_not_compared(study):
+    found = read_study(study(lambda s, n, seed: 50 - n + seed))
+    assert found.baseline == ("1", "0") and found.is_baseline(("0.1", "0")) and not found.is_baseline(("1", "2"))
+    page = write_sweep_report(found.out).read_text()
+    assert page.count("the same runs") == 1 and page.count(">baseline<") == 1
 
 
 def test_the_page_answers_and_names_what_is_missing(study):
