@@ -332,16 +332,15 @@ def sweep(
     from fastlt.sweep.report import write_sweep_report
     from fastlt.sweep.run import run_sweep
 
-    rows = run_sweep(file, pack_place(data), out, settings or [], address, resume, console)
-    if any(row["top1"] is not None for row in rows):
-        console.print(f"report: {write_sweep_report(out)}", soft_wrap=True)
+    run_sweep(file, pack_place(data), out, settings or [], address, resume, console)
+    console.print(f"report: {write_sweep_report(out)}", soft_wrap=True)
 
 
 @granularity.command("score")
 def granularity_score(
     data: Annotated[str, typer.Argument(metavar="PACK", help="The pack whose training images are looked at.")],
     weights: Annotated[str, typer.Option(help="A RUN whose backbone makes the features, or a file for --backbone.")] = "",
-    backbone: Annotated[str, typer.Option(help="Any timm model.")] = "vit_small_patch14_dinov2.lvd142m",
+    backbone: Annotated[str, typer.Option(help="Any timm model; by default that of `fastlt curate filter`.")] = "",
     hierarchy: Annotated[
         Path | None, typer.Option(help="CSV with the columns class,parent: the parents are scored beside the targets.")
     ] = None,
@@ -353,7 +352,8 @@ def granularity_score(
     from fastlt.curate.settings import FilterConfig
     from fastlt.granularity import run_granularity
 
-    settings = FilterConfig(weights=weights, backbone=backbone, batch=batch, device=device)
+    chosen = {"weights": weights, "batch": batch, "device": device, **({"backbone": backbone} if backbone else {})}
+    settings = FilterConfig.model_validate(chosen)
     run_granularity(pack_place(data), settings, hierarchy, out, console)
 
 

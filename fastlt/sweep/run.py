@@ -1,6 +1,7 @@
 """`fastlt sweep`: the trials on Ray Tune. What is known of them lies in DIR alone, so that a killed sweep goes on from there.
 
 DIR/sweep.toml       what was asked for
+DIR/trials.jsonl     the points that are known; those of a search are added as they are drawn
 DIR/runs/TRIAL/      a RUN of each trial, as `fastlt train` leaves it
 DIR/decoded/         small images, decoded once for all trials; may be removed at any time
 DIR/results.csv, results.parquet   one row a trial, written anew whenever one ends
@@ -24,19 +25,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fastlt.config import load_config
 from fastlt.data.pool import cores
 from fastlt.errors import UserError, extra
 from fastlt.files import write_text
 from fastlt.rundir import only_run
 from fastlt.sweep.results import ENDED, TRAINED_BY, WHY, Row, commit, note_failure, outcome, read_row, run_of, write_results
 from fastlt.sweep.spec import METRICS, Range, Sweep, Values, read_sweep
-from fastlt.sweep.trial import Trial, check_axes, make_trial, points
+from fastlt.sweep.trial import Trial, check_axes, make_trial, points, trained
 
-QUIET = {
-    "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_MAX_PENDING_TRIALS_PG": "auto", "RAY_TRAIN_V2_ENABLED": "0",
-}  # fmt: skip
+# Ray's tables of progress and its files of results, which ours stand for; and a warning on what it will do one day.
+QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 @dataclass
@@ -49,6 +48,7 @@ class Board:
     more: Sequence[str]
     trials: list[Trial] = field(default_factory=list)
     first: dict[str, str] = field(default_factory=dict)  # key of a run -> the trial that it is named after
+    finished: dict[str, Row] = field(default_factory=dict)  # by the name of the trial
 
     def trial(self, values: Values) -> Trial:
         return make_trial(self.sweep, self.pack, values, self.more, self.out / "decoded")
@@ -56,7 +56,7 @@ class Board:
     def add(self, values: Values) -> Trial:
         """Those of a search become known as they are begun."""
         trial = self.trial(values)
-        if all(trial.name != known.name for known in self.trials):
+        if all(trial.values != known.values for known in self.trials):
             self.trials.append(trial)
             run_of(self.out, trial, self.first)
         return trial
@@ -76,8 +76,16 @@ class Board:
         return run_of(self.out, trial, self.first)
 
     def rows(self) -> list[Row]:
-        resources = self.sweep.resources
-        return [read_row(self.run(trial), trial, resources.cpus, resources.gpus) for trial in self.trials]
+        return [self.row(trial) for trial in self.trials]
+
+    def row(self, trial: Trial) -> Row:
+        """What has finished does not change any more."""
+        if (known := self.finished.get(trial.name)) is not None:
+            return known
+        row = read_row(self.run(trial), trial, self.sweep.resources.cpus, self.sweep.resources.gpus)
+        if row["status"] == "finished":
+            self.finished[trial.name] = row
+        return row
 
     def left(self) -> list[Trial]:
         """One of each run that is not over."""
@@ -102,13 +110,21 @@ def run_sweep(
         write_text(out / "sweep.toml", file.read_text(encoding="utf-8"))
         for values in points(sweep) if sweep.search.kind != "optuna" else known_points(board):
             board.add(values)
+        check_runs(board)
         board.write_down()
-        with suppressed_ray(address, sweep) as tune:
-            tell_plan(board, console)
-            follow(board, tune, console)
+        left, more_to_draw = board.left(), sweep.search.trials - len(board.trials) if sweep.search.kind == "optuna" else 0
+        tell_plan(board, left, console)
+        if left or more_to_draw > 0:
+            with quiet_ray(address, sweep) as tune:
+                if left:  # of a search that was killed, what it had begun
+                    follow(board, tune, {"param_space": one_of_each(left, tune)}, len(left), console)
+                if more_to_draw > 0:
+                    follow(board, tune, {"search_alg": optuna_search(board), "num_samples": more_to_draw}, more_to_draw, console)
         rows = board.rows()
         write_results(out, rows)
     show(rows, sweep, console)
+    if all(row["top1"] is None for row in rows):
+        raise UserError(f"no trial has a result: {out / 'results.csv'} says why")
     return rows
 
 
@@ -119,19 +135,30 @@ def known_points(board: Board) -> Iterator[Values]:
         yield from (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
 
 
-def tell_plan(board: Board, console: Console) -> None:
-    runs = {board.run(trial) for trial in board.trials}
-    left, total = len(board.left()), len(runs)
+def check_runs(board: Board) -> None:
+    """What is there already was trained as the sweep now says. Raises UserError where it was not."""
+    for trial in board.trials:
+        kept = board.run(trial) / "config.toml"
+        if not kept.is_file():
+            continue
+        before, now = trained(load_config(str(kept))), trained(trial.config)
+        if changed := [key for key in now if before.get(key) != now[key]]:
+            what = f"{changed[0]} = {before.get(changed[0])!r}, not {now[changed[0]]!r}"
+            raise UserError(f"{kept.parent} was trained with other settings ({what}): choose another --out, or remove it")
+
+
+def tell_plan(board: Board, left: Sequence[Trial], console: Console) -> None:
+    total = len({board.run(trial) for trial in board.trials})
     same = len(board.trials) - total
     alike = f" ({same} more are the same as others)" if same else ""
-    console.print(f"{total} runs{alike}, {total - left} of them finished before", highlight=False)
+    console.print(f"{total} runs{alike}, {total - len(left)} of them finished before", highlight=False)
 
 
 # --- Ray
 
 
 @contextmanager
-def suppressed_ray(address: str | None, sweep: Sweep) -> Iterator[Any]:
+def quiet_ray(address: str | None, sweep: Sweep) -> Iterator[Any]:
     """Ray, started here or joined at the address, and without its own words; yields ray.tune."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -140,7 +167,7 @@ def suppressed_ray(address: str | None, sweep: Sweep) -> Iterator[Any]:
         from ray import tune
     here: dict[str, Any] = {} if address else {"num_cpus": max(cores(), round(sweep.resources.cpus)), "include_dashboard": False}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **here)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot reach Ray{f' at {address}' if address else ''}: {str(error).splitlines()[0]}") from error
     try:
@@ -149,16 +176,13 @@ def suppressed_ray(address: str | None, sweep: Sweep) -> Iterator[Any]:
         ray.shutdown()
 
 
-def follow(board: Board, tune: Any, console: Console) -> None:
-    """Until all trials have ended, with a bar over them and results.csv up to date."""
-    left, search = board.left(), board.sweep.search
-    if not left and search.kind != "optuna":
-        return
-    for trial in left:
+def follow(board: Board, tune: Any, drawn: dict[str, Any], total: int, console: Console) -> None:
+    """Until these trials have ended, with a bar over them and results.csv up to date. drawn: how Ray comes by them."""
+    for trial in board.left():
         (board.run(trial) / WHY).unlink(missing_ok=True)  # it gets another chance
-    space, settings = arranged(board, left, tune)
     own = board.out / "ray"  # what matters lies in the runs, so it is made anew each time
     shutil.rmtree(own, ignore_errors=True)
+    search, resources = board.sweep.search, board.sweep.resources
     columns = (
         TextColumn("trials"),
         BarColumn(),
@@ -168,45 +192,45 @@ def follow(board: Board, tune: Any, console: Console) -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
-        total = search.trials - len(board.trials) + len(left) if search.kind == "optuna" else len(left)
         watch = make_watch(board, tune, partial(bar.update, bar.add_task("", total=total)), bar.console)
         tuner = tune.Tuner(
             tune.with_resources(partial(train_trial, board), resources_of(board.sweep)),
-            param_space=space,
+            param_space=drawn.pop("param_space", {}),
             tune_config=tune.TuneConfig(
-                metric=search.metric, mode="max", max_concurrent_trials=board.sweep.resources.parallel or None,
-                reuse_actors=True, **settings,
+                metric=search.metric, mode="max", max_concurrent_trials=resources.parallel or None, reuse_actors=True,
+                scheduler=scheduler_of(board), **drawn,
             ),
             run_config=tune.RunConfig(
                 name="tune", storage_path=str(own), verbose=0, callbacks=[watch],
-                failure_config=tune.FailureConfig(max_failures=board.sweep.resources.retries),
+                failure_config=tune.FailureConfig(max_failures=resources.retries),
             ),
         )  # fmt: skip
         tuner.fit()
     shutil.rmtree(own, ignore_errors=True)
 
 
+def one_of_each(trials: Sequence[Trial], tune: Any) -> dict[str, Any]:
+    return {"values": tune.grid_search([trial.values for trial in trials])}
+
+
 def resources_of(sweep: Sweep) -> dict[str, float]:
     return {"cpu": sweep.resources.cpus, **({"gpu": sweep.resources.gpus} if sweep.resources.gpus else {})}
 
 
-def arranged(board: Board, left: Sequence[Trial], tune: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The space that Ray draws from, and how."""
+def scheduler_of(board: Board) -> Any:
+    """ASHA, where trials that are behind are to end early."""
     search = board.sweep.search
-    settings: dict[str, Any] = {}
-    if search.stop_early:
-        from ray.tune.schedulers import ASHAScheduler
+    if not search.stop_early:
+        return None
+    from ray.tune.schedulers import ASHAScheduler
 
-        most = max((trial.config.train.epochs for trial in board.trials), default=1)
-        settings["scheduler"] = ASHAScheduler(time_attr="epoch", max_t=max(most, search.grace) + 1, grace_period=search.grace)
-    if search.kind != "optuna":
-        return {"values": tune.grid_search([trial.values for trial in left])}, settings
-    settings["search_alg"] = optuna_search(board)
-    settings["num_samples"] = max(0, search.trials - (len(board.trials) - len(left)))
-    return {}, settings
+    some_trial = board.trials[0] if board.trials else board.trial({})
+    most = max(some_trial.config.train.epochs, *(trial.config.train.epochs for trial in board.trials), search.grace)
+    return ASHAScheduler(time_attr="epoch", max_t=most + 1, grace_period=search.grace)
 
 
 def optuna_search(board: Board) -> Any:
+    """That knows what has ended."""
     with extra("sweep"):
         import optuna
         from ray.tune.search.optuna import OptunaSearch
@@ -221,13 +245,10 @@ def optuna_search(board: Board) -> Any:
         else of.FloatDistribution(axis.low, axis.high, log=axis.log)
         for name, axis in board.sweep.axes.items()
     }
-    ended = [(trial, outcome(board.run(trial))[0].get(search.metric)) for trial in board.trials]
-    seen = [(numbered(board.sweep, trial.values), figure) for trial, figure in ended if figure is not None]
-    again = [numbered(board.sweep, trial.values) for trial in board.left()]
+    ended = [(numbered(board.sweep, trial.values), board.row(trial)[search.metric]) for trial in board.trials]
+    seen = [(values, figure) for values, figure in ended if figure is not None]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    told: dict[str, Any] = {"points_to_evaluate": [p for p, _ in seen], "evaluated_rewards": [f for _, f in seen]} if seen else {}
-    if again and not seen:
-        told = {"points_to_evaluate": again}
+    told: dict[str, Any] = {"points_to_evaluate": [v for v, _ in seen], "evaluated_rewards": [f for _, f in seen]} if seen else {}
     return OptunaSearch(space, metric=search.metric, mode="max", seed=search.seed + len(seen), **told)
 
 
@@ -282,7 +303,7 @@ def make_watch(board: Board, tune: Any, update: Any, console: Console) -> Any:
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             run = self.board.run(self.board.begin(trial.config))
-            if outcome(run)[1] not in ("finished", "failed"):
+            if self.board.sweep.search.stop_early and outcome(run)[1] not in ("finished", "failed"):
                 write_text(run / ENDED, "")
             self._count()
 

@@ -45,9 +45,7 @@ class Trial:
     @property
     def key(self) -> str:
         """The same for trials that are one run."""
-        told = {key: value for key, value in flat(self.config).items() if key not in MAY_CHANGE or key == "data.pack"}
-        if has_no_auxiliaries(self.config):
-            told = {key: value for key, value in told.items() if key not in OF_AUXILIARIES}
+        told = {**trained(self.config), "data.pack": self.config.data.pack}
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -65,6 +63,12 @@ def make_trial(sweep: Sweep, pack: str, values: Values, more: Sequence[str] = ()
         settings += ("loss.silence=1",)  # there is nothing to be silenced, and a run that is to silence nothing is refused
         config = load_config(sweep.recipe, [*place, *how, *settings], method)
     return Trial(values, settings, config)
+
+
+def trained(config: Config) -> dict[str, Any]:
+    """Of a configuration, by `section.key`, all that what is trained depends on, but for the place of the pack."""
+    left_out = {*MAY_CHANGE, *(OF_AUXILIARIES if has_no_auxiliaries(config) else ())}
+    return {key: value for key, value in flat(config).items() if key not in left_out}
 
 
 def has_no_auxiliaries(config: Config) -> bool:
@@ -99,10 +103,11 @@ def points(sweep: Sweep) -> list[Values]:
 
 
 def name_of(values: Values) -> str:
-    """Of the folder: what the trial is, where that is not too long."""
+    """Of the folder: what the trial is, and a number where that is too long, or does not tell all."""
     told = ",".join(f"{axis.rpartition('.')[2]}={short(value)}" for axis, value in values.items())
     name = re.sub(r"[^A-Za-z0-9=,.+-]+", "-", told).strip("-.")
-    if len(name) <= LONGEST_NAME and name == told:
+    tells_all = name == told and all(short(value) == str(value) for value in values.values())
+    if len(name) <= LONGEST_NAME and tells_all:
         return name
     return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]}"
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,19 @@ def test_a_grid_is_trained_once_and_what_has_finished_is_not_run_again(small_pac
     assert json.loads((tmp_path / "again" / "result.json").read_text())["per_class"] == alone["per_class"]
 
 
+def test_what_was_trained_otherwise_is_not_taken_for_the_same(small_pack, tmp_path):
+    swept(write(tmp_path, "seed = [0]"), small_pack, tmp_path / "out")
+    with pytest.raises(UserError, match=r"was trained with other settings \(train\.epochs = 1, not 2\)"):
+        swept(write(tmp_path, "seed = [0]", epochs=2), small_pack, tmp_path / "out", resume=True)
+    assert swept(write(tmp_path, "seed = [0]"), small_pack, tmp_path / "out", resume=True)[0][0]["status"] == "finished"
+
+
+def test_where_no_trial_has_a_result_that_is_an_error(small_pack, tmp_path):
+    with pytest.raises(UserError, match="no trial has a result"):
+        swept(write(tmp_path, 'pack = ["nowhere"]'), small_pack, tmp_path / "out")
+    assert [row["status"] for row in table(tmp_path / "out")] == ["failed"]
+
+
 def test_a_trial_that_fails_is_told_and_stops_no_other(small_pack, tmp_path):
     file = write(tmp_path, 'pack = ["nowhere", "PACK"]\nseed = [0, 1]'.replace("PACK", str(small_pack)))
     rows, said = swept(file, small_pack, tmp_path / "out")
@@ -89,6 +103,9 @@ def test_random_and_optuna_searches_have_as_many_trials_as_asked(small_pack, tmp
     file.write_text(file.read_text().replace("trials = 3", "trials = 5"))
     more, _ = swept(file, small_pack, tmp_path / "optuna", resume=True)
     assert len(more) == 5 and [row["run"] for row in more[:3]] == [row["run"] for row in rows]
+    shutil.rmtree(tmp_path / "optuna/runs" / more[1]["run"])  # as if it had been killed
+    again, _ = swept(file, small_pack, tmp_path / "optuna", resume=True)
+    assert [row["run"] for row in again] == [row["run"] for row in more] and {row["status"] for row in again} == {"finished"}
 
 
 @pytest.mark.slow

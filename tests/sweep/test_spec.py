@@ -40,6 +40,12 @@ def test_what_makes_no_difference_is_one_run(sweep):
     assert len({make_trial(more, "pack", values).key for values in points(more)}) == 5
 
 
+def test_folders_are_told_apart_where_short_names_are_not(sweep):
+    found = sweep('recipe = "demo"\n[axes]\npack = ["a/pack", "b/pack"]\noptim.lr = [0.1, 0.10000001]')
+    names = [make_trial(found, "pack", values).name for values in points(found)]
+    assert len(set(names)) == 4 and all("pack=pack,lr=0.1-" in name for name in names)
+
+
 def test_a_random_search_draws_within_its_ranges_and_the_same_again(sweep):
     axes = "silence = [0, 1]\noptim.lr = {low = 0.01, high = 1.0, log = true}\nimages = {low = 1, high = 3, whole = true}"
     text = f'recipe = "demo"\n[axes]\n{axes}\n'
