@@ -87,10 +87,11 @@ def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
         return terms
     written = _empty_terms(rows, logits, 1)
     kernel, widths = (row_kernels.whole_rows, [_width(logits, out)]) if whole else (row_kernels.long_rows, [])
+    prior = _padded(rows.log_prior) if whole else rows.log_prior
     aligned, (stride, out_stride, *widths) = _in_units(logits.stride(0), out.stride(0), *widths)
     with _on(logits):
         kernel[count, 1](
-            logits, stride, out, out_stride, rows.log_prior, rows.labels, rows.shares,
+            logits, stride, out, out_stride, prior, rows.labels, rows.shares,
             rows.smoothing, rows.graph_rows, rows.indptr, rows.indices, *written,
             count, columns, *widths, rows.num_predicted, _log_silence(rows), rows.label_smoothing,
             LABELS=labels, BLOCK=cut.block, LANE=_lane(logits), ALIGNED=aligned, num_warps=cut.warps,
@@ -107,10 +108,14 @@ def scale_(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _laid_out(rows: Rows) -> Rows:
-    """Some of the rows of two labels are not contiguous, and the kernels take (L, n) as it comes; the prior is read in vectors."""
+    """Some of the rows of two labels are not contiguous, and the kernels take (L, n) as it comes."""
     tensors = {name: getattr(rows, name) for name in ("labels", "shares", "smoothing", "graph_rows")}
-    prior = None if rows.log_prior is None else torch.nn.functional.pad(rows.log_prior, (0, VECTOR))
-    return rows._replace(log_prior=prior, **{name: t.contiguous() for name, t in tensors.items() if t is not None})
+    return rows._replace(**{name: t.contiguous() for name, t in tensors.items() if t is not None})
+
+
+def _padded(prior: Tensor | None) -> Tensor | None:
+    """Readable as far as a whole row's columns are."""
+    return None if prior is None else torch.nn.functional.pad(prior, (0, VECTOR))
 
 
 class _Out(NamedTuple):
@@ -146,15 +151,15 @@ def _cut(logits: Tensor, labels: int) -> Cut:
     return plan_cut(logits.shape[0], logits.shape[1], labels, _processors(logits.device))
 
 
-def _width(logits: Tensor, out: Tensor | None = None) -> int:
-    """Columns that may be read and, where out is given, written: padded to whole vectors where memory is.
+def _width(logits: Tensor, out: Tensor) -> int:
+    """Columns that may be read and written: padded to whole vectors where memory is.
 
     Behind the columns of logits that become their own gradient is nobody else's memory; behind those of others may be.
     """
     columns, stride = logits.shape[1], logits.stride(0)
     padded = triton.cdiv(columns, VECTOR) * VECTOR
     reach = logits.storage_offset() + (logits.shape[0] - 1) * stride + padded
-    is_ours = out is None or out.data_ptr() == logits.data_ptr()
+    is_ours = out.data_ptr() == logits.data_ptr()
     has_room = stride >= padded and reach * logits.itemsize <= logits.untyped_storage().nbytes()
     return padded if is_ours and has_room else columns
 
