@@ -21,6 +21,7 @@ else:
 Share = Annotated[float, Field(ge=0, le=1)]
 HalfTurn = Annotated[float, Field(ge=0, le=0.5)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+OrAll = Annotated[int, Field(ge=-1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -73,9 +74,7 @@ class DataConfig(Section):
     mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     auxiliary: bool = True  # false: train on the targets alone
-    neighbours: Annotated[
-        int, Field(ge=-1)
-    ] = -1  # of each target the first so many, nearest first by `similarity`; 0: none, -1: all
+    neighbours: OrAll = -1  # auxiliary classes of each target: the first so many, nearest first by `similarity`; -1: all
     auxiliary_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the auxiliary classes, drawn at random by train.seed
     similarity: str = ""  # FILE.npz or FILE.npz:KEY with names and vectors of the classes, which say how near two are
     band: tuple[Cosine, Cosine] = (-1, 1)  # cosines of target and neighbour by `similarity`; others are left out

@@ -39,7 +39,8 @@ def view(pack: Pack, data: DataConfig, seed: int) -> tuple[Pack, ClassSpace]:
         raise UserError(
             "no auxiliary class is left: see data.neighbours, data.auxiliary_share and data.band, or data.auxiliary=false"
         )
-    relation = [(target, auxiliary) for target, auxiliary in sorted(pairs) if auxiliary in set(kept)]
+    is_kept = set(kept)
+    relation = [(target, auxiliary) for target, auxiliary in sorted(pairs) if auxiliary in is_kept]
     if data.pairs == "random":
         relation = random_pairs(relation, kept, rng)
     return (pack, space) if len(kept) == space.num_auxiliaries and relation == space.pairs else reordered(pack, kept, relation)
@@ -81,11 +82,12 @@ def random_pairs(pairs: Pairs, auxiliaries: list[int], rng: np.random.Generator)
 
 
 def reordered(pack: Pack, kept: list[int], pairs: Pairs) -> tuple[Pack, ClassSpace]:
-    space, first = pack.space, pack.space.num_targets
-    order = [*kept, *(a for a in range(first, space.num_classes) if a not in set(kept))]
+    space, first, is_kept = pack.space, pack.space.num_targets, set(kept)
+    order = [*kept, *(a for a in range(first, space.num_classes) if a not in is_kept)]
     place = np.arange(space.num_classes, dtype=np.int32)
     place[order] = np.arange(first, space.num_classes)
     names = [space.names[a] for a in order]
+    kept_names = set(names[: len(kept)])
     counts = [space.train_counts[i] for i in [*range(first), *order]]
     whole = space.model_copy(update={"auxiliary_names": names, "train_counts": counts, "pairs": renamed(space.pairs, place)})
     narrow = whole.model_copy(
@@ -93,7 +95,7 @@ def reordered(pack: Pack, kept: list[int], pairs: Pairs) -> tuple[Pack, ClassSpa
             "auxiliary_names": names[: len(kept)],
             "train_counts": counts[: first + len(kept)],
             "pairs": renamed(pairs, place),
-            "origins": {name: origin for name, origin in space.origins.items() if name in names[: len(kept)]},
+            "origins": {name: origin for name, origin in space.origins.items() if name in kept_names},
         }
     )
     train = replace(pack.train, label=place[pack.train.label])

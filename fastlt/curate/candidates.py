@@ -61,6 +61,7 @@ class Candidate:
 
 
 Find = Callable[[Asked, int], Awaitable[list[Candidate]]]  # and how many, at most
+Accept = Callable[[Candidate], bool]  # by its licence
 
 
 def open_sources(settings: RetrieveConfig, names: Sequence[str], fetcher: Fetcher) -> dict[str, Find]:
@@ -93,7 +94,7 @@ def endpoint(settings: RetrieveConfig, source: str) -> str:
     return {str(name): address for name, address in settings.endpoints.items()}.get(source, ENDPOINTS[source])
 
 
-async def _known(candidates: dict[str, list[Candidate]], accept: "Accept", asked: Asked, most: int) -> list[Candidate]:
+async def _known(candidates: dict[str, list[Candidate]], accept: Accept, asked: Asked, most: int) -> list[Candidate]:
     return list(filter(accept, candidates.get(normalised(asked.name), [])))[:most]
 
 
@@ -118,7 +119,6 @@ def plain_licence(text: str) -> str:
 # --- interfaces on the web
 
 Ask = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]  # address, parameters -> JSON
-Accept = Callable[[Candidate], bool]  # by its licence
 
 
 async def ask(fetcher: Fetcher, address: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -302,8 +302,11 @@ def nearest_in_index(settings: RetrieveConfig, names: Sequence[str]) -> dict[str
     if not wanted:
         raise UserError(f"{settings.clip_text} has vectors for none of the categories, not even '{names[0]}'")
     queries = np.stack([features[normalised(name)] for name in wanted])
+    files = sorted((folder / "img_emb").glob("img_emb_*.npy"))
+    if not files:
+        raise UserError(f"{folder} has no img_emb/img_emb_*.npy: it is no index of clip-retrieval")
     best: list[list[tuple[float, dict[str, Any]]]] = [[] for _ in wanted]
-    for file in sorted((folder / "img_emb").glob("img_emb_*.npy")):
+    for file in files:
         try:
             images = np.load(file, mmap_mode="r")
         except (OSError, ValueError) as error:
@@ -317,8 +320,6 @@ def nearest_in_index(settings: RetrieveConfig, names: Sequence[str]) -> dict[str
             add_best(
                 best, queries @ np.asarray(images[start : start + CLIP_ROWS], np.float32).T, rows.slice(start, CLIP_ROWS), settings
             )
-    if not any(best):
-        raise UserError(f"{folder} has no img_emb/img_emb_*.npy: it is no index of clip-retrieval")
     return grouped(
         (
             _of_clip(name, row, score)
@@ -343,8 +344,8 @@ def add_best(best: list[list[tuple[float, dict[str, Any]]]], scores: Any, rows: 
 
     if settings.licences:
         known = [name for name in rows.column_names if name.strip().lower() in SPELT[0]]
-        told_ = rows.column(known[0]).to_pylist() if known else [""] * len(rows)
-        usable = np.array([licence_accepted(str(licence or ""), settings.licences) for licence in told_], bool)
+        licences = rows.column(known[0]).to_pylist() if known else [""] * len(rows)
+        usable = np.array([licence_accepted(str(licence or ""), settings.licences) for licence in licences], bool)
         scores, rows = scores[:, usable], rows.filter(usable)
     if not len(rows):
         return

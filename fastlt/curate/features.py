@@ -3,6 +3,8 @@
 The matrices of similarities are never held: they are made block by block, on the device that makes the features.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -40,6 +42,12 @@ class Backbone(NamedTuple):
     name: str
     digest: str = ""  # of the weights, where they are in a file
 
+    @property
+    def key(self) -> str:
+        """Of what makes the features what they are."""
+        told = [self.digest or self.name, self.size, *self.mean, *self.std]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
 
 def open_backbone(settings: FilterConfig) -> Backbone:
     """Raises UserError where there are no weights: features of random ones say nothing."""
@@ -53,7 +61,7 @@ def open_backbone(settings: FilterConfig) -> Backbone:
         model = build_model(config, 1, settings.size)
     except UserError as error:
         raise UserError(str(error).replace("model.weights", "filter.weights").replace("model.name", "filter.backbone")) from error
-    digest = sha256_of(Path(settings.weights)) if settings.weights else ""
+    digest = sha256_of(weights_file(settings.weights)) if settings.weights else ""
     return Backbone(model.backbone.eval().to(device), settings.size, settings.mean, settings.std, device, settings.backbone, digest)
 
 

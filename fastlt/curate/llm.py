@@ -130,17 +130,57 @@ def estimate(cache: Cache, asked: Sequence[str]) -> Usage:
     return Usage(len(asked), len(asked) - len(new), tokens_in, TOKENS_PER_CATEGORY * (cache.settings.per_target + SPARE) * len(new))
 
 
+# What is asked for in the reply, the strictest first.
+FORMS: dict[str, dict[str, Any]] = {
+    "json_schema": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "categories", "schema": Reply.model_json_schema()}}
+    },
+    "json_object": {"response_format": {"type": "json_object"}},
+    "none": {},
+}
+
+
+class Endpoint:
+    """A client, and the form of replies that its endpoint takes."""
+
+    def __init__(self, client: Any, settings: ProposeConfig) -> None:
+        self.client, self.settings = client, settings
+        self.form = next(iter(FORMS)) if settings.structured == "auto" else settings.structured
+
+    def complete(self, prompt: str) -> tuple[str, tuple[int, int]]:
+        """The text of a reply, and tokens in and out. Raises PromptRefused, and UserError where it does not answer."""
+        import openai
+
+        form = self.form
+        try:
+            answer = self.client.chat.completions.create(
+                model=self.settings.model, temperature=self.settings.temperature, messages=[{"role": "user", "content": prompt}],
+                **FORMS[form],
+            )  # fmt: skip
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if self.settings.structured == "auto" and form != "none" and "response_format" in str(error):
+                self.form = list(FORMS)[list(FORMS).index(form) + 1]  # for the prompts to come too
+                return self.complete(prompt)
+            raise PromptRefused(f"the endpoint refuses the prompt: {error}") from error
+        except openai.APIError as error:
+            where = self.settings.base_url or "the endpoint"
+            raise UserError(f"{where} does not answer ({type(error).__name__}: {error}); what was answered is kept") from error
+        except (AttributeError, TypeError, ValueError, RecursionError):  # its client does not check what it is sent
+            return "", (0, 0)
+        return said(answer), spent_on(answer)
+
+
 def ask_all(cache: Cache, asked: Sequence[str]) -> Iterator[tuple[int, Reply | Failed, tuple[int, int]]]:
     """(number of the prompt, reply or why there is none, tokens in and out), as they come. Stops at what concerns all prompts:
     UserError where the key is refused or the endpoint not there."""
-    client = open_client(cache.settings)
+    endpoint = Endpoint(open_client(cache.settings), cache.settings)
     with ThreadPoolExecutor(cache.settings.concurrency, "fastlt-llm") as pool:
-        waiting = {pool.submit(ask, client, cache, prompt): number for number, prompt in enumerate(asked)}
+        waiting = {pool.submit(ask, endpoint, cache, prompt): number for number, prompt in enumerate(asked)}
         try:
             for job in as_completed(waiting):
                 yield waiting[job], *job.result()
         finally:
-            client.close()  # what is under way ends at once, for nobody waits for it
+            endpoint.client.close()  # what is under way ends at once, for nobody waits for it
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -157,7 +197,7 @@ def open_client(settings: ProposeConfig) -> Any:
     return OpenAI(api_key=key, base_url=settings.base_url or None, timeout=settings.timeout, max_retries=settings.retries)
 
 
-def ask(client: Any, cache: Cache, prompt: str) -> tuple[Reply | Failed, tuple[int, int]]:
+def ask(endpoint: Endpoint, cache: Cache, prompt: str) -> tuple[Reply | Failed, tuple[int, int]]:
     """The client itself tries again, later each time, where the endpoint is slow, busy or broken; here, what it answered with
     is checked. All that was asked is counted."""
     if known := cache.read(prompt):
@@ -165,7 +205,7 @@ def ask(client: Any, cache: Cache, prompt: str) -> tuple[Reply | Failed, tuple[i
     spent, problem = [0, 0], ""
     for _ in range(cache.settings.retries + 1):
         try:
-            text, tokens = _complete(client, cache.settings, prompt)
+            text, tokens = endpoint.complete(prompt)
         except PromptRefused as refused:
             return Failed(str(refused)), (spent[0], spent[1])
         spent = [before + now for before, now in zip(spent, tokens, strict=True)]
@@ -179,41 +219,6 @@ def ask(client: Any, cache: Cache, prompt: str) -> tuple[Reply | Failed, tuple[i
     failed = Failed(f"no reply of the form that was asked for, last: {problem}; to ask again, remove {cache.path(prompt)}")
     cache.keep(prompt, failed, (spent[0], spent[1]))
     return failed, (spent[0], spent[1])
-
-
-# What is asked for in the reply, the strictest first.
-FORMS: dict[str, dict[str, Any]] = {
-    "json_schema": {
-        "response_format": {"type": "json_schema", "json_schema": {"name": "categories", "schema": Reply.model_json_schema()}}
-    },
-    "json_object": {"response_format": {"type": "json_object"}},
-    "none": {},
-}
-
-
-def _form(client: Any, settings: ProposeConfig) -> str:
-    return getattr(client, "fastlt_form", "json_schema") if settings.structured == "auto" else settings.structured
-
-
-def _complete(client: Any, settings: ProposeConfig, prompt: str) -> tuple[str, tuple[int, int]]:
-    import openai
-
-    form = _form(client, settings)
-    try:
-        answer = client.chat.completions.create(
-            model=settings.model, temperature=settings.temperature, messages=[{"role": "user", "content": prompt}], **FORMS[form]
-        )  # fmt: skip
-    except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-        if settings.structured == "auto" and form != "none" and "response_format" in str(error):
-            client.fastlt_form = list(FORMS)[list(FORMS).index(form) + 1]  # for the prompts to come too
-            return _complete(client, settings, prompt)
-        raise PromptRefused(f"the endpoint refuses the prompt: {error}") from error
-    except openai.APIError as error:
-        where = settings.base_url or "the endpoint"
-        raise UserError(f"{where} does not answer ({type(error).__name__}: {error}); what was answered is kept") from error
-    except (AttributeError, TypeError, ValueError, RecursionError):  # its client does not check what it is sent
-        return "", (0, 0)
-    return said(answer), spent_on(answer)
 
 
 def said(answer: Any) -> str:

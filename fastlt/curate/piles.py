@@ -1,7 +1,5 @@
 """Images with all that is compared of them: hashes and features, kept on the disk a shard at a time."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +12,7 @@ from rich.console import Console
 from fastlt.curate.features import Backbone, extract
 from fastlt.curate.hashes import Hashes, hashes_of, joined
 from fastlt.curate.settings import FilterConfig
-from fastlt.data.packed import Split
+from fastlt.data.packed import Split, identity
 from fastlt.data.pool import cores, ordered_map
 from fastlt.files import whole_file
 from fastlt.progress import rated_progress
@@ -54,7 +52,7 @@ def by_shard(split: Split) -> Iterator[np.ndarray]:
 
 
 def stored_hashes(folder: Path, part: Split, advance: Advance) -> Hashes:
-    path = folder / f"hashes-{identity(part, '')}.npz"
+    path = folder / f"hashes-{identity(part)}.npz"
     found = read_arrays(path)
     if found is None:
         groups = [range(start, min(start + HASHED_TOGETHER, len(part))) for start in range(0, len(part), HASHED_TOGETHER)]
@@ -72,9 +70,7 @@ def stored_hashes(folder: Path, part: Split, advance: Advance) -> Hashes:
 
 
 def stored_features(folder: Path, part: Split, backbone: Backbone, settings: FilterConfig, advance: Advance) -> np.ndarray:
-    path = (
-        folder / f"features-{identity(part, [backbone.digest or backbone.name, backbone.size, *backbone.mean, *backbone.std])}.npz"
-    )
+    path = folder / f"features-{identity(part)}-{backbone.key}.npz"
     found = read_arrays(path)
     if found is None:
         found = {"features": extract(backbone, part, settings.batch, settings.workers, advance)}
@@ -82,12 +78,6 @@ def stored_features(folder: Path, part: Split, backbone: Backbone, settings: Fil
     else:
         advance(len(part))
     return found["features"]
-
-
-def identity(part: Split, more: Any) -> str:
-    """Of the very images, as long as nobody writes others of the same sizes to the same place."""
-    told = json.dumps([str(part.folder.resolve()), part.shards[int(part.shard[0])], more])
-    return hashlib.sha256(told.encode() + part.offset.tobytes() + part.size.tobytes()).hexdigest()[:24]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:

@@ -250,7 +250,10 @@ def whole_group(raw: Path, number: int) -> Iterator[Group]:
         except (asyncio.CancelledError, KeyboardInterrupt) as error:
             stopped = error
         group.close()
-    write_table(raw / f"{number:06d}.jsonl", (group.rows[place] for place in sorted(group.rows)))
+    if group.rows:
+        write_table(raw / f"{number:06d}.jsonl", (group.rows[place] for place in sorted(group.rows)))
+    else:
+        (raw / f"{number:06d}.tar").unlink()  # stopped before anything had come
     if stopped is not None:
         raise stopped
 
@@ -287,9 +290,12 @@ def salvage(partial: Path, raw: Path, number: str) -> None:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     if not rows:
         return
-    with whole_file(raw / f"{number}.tar") as temporary, partial.open("rb") as file, temporary.open("wb") as kept:
-        shutil.copyfileobj(io.BytesIO(file.read(end)), kept)
-        kept.write(bytes(2 * tarfile.BLOCKSIZE))
+    with whole_file(raw / f"{number}.tar") as temporary:
+        shutil.copyfile(partial, temporary)
+        with temporary.open("r+b") as file:
+            file.truncate(end)
+            file.seek(end)
+            file.write(bytes(2 * tarfile.BLOCKSIZE))
     write_table(raw / f"{number}.jsonl", rows)
 
 

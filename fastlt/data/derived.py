@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from fastlt.classes import ClassSpace
+from fastlt.data.pack import entry_of
 from fastlt.data.packed import COLUMNS, Pack
 from fastlt.errors import UserError
-from fastlt.files import sha256_of, whole_file, whole_folder, write_text
+from fastlt.files import whole_file, whole_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,7 @@ def derive_pack(pack: Pack, out: Path, names: list[str], train: Selection, val: 
         with whole_file(folder / "index.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, **columns)
         files = {name: entry for name, entry in pack.manifest["files"].items() if "/" in name}
-        files |= {
-            name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-            for name in ("classes.json", "index.npz")
-        }
+        files |= {name: entry_of(folder / name) for name in ("classes.json", "index.npz")}
         manifest = pack.manifest | {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "derived_from": pack.id, "files": files,
             "counts": {"train": len(train.images), "val": len(val.images), "targets": len(names), "auxiliaries": 0, "pairs": 0},

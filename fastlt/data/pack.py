@@ -209,7 +209,7 @@ def _write_tables(options: PackOptions, folder: Path, space: ClassSpace, splits:
     if options.beton:
         _write_betons(options, folder, splits, console)
     files = {f"{name}/{shard}": entry for name, packed in splits.items() for shard, entry in packed.files.items()}
-    files |= {path.name: _entry(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    files |= {path.name: entry_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
     write_text(folder / "manifest.json", json.dumps(_manifest(options, space, splits, files), indent=1) + "\n")
 
 
@@ -238,7 +238,8 @@ def _manifest(options: PackOptions, space: ClassSpace, splits: dict[str, Packed]
     }
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def entry_of(path: Path) -> dict[str, Any]:
+    """As the manifest has it."""
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 

@@ -1,5 +1,6 @@
 """Reading a pack: random access to every stored image, without a copy."""
 
+import hashlib
 import json
 import mmap
 import sys
@@ -170,6 +171,15 @@ def check_sizes(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> N
         if file.stat().st_size != entry["size"]:
             found, wanted = file.stat().st_size, entry["size"]
             raise UserError(f"{file} is damaged: it has {found} bytes, the manifest says {wanted}; copy it again")
+
+
+def identity(split: Split) -> str:
+    """Of the very images and their order, whatever their labels, as long as nobody writes others of the same sizes there."""
+    used, shard = np.unique(split.shard, return_inverse=True)
+    told = hashlib.sha256(json.dumps([str(split.folder.resolve()), *(split.shards[i] for i in used.tolist())]).encode())
+    for column in (shard.astype(np.int32), split.offset, split.size):
+        told.update(column.tobytes())
+    return told.hexdigest()[:24]
 
 
 def check_shards(split: Split) -> None:

@@ -1,7 +1,5 @@
 """Small images of one size, such as CIFAR's, are decoded once and kept: cropping them costs less than handing them over."""
 
-import hashlib
-import json
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from pathlib import Path
@@ -12,7 +10,7 @@ from numpy.lib.stride_tricks import as_strided
 from PIL import Image
 
 from fastlt.data.images import fill_box
-from fastlt.data.packed import Split, check_shards, picture
+from fastlt.data.packed import Split, check_shards, identity, picture
 from fastlt.data.plan import Batch
 from fastlt.files import whole_file
 
@@ -37,14 +35,6 @@ def decoded(split: Split) -> np.ndarray:
     return images
 
 
-def identity(split: Split) -> str:
-    """Of the images and their order; labels do not matter."""
-    told = hashlib.sha256(json.dumps([str(split.folder.resolve()), *split.shards]).encode())
-    for column in (split.shard, split.offset, split.size):
-        told.update(column.tobytes())
-    return told.hexdigest()[:24]
-
-
 class ResidentEngine:
     """Decodes all images at the start; on a GPU they are kept, cropped and flipped there. Raises UserError naming a damaged one.
 
@@ -56,7 +46,7 @@ class ResidentEngine:
         check_shards(split)
         self.damaged: dict[int, str] = {}
         self._size, self._device = size, device
-        self._shared, self._name = shared, identity(split)
+        self._shared, self._split = shared, split
         self._margin = 0  # black pixels around each image
         self._images = self._kept(partial(decoded, split))
         self._send()
@@ -65,7 +55,7 @@ class ResidentEngine:
         """What is made, in memory or, where it is to be shared, in a file, which may be there already."""
         if self._shared is None:
             return make()
-        path = self._shared / f"{self._name}-{self._margin}.npy"
+        path = self._shared / f"{identity(self._split)}-{self._margin}.npy"
         if not path.is_file():
             with whole_file(path) as temporary, temporary.open("wb") as file:
                 np.save(file, make())

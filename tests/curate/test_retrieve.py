@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -637,6 +638,9 @@ def test_a_clip_index_of_others_opens_no_file_here_and_a_damaged_one_is_named(we
     retrieved(tmp_path, **settings)
     found = {row["licence"]: row for row in rows(tmp_path)}
     assert found["by"]["fetched"] and "neither http nor https" in found["CC0"]["reason"] and len(found) == 2
+    with pytest.raises(UserError, match="knows an image of any category with one of the licences pdm"):
+        shutil.rmtree(tmp_path / "raw")
+        retrieved(tmp_path, **settings, licences=["pdm"])
     (index / "metadata/metadata_0.parquet").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"cannot read .*metadata_0\.parquet"):
         retrieved(tmp_path, **settings)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastlt.data.augment import Geometry
-from fastlt.data.packed import open_pack
+from fastlt.data.packed import identity, open_pack
 from fastlt.data.plan import Plan, Sampling
-from fastlt.data.resident import ResidentEngine, identity
+from fastlt.data.resident import ResidentEngine
 
 CPU = torch.device("cpu")
 
