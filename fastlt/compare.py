@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
+from fastlt.config import MAY_CHANGE
 from fastlt.errors import UserError
 from fastlt.report import Run, read_run
-from fastlt.rundir import MAY_CHANGE
 
 FIGURES = {
     "top-1": "top1", "many": "many", "medium": "medium", "few": "few", "balanced": "balanced_accuracy",

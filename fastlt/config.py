@@ -29,6 +29,13 @@ Epoch = Annotated[str, Field(pattern=r"^[0-9]+$")]
 Count = Annotated[int, Field(ge=0)]
 Several = Annotated[int, Field(ge=1)]
 
+# Of a run that goes on: what says how it is trained, not what.
+MAY_CHANGE = (
+    "data.pack", "data.cache_gb", "data.workers", "data.engine", "data.strict", "data.prefetch", "data.hw_decoder_load",
+    "data.shared", "train.device", "train.threads", "train.checkpoint_minutes", "train.checkpoint_steps", "train.keep",
+    "train.max_skipped",
+)  # fmt: skip
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -374,3 +381,8 @@ def as_override(key: str, value: str) -> str:
 
 def to_toml(config: Section) -> str:
     return tomli_w.dumps(config.model_dump(mode="json"))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """`section.key` -> value."""
+    return {f"{section}.{key}": value for section, values in config.model_dump().items() for key, value in values.items()}

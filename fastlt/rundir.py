@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,40 +13,22 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastlt import checkpoint as ckpt
-from fastlt.config import Config, load_config
+from fastlt.config import MAY_CHANGE, Config, flat, load_config
 from fastlt.distributed import ALONE, Ranks
 from fastlt.errors import UserError
 from fastlt.files import sibling, write_text
+from fastlt.lock import alone_in
 from fastlt.prepare import Progressed, Trainer
-
-LOCK = ".lock"
-MAY_CHANGE = (
-    "data.pack", "data.cache_gb", "data.workers", "data.engine", "data.strict", "data.prefetch", "data.hw_decoder_load",
-    "data.shared", "train.device", "train.threads", "train.checkpoint_minutes", "train.checkpoint_steps", "train.keep",
-    "train.max_skipped",
-)  # fmt: skip
 
 
 @contextmanager
 def only_run(run: Path, ranks: Ranks = ALONE) -> Iterator[None]:
-    """Two trainings in one RUN folder would overwrite each other. The kernel releases the lock however the process ends."""
+    """Two trainings in one RUN folder would overwrite each other; the first of several processes holds the lock for all."""
     if not ranks.is_first:
         yield
         return
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {run}: {error.strerror}; choose another --out") from error
-    with (run / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another training is running in {run}: wait for it, or choose another --out") from error
-        try:
-            yield
-        finally:
-            if [path.name for path in run.iterdir()] == [LOCK]:  # refused before it began
-                shutil.rmtree(run)
+    with alone_in(run, "another training"):
+        yield
 
 
 @contextmanager
@@ -76,11 +57,6 @@ def check_config(config: Config, run: Path) -> None:
         if changed := [key for key in wanted if wanted[key] != kept[key] and key not in MAY_CHANGE]:
             what = f"{changed[0]} = {kept[changed[0]]!r}, not {wanted[changed[0]]!r}"
             raise UserError(f"{run} holds a run with another configuration ({what}): choose another --out, or remove the folder")
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """`section.key` -> value."""
-    return {f"{section}.{key}": value for section, values in config.model_dump().items() for key, value in values.items()}
 
 
 def resume(trainer: Trainer, console: Console) -> None:

@@ -241,7 +241,7 @@ def test_evaluating_on_other_targets_is_refused(finished, image_folders, tmp_pat
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with only_run(tmp_path / "run"), pytest.raises(UserError, match="another training is running"), only_run(tmp_path / "run"):
+    with only_run(tmp_path / "run"), pytest.raises(UserError, match="another training is at work in"), only_run(tmp_path / "run"):
         pass
 
 

@@ -25,7 +25,6 @@ from fastlt.classes import ClassSpace
 from fastlt.curate.candidates import licence_accepted
 from fastlt.curate.features import open_backbone
 from fastlt.curate.judge import SAME_FEATURES, Verdicts, give_up_small_classes, judge
-from fastlt.curate.lock import only_step
 from fastlt.curate.piles import Pile, make_pile
 from fastlt.curate.retrieve import PROPOSED_BY, tried
 from fastlt.curate.settings import CurateConfig, FilterConfig, keep_settings
@@ -36,6 +35,7 @@ from fastlt.data.packed import COLUMNS, Pack, Split, open_pack
 from fastlt.data.shards import ShardWriter, member_keys
 from fastlt.errors import UserError
 from fastlt.files import whole_file, whole_folder, write_text
+from fastlt.lock import alone_in
 from fastlt.names import normalised
 
 SHARD_BYTES = 10**9
@@ -45,7 +45,7 @@ RETRIEVED_BY = "fastlt curate retrieve"
 
 def run_filter(place: str, out: Path, config: CurateConfig, console: Console) -> None:
     """place: the pack of the targets. Raises UserError where nothing was retrieved, or nothing is kept."""
-    with only_step(out):
+    with alone_in(out, "another step"):
         filter_images(place, out, config, console)
 
 

@@ -24,7 +24,6 @@ from rich.table import Table
 
 from fastlt.classes import ClassSpace
 from fastlt.curate import llm, wordnet
-from fastlt.curate.lock import only_step
 from fastlt.curate.proposals import (
     Category,
     Decision,
@@ -40,6 +39,7 @@ from fastlt.curate.table import write_table
 from fastlt.embeddings import read_embeddings
 from fastlt.errors import UserError
 from fastlt.files import whole_file
+from fastlt.lock import alone_in
 from fastlt.names import normalised
 from fastlt.progress import rated_progress
 
@@ -64,7 +64,7 @@ def run_propose(place: Path, out: Path, config: CurateConfig, dry_run: bool, con
         targets = named(settings, read_targets(place))
         show_prompts(settings, targets, limits_of(settings, targets), out, console)
         return
-    with only_step(out):
+    with alone_in(out, "another step"):
         propose(place, out, config, console)
 
 

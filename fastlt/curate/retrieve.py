@@ -30,12 +30,12 @@ from rich.table import Table
 
 from fastlt.curate.candidates import ENDPOINTS, LOCAL_CLIP, Asked, Candidate, Find, accepted, endpoint, open_sources
 from fastlt.curate.fetch import Fetcher, Refused, open_fetcher
-from fastlt.curate.lock import only_step
 from fastlt.curate.pictures import Picture, examine
 from fastlt.curate.settings import CurateConfig, RetrieveConfig, keep_settings
 from fastlt.curate.table import read_table, write_table
 from fastlt.errors import UserError
 from fastlt.files import whole_file
+from fastlt.lock import alone_in
 from fastlt.names import normalised
 from fastlt.progress import rated_progress
 from fastlt.stopping import Stopped
@@ -53,7 +53,7 @@ class Found(NamedTuple):
 def run_retrieve(out: Path, config: CurateConfig, console: Console) -> None:
     """Raises UserError where nothing is known or fetched, Stopped where SIGTERM or Ctrl-C ended it: what was fetched is kept."""
     categories = [Asked(row["name"], row.get("query") or row["name"]) for row in read_table(out / "categories.jsonl", PROPOSED_BY)]
-    with only_step(out):
+    with alone_in(out, "another step"):
         mend(out / "raw", console)
         try:
             asyncio.run(until_told(retrieve(out, categories, config, console)))

@@ -2,20 +2,18 @@
 
 import csv
 import json
-import subprocess
 from collections.abc import Sequence
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fastlt.files import whole_file, write_text
+from fastlt.sweep.attempt import read_attempts
 from fastlt.sweep.trial import Trial
 
 Row = dict[str, Any]
 FIGURES = ("top1", "many", "medium", "few", "balanced_accuracy", "harmonic_mean", "ece")
 WHY = "failed.txt"  # in the RUN of a trial that failed
-TRAINED_BY = "commit.txt"  # of the source that trained it
 ENDED = "ended.txt"  # in that of one that was ended early
 
 
@@ -28,11 +26,12 @@ def read_row(run: Path, trial: Trial, cpus: float, gpus: float) -> Row:
     result, status, note = outcome(run)
     row: Row = {**{name: plain(value) for name, value in trial.values.items()}, "seed": trial.seed}
     row |= {"run": run.name, "status": status, "note": note}
-    row |= {name: result.get(name) for name in (*FIGURES, "epochs", "images", "seconds")}
-    if row["seconds"] is not None:
-        row["seconds"] = round(row["seconds"], 1)
-        row["gpu_hours"], row["cpu_hours"] = round(row["seconds"] / 3600 * gpus, 4), round(row["seconds"] / 3600 * cpus, 4)
-    return {**row, "settings": json.dumps(list(trial.settings)), "fastlt": version("fastlt"), "commit": read_text(run / TRAINED_BY)}
+    row |= {name: result.get(name) for name in (*FIGURES, "epochs", "images")}
+    held = read_attempts(run)
+    row["seconds"] = seconds = held.get("seconds")
+    row["gpu_hours"], row["cpu_hours"] = (None if seconds is None else round(seconds / 3600 * of, 4) for of in (gpus, cpus))
+    row |= {name: held.get(name) for name in ("attempts", "node", "commit")}
+    return {**row, "settings": json.dumps(list(trial.settings)), "fastlt": version("fastlt")}
 
 
 def outcome(run: Path) -> tuple[dict[str, Any], str, str]:
@@ -99,16 +98,3 @@ def read_text(path: Path) -> str:
 def note_failure(run: Path, why: str) -> None:
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / WHY, why.strip() + "\n")
-
-
-@cache
-def commit() -> str:
-    """Of the source that is running, where it is a clone; with + where it was changed since."""
-    here = Path(__file__).parent
-    try:
-        told = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return told.stdout.strip() if told.returncode == 0 else ""

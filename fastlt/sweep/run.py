@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,8 +30,9 @@ from fastlt.config import load_config
 from fastlt.data.pool import cores
 from fastlt.errors import UserError, extra
 from fastlt.files import write_text
-from fastlt.rundir import only_run
-from fastlt.sweep.results import ENDED, TRAINED_BY, WHY, Row, commit, note_failure, outcome, read_row, run_of, write_results
+from fastlt.lock import alone_in
+from fastlt.sweep.attempt import Attempt
+from fastlt.sweep.results import ENDED, WHY, Row, note_failure, outcome, read_row, run_of, write_results
 from fastlt.sweep.spec import METRICS, Range, Sweep, Values, read_sweep
 from fastlt.sweep.trial import Trial, check_axes, make_trial, points, trained
 
@@ -105,7 +107,7 @@ def run_sweep(
     check_axes(sweep, pack, more)
     if (out / "runs").is_dir() and not resume:
         raise UserError(f"{out} holds a sweep already: go on with it by --resume, or choose another --out")
-    with only_run(out):
+    with alone_in(out, "another sweep"):
         (out / "runs").mkdir(parents=True, exist_ok=True)
         write_text(out / "sweep.toml", file.read_text(encoding="utf-8"))
         for values in points(sweep) if sweep.search.kind != "optuna" else known_points(board):
@@ -272,9 +274,10 @@ def train_trial(board: Board, suggested: dict[str, Any]) -> None:
     trial = board.trial(values_of(board.sweep, suggested))
     run = board.run(trial)
     run.mkdir(parents=True, exist_ok=True)
-    write_text(run / TRAINED_BY, commit() + "\n")
+    attempt = Attempt(run, node_name())
 
     def tell(record: dict[str, Any]) -> None:
+        attempt.note()
         if board.sweep.search.stop_early and "top1" in record:
             tune.report({"epoch": record["epoch"] + 1, **{name: record[name] or 0.0 for name in METRICS}})
 
@@ -285,7 +288,16 @@ def train_trial(board: Board, suggested: dict[str, Any]) -> None:
         note_failure(run, str(error))
         tune.report({"epoch": 0, **dict.fromkeys(METRICS, 0.0)})
         return
+    finally:
+        attempt.note()
     tune.report({"epoch": result["epochs"], **{name: result[name] or 0.0 for name in METRICS}})
+
+
+def node_name() -> str:
+    """Of this machine, and of Ray's node on it, of which one machine may have several."""
+    from ray import get_runtime_context
+
+    return f"{socket.gethostname()}-{get_runtime_context().get_node_id()[:8]}"
 
 
 def make_watch(board: Board, tune: Any, update: Any, console: Console) -> Any:

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from fastlt.config import Config, load_config
+from fastlt.config import MAY_CHANGE, Config, flat, load_config
 from fastlt.errors import UserError
 from fastlt.methods import method_settings
-from fastlt.rundir import MAY_CHANGE, flat
 from fastlt.sweep.spec import SHORT, Sweep, Values, choose, settings_of
 
 LONGEST_NAME = 100  # characters of a folder
