@@ -18,7 +18,7 @@ from rich.table import Table
 from fastlt.data.derived import Selection, derive_pack
 from fastlt.data.packed import Pack, Split, open_pack
 from fastlt.errors import UserError
-from fastlt.granularity import read_hierarchy
+from fastlt.hierarchy import most_families, read_hierarchy
 from fastlt_benchmarks.repeated import GROUPS, Control, spread, train_all
 from fastlt_benchmarks.results_file import append_rows, check_file
 
@@ -35,7 +35,7 @@ class Level(NamedTuple):
 
 class Asked(NamedTuple):
     pack: str
-    hierarchy: Path
+    hierarchy: str
     out: Path
     draws: int  # of classes, of the images, and of the training
     parallel: int
@@ -48,10 +48,10 @@ def run_granularity_study(asked: Asked, csv: Path | None, console: Console) -> N
     if csv is not None:
         check_file(csv)
     pack = open_pack(asked.pack)
-    parents = read_hierarchy(asked.hierarchy, pack.space.target_names)
+    families = most_families(read_hierarchy(asked.hierarchy, pack.space.target_names))
     controls: dict[str, Control] = {}
     for draw in range(asked.draws):
-        for level in levels(pack, parents, np.random.default_rng([draw, 2])):
+        for level in levels(pack, families, np.random.default_rng([draw, 2])):
             for kind, place in packs_of(pack, level, draw, asked).items():
                 settings = ["loss.name=ce", "data.auxiliary=false", f"train.seed={draw}", *asked.settings]
                 controls[f"{level.name} | {kind} | {draw}"] = Control(place, settings)
@@ -63,15 +63,13 @@ def run_granularity_study(asked: Asked, csv: Path | None, console: Console) -> N
         console.print(f"added to {csv}")
 
 
-def levels(pack: Pack, parents: Mapping[str, str], rng: np.random.Generator) -> list[Level]:
-    """The study's levels, drawn anew each time."""
-    children: dict[str, list[int]] = {}
-    for target, name in enumerate(pack.space.target_names):
-        children.setdefault(parents[name], []).append(target)
-    names = sorted(children)
-    count, each = len(names), min(map(len, children.values()))
-    if count < 4 or each < 2:
-        raise UserError(f"the hierarchy has {count} parents of {each} children at least: it needs 4 of 2")
+def levels(pack: Pack, families: Mapping[str, list[str]], rng: np.random.Generator) -> list[Level]:
+    """The study's levels, drawn anew each time. families: parent -> its classes."""
+    ids = {name: target for target, name in enumerate(pack.space.target_names)}
+    children = {name: [ids[member] for member in members] for name, members in families.items()}
+    if (count := len(children)) < 4:
+        raise UserError(f"the hierarchy has {count} parents of two classes or more: the study needs 4")
+    names, each = list(children), min(map(len, children.values()))
     order = rng.permutation(count).tolist()
     found = [Level("fixed classes: parents", {name: children[name] for name in names})]
     for part in sorted({1, *divisors(count, each)}):

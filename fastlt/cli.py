@@ -23,6 +23,7 @@ from fastlt.methods import ONE_STAGE, SECOND_STAGE, method_settings
 if TYPE_CHECKING:
     from fastlt.data.source import Collection
 
+HIERARCHY = "a CSV with the columns class,parent, cifar100:DIR, wordnet:FOLDER or wn:LEXICON"
 POST_HOC = ("tau-norm", "logit-adjustment", "cosine", "angular")  # as fastlt.posthoc has them, which imports torch
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -342,8 +343,8 @@ def granularity_score(
     weights: Annotated[str, typer.Option(help="A RUN whose backbone makes the features, or a file for --backbone.")] = "",
     backbone: Annotated[str, typer.Option(help="Any timm model; by default that of `fastlt curate filter`.")] = "",
     hierarchy: Annotated[
-        Path | None, typer.Option(help="CSV with the columns class,parent: the parents are scored beside the targets.")
-    ] = None,
+        str, typer.Option(help=f"What the targets belong to, scored beside them: {HIERARCHY}.", show_default=False)
+    ] = "",
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Figures, and all pairs of nearest targets.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
@@ -362,7 +363,7 @@ def granularity_train(
     data: Annotated[
         str, typer.Argument(metavar="PACK", help="A pack whose classes have many images each, such as all of CIFAR-100.")
     ],
-    hierarchy: Annotated[Path, typer.Option(help="CSV with the columns class,parent.")],
+    hierarchy: Annotated[str, typer.Option(help=f"What the classes belong to: {HIERARCHY}.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Packs and runs; what has finished there is not run again.")],
     draws: Annotated[int, typer.Option(min=1, help="Of classes, images and trainings.")] = 3,
     parallel: Annotated[int, typer.Option(min=1, help="Runs at a time; the cores are shared among them.")] = 1,

@@ -1,10 +1,9 @@
 """`fastlt granularity`: how fine the classes of a pack are, told by features alone, without a training.
 
 Of each class the medoid stands for it: the image nearest to all the others. A class is fine where other classes' medoids are as
-near to its images as its own (ranking with medoids, after Cui et al. 2019, arXiv 1912.10154).
+near to its images as its own (ranking with medoids, after Cui et al. 2019, arXiv 1912.10154: 0 is the finest, 1 the coarsest).
 """
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastlt.curate.settings import FilterConfig
 from fastlt.data.packed import open_pack
 from fastlt.errors import UserError
 from fastlt.files import write_text
+from fastlt.hierarchy import Level, read_hierarchy
 from fastlt.progress import rated_progress
 
 SHOWN = 12  # pairs of targets
@@ -31,7 +31,7 @@ class Score(NamedTuple):
     """Of a set of features under one labelling; distances are 1 - cosine."""
 
     classes: int
-    granularity: float  # 0: every image is nearest to its own class' medoid; 0.5: labels say nothing
+    granularity: float  # 1, the coarsest: every image is nearest to its own class' medoid; 0.5: labels say nothing; 0, the finest
     within: float  # of an image to its class' medoid, mean over classes
     between: float  # of a class' medoid to the nearest other one, mean over classes
 
@@ -46,7 +46,8 @@ class Between(NamedTuple):
 
     target: str
     nearest: str
-    distance: float
+    distance: float  # of their medoids
+    confused: float  # share of their images that are nearer to the other's medoid than to their own, mean over the two
     auxiliary: str
     to_both: tuple[float, float] | None
 
@@ -68,7 +69,7 @@ def score(features: np.ndarray, labels: np.ndarray) -> Score:
     apart = 1 - centres @ centres.T
     np.fill_diagonal(apart, np.inf)
     of_classes = [float((np.bincount(labels, values) / sizes).mean()) for values in (ranks, own)]
-    return Score(count, of_classes[0], of_classes[1], float(apart.min(axis=1).mean()))
+    return Score(count, 1 - of_classes[0], of_classes[1], float(apart.min(axis=1).mean()))
 
 
 def medoids(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -84,61 +85,58 @@ def structure(features: np.ndarray, labels: np.ndarray, space: ClassSpace) -> li
     """Of each target with images the nearest other one, the nearest pairs first; labels (n,) are ids of the class space."""
     present = np.unique(labels)
     centres = medoids(features, np.searchsorted(present, labels))
-    is_target = present < space.num_targets
-    targets, auxiliaries = np.flatnonzero(is_target), np.flatnonzero(~is_target)
+    targets = np.flatnonzero(present < space.num_targets)
     distance = 1 - centres @ centres.T
-    found: dict[tuple[int, int], Between] = {}
+    pairs = set()
     for target in targets.tolist():
         others = targets[targets != target]
-        nearest = int(others[distance[target, others].argmin()])
-        first, second = sorted((target, nearest))
-        auxiliary, to_both = "", None
-        if len(auxiliaries):
-            worst = np.maximum(distance[first, auxiliaries], distance[second, auxiliaries])
-            middle = int(auxiliaries[worst.argmin()])
-            if worst.min() < distance[first, second]:  # nearer to both than they are to each other
-                auxiliary = space.names[int(present[middle])]
-                to_both = float(distance[first, middle]), float(distance[second, middle])
+        pairs.add(tuple(sorted((target, int(others[distance[target, others].argmin()])))))
+    found = []
+    for first, second in sorted(pairs):
+        strayed = [nearer(features[labels == present[a]], centres[a], centres[b]) for a, b in ((first, second), (second, first))]
+        between = in_the_middle(distance, first, second, len(targets))
+        auxiliary, to_both = ("", None) if between is None else (space.names[int(present[between[0]])], between[1])
         one, other = (space.names[int(present[i])] for i in (first, second))
-        found[first, second] = Between(one, other, float(distance[first, second]), auxiliary, to_both)
-    return sorted(found.values(), key=lambda pair: pair.distance)
+        found.append(Between(one, other, float(distance[first, second]), sum(strayed) / 2, auxiliary, to_both))
+    return sorted(found, key=lambda pair: pair.distance)
 
 
-def read_hierarchy(file: Path, names: Sequence[str]) -> dict[str, str]:
-    """Class -> what it belongs to, from a CSV with the columns class,parent. Raises UserError where a class has none."""
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(csv.DictReader(lines))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the hierarchy {file}: {error}") from error
-    if not rows or not {"class", "parent"} <= rows[0].keys():
-        raise UserError(f"{file}, line 1: the header must be class,parent")
-    parents = {row["class"]: row["parent"] for row in rows}
-    if missing := [name for name in names if not parents.get(name)]:
-        raise UserError(f"{file} has no parent of '{missing[0]}', and of {len(missing) - 1} more classes")
-    return parents
+def nearer(features: np.ndarray, own: np.ndarray, other: np.ndarray) -> float:
+    """The share of images (n, D) that are nearer to the other medoid (D,) than to their own."""
+    return float((features.astype(np.float32) @ (other - own) > 0).mean())
 
 
-def levels(labels: np.ndarray, space: ClassSpace, parents: Mapping[str, str] | None) -> dict[str, np.ndarray]:
-    """Labellings of the targets' images, the pack's own first."""
-    if parents is None:
-        return {"targets": labels}
-    coarse = {name: i for i, name in enumerate(sorted({parents[name] for name in space.target_names}))}
-    table = np.array([coarse[parents[name]] for name in space.target_names])
-    return {"targets": labels, "their parents": table[labels]}
+def in_the_middle(distance: np.ndarray, first: int, second: int, targets: int) -> tuple[int, tuple[float, float]] | None:
+    """The auxiliary class that is nearest to both of two targets, if it is nearer to each than they are to each other, and its
+    distances. distance (classes, classes), targets first."""
+    worst = np.maximum(distance[first, targets:], distance[second, targets:])
+    if not len(worst) or worst.min() >= distance[first, second]:
+        return None
+    middle = targets + int(worst.argmin())
+    return middle, (float(distance[first, middle]), float(distance[second, middle]))
 
 
-def run_granularity(place: str, settings: FilterConfig, hierarchy: Path | None, out: Path | None, console: Console) -> None:
-    """place: a pack, of whose training images the features are made. Raises UserError."""
+def labellings(labels: np.ndarray, space: ClassSpace, levels: Mapping[str, Level]) -> dict[str, np.ndarray]:
+    """Of the targets' images: labels (n,) of the pack's own first, then by the groups of each level."""
+    found = {"targets": labels}
+    for name, level in levels.items():
+        ids = {group: i for i, group in enumerate(sorted(set(level.values())))}
+        found[name] = np.array([ids[level[target]] for target in space.target_names])[labels]
+    return found
+
+
+def run_granularity(place: str, settings: FilterConfig, hierarchy: str, out: Path | None, console: Console) -> None:
+    """place: a pack, of whose training images the features are made; hierarchy: as read_hierarchy takes it, or "". Raises
+    UserError."""
     pack = open_pack(place)
     space, split = pack.space, pack.train
-    parents = read_hierarchy(hierarchy, space.target_names) if hierarchy else None
+    levels = read_hierarchy(hierarchy, space.target_names) if hierarchy else {}
     backbone = open_backbone(settings)
     with rated_progress(console, "images/s", transient=True) as bar:
         task = bar.add_task("looking at images", total=len(split))
         features = extract(backbone, split, settings.batch, settings.workers, lambda done: bar.advance(task, done))
     of_targets = split.label < space.num_targets
-    scores = {name: score(features[of_targets], of) for name, of in levels(split.label[of_targets], space, parents).items()}
+    scores = {name: score(features[of_targets], of) for name, of in labellings(split.label[of_targets], space, levels).items()}
     if space.num_auxiliaries:
         scores["targets and auxiliaries"] = score(features, split.label)
     pairs = structure(features, split.label, space)
@@ -160,10 +158,12 @@ def show(scores: Mapping[str, Score], pairs: Sequence[Between], space: ClassSpac
         table.add_row(name, f"{of.classes:,}", f"{of.granularity:.4f}", f"{of.within:.3f}", f"{of.between:.3f}", f"{of.ratio:.2f}")
     console.print(table)
     console.print(reading(scores), highlight=False, soft_wrap=True)
-    near = Table("target", "nearest target", "distance", "between them", title="the nearest targets", title_justify="left")
+    near = Table(
+        "target", "nearest target", "distance", "confused", "between them", title="the nearest targets", title_justify="left"
+    )
     for pair in pairs[:SHOWN]:
         between = f"{escape(pair.auxiliary)} ({pair.to_both[0]:.3f}, {pair.to_both[1]:.3f})" if pair.to_both else "-"
-        near.add_row(escape(pair.target), escape(pair.nearest), f"{pair.distance:.3f}", between)
+        near.add_row(escape(pair.target), escape(pair.nearest), f"{pair.distance:.3f}", f"{pair.confused:.1%}", between)
     console.print(near)
     if space.num_auxiliaries:
         filled = sum(pair.to_both is not None for pair in pairs)
@@ -174,10 +174,11 @@ def reading(scores: Mapping[str, Score]) -> str:
     """What the figures mean for auxiliaries."""
     own, wide = scores["targets"], scores.get("targets and auxiliaries")
     told = (
-        f"An image has {own.granularity:.1%} of the other classes' medoids nearer than its own: 0 where classes lie well apart, 50 "
-        "where labels say nothing. It is by these features: compare packs by one backbone, and none that was trained on either."
+        f"An image has {1 - own.granularity:.1%} of the other classes' medoids nearer than its own. Granularity is 1 where classes "
+        "lie well apart, 0.5 where labels say nothing: the coarser, the more there is to gain from auxiliaries. It is by these "
+        "features: compare packs by one backbone, and none that was trained on either."
     )
     if wide is None:
         return told
-    change = "finer" if wide.granularity > own.granularity else "no finer"
+    change = "finer" if wide.granularity < own.granularity else "no finer"
     return f"{told} With the pack's auxiliaries the label space is {change}: {own.granularity:.4f} -> {wide.granularity:.4f}."

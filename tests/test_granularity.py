@@ -34,22 +34,22 @@ def test_the_score_is_that_of_plain_loops(seed):
         np.mean([sum(1 - f[i] @ c < 1 - f[i] @ centres[k] - 1e-9 for c in centres) / 6 for i in np.flatnonzero(labels == k)])
         for k in range(7)
     ]
-    assert found.granularity == pytest.approx(np.mean(ranks), abs=1e-3) and found.classes == 7
+    assert found.granularity == pytest.approx(1 - np.mean(ranks), abs=1e-3) and found.classes == 7
     apart = [min(1 - a @ b for j, b in enumerate(centres) if i != j) for i, a in enumerate(centres)]
     assert found.between == pytest.approx(np.mean(apart), abs=1e-3)
 
 
-def test_finer_classes_score_higher_and_labels_that_say_nothing_a_half():
+def test_finer_classes_score_lower_and_labels_that_say_nothing_a_half():
     rng = np.random.default_rng(0)
     coarse = rng.normal(size=(6, 32))
     fine = np.repeat(coarse, 4, axis=0) + 0.35 * rng.normal(size=(24, 32))
     features, labels = blobs(fine, 0.6, 40, rng)
     by_parent, by_class = score(features, labels // 4), score(features, labels)
-    assert by_parent.granularity < by_class.granularity < score(features, rng.permutation(labels)).granularity
+    assert by_parent.granularity > by_class.granularity > score(features, rng.permutation(labels)).granularity
     assert by_parent.ratio < by_class.ratio
     assert score(features, rng.permutation(labels)).granularity == pytest.approx(0.5, abs=0.1)
     apart, labels = blobs(10 * rng.normal(size=(5, 32)), 0.1, 20, rng)
-    assert score(apart, labels).granularity == 0
+    assert score(apart, labels).granularity == 1
 
 
 def test_numbers_of_classes_and_of_images_may_be_any():
@@ -66,9 +66,17 @@ def test_what_lies_between_is_nearer_to_both():
     space = ClassSpace(target_names=["a", "b"], auxiliary_names=["x", "y", "z"], train_counts=[1] * 5, val_counts=[1, 1])
     (pair,) = structure(features, np.arange(5), space)
     assert (pair.target, pair.nearest, pair.auxiliary) == ("a", "b", "x")
-    assert pair.distance == pytest.approx(1 - np.cos(np.radians(40)), abs=1e-3)
+    assert pair.distance == pytest.approx(1 - np.cos(np.radians(40)), abs=1e-3) and pair.confused == 0
     (pair,) = structure(features[[0, 1, 3, 4]], np.array([0, 1, 3, 4]), space)
     assert pair.auxiliary == "" and pair.to_both is None
+
+
+def test_images_nearer_to_the_other_medoid_are_confused():
+    angles = np.radians([0, 1, -1, 30, 31, 40, 41, 39, 38])  # of the first five two lie with the others
+    features = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16)
+    space = ClassSpace(target_names=["a", "b"], train_counts=[5, 4], val_counts=[1, 1])
+    (pair,) = structure(features, np.array([0] * 5 + [1] * 4), space)
+    assert pair.confused == pytest.approx((2 / 5 + 0) / 2)
 
 
 def test_a_pack_by_the_features_of_a_run(small_pack, tmp_path):
@@ -77,15 +85,15 @@ def test_a_pack_by_the_features_of_a_run(small_pack, tmp_path):
     console = Console(record=True, width=160)
     (tmp_path / "h.csv").write_text("class,parent\na,p\nb,p\nc,q\n")
     settings = FilterConfig(weights=str(tmp_path / "run"))
-    run_granularity(str(small_pack), settings, tmp_path / "h.csv", tmp_path / "g.json", console)
+    run_granularity(str(small_pack), settings, str(tmp_path / "h.csv"), tmp_path / "g.json", console)
     told = json.loads((tmp_path / "g.json").read_text())
     assert {name: of["classes"] for name, of in told["scores"].items()} == {
         "targets": 3,
-        "their parents": 2,
+        "parents": 2,
         "targets and auxiliaries": 5,
     }
     said = console.export_text()
-    assert "the nearest targets" in said and "pairs of nearest targets" in said
+    assert "nearest targets" in said and "pairs of nearest targets" in said
     (tmp_path / "h.csv").write_text("class,parent\na,p\n")
     with pytest.raises(UserError, match="has no parent of 'b', and of 1 more"):
-        run_granularity(str(small_pack), settings, tmp_path / "h.csv", None, console)
+        run_granularity(str(small_pack), settings, str(tmp_path / "h.csv"), None, console)

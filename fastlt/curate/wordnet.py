@@ -146,7 +146,7 @@ def read_wn(lexicon: str) -> WordNet:
     try:
         import wn
     except ImportError as error:
-        raise UserError("propose.wordnet=wn:... needs the library wn: pip install fastlt[curate]") from error
+        raise UserError(f"wn:{lexicon} needs the library wn: pip install fastlt[curate]") from error
     try:
         synsets = wn.Wordnet(lexicon, expand="").synsets(pos="n")
     except wn.Error as error:

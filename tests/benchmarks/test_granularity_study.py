@@ -32,29 +32,29 @@ def study(tmp_path_factory):
     return root
 
 
-def parents():
-    return {f"c{k:02}": f"p{k // 4}" for k in range(16)}
+def families():
+    return {f"p{p}": [f"c{4 * p + k:02}" for k in range(4)] for p in range(4)}
 
 
 def test_levels_have_as_many_classes_or_the_same_parents(study):
-    found = {level.name: level.classes for level in levels(open_pack(study / "pack"), parents(), np.random.default_rng(0))}
+    found = {level.name: level.classes for level in levels(open_pack(study / "pack"), families(), np.random.default_rng(0))}
     fixed = [len(classes) for name, classes in found.items() if name.startswith("fixed classes")]
     assert fixed == [4, 4, 4, 4]  # parents; 1, 2 and 4 of a parent
     for part in (1, 2, 4):
-        of = [parents()[name] for name in found[f"fixed classes: {part} of a parent"]]
+        of = [int(name[1:]) // 4 for name in found[f"fixed classes: {part} of a parent"]]
         assert all(of.count(parent) == part for parent in of)
     few, fine = found["fixed parents: parents"], found["fixed parents: children"]
     assert sorted(t for targets in few.values() for t in targets) == sorted(t for targets in fine.values() for t in targets)
-    with pytest.raises(UserError, match="it needs 4 of 2"):
-        levels(open_pack(study / "pack"), dict.fromkeys(parents(), "one"), np.random.default_rng(0))
+    with pytest.raises(UserError, match="has 1 parents of two classes or more: the study needs 4"):
+        levels(open_pack(study / "pack"), {"one": families()["p0"]}, np.random.default_rng(0))
 
 
 def test_both_sets_have_as_many_images(study, tmp_path):
     assert tail_counts(500, 100, 20)[0] == 500 and tail_counts(500, 100, 20)[-1] == 5
     assert spread_evenly(10, 4) == [3, 3, 2, 2]
     pack = open_pack(study / "pack")
-    asked = Asked(str(study / "pack"), study / "h.csv", tmp_path, 1, 1, 6, [])
-    for level in levels(pack, parents(), np.random.default_rng(0)):
+    asked = Asked(str(study / "pack"), str(study / "h.csv"), tmp_path, 1, 1, 6, [])
+    for level in levels(pack, families(), np.random.default_rng(0)):
         made = {kind: open_pack(place) for kind, place in packs_of(pack, level, 0, asked).items()}
         totals = {kind: len(found.train) for kind, found in made.items()}
         assert totals["balanced"] == totals["long-tailed"]
@@ -66,7 +66,7 @@ def test_both_sets_have_as_many_images(study, tmp_path):
 def test_the_whole_study_is_told_and_kept(study, tmp_path):
     console = Console(record=True, width=160)
     settings = ["train.epochs=1", "data.size=16", "data.batch=8", "model.name=resnet8"]
-    asked = Asked(str(study / "pack"), study / "h.csv", tmp_path / "out", 1, 2, 6, settings)
+    asked = Asked(str(study / "pack"), str(study / "h.csv"), tmp_path / "out", 1, 2, 6, settings)
     run_granularity_study(asked, tmp_path / "g.csv", console)
     said = console.export_text()
     assert "the number of classes fixed" in said and "4 of a parent" in said and "children" in said

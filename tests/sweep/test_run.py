@@ -1,13 +1,11 @@
 """Sweeps on a real Ray: what is trained, what is not trained again, and what is left after kills."""
 
-import csv
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,32 +16,13 @@ pytest.importorskip("ray", reason="no ray here: it comes with the extra `sweep`"
 from fastlt.errors import UserError
 from fastlt.sweep.run import run_sweep
 
-SETTINGS = 'recipe = "demo"\n[settings]\ntrain.epochs = {epochs}\ndata.batch = 8\ndata.size = 16\ndata.workers = 0\n'
-PATIENCE = 180  # seconds for what takes a few
-
-
-def write(folder, axes, epochs=1, more=""):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "s.toml").write_text(SETTINGS.format(epochs=epochs) + f"[axes]\n{axes}\n{more}")
-    return folder / "s.toml"
+from .small import PATIENCE, epochs_of, table, until, write
 
 
 def swept(file, pack, out, resume=False, settings=()):
     console = Console(record=True, width=200)
     rows = run_sweep(file, str(pack), out, list(settings), None, resume, console)
     return rows, console.export_text()
-
-
-def table(out):
-    with (out / "results.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def epochs_of(run: Path) -> int:
-    try:
-        return (run / "metrics.jsonl").read_bytes().count(b"\n")
-    except OSError:
-        return 0
 
 
 def test_a_grid_is_trained_once_and_what_has_finished_is_not_run_again(small_pack, tmp_path):
@@ -126,14 +105,6 @@ def begun(small_pack, tmp_path, epochs=40):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     until(lambda: any(epochs_of(run) >= 3 for run in out.glob("runs/*")), process)
     return command, out, process
-
-
-def until(is_so, process=None):
-    end = time.monotonic() + PATIENCE
-    while not is_so():
-        assert time.monotonic() < end, "it took too long"
-        assert process is None or process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
 
 
 def trainers(process) -> list[int]:
