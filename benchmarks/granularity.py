@@ -1,11 +1,12 @@
 """`fastlt granularity train`: does a long tail hurt less where classes are finer? The quantitative study of the paper, on any pack
 with a hierarchy over its classes.
 
-Each level is trained on a balanced and on a long-tailed set of as many images. With the number of classes fixed, they are drawn
-from all parents, one each, up to all children of a few; and the parents themselves, each with the images of its children. With the
-parents fixed, the same few are told apart as parents, or by their children.
+Each level is trained on a balanced and on a long-tailed set, all of as many images. With the number of classes fixed, they are
+drawn from all parents, one each, up to all children of a few; and the parents themselves, each with the images of its children.
+With the parents fixed, the same few are told apart as parents, or by their children.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,14 @@ from rich.table import Table
 from fastlt.data.derived import Selection, derive_pack
 from fastlt.data.packed import Pack, Split, open_pack
 from fastlt.errors import UserError
+from fastlt.files import write_text
 from fastlt.hierarchy import most_families, read_hierarchy
 from fastlt_benchmarks.repeated import GROUPS, Control, spread, train_all
 from fastlt_benchmarks.results_file import append_rows, check_file
 
 KINDS = ("balanced", "long-tailed")
-LARGEST = 500  # training images of the most frequent class, if every class of the pack has as many
+SPOKEN = {"pack": "another pack", "families": "another hierarchy", "imbalance": "another imbalance", "images": "other draws"}
+LARGEST = 500  # training images that are used of a class at most
 
 
 class Level(NamedTuple):
@@ -47,20 +50,41 @@ def run_granularity_study(asked: Asked, csv: Path | None, console: Console) -> N
     """Runs that have finished in --out are not run again. Raises UserError."""
     if csv is not None:
         check_file(csv)
-    pack = open_pack(asked.pack)
-    families = most_families(read_hierarchy(asked.hierarchy, pack.space.target_names))
-    controls: dict[str, Control] = {}
-    for draw in range(asked.draws):
-        for level in levels(pack, families, np.random.default_rng([draw, 2])):
-            for kind, place in packs_of(pack, level, draw, asked).items():
-                settings = ["loss.name=ce", "data.auxiliary=false", f"train.seed={draw}", *asked.settings]
-                controls[f"{level.name} | {kind} | {draw}"] = Control(place, settings)
+    controls = controls_of(open_pack(asked.pack), asked)
     rows = [told(row) for row in train_all("cifar100-siblings", controls, asked.out, 1, asked.parallel, console)]
     for fixed in ("classes", "parents"):
         console.print(table([row for row in rows if row["level"].startswith(f"fixed {fixed}")], fixed))
     if csv is not None:
         append_rows(csv, rows)
         console.print(f"added to {csv}")
+
+
+def controls_of(pack: Pack, asked: Asked) -> dict[str, Control]:
+    """The trainings of the study, whose packs are made where they are not there yet."""
+    families = most_families(read_hierarchy(asked.hierarchy, pack.space.target_names))
+    drawn = [levels(pack, families, np.random.default_rng([draw, 2])) for draw in range(asked.draws)]
+    total = min(most_images(pack, level, asked.imbalance) for found in drawn for level in found)
+    if total < 2 * (most := max(len(level.classes) for level in drawn[0])):
+        raise UserError(f"{asked.pack} has too few images: a long tail of {most} classes would have {total:,} training images")
+    check_study(asked.out, {"pack": pack.id, "families": families, "imbalance": asked.imbalance, "images": total})
+    controls = {}
+    for draw, found in enumerate(drawn):
+        for level in found:
+            for kind, place in packs_of(pack, level, draw, total, asked).items():
+                settings = ["loss.name=ce", "data.auxiliary=false", f"train.seed={draw}", *asked.settings]
+                controls[f"{level.name} | {kind} | {draw}"] = Control(place, settings)
+    return controls
+
+
+def check_study(out: Path, wanted: dict[str, Any]) -> None:
+    """What is trained in --out is kept in study.json. Raises UserError where that is another study."""
+    try:
+        kept = json.loads((out / "study.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        write_text(out / "study.json", json.dumps(wanted, ensure_ascii=False, indent=1) + "\n")
+        return
+    if changed := [name for name in wanted if kept.get(name) != wanted[name]]:
+        raise UserError(f"{out} holds a study with {SPOKEN[changed[0]]}: choose another --out, or remove it")
 
 
 def levels(pack: Pack, families: Mapping[str, list[str]], rng: np.random.Generator) -> list[Level]:
@@ -87,16 +111,21 @@ def divisors(count: int, most: int) -> list[int]:
     return [part for part in range(2, most + 1) if count % part == 0]
 
 
-def packs_of(pack: Pack, level: Level, draw: int, asked: Asked) -> dict[str, Path]:
-    """The balanced and the long-tailed set of a level, of as many training images."""
+def most_images(pack: Pack, level: Level, imbalance: float) -> int:
+    """Of a long tail over the level's classes, whichever of them is the most frequent."""
+    counts = pack.space.train_counts
+    fewest = min(sum(min(LARGEST, counts[target]) for target in targets) for targets in level.classes.values())
+    return math.floor(fewest * tail_shares(imbalance, len(level.classes)).sum())
+
+
+def packs_of(pack: Pack, level: Level, draw: int, total: int, asked: Asked) -> dict[str, Path]:
+    """The balanced and the long-tailed set of a level, of `total` training images each."""
     names, found = list(level.classes), {}
-    fewest = min(pack.space.train_counts[: pack.space.num_targets])  # the same at all levels, so that they can be compared
     rng = np.random.default_rng([draw, 3])
     rank = rng.permutation(len(names))
-    tail = tail_counts(min(LARGEST, fewest), asked.imbalance, len(names))
-    even = spread_evenly(sum(tail), len(names))
+    tail = tail_counts(total, asked.imbalance, len(names))
     val = take(pack.val, level, [10**9] * len(names), rng)
-    for kind, counts in zip(KINDS, (even, [tail[i] for i in rank]), strict=True):
+    for kind, counts in zip(KINDS, (spread_evenly(total, len(names)), [tail[i] for i in rank]), strict=True):
         place = asked.out / "packs" / f"{level.name.replace(':', '').replace(' ', '-')}-{kind}-{draw}"
         if not place.is_dir():
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -105,8 +134,17 @@ def packs_of(pack: Pack, level: Level, draw: int, asked: Asked) -> dict[str, Pat
     return found
 
 
-def tail_counts(largest: int, imbalance: float, classes: int) -> list[int]:
-    return [max(1, int(largest * imbalance ** (-i / (classes - 1)))) for i in range(classes)]
+def tail_shares(imbalance: float, classes: int) -> np.ndarray:
+    """Images of each class (classes,) over those of the most frequent, as in CIFAR-100-LT."""
+    return imbalance ** (-np.arange(classes) / (classes - 1))
+
+
+def tail_counts(total: int, imbalance: float, classes: int) -> list[int]:
+    """A long tail of `total` images, one a class at least; the most frequent class makes up for what was rounded."""
+    shares = tail_shares(imbalance, classes)
+    counts = np.maximum(1, np.rint(total * shares / shares.sum())).astype(int)
+    counts[0] += total - counts.sum()
+    return counts.tolist()
 
 
 def spread_evenly(total: int, classes: int) -> list[int]:

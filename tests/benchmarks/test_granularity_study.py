@@ -12,7 +12,7 @@ from fastlt.data.pack import PackOptions, write_pack
 from fastlt.data.packed import open_pack
 from fastlt.data.source import read_collection
 from fastlt.errors import UserError
-from fastlt_benchmarks.granularity import Asked, levels, packs_of, run_granularity_study, spread_evenly, tail_counts
+from fastlt_benchmarks.granularity import Asked, levels, most_images, packs_of, run_granularity_study, spread_evenly, tail_counts
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +50,20 @@ def test_levels_have_as_many_classes_or_the_same_parents(study):
 
 
 def test_both_sets_have_as_many_images(study, tmp_path):
-    assert tail_counts(500, 100, 20)[0] == 500 and tail_counts(500, 100, 20)[-1] == 5
+    tail = tail_counts(2293, 100, 20)
+    assert sum(tail) == 2293 and tail == sorted(tail, reverse=True) and tail[0] / tail[-1] == pytest.approx(100, rel=0.05)
+    assert tail_counts(6, 100, 4) == [3, 1, 1, 1]
     assert spread_evenly(10, 4) == [3, 3, 2, 2]
     pack = open_pack(study / "pack")
     asked = Asked(str(study / "pack"), str(study / "h.csv"), tmp_path, 1, 1, 6, [])
-    for level in levels(pack, families(), np.random.default_rng(0)):
-        made = {kind: open_pack(place) for kind, place in packs_of(pack, level, 0, asked).items()}
-        totals = {kind: len(found.train) for kind, found in made.items()}
-        assert totals["balanced"] == totals["long-tailed"]
-        assert sorted(made["long-tailed"].space.train_counts)[-1] == 12 and min(made["long-tailed"].space.train_counts) == 2
+    found = levels(pack, families(), np.random.default_rng(0))
+    total = min(most_images(pack, level, 6) for level in found)
+    assert total == int(12 * (1 + 6 ** (-1 / 3) + 6 ** (-2 / 3) + 1 / 6))  # a single class has 12 images at most
+    for level in found:
+        made = {kind: open_pack(place) for kind, place in packs_of(pack, level, 0, total, asked).items()}
+        assert {len(each.train) for each in made.values()} == {total}
+        counts = made["long-tailed"].space.train_counts
+        assert max(counts) / min(counts) == pytest.approx(6, rel=0.35)
         assert np.ptp(made["balanced"].space.train_counts) <= 1
         assert made["balanced"].space.val_counts == [2 * len(targets) for targets in level.classes.values()]
 
@@ -75,3 +80,12 @@ def test_the_whole_study_is_told_and_kept(study, tmp_path):
     assert len(rows) == 12 and {row["kind"] for row in rows} == {"balanced", "long-tailed"}
     one = next(path for path in (tmp_path / "out").glob("*/result.json"))
     assert json.loads(one.read_text())["epochs"] == 1
+    with pytest.raises(UserError, match="holds a study with another imbalance"):
+        run_granularity_study(asked._replace(imbalance=3), None, console)
+
+
+def test_too_few_images_are_told(study, tmp_path):
+    asked = Asked(str(study / "pack"), str(study / "h.csv"), tmp_path / "out", 1, 1, 1e9, [])
+    with pytest.raises(UserError, match="has too few images: a long tail of 8 classes would have 12 training images") as error:
+        run_granularity_study(asked, None, Console(quiet=True))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

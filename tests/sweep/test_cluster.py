@@ -1,6 +1,7 @@
 """A sweep on a cluster of two nodes, both of them on this machine, each with a core of its own."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -14,8 +15,7 @@ from .small import PATIENCE, epochs_of, table, until, write
 pytest.importorskip("ray", reason="no ray here: it comes with the extra `sweep`")
 pytestmark = pytest.mark.slow  # half a minute each
 
-# Nodes of one machine do not share the token that Ray makes for itself.
-ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # one for all nodes
 
 
 class Node:
