@@ -1,9 +1,12 @@
-"""One process at a time in a folder: two would overwrite each other's files."""
+"""One process at a time: two would overwrite each other's files, or do the same work twice.
+
+The kernel releases a lock however the process ends.
+"""
 
 import fcntl
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastlt.errors import UserError
@@ -13,10 +16,7 @@ LOCK = ".lock"
 
 @contextmanager
 def alone_in(folder: Path, who: str) -> Iterator[None]:
-    """The kernel releases the lock however the process ends. who: the other one, as in "another training".
-
-    Raises UserError where another process holds it, or the folder cannot be made.
-    """
+    """Raises UserError where another process is there, or the folder cannot be made. who: as in "another training"."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("w")
@@ -32,3 +32,13 @@ def alone_in(folder: Path, who: str) -> Iterator[None]:
         finally:
             if [path.name for path in folder.iterdir()] == [LOCK]:  # refused before it began
                 shutil.rmtree(folder)
+
+
+@contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """Waits until no other process is inside; on file systems without locks it does not."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

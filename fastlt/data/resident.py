@@ -13,6 +13,7 @@ from fastlt.data.images import fill_box
 from fastlt.data.packed import Split, check_shards, identity, picture
 from fastlt.data.plan import Batch
 from fastlt.files import whole_file
+from fastlt.lock import in_turn
 
 MAX_SIDE = 64  # pixels
 MAX_BYTES = 512 * 2**20
@@ -56,10 +57,11 @@ class ResidentEngine:
         if self._shared is None:
             return make()
         path = self._shared / f"{identity(self._split)}-{self._margin}.npy"
-        if not path.is_file():
-            with whole_file(path) as temporary, temporary.open("wb") as file:
-                np.save(file, make())
-        return np.load(path, mmap_mode="r")
+        with in_turn(path.with_suffix(".lock")):  # of processes that begin together, one makes it and the others wait
+            if not path.is_file():
+                with whole_file(path) as temporary, temporary.open("wb") as file:
+                    np.save(file, make())
+            return np.load(path, mmap_mode="r")
 
     def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
         """The images of each batch, (n, size, size, 3) uint8, the caller's to keep; crops of their own size on the device."""

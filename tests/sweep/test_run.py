@@ -98,9 +98,9 @@ def test_what_is_behind_ends_early(small_pack, tmp_path):
     assert ended["epochs"] < 30 and ended["top1"] is not None
 
 
-def begun(small_pack, tmp_path, epochs=40):
+def begun(small_pack, tmp_path, epochs=40, more=""):
     """A sweep in a process of its own, killed later; each of two trials has gone through some epochs."""
-    file, out = write(tmp_path, "seed = [0, 1]\nsilence = [0.1, 0.5]", epochs=epochs), tmp_path / "out"
+    file, out = write(tmp_path, "seed = [0, 1]\nsilence = [0.1, 0.5]", epochs=epochs, more=more), tmp_path / "out"
     command = [sys.executable, "-m", "fastlt", "sweep", str(file), "--data", str(small_pack), "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     until(lambda: any(epochs_of(run) >= 3 for run in out.glob("runs/*")), process)
@@ -133,6 +133,24 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(small_pack,
     assert [row["status"] for row in table(out)] == ["finished"] * 4
     assert all(epochs_of(run) == 40 for run in out.glob("runs/*"))
     assert any("going on from" in (run / "log.txt").read_text() for run in out.glob("runs/*"))
+
+
+@pytest.mark.slow
+def test_a_trial_that_was_retried_often_enough_has_failed(small_pack, tmp_path):
+    command, out, process = begun(small_pack, tmp_path, more="[resources]\nretries = 0")
+    victims = trainers(process)
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+    said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, said
+    states = [row["status"] for row in table(out)]
+    assert states.count("failed") == len(victims) and states.count("finished") == 4 - len(victims)
+    assert all(row["note"] for row in table(out) if row["status"] == "failed")
+    ended = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    rows = table(out)
+    assert [row["status"] for row in rows] == ["finished"] * 4
+    assert sorted(row["attempts"] for row in rows) == ["1"] * (4 - len(victims)) + ["2"] * len(victims)
 
 
 def test_a_killed_sweep_goes_on_and_runs_nothing_twice(small_pack, tmp_path):
