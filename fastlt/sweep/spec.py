@@ -142,3 +142,10 @@ def settings_of(values: Values) -> dict[str, Any]:
 
 def choose(rng: np.random.Generator, axis: Axis) -> Any:
     return axis.draw(rng) if isinstance(axis, Range) else axis[int(rng.integers(len(axis)))]
+
+
+def values_of(sweep: Sweep, suggested: dict[str, Any]) -> Values:
+    """Of what Ray suggests, where it has no values of its own: of a list the number of the value."""
+    if "values" in suggested:
+        return suggested["values"]
+    return {name: suggested[name] if isinstance(axis, Range) else axis[suggested[name]] for name, axis in sweep.axes.items()}

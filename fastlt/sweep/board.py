@@ -1,0 +1,91 @@
+"""What the driver knows of the trials: all of it lies in DIR."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastlt.config import load_config
+from fastlt.errors import UserError
+from fastlt.files import write_text
+from fastlt.sweep.results import Row, outcome, read_row, run_of
+from fastlt.sweep.spec import Sweep, Values, values_of
+from fastlt.sweep.trial import Trial, make_trial, trained
+
+
+@dataclass
+class Board:
+    """What the driver knows of the trials."""
+
+    sweep: Sweep
+    pack: str
+    out: Path
+    more: Sequence[str]
+    trials: list[Trial] = field(default_factory=list)
+    first: dict[str, str] = field(default_factory=dict)  # key of a run -> the trial that it is named after
+    finished: dict[str, Row] = field(default_factory=dict)  # by the name of the trial
+
+    def trial(self, values: Values) -> Trial:
+        return make_trial(self.sweep, self.pack, values, self.more, self.out / "decoded")
+
+    def add(self, values: Values) -> Trial:
+        """Those of a search become known as they are begun."""
+        trial = self.trial(values)
+        if all(trial.values != known.values for known in self.trials):
+            self.trials.append(trial)
+            run_of(self.out, trial, self.first)
+        return trial
+
+    def begin(self, suggested: dict[str, Any]) -> Trial:
+        """The trial that Ray begins, which of a search is a new one, and is written down."""
+        before = len(self.trials)
+        trial = self.add(values_of(self.sweep, suggested))
+        if len(self.trials) > before:
+            self.write_down()
+        return trial
+
+    def write_down(self) -> None:
+        write_text(self.out / "trials.jsonl", "".join(json.dumps(trial.values) + "\n" for trial in self.trials))
+
+    def run(self, trial: Trial) -> Path:
+        return run_of(self.out, trial, self.first)
+
+    def rows(self) -> list[Row]:
+        return [self.row(trial) for trial in self.trials]
+
+    def row(self, trial: Trial) -> Row:
+        """What has finished does not change any more."""
+        if (known := self.finished.get(trial.name)) is not None:
+            return known
+        row = read_row(self.run(trial), trial, self.sweep.resources.cpus, self.sweep.resources.gpus)
+        if row["status"] == "finished":
+            self.finished[trial.name] = row
+        return row
+
+    def left(self) -> list[Trial]:
+        """One of each run that is not over."""
+        runs: dict[Path, Trial] = {}
+        for trial in self.trials:
+            if outcome(self.run(trial))[1] not in ("finished", "stopped early"):
+                runs.setdefault(self.run(trial), trial)
+        return list(runs.values())
+
+
+def known_points(board: Board) -> Iterator[Values]:
+    """Of a search that was killed: what it had tried."""
+    path = board.out / "trials.jsonl"
+    if path.is_file():
+        yield from (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def check_runs(board: Board) -> None:
+    """What is there already was trained as the sweep now says. Raises UserError where it was not."""
+    for trial in board.trials:
+        kept = board.run(trial) / "config.toml"
+        if not kept.is_file():
+            continue
+        before, now = trained(load_config(str(kept))), trained(trial.config)
+        if changed := [key for key in now if before.get(key) != now[key]]:
+            what = f"{changed[0]} = {before.get(changed[0])!r}, not {now[changed[0]]!r}"
+            raise UserError(f"{kept.parent} was trained with other settings ({what}): choose another --out, or remove it")

@@ -1,0 +1,172 @@
+"""Trials on Ray Tune, which chooses them, places them and tries them again."""
+
+import logging
+import os
+import shutil
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fastlt.data.pool import cores
+from fastlt.errors import UserError, extra
+from fastlt.files import write_text
+from fastlt.sweep.board import Board
+from fastlt.sweep.results import ENDED, WHY, note_failure, outcome, write_results
+from fastlt.sweep.spec import Range, Sweep, Values
+from fastlt.sweep.trial import Trial
+from fastlt.sweep.worker import train_trial
+
+# Ray's tables of progress and its files of results, which ours stand for; and a warning on what it will do one day.
+QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+@contextmanager
+def quiet_ray(address: str | None, sweep: Sweep) -> Iterator[Any]:
+    """Ray, started here or joined at the address, and without its own words; yields ray.tune."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    with extra("sweep"):
+        import ray
+        from ray import tune
+    here: dict[str, Any] = {} if address else {"num_cpus": max(cores(), round(sweep.resources.cpus)), "include_dashboard": False}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot reach Ray{f' at {address}' if address else ''}: {str(error).splitlines()[0]}") from error
+    try:
+        yield tune
+    finally:
+        ray.shutdown()
+
+
+def follow(board: Board, tune: Any, drawn: dict[str, Any], total: int, console: Console) -> None:
+    """Until these trials have ended, with a bar over them and results.csv up to date. drawn: how Ray comes by them."""
+    for trial in board.left():
+        (board.run(trial) / WHY).unlink(missing_ok=True)  # it gets another chance
+    own = board.out / "ray"  # what matters lies in the runs, so it is made anew each time
+    shutil.rmtree(own, ignore_errors=True)
+    search, resources = board.sweep.search, board.sweep.resources
+    columns = (
+        TextColumn("trials"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
+        watch = make_watch(board, tune, partial(bar.update, bar.add_task("", total=total)), bar.console)
+        tuner = tune.Tuner(
+            tune.with_resources(partial(train_trial, board), resources_of(board.sweep)),
+            param_space=drawn.pop("param_space", {}),
+            tune_config=tune.TuneConfig(
+                metric=search.metric, mode="max", max_concurrent_trials=resources.parallel or None, reuse_actors=True,
+                scheduler=scheduler_of(board), **drawn,
+            ),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(own), verbose=0, callbacks=[watch],
+                failure_config=tune.FailureConfig(max_failures=resources.retries),
+            ),
+        )  # fmt: skip
+        tuner.fit()
+    shutil.rmtree(own, ignore_errors=True)
+
+
+def one_of_each(trials: Sequence[Trial], tune: Any) -> dict[str, Any]:
+    return {"values": tune.grid_search([trial.values for trial in trials])}
+
+
+def resources_of(sweep: Sweep) -> dict[str, float]:
+    return {"cpu": sweep.resources.cpus, **({"gpu": sweep.resources.gpus} if sweep.resources.gpus else {})}
+
+
+def scheduler_of(board: Board) -> Any:
+    """ASHA, where trials that are behind are to end early."""
+    search = board.sweep.search
+    if not search.stop_early:
+        return None
+    from ray.tune.schedulers import ASHAScheduler
+
+    some_trial = board.trials[0] if board.trials else board.trial({})
+    most = max(some_trial.config.train.epochs, *(trial.config.train.epochs for trial in board.trials), search.grace)
+    return ASHAScheduler(time_attr="epoch", max_t=most + 1, grace_period=search.grace)
+
+
+def optuna_search(board: Board) -> Any:
+    """That knows what has ended."""
+    with extra("sweep"):
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
+
+    of = optuna.distributions
+    search = board.sweep.search
+    space: dict[str, of.BaseDistribution] = {
+        name: of.CategoricalDistribution(range(len(axis)))  # by number, for a value may be a list
+        if isinstance(axis, list)
+        else of.IntDistribution(round(axis.low), round(axis.high), log=axis.log)
+        if axis.whole
+        else of.FloatDistribution(axis.low, axis.high, log=axis.log)
+        for name, axis in board.sweep.axes.items()
+    }
+    ended = [(numbered(board.sweep, trial.values), board.row(trial)[search.metric]) for trial in board.trials]
+    seen = [(values, figure) for values, figure in ended if figure is not None]
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    told: dict[str, Any] = {"points_to_evaluate": [v for v, _ in seen], "evaluated_rewards": [f for _, f in seen]} if seen else {}
+    return OptunaSearch(space, metric=search.metric, mode="max", seed=search.seed + len(seen), **told)
+
+
+def numbered(sweep: Sweep, values: Values) -> Values:
+    """Values of lists as their number."""
+    return {name: v if isinstance(sweep.axes[name], Range) else sweep.axes[name].index(v) for name, v in values.items()}  # type: ignore[union-attr]
+
+
+def make_watch(board: Board, tune: Any, update: Any, console: Console) -> Any:
+    """A callback of Ray's: results.csv whenever a trial ends."""
+
+    class Watch(tune.Callback):
+        def __init__(self, board: Board, update: Any, console: Console) -> None:
+            self.board, self.update, self.console = board, update, console
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Ray writes it down for resuming by its own means, and a screen cannot be written down
+
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            self.board.begin(trial.config)
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            run = self.board.run(self.board.begin(trial.config))
+            if self.board.sweep.search.stop_early and outcome(run)[1] not in ("finished", "failed"):
+                write_text(run / ENDED, "")
+            self._count()
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            run = self.board.run(self.board.begin(trial.config))
+            note_failure(run, reason_of(trial))
+            told = f"{escape(run.name)} failed: see {escape(str(run / WHY))}"
+            self.console.print(f"[yellow]note:[/] {told}", highlight=False, soft_wrap=True)
+            self._count()
+
+        def _count(self) -> None:
+            rows = self.board.rows()
+            write_results(self.board.out, rows)
+            best = max((row["top1"] for row in rows if row["top1"] is not None), default=None)
+            self.update(advance=1, description="" if best is None else f"best top-1 {best:.1f}")
+
+    return Watch(board, update, console)
+
+
+def reason_of(trial: Any) -> str:
+    """The last line of what Ray says."""
+    try:
+        error = trial.get_error()
+        told = "".join(traceback.format_exception(error)) if error else ""
+    except Exception:  # what Ray kept cannot be read back
+        told = ""
+    lines = [line for line in told.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "its process died"

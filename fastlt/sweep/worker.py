@@ -1,0 +1,47 @@
+"""What a process of Ray does: it trains a trial, or goes on with it, in the trial's own RUN."""
+
+import socket
+from typing import Any
+
+from rich.console import Console
+
+from fastlt.errors import UserError
+from fastlt.sweep.attempt import Attempt
+from fastlt.sweep.board import Board
+from fastlt.sweep.results import note_failure
+from fastlt.sweep.spec import METRICS, values_of
+
+
+def train_trial(board: Board, suggested: dict[str, Any]) -> None:
+    """In a process of Ray: trains, or goes on, in the trial's own RUN."""
+    from ray import tune
+
+    from fastlt.train import train
+
+    trial = board.trial(values_of(board.sweep, suggested))
+    run = board.run(trial)
+    run.mkdir(parents=True, exist_ok=True)
+    attempt = Attempt(run, node_name())
+
+    def tell(record: dict[str, Any]) -> None:
+        attempt.note()
+        if board.sweep.search.stop_early and "top1" in record:
+            tune.report({"epoch": record["epoch"] + 1, **{name: record[name] or 0.0 for name in METRICS}})
+
+    try:
+        with (run / "log.txt").open("a", encoding="utf-8") as log:
+            result = train(trial.config, run, Console(file=log, width=120, no_color=True), tell)
+    except UserError as error:  # the same would come again
+        note_failure(run, str(error))
+        tune.report({"epoch": 0, **dict.fromkeys(METRICS, 0.0)})
+        return
+    finally:
+        attempt.note()
+    tune.report({"epoch": result["epochs"], **{name: result[name] or 0.0 for name in METRICS}})
+
+
+def node_name() -> str:
+    """Of this machine, and of Ray's node on it, of which one machine may have several."""
+    from ray import get_runtime_context
+
+    return f"{socket.gethostname()}-{get_runtime_context().get_node_id()[:8]}"
