@@ -77,7 +77,9 @@ def controls_of(pack: Pack, asked: Asked) -> dict[str, Control]:
 
 
 def check_study(out: Path, wanted: dict[str, Any]) -> None:
-    """What is trained in --out is kept in study.json. Raises UserError where that is another study."""
+    """What is trained in --out is kept in study.json. Raises UserError where that is another study, or none."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "study.json").is_file():
+        raise UserError(f"{out} holds other things than a study: choose another --out")
     try:
         kept = json.loads((out / "study.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -333,7 +333,8 @@ def sweep(
     from fastlt.sweep.report import write_sweep_report
     from fastlt.sweep.run import run_sweep
 
-    run_sweep(file, pack_place(data), out, settings or [], address, resume, console)
+    with stopped_in_words():
+        run_sweep(file, pack_place(data), out, settings or [], address, resume, console)
     console.print(f"report: {write_sweep_report(out)}", soft_wrap=True)
 
 

@@ -131,7 +131,10 @@ def run_granularity(place: str, settings: FilterConfig, hierarchy: str, out: Pat
     pack = open_pack(place)
     space, split = pack.space, pack.train
     levels = read_hierarchy(hierarchy, space.target_names) if hierarchy else {}
-    backbone = open_backbone(settings)
+    try:
+        backbone = open_backbone(settings)
+    except UserError as error:
+        raise UserError(str(error).replace("filter.weights=", "--weights ").replace("filter.", "--")) from error
     with rated_progress(console, "images/s", transient=True) as bar:
         task = bar.add_task("looking at images", total=len(split))
         features = extract(backbone, split, settings.batch, settings.workers, lambda done: bar.advance(task, done))

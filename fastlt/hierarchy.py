@@ -30,10 +30,16 @@ def of_csv(file: Path, names: Sequence[str]) -> dict[str, Level]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             rows = list(csv.DictReader(lines))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"the hierarchy {file} is not UTF-8: save it as such") from error
+    except (OSError, csv.Error) as error:
         raise UserError(f"cannot read the hierarchy {file}: {error}") from error
-    if not rows or not {"class", "parent"} <= rows[0].keys():
+    if not rows:
+        raise UserError(f"the hierarchy {file} has no rows; the header is class,parent, and each row names a class")
+    if not {"class", "parent"} <= rows[0].keys():
         raise UserError(f"{file}, line 1: the header must be class,parent; further columns are coarser levels")
+    if twice := [name for name, times in Counter(row.get("class") for row in rows).items() if times > 1]:
+        raise UserError(f"{file} has '{twice[0]}' more than once: a class has one parent")
     found = {}
     for level in [name for name in rows[0] if name not in ("class", None)]:
         groups = {row["class"]: row[level] for row in rows}

@@ -50,9 +50,24 @@ def test_figures_settings_and_chance(run, tmp_path):
 def test_what_cannot_be_compared_is_said(run, tmp_path):
     with pytest.raises(UserError, match="needs two runs"):
         said(run)
+    with pytest.raises(UserError, match="is named twice"):
+        said(run, run)
     with pytest.raises(UserError, match="there is no run at"):
         said(run, tmp_path / "nowhere")
     other = tmp_path / "other"
     shutil.copytree(run, other)
     (other / "val_predictions.npz").unlink()
     assert "no test of their difference" in said(run, other)
+
+
+def test_several_tests_are_corrected_for_and_long_names_are_not_cut(run, tmp_path):
+    others = [tmp_path / f"{'long-' * 12}{i}" for i in range(3)]
+    for i, other in enumerate(others):
+        shutil.copytree(run, other)
+        with np.load(other / "val_predictions.npz") as arrays:
+            changed = {**arrays, "predicted": arrays["label"] if i else arrays["predicted"]}
+        np.savez(other / "val_predictions.npz", **changed)
+    console = Console(record=True, width=80)
+    compare([run, *others], console)
+    told = console.export_text()
+    assert told.count("corrected for 3 tests (Holm)") == 3 and "…" not in told

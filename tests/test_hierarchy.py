@@ -52,6 +52,15 @@ def test_a_csv_may_have_several_levels(tmp_path):
     file.write_text("name,parent\na,p\n")
     with pytest.raises(UserError, match="line 1: the header must be class,parent"):
         read_hierarchy(str(file), ["a"])
+    file.write_text("class,parent\n")
+    with pytest.raises(UserError, match="has no rows"):
+        read_hierarchy(str(file), ["a"])
+    file.write_text("class,parent\na,p\na,q\n")
+    with pytest.raises(UserError, match="has 'a' more than once"):
+        read_hierarchy(str(file), ["a"])
+    file.write_bytes("class,parent\nü,p\n".encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8"):
+        read_hierarchy(str(file), ["a"])
     with pytest.raises(UserError, match="cannot read the hierarchy"):
         read_hierarchy(str(tmp_path / "none.csv"), ["a"])
 

@@ -69,7 +69,7 @@ def _exported(place: str) -> tuple[Path, int, Sequence[float], Sequence[float]] 
     """What the model of a run says of itself; None for other files."""
     path = weights_file(place)
     if not path.is_file():
-        raise UserError(f"there is no file {path} with weights: see filter.weights")
+        raise UserError(f"there is no file {path} with weights: name a RUN, or a safetensors file of the backbone")
     told = find_metadata(path)
     return (path, told["data"]["size"], told["data"]["mean"], told["data"]["std"]) if told else None
 

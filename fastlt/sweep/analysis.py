@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from fastlt.errors import UserError
+from fastlt.significance import holm, t_test
 from fastlt.sweep.results import plain
-from fastlt.sweep.spec import METRICS, Sweep, read_sweep
+from fastlt.sweep.spec import METRICS, Range, Sweep, read_sweep
 
 Row = dict[str, Any]
 Level = tuple[str, ...]  # a value of each axis but the seed, as the table has them
@@ -47,7 +47,8 @@ class Study:
 
     @cached_property
     def measured(self) -> list[Row]:
-        return [row for row in self.rows if row["top1"] is not None]
+        """What was stopped early has no figures that could be compared with those of whole trainings."""
+        return [row for row in self.rows if row["status"] == "finished" and row["top1"] is not None]
 
     @cached_property
     def points(self) -> dict[Level, list[Row]]:
@@ -66,7 +67,10 @@ class Study:
 
     @cached_property
     def baseline(self) -> Level | None:
-        """The point that the sweep names, axes that it does not name at their first value; None where it was not measured."""
+        """The point that the sweep names, axes that it does not name at their first value; None where it was not measured, or a
+        search is not told one."""
+        if not self.sweep.baseline and self.sweep.search.kind != "grid":
+            return None
         wanted = {name: str(plain(value)) for name, value in self.sweep.baseline.items() if name in self.axes}
         fitting = [level for level in self.points if wanted.items() <= dict(zip(self.axes, level, strict=True)).items()]
         places = {level: [self.values(name).index(v) for name, v in zip(self.axes, level, strict=True)] for level in fitting}
@@ -107,7 +111,13 @@ class Study:
 
     @cached_property
     def by_size(self) -> list[str]:
-        return sorted((axis for axis in self.axes if len(self.values(axis)) > 1), key=lambda axis: -self.size(axis))
+        """The axes with several values, those of the largest effects first, and ranges last: of each of their values there is one
+        trial."""
+        several = [axis for axis in self.axes if len(self.values(axis)) > 1]
+        return sorted(several, key=lambda axis: (self.is_range(axis), -self.size(axis)))
+
+    def is_range(self, axis: str) -> bool:
+        return isinstance(self.sweep.axes[axis], Range)
 
     @cached_property
     def differences(self) -> dict[Level, Difference]:
@@ -147,12 +157,12 @@ def read_study(out: Path) -> Study:
         with (out / "results.csv").open(encoding="utf-8", newline="") as file:
             rows = [numbered(row) for row in csv.DictReader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{out} has no results yet ({error}): let `fastlt sweep` end a trial") from error
+        raise UserError(f"{out} has no results yet: go on with it by `fastlt sweep --resume`") from error
     if missing := [name for name in (*sweep.axes, *METRICS, "run", "status") if rows and name not in rows[0]]:
         raise UserError(f"{out / 'results.csv'} has no column {missing[0]}: call `fastlt sweep --resume` again")
     study = Study(out, sweep, rows)
     if not study.measured:
-        raise UserError(f"no trial of {out} has ended yet")
+        raise UserError(f"no trial of {out} has a result: {out / 'results.csv'} says why; `fastlt sweep --resume` goes on with it")
     return study
 
 
@@ -167,19 +177,3 @@ def paired(rows: Sequence[Row], others: Sequence[Row], figure: str) -> np.ndarra
     """Differences of the seeds that both have."""
     of, to = ({row["seed"]: row[figure] for row in each if row[figure] is not None} for each in (rows, others))
     return np.array([of[seed] - to[seed] for seed in of if seed in to])
-
-
-def t_test(differences: np.ndarray) -> float | None:
-    """Two-sided p of a mean other than 0; None where there are too few, or all are the same."""
-    if len(differences) < 2 or np.ptp(differences) == 0:
-        return None
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
-
-
-def holm(p_values: dict[Level, float]) -> dict[Level, float]:
-    """Corrected for their number: the k-th smallest of n times n - k + 1, ascending, at most 1."""
-    corrected, highest = {}, 0.0
-    for rank, (level, p) in enumerate(sorted(p_values.items(), key=lambda entry: entry[1])):
-        highest = max(highest, min(1.0, p * (len(p_values) - rank)))
-        corrected[level] = highest
-    return corrected

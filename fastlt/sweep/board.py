@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from fastlt.config import load_config
+from fastlt.data.packed import open_pack
 from fastlt.errors import UserError
 from fastlt.files import write_text
+from fastlt.lock import LOCK
 from fastlt.sweep.results import Row, outcome, read_row, run_of
 from fastlt.sweep.spec import Sweep, Values, values_of
-from fastlt.sweep.trial import Trial, make_trial, trained
+from fastlt.sweep.trial import Trial, absolute, make_trial, trained
+
+BEFORE_IT_BEGINS = {LOCK, "runs", "packs.json"}  # what a sweep that was refused may leave
 
 
 @dataclass
@@ -89,3 +93,30 @@ def check_runs(board: Board) -> None:
         if changed := [key for key in now if before.get(key) != now[key]]:
             what = f"{changed[0]} = {before.get(changed[0])!r}, not {now[changed[0]]!r}"
             raise UserError(f"{kept.parent} was trained with other settings ({what}): choose another --out, or remove it")
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Raises UserError where DIR holds another sweep, or what is none."""
+    if (out / "runs").is_dir() and any((out / "runs").iterdir()):
+        if not resume:
+            raise UserError(f"{out} holds a sweep already: go on with it by --resume, or choose another --out")
+    elif out.is_dir() and not (out / "sweep.toml").is_file() and {path.name for path in out.iterdir()} - BEFORE_IT_BEGINS:
+        raise UserError(f"{out} holds other things than a sweep: choose another --out")
+
+
+def check_packs(board: Board) -> None:
+    """The packs are there, and are those that earlier trials were trained on: DIR/packs.json tells. Raises UserError."""
+    axis = next((axis for name, axis in board.sweep.axes.items() if name in ("pack", "data.pack")), None)
+    places = [board.pack] if axis is None else [str(place) for place in axis] if isinstance(axis, list) else []
+    now = {place if axis is not None else "": open_pack(absolute(place)).id for place in places}
+    file = board.out / "packs.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and any((board.out / "runs").iterdir()) else {}
+    if changed := [place for place, pack in now.items() if kept.get(place, pack) != pack]:
+        raise UserError(f"{board.out} was trained on another pack than {changed[0] or board.pack}: choose another --out")
+    write_text(file, json.dumps({**kept, **now}, indent=1) + "\n")
+
+
+def left_out(board: Board) -> int:
+    """Runs that have finished in DIR and are of no point that the sweep has now."""
+    own = {board.run(trial) for trial in board.trials}
+    return sum(path.parent not in own for path in (board.out / "runs").glob("*/result.json"))

@@ -3,10 +3,14 @@
 import logging
 import os
 import shutil
+import signal
+import socket
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -16,33 +20,89 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastlt.data.pool import cores
 from fastlt.errors import UserError, extra
 from fastlt.files import write_text
+from fastlt.stopping import SIGNALS
 from fastlt.sweep.board import Board
 from fastlt.sweep.results import ENDED, WHY, note_failure, outcome, write_results
 from fastlt.sweep.spec import Range, Sweep, Values
 from fastlt.sweep.trial import Trial
 from fastlt.sweep.worker import train_trial
 
-# Ray's tables of progress and its files of results, which ours stand for; and a warning on what it will do one day.
-QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Ray's tables of progress, its files of results and its way to stop, which ours stand for; and a warning on its future.
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}  # fmt: skip
+ANSWERS_WITHIN = 10  # seconds
 
 
 @contextmanager
 def quiet_ray(address: str | None, sweep: Sweep) -> Iterator[Any]:
-    """Ray, started here or joined at the address, and without its own words; yields ray.tune."""
+    """Ray, started here or joined at the address, and without its own words; yields ray.tune. Raises UserError where there is
+    none, or no machine of it can hold a trial."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     with extra("sweep"):
         import ray
         from ray import tune
-    here: dict[str, Any] = {} if address else {"num_cpus": max(cores(), round(sweep.resources.cpus)), "include_dashboard": False}
+    if address:
+        check_answers(address)
+    here: dict[str, Any] = {} if address else {"num_cpus": cores(), "include_dashboard": False}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot reach Ray{f' at {address}' if address else ''}: {str(error).splitlines()[0]}") from error
+        secret = "; where it has a secret, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if address else ""
+        raise UserError(f"cannot reach Ray{f' at {address}' if address else ''}: {str(error).splitlines()[0]}{secret}") from error
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what becomes of trials is told by us
     try:
-        yield tune
+        check_room(ray.nodes(), sweep)
+        with interrupted_by_signals():
+            yield tune
     finally:
         ray.shutdown()
+
+
+def check_answers(address: str) -> None:
+    """Ray itself would try for minutes. Raises UserError."""
+    host, _, port = address.rpartition(":")
+    if address == "auto" or "://" in address:
+        return
+    if not host or not port.isdigit():
+        raise UserError(f"--address {address}: it must be HOST:PORT, or auto for a cluster that this machine is part of")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWERS_WITHIN).close()
+    except OSError as error:
+        raise UserError(
+            f"nobody answers at {address} ({error}): `ray start --head --port={port}` there begins a cluster"
+        ) from error
+
+
+def check_room(nodes: Sequence[dict[str, Any]], sweep: Sweep) -> None:
+    """Trials that no machine can hold would wait for ever. Raises UserError."""
+    wanted = {"CPU": sweep.resources.cpus, "GPU": sweep.resources.gpus}
+    have = [node["Resources"] for node in nodes if node["Alive"]]
+    if not any(all(of.get(name, 0) >= amount for name, amount in wanted.items()) for of in have):
+        told = "; ".join(f"{of.get('CPU', 0):g} cores and {of.get('GPU', 0):g} GPUs" for of in have)
+        raise UserError(
+            f"a trial asks for {wanted['CPU']:g} cores and {wanted['GPU']:g} GPUs, which no machine has ({told}): see [resources]"
+        )
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """SIGTERM and Ctrl-C raise KeyboardInterrupt, for which Ray has other habits."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def follow(board: Board, tune: Any, drawn: dict[str, Any], total: int, console: Console) -> None:
@@ -139,18 +199,26 @@ def make_watch(board: Board, tune: Any, update: Any, console: Console) -> Any:
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             self.board.begin(trial.config)
 
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            name = escape(self.board.run(self.board.begin(trial.config)).name)
+            self._say(f"the process of {name} died: it goes on from its checkpoint")
+
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             run = self.board.run(self.board.begin(trial.config))
             if self.board.sweep.search.stop_early and outcome(run)[1] not in ("finished", "failed"):
                 write_text(run / ENDED, "")
+            if outcome(run)[1] == "failed":
+                self._say(f"{escape(run.name)} failed: {escape(outcome(run)[2])}")
             self._count()
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             run = self.board.run(self.board.begin(trial.config))
             note_failure(run, reason_of(trial))
-            told = f"{escape(run.name)} failed: see {escape(str(run / WHY))}"
-            self.console.print(f"[yellow]note:[/] {told}", highlight=False, soft_wrap=True)
+            self._say(f"{escape(run.name)} failed: {escape(outcome(run)[2])}")
             self._count()
+
+        def _say(self, told: str) -> None:
+            self.console.print(f"[yellow]note:[/] {told}", highlight=False, soft_wrap=True)
 
         def _count(self) -> None:
             rows = self.board.rows()

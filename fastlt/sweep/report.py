@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from fastlt import charts
+from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.files import whole_file, write_text
 from fastlt.report import environment
@@ -26,10 +28,12 @@ def write_sweep_report(out: Path, axes: Sequence[str] = ()) -> Path:
     study = read_study(out)
     if unknown := [axis for axis in axes if axis not in study.axes]:
         raise UserError(f"--axes: there is no axis '{unknown[0]}' with values to compare; axes: {', '.join(study.axes)}")
+    if ranges := [axis for axis in axes if study.is_range(axis)]:
+        raise UserError(f"--axes: {ranges[0]} is a range, of whose values there is one trial each: name axes that are lists")
     if axes and len(set(axes)) != 2:
         raise UserError("--axes names two axes, as --axes silence,neighbours")
     path = out / "report.html"
-    write_text(path, render(study, list(axes) or study.by_size[:2]))
+    write_text(path, render(study, list(axes) or [axis for axis in study.by_size if not study.is_range(axis)][:2]))
     if not study.by_size:  # one value of each axis: there is nothing to draw
         return path
     with whole_file(out / "effects.png") as temporary:
@@ -47,6 +51,8 @@ def render(study: Study, pair: Sequence[str]) -> str:
             command=command(study, best), points=[point(study, level) for level in study.ranked[:SHOWN_POINTS]],
             more=max(0, len(study.ranked) - SHOWN_POINTS), effects=[effect(study, axis) for axis in study.by_size],
             heat=heat(study, pair) if len(pair) == 2 else None, cost=study.cost(), metric=study.sweep.search.metric,
+            stopped=sum(row["status"] == "stopped early" for row in study.rows),
+            spans={axis: span(study, axis) for axis in study.axes},
             not_done=[row for row in study.rows if row["status"] not in ("finished", "stopped early")], names=NAMES, spoken=SPOKEN,
         )
     )  # fmt: skip
@@ -60,13 +66,15 @@ def story(study: Study) -> str:
     metric, best, base = study.sweep.search.metric, study.ranked[0], study.baseline
     told = [f"The best of {len(study.ranked)} points is {spoken(study, best)}."]
     if base is None:
-        told.append("The baseline was not measured.")
+        told += ["The baseline was not measured."] if study.sweep.baseline else []
     elif best in study.differences:
         gain = study.differences[best]
         told.append(f"That is {gain.mean:+.1f} points {SPOKEN[metric]} over {spoken(study, base)}{surety(gain.p)}.")
     else:
         told.append("That is the baseline itself: nothing else was better.")
-    for axis in study.by_size[:2]:
+    if study.spread(study.points[best], metric).seeds < 2:
+        told.append("It has one seed alone: differences may be chance.")
+    for axis in [axis for axis in study.by_size if not study.is_range(axis)][:2]:
         means = {value: of[metric].mean for value, of in study.effect(axis).items() if of[metric].seeds}
         high, low = max(means, key=lambda v: means[v]), min(means, key=lambda v: means[v])
         told.append(f"On average {axis} = {high} is best, {means[high] - means[low]:.1f} points above {axis} = {low}.")
@@ -80,16 +88,37 @@ def surety(p: float | None) -> str:
 
 
 def spoken(study: Study, level: Level) -> str:
-    return ", ".join(f"{axis} = {value}" for axis, value in zip(study.axes, level, strict=True))
+    return ", ".join(f"{axis} = {brief(value)}" for axis, value in zip(study.axes, level, strict=True))
+
+
+def brief(value: str) -> str:
+    """A number that was drawn, to four digits."""
+    try:
+        return f"{float(value):.4g}" if len(value) > 6 else value
+    except ValueError:
+        return value
+
+
+def span(study: Study, axis: str) -> str:
+    values = study.values(axis)
+    return f"{brief(values[0])} to {brief(values[-1])}" if study.is_range(axis) else ", ".join(values)
 
 
 def command(study: Study, level: Level) -> str:
-    """That trains the point again."""
+    """That trains the point again, with the first of its seeds."""
     row = study.points[level][0]
+    pack = pack_of(study.out / "runs" / row["run"])
     recipe = study.sweep.recipe
     method = f" --method {study.sweep.method}" if study.sweep.method else ""
-    quoted = " ".join(map(shlex.quote, json.loads(row["settings"])))
-    return f"fastlt train {recipe} --data PACK --out RUN{method} {quoted}"
+    settings = [setting for setting in json.loads(row["settings"]) if not setting.startswith("data.pack=")]
+    return f"fastlt train {recipe} --data {shlex.quote(pack)} --out RUN{method} {' '.join(map(shlex.quote, settings))}"
+
+
+def pack_of(run: Path) -> str:
+    try:
+        return load_config(str(run / "config.toml")).data.pack
+    except UserError:  # it was removed
+        return "PACK"
 
 
 # --- in figures
@@ -101,13 +130,13 @@ def figures(study: Study, level: Level) -> dict[str, Spread]:
 
 def point(study: Study, level: Level) -> dict[str, Any]:
     return {
-        "values": level, "figures": figures(study, level), "difference": study.differences.get(level),
+        "values": [brief(value) for value in level], "figures": figures(study, level), "difference": study.differences.get(level),
         "is_baseline": level == study.baseline, "is_same": study.is_baseline(level),
     }  # fmt: skip
 
 
 def effect(study: Study, axis: str) -> dict[str, Any]:
-    found = study.effect(axis)
+    found = {brief(value): of for value, of in study.effect(axis).items()}
     told = "; ".join(f"{axis} {value}: {of['top1'].mean:.1f}" for value, of in found.items())
 
     def draw(figure: Figure, narrow: bool) -> None:
@@ -122,8 +151,29 @@ def draw_effects(figure: Figure, study: Study, axes: Sequence[str], narrow: bool
 
 
 def draw_effect(axes: Any, study: Study, axis: str) -> None:
-    found = study.effect(axis)
     axes.set_title(f"accuracy over {axis}, %")
+    if study.is_range(axis):
+        draw_trials(axes, study, axis)
+    else:
+        draw_means(axes, study, axis)
+
+
+def draw_trials(axes: Any, study: Study, axis: str) -> None:
+    """Each as a dot, at its own place of the range."""
+    if study.sweep.axes[axis].log:  # type: ignore[union-attr]
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    for name in METRICS:
+        dots = [(float(row[axis]), row[name]) for row in study.measured if row[name] is not None]
+        if dots:
+            colour = charts.COLOURS["ink" if name == "top1" else name]
+            axes.plot(*zip(*dots, strict=True), color=colour, marker="o", markersize=5, linestyle="", label=NAMES[name])
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, handletextpad=0.1)
+
+
+def draw_means(axes: Any, study: Study, axis: str) -> None:
+    found = study.effect(axis)
     ends = {}
     for name in METRICS:
         spreads = [of[name] for of in found.values()]

@@ -7,7 +7,9 @@ DIR/decoded/         small images, decoded once for all trials; may be removed a
 DIR/results.csv, results.parquet   one row a trial, written anew whenever one ends
 """
 
-import math
+import shutil
+import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,56 +21,85 @@ from rich.table import Table
 from fastlt.errors import UserError
 from fastlt.files import write_text
 from fastlt.lock import alone_in
-from fastlt.sweep.board import Board, check_runs, known_points
+from fastlt.stopping import Stopped
+from fastlt.sweep.board import Board, check_folder, check_packs, check_runs, known_points, left_out
 from fastlt.sweep.on_ray import follow, one_of_each, optuna_search, quiet_ray
 from fastlt.sweep.results import Row, write_results
 from fastlt.sweep.spec import METRICS, Sweep, read_sweep
-from fastlt.sweep.trial import Trial, check_axes, points
+from fastlt.sweep.trial import check_axes, points, short
 
 
 def run_sweep(
     file: Path, pack: str, out: Path, more: Sequence[str], address: str | None, resume: bool, console: Console
 ) -> list[Row]:
-    """Raises UserError where the sweep is wrong, or DIR holds another one."""
+    """Raises UserError where the sweep is wrong, or DIR holds another one; Stopped where SIGTERM or Ctrl-C ended it."""
     sweep, out = read_sweep(file), out.resolve()
     board = Board(sweep, pack, out, list(more))
     check_axes(sweep, pack, more)
-    if (out / "runs").is_dir() and not resume:
-        raise UserError(f"{out} holds a sweep already: go on with it by --resume, or choose another --out")
+    check_folder(out, resume)
     with alone_in(out, "another sweep"):
         (out / "runs").mkdir(parents=True, exist_ok=True)
-        write_text(out / "sweep.toml", file.read_text(encoding="utf-8"))
+        check_packs(board)
         for values in points(sweep) if sweep.search.kind != "optuna" else known_points(board):
             board.add(values)
         check_runs(board)
+        write_text(out / "sweep.toml", file.read_text(encoding="utf-8"))
         board.write_down()
-        left, more_to_draw = board.left(), sweep.search.trials - len(board.trials) if sweep.search.kind == "optuna" else 0
-        tell_plan(board, left, console)
-        if left or more_to_draw > 0:
-            with quiet_ray(address, sweep) as tune:
-                if left:  # of a search that was killed, what it had begun
-                    follow(board, tune, {"param_space": one_of_each(left, tune)}, len(left), console)
-                if more_to_draw > 0:
-                    follow(board, tune, {"search_alg": optuna_search(board), "num_samples": more_to_draw}, more_to_draw, console)
+        tell_plan(board, console)
+        try:
+            train_all(board, address, console)
+        except KeyboardInterrupt as error:
+            write_results(out, board.rows())
+            raise Stopped(f"stopped: call the same command with --resume to go on with {out}") from error
         rows = board.rows()
         write_results(out, rows)
+        if not board.left():
+            shutil.rmtree(out / "decoded", ignore_errors=True)
     show(rows, sweep, console)
     if all(row["top1"] is None for row in rows):
-        raise UserError(f"no trial has a result: {out / 'results.csv'} says why")
+        why = next((f": {row['note']}" for row in rows if row["note"]), "")
+        raise UserError(f"no trial has a result{why}; {out / 'results.csv'} tells of each")
     return rows
 
 
-def tell_plan(board: Board, left: Sequence[Trial], console: Console) -> None:
+def train_all(board: Board, address: str | None, console: Console) -> None:
+    left, to_draw = board.left(), still_to_draw(board)
+    if not left and to_draw <= 0:
+        return
+    with quiet_ray(address, board.sweep) as tune:
+        if left:  # of a search that was killed, what it had begun
+            follow(board, tune, {"param_space": one_of_each(left, tune)}, len(left), console)
+        if to_draw > 0:
+            follow(board, tune, {"search_alg": optuna_search(board), "num_samples": to_draw}, to_draw, console)
+
+
+def still_to_draw(board: Board) -> int:
+    """Trials that Optuna is to choose."""
+    return board.sweep.search.trials - len(board.trials) if board.sweep.search.kind == "optuna" else 0
+
+
+def tell_plan(board: Board, console: Console) -> None:
     total = len({board.run(trial) for trial in board.trials})
-    same = len(board.trials) - total
-    alike = f" ({same} more are the same as others)" if same else ""
-    console.print(f"{total} runs{alike}, {total - len(left)} of them finished before", highlight=False)
+    same, to_draw = len(board.trials) - total, still_to_draw(board)
+    told = f"{counted(total, 'run')}{f' ({same} more are the same as others)' if same else ''}"
+    told += f", {total - len(board.left())} of them finished before"
+    if to_draw > 0:
+        told = f"{counted(to_draw, 'trial')} to draw" + (f" besides {told}" if total else "")
+    console.print(told, highlight=False)
+    if others := left_out(board):
+        console.print(
+            f"[yellow]note:[/] {counted(others, 'finished run')} in {escape(str(board.out / 'runs'))} "
+            "belong to no point of this sweep: they stay there, and are in no table",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' if number != 1 else ''}"
 
 
 def show(rows: Sequence[Row], sweep: Sweep, console: Console) -> None:
-    status: dict[str, int] = {}
-    for row in rows:
-        status[row["status"]] = status.get(row["status"], 0) + 1
+    status = Counter({row["run"]: row["status"] for row in rows}.values())
     console.print(", ".join(f"{times} {name}" for name, times in status.items()), highlight=False)
     measured = [row for row in rows if row[sweep.search.metric] is not None]
     axes = [name for name in sweep.axes if name != "seed"]
@@ -76,14 +107,15 @@ def show(rows: Sequence[Row], sweep: Sweep, console: Console) -> None:
     for row in measured:
         groups.setdefault(tuple(row[name] for name in axes), []).append(row)
     table = Table(*axes, "runs", *METRICS, title=f"the best by {sweep.search.metric}, mean over seeds", title_justify="left")
-    ranked = sorted(groups.items(), key=lambda entry: -mean_of(entry[1], sweep.search.metric))
+    ranked = sorted(groups.items(), key=lambda entry: -statistics.mean(row[sweep.search.metric] for row in entry[1]))
     for point, members in ranked[:10]:
-        figures = ("-" if math.isnan(mean := mean_of(members, name)) else f"{mean:.1f}" for name in METRICS)
-        table.add_row(*(escape(str(value)) for value in point), str(len(members)), *figures)
+        figures = [over_seeds(members, name) for name in METRICS]
+        table.add_row(*(escape(short(value)) for value in point), str(len(members)), *figures)
     if groups:
         console.print(table)
 
 
-def mean_of(rows: Sequence[Row], name: str) -> float:
+def over_seeds(rows: Sequence[Row], name: str) -> str:
     known = [row[name] for row in rows if row[name] is not None]
-    return sum(known) / len(known) if known else float("nan")
+    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.1f}{spread}" if known else "-"

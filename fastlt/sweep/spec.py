@@ -1,5 +1,6 @@
 """SWEEP.toml: what all trials share, the axes along which they differ, and how trials are chosen and placed."""
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,9 +112,16 @@ def read_sweep(file: Path) -> Sweep:
     try:
         return Sweep.model_validate(tree)
     except ValidationError as error:
-        first = next((e for e in error.errors() if e["type"] != "list_type"), error.errors()[0])  # an axis is a list or a range
-        place = ".".join(str(part) for part in first["loc"] if part not in ("Range", "list[any]"))
-        raise UserError(f"{file}: {place or 'it'}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise UserError(f"{file}: {in_words(error)}") from error
+
+
+def in_words(error: ValidationError) -> str:
+    """The first thing that is wrong. An axis is a list or a range, of which pydantic names both."""
+    first = next((e for e in error.errors() if e["type"] != "list_type"), error.errors()[0])
+    place = ".".join(str(part) for part in first["loc"] if re.fullmatch(r"[\w.]+", str(part)) and part != "Range")
+    if first["type"] in ("model_type", "dict_type", "list_type") and place.startswith("axes."):
+        return f"{place}: an axis is a list of values, or a range such as {{low = 0.01, high = 1, log = true}}"
+    return f"{place}{': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
 
 
 def dotted(table: Mapping[str, Any]) -> dict[str, Any]:

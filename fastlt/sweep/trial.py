@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from fastlt.config import MAY_CHANGE, Config, flat, load_config
+from fastlt.data.remote import is_remote
 from fastlt.errors import UserError
 from fastlt.methods import method_settings
-from fastlt.sweep.spec import SHORT, Sweep, Values, choose, settings_of
+from fastlt.sweep.spec import SHORT, Axis, Sweep, Values, choose, settings_of
 
 LONGEST_NAME = 100  # characters of a folder
 # What no run without auxiliary classes depends on.
@@ -52,16 +53,27 @@ def make_trial(sweep: Sweep, pack: str, values: Values, more: Sequence[str] = ()
     """more: settings of the command line, on top of the sweep's. shared: a folder for what all trials decode. Raises UserError
     that names the setting."""
     own = settings_of(values)
-    settings = (*(as_setting(key, value) for key, value in sweep.settings.items()), *more)
-    settings += tuple(as_setting(key, value) for key, value in own.items())
+    if isinstance(own.get("data.pack"), str):
+        own["data.pack"] = absolute(own["data.pack"])
+    given = [as_setting(key, value) for key, value in sweep.settings.items()]
+    given += [*more, *(as_setting(key, value) for key, value in own.items())]
+    settings = tuple({setting.partition("=")[0]: setting for setting in given}.values())  # the last of each key
     place = [] if "data.pack" in own else [as_setting("data.pack", pack)]
     how = [f"train.threads={max(1, round(sweep.resources.cpus))}", *([as_setting("data.shared", str(shared))] if shared else [])]
     method = method_settings(sweep.method or None, None)
     config = load_config(sweep.recipe, [*place, *how, *settings], method)
     if has_no_auxiliaries(config) and config.loss.name == "neighbor-silencing":
-        settings += ("loss.silence=1",)  # there is nothing to be silenced, and a run that is to silence nothing is refused
+        settings = (
+            *(s for s in settings if not s.startswith("loss.silence=")),
+            "loss.silence=1",
+        )  # there is nothing to be silenced, and a run that is to silence nothing is refused
         config = load_config(sweep.recipe, [*place, *how, *settings], method)
     return Trial(values, settings, config)
+
+
+def absolute(place: str) -> str:
+    """Of a pack: wherever a process that opens it was started."""
+    return place if is_remote(place) else str(Path(place).resolve())
 
 
 def trained(config: Config) -> dict[str, Any]:
@@ -121,13 +133,32 @@ def short(value: Any) -> str:
 
 def check_axes(sweep: Sweep, pack: str, more: Sequence[str]) -> None:
     """Every value of every axis alone, before anything is trained. Raises UserError."""
-    for name, axis in sweep.axes.items():
+    for name in sweep.axes:
         if name not in SHORT and "." not in name and name != "control":
             known = ", ".join([*SHORT, "control"])
             raise UserError(f"there is no axis '{name}': it is one of {known}, or any key of the configuration such as optim.lr")
-        for value in axis if isinstance(axis, list) else [axis.draw(np.random.default_rng(0))]:
-            make_trial(sweep, pack, {name: value}, more)
+        check_axis(sweep, pack, name, more)
+    keys = [(key, name) for name, axis in sweep.axes.items() for key in settings_of({name: first_of(axis)})]
+    for key, name in keys:
+        if others := [other for also, other in keys if also == key and other != name]:
+            raise UserError(f"the axes {name} and {others[0]} both set {key}: leave one of them out")
     for name, value in sweep.baseline.items():
         axis = sweep.axes[name]
         if isinstance(axis, list) and value not in axis:
             raise UserError(f"the baseline has {name} = {value!r}, which is none of the axis' values")
+
+
+def check_axis(sweep: Sweep, pack: str, name: str, more: Sequence[str]) -> None:
+    axis = sweep.axes[name]
+    for value in axis if isinstance(axis, list) else [first_of(axis)]:
+        try:
+            make_trial(sweep, pack, {name: value}, more)
+        except UserError as error:
+            whole = (
+                "; a range of whole numbers has `whole = true`" if not isinstance(axis, list) and "integer" in str(error) else ""
+            )
+            raise UserError(f"{error}{whole}") from error
+
+
+def first_of(axis: Axis) -> Any:
+    return axis[0] if isinstance(axis, list) else axis.draw(np.random.default_rng(0))

@@ -1,6 +1,8 @@
 """What a process of Ray does: it trains a trial, or goes on with it, in the trial's own RUN."""
 
+import ctypes
 import socket
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +27,8 @@ def train_trial(board: Board, suggested: dict[str, Any]) -> None:
 
     def tell(record: dict[str, Any]) -> None:
         attempt.note()
-        if board.sweep.search.stop_early and "top1" in record:
+        is_last = record["epoch"] + 1 == trial.config.train.epochs  # that comes with the result, and is not to be ended early
+        if board.sweep.search.stop_early and "top1" in record and not is_last:
             tune.report({"epoch": record["epoch"] + 1, **{name: record[name] or 0.0 for name in METRICS}})
 
     try:
@@ -37,7 +40,14 @@ def train_trial(board: Board, suggested: dict[str, Any]) -> None:
         return
     finally:
         attempt.note()
+        give_memory_back()
     tune.report({"epoch": result["epochs"], **{name: result[name] or 0.0 for name in METRICS}})
+
+
+def give_memory_back() -> None:
+    """glibc keeps what a trial has freed, in a heap of the trial's thread that the next one does not use: it would add up."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def node_name() -> str:

@@ -80,6 +80,8 @@ def test_the_whole_study_is_told_and_kept(study, tmp_path):
     assert len(rows) == 12 and {row["kind"] for row in rows} == {"balanced", "long-tailed"}
     one = next(path for path in (tmp_path / "out").glob("*/result.json"))
     assert json.loads(one.read_text())["epochs"] == 1
+    with pytest.raises(UserError, match="holds other things than a study"):
+        run_granularity_study(asked._replace(out=study / "pack"), None, console)
     with pytest.raises(UserError, match="holds a study with another imbalance"):
         run_granularity_study(asked._replace(imbalance=3), None, console)
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fastlt.errors import UserError
-from fastlt.sweep.analysis import holm, read_study, t_test
+from fastlt.significance import holm, t_test
+from fastlt.sweep.analysis import read_study
 from fastlt.sweep.report import write_sweep_report
 
 
@@ -39,7 +40,7 @@ def test_of_one_seed_or_of_equal_differences_there_is_no_test():
 
 
 def test_holm_corrects_for_the_number_of_tests():
-    assert holm({("a",): 0.01, ("b",): 0.04, ("c",): 0.03}) == {("a",): 0.03, ("c",): 0.06, ("b",): 0.06}
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == {"a": 0.03, "c": 0.06, "b": 0.06}
 
 
 def test_effects_differences_and_cost(study):
@@ -90,9 +91,41 @@ def test_of_one_value_there_is_no_effect_to_draw(study):
 
 
 def test_before_a_trial_has_ended_there_is_no_report(study):
-    with pytest.raises(UserError, match=r"no trial of .* has ended yet"):
+    with pytest.raises(UserError, match=r"no trial of .* has a result: .* says why"):
         read_study(study(lambda *_: ""))
     out = study(lambda *_: "")
     (out / "results.csv").unlink()
     with pytest.raises(UserError, match="has no results yet"):
         read_study(out)
+
+
+def test_a_search_has_no_baseline_of_itself_and_its_ranges_are_drawn_as_such(tmp_path):
+    axes = "optim.lr = {low = 0.01, high = 1, log = true}\nsilence = [0.1, 1]"
+    (tmp_path / "sweep.toml").write_text(f'recipe = "demo"\n[axes]\n{axes}\n[search]\nkind = "random"\ntrials = 5\n')
+    rates = [0.012345678901, 0.1234567890123, 0.5, 0.02, 0.9]
+    with (tmp_path / "results.csv").open("w", newline="") as file:
+        rows = [
+            {
+                "optim.lr": rate, "silence": 1, "seed": 0, "run": f"r{i}", "status": "finished" if i < 4 else "stopped early",
+                "note": "", "top1": 40 + i, "many": "", "medium": "", "few": 30, "epochs": 2, "images": 9, "seconds": 3,
+                "settings": '["data.pack=\\"p\\"", "optim.lr=0.1"]',
+            }
+            for i, rate in enumerate(rates)
+        ]  # fmt: skip
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    found = read_study(tmp_path)
+    assert found.baseline is None and found.by_size == ["optim.lr"] and len(found.points) == 4  # the fifth was stopped
+    page = write_sweep_report(tmp_path).read_text()
+    assert "optim.lr = 0.02" in page and "0.1235" in page and "0.1234567890123" not in page
+    assert (
+        "baseline itself" not in page
+        and ">baseline<" not in page
+        and "1 stopped early" in page
+        and "It has one seed alone" in page
+        and 'id="heat"' not in page
+    )
+    assert "fastlt train demo --data PACK --out RUN optim.lr=0.1" in page
+    with pytest.raises(UserError, match=r"optim\.lr is a range"):
+        write_sweep_report(tmp_path, ["optim.lr", "silence"])

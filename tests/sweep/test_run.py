@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from rich.console import Console
 
 pytest.importorskip("ray", reason="no ray here: it comes with the extra `sweep`")
 
+from fastlt.data.pack import PackOptions, write_pack
+from fastlt.data.source import read_collection
 from fastlt.errors import UserError
 from fastlt.sweep.run import run_sweep
 
@@ -31,6 +34,7 @@ def test_a_grid_is_trained_once_and_what_has_finished_is_not_run_again(small_pac
     rows, said = swept(file, small_pack, out)
     assert "6 runs (2 more are the same as others), 0 of them finished before" in said
     assert len(rows) == 8 and {row["status"] for row in rows} == {"finished"} and len(list((out / "runs").iterdir())) == 6
+    assert not (out / "decoded").exists()  # of use while something is left alone
     written = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
     assert len(written) == 6
     kept = table(out)
@@ -58,16 +62,51 @@ def test_what_was_trained_otherwise_is_not_taken_for_the_same(small_pack, tmp_pa
 
 
 def test_where_no_trial_has_a_result_that_is_an_error(small_pack, tmp_path):
-    with pytest.raises(UserError, match="no trial has a result"):
-        swept(write(tmp_path, 'pack = ["nowhere"]'), small_pack, tmp_path / "out")
+    with pytest.raises(UserError, match=r"no trial has a result: .*none\.safetensors"):
+        swept(write(tmp_path, 'model.weights = ["none.safetensors"]'), small_pack, tmp_path / "out")
     assert [row["status"] for row in table(tmp_path / "out")] == ["failed"]
 
 
 def test_a_trial_that_fails_is_told_and_stops_no_other(small_pack, tmp_path):
-    file = write(tmp_path, 'pack = ["nowhere", "PACK"]\nseed = [0, 1]'.replace("PACK", str(small_pack)))
-    rows, said = swept(file, small_pack, tmp_path / "out")
+    rows, said = swept(write(tmp_path, 'model.weights = ["none.safetensors", ""]\nseed = [0, 1]'), small_pack, tmp_path / "out")
     assert [row["status"] for row in rows] == ["failed", "failed", "finished", "finished"]
-    assert all("there is no pack at nowhere" in row["note"] for row in rows[:2]) and "2 failed, 2 finished" in said
+    assert all("none.safetensors" in row["note"] for row in rows[:2]) and "2 failed, 2 finished" in said
+    assert said.count("failed: ") == 2
+
+
+def test_what_cannot_be_swept_is_told_before_anything_begins(small_pack, tmp_path, monkeypatch):
+    file, out = write(tmp_path / "s", "seed = [0]"), tmp_path / "out"
+    with pytest.raises(UserError, match=r"there is no pack at .*nowhere"):
+        swept(file, tmp_path / "nowhere", out)
+    with pytest.raises(UserError, match=r"there is no pack at .*else"):
+        swept(write(tmp_path / "p", 'pack = ["PACK", "else"]'.replace("PACK", str(small_pack))), small_pack, out)
+    with pytest.raises(UserError, match=r"a trial asks for 1000 cores and 0 GPUs, which no machine has \("):
+        swept(write(tmp_path / "c", "seed = [0]", more="[resources]\ncpus = 1000"), small_pack, out)
+    for address, why in (("nobody", "it must be HOST:PORT"), (f"127.0.0.1:{free_port()}", "nobody answers at")):
+        with pytest.raises(UserError, match=why):
+            run_sweep(file, str(small_pack), out, [], address, False, Console(quiet=True))
+    with pytest.raises(UserError, match="holds other things than a sweep"):
+        swept(file, small_pack, small_pack)
+    monkeypatch.chdir(small_pack.parent)
+    rows, _ = swept(write(tmp_path / "r", f'pack = ["{small_pack.name}"]'), small_pack, out)  # nothing of the above is in the way
+    assert rows[0]["status"] == "finished"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_what_was_trained_on_another_pack_is_not_taken_for_the_same(small_pack, image_folders, tmp_path):
+    collection = read_collection(image_folders / "target", None, image_folders / "val", None, None, None)
+    write_pack(collection, PackOptions(out=tmp_path / "other", workers=1), Console(quiet=True))
+    file, out = write(tmp_path, "seed = [0]\nsilence = [0.1, 1]"), tmp_path / "out"
+    swept(file, small_pack, out)
+    with pytest.raises(UserError, match="was trained on another pack than"):
+        swept(file, tmp_path / "other", out, resume=True)
+    _, said = swept(write(tmp_path, "seed = [0]\nsilence = [0.1]"), small_pack, out, resume=True)
+    assert "1 finished run in" in said and len(list(out.glob("runs/*/result.json"))) == 2
 
 
 @pytest.mark.slow
@@ -151,6 +190,18 @@ def test_a_trial_that_was_retried_often_enough_has_failed(small_pack, tmp_path):
     rows = table(out)
     assert [row["status"] for row in rows] == ["finished"] * 4
     assert sorted(row["attempts"] for row in rows) == ["1"] * (4 - len(victims)) + ["2"] * len(victims)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_asked_to_stop_says_how_to_go_on(small_pack, tmp_path, number):
+    command, out, process = begun(small_pack, tmp_path)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0 and "stopped: call the same command with --resume" in said and "Traceback" not in said, said
+    assert (out / "results.csv").is_file()
+    ended = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 0 and [row["status"] for row in table(out)] == ["finished"] * 4, ended.stdout + ended.stderr
 
 
 def test_a_killed_sweep_goes_on_and_runs_nothing_twice(small_pack, tmp_path):
