@@ -26,6 +26,7 @@ class Board:
     pack: str
     out: Path
     more: Sequence[str]
+    here: Path = field(default_factory=Path.cwd)  # where files that settings name are looked for
     trials: list[Trial] = field(default_factory=list)
     first: dict[str, str] = field(default_factory=dict)  # key of a run -> the trial that it is named after
     finished: dict[str, Row] = field(default_factory=dict)  # by the name of the trial

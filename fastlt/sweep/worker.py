@@ -1,6 +1,7 @@
 """What a process of Ray does: it trains a trial, or goes on with it, in the trial's own RUN."""
 
 import ctypes
+import os
 import socket
 from contextlib import suppress
 from typing import Any
@@ -20,6 +21,8 @@ def train_trial(board: Board, suggested: dict[str, Any]) -> None:
 
     from fastlt.train import train
 
+    with suppress(OSError):  # another machine has no such folder
+        os.chdir(board.here)
     trial = board.trial(values_of(board.sweep, suggested))
     run = board.run(trial)
     run.mkdir(parents=True, exist_ok=True)
