@@ -559,9 +559,13 @@ def test_a_killed_retrieval_goes_on_and_nothing_is_lost_or_fetched_twice(web: We
     assert sum(times for path, times in web.asked.items() if path.endswith(".jpg")) <= 60 + 2 * 8
 
 
-def slow_command(web, tmp_path, images=60):
+def slow_command(web, tmp_path, images=60, gate=None):
+    """gate: an event that answers wait for, once twenty were given."""
+
     def slowly(handler, times):
         time.sleep(0.02)
+        if gate is not None and sum(web.asked.values()) > 20:
+            gate.wait(60)
         handler.answer(200, picture(int(handler.path[1:-4])))
 
     places = [web.page(f"/{i}.jpg", slowly) for i in range(images)]
@@ -575,8 +579,8 @@ def slow_command(web, tmp_path, images=60):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_what_was_fetched_when_it_was_stopped_is_kept(web: Web, tmp_path, number):
-    command = slow_command(web, tmp_path)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    gate = threading.Event()
+    process = subprocess.Popen(slow_command(web, tmp_path, gate=gate), stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while sum(web.asked.values()) < 10:
         assert process.poll() is None and time.monotonic() < deadline
@@ -584,6 +588,7 @@ def test_what_was_fetched_when_it_was_stopped_is_kept(web: Web, tmp_path, number
     with pytest.raises(UserError, match="another step is at work in"):
         retrieved(tmp_path, sources=["urls"], urls=f"{tmp_path}/urls.csv")
     process.send_signal(number)
+    gate.set()
     said, _ = process.communicate(timeout=60)
     kept = rows(tmp_path)
     assert process.returncode == 0 and f"stopped: {len(kept)} images are in" in " ".join(said.split())
