@@ -14,7 +14,7 @@ import numpy as np
 from fastlt.errors import UserError
 from fastlt.significance import holm, t_test
 from fastlt.sweep.results import plain
-from fastlt.sweep.spec import METRICS, Range, Sweep, read_sweep
+from fastlt.sweep.spec import METRICS, Range, Sweep, axes_but_seeds, read_sweep
 
 Row = dict[str, Any]
 Level = tuple[str, ...]  # a value of each axis but the seed, as the table has them
@@ -43,7 +43,7 @@ class Study:
 
     @cached_property
     def axes(self) -> list[str]:
-        return [name for name in self.sweep.axes if name not in ("seed", "train.seed")]
+        return axes_but_seeds(self.sweep)
 
     @cached_property
     def measured(self) -> list[Row]:

@@ -25,7 +25,7 @@ from fastlt.stopping import Stopped
 from fastlt.sweep.board import Board, check_folder, check_packs, check_runs, known_points, left_out
 from fastlt.sweep.on_ray import follow, one_of_each, optuna_search, quiet_ray
 from fastlt.sweep.results import Row, write_results
-from fastlt.sweep.spec import METRICS, Sweep, read_sweep
+from fastlt.sweep.spec import METRICS, Sweep, axes_but_seeds, read_sweep
 from fastlt.sweep.trial import check_axes, points, short
 
 
@@ -101,8 +101,8 @@ def counted(number: int, what: str) -> str:
 def show(rows: Sequence[Row], sweep: Sweep, console: Console) -> None:
     status = Counter({row["run"]: row["status"] for row in rows}.values())
     console.print(", ".join(f"{times} {name}" for name, times in status.items()), highlight=False)
-    measured = [row for row in rows if row[sweep.search.metric] is not None]
-    axes = [name for name in sweep.axes if name != "seed"]
+    measured = [row for row in rows if row["status"] == "finished" and row[sweep.search.metric] is not None]
+    axes = axes_but_seeds(sweep)
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in measured:
         groups.setdefault(tuple(row[name] for name in axes), []).append(row)

@@ -148,6 +148,11 @@ def settings_of(values: Values) -> dict[str, Any]:
     return settings
 
 
+def axes_but_seeds(sweep: Sweep) -> list[str]:
+    """What points differ in; seeds are repetitions of a point."""
+    return [name for name in sweep.axes if SHORT.get(name, name) != SHORT["seed"]]
+
+
 def choose(rng: np.random.Generator, axis: Axis) -> Any:
     return axis.draw(rng) if isinstance(axis, Range) else axis[int(rng.integers(len(axis)))]
 

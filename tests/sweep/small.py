@@ -1,6 +1,7 @@
 """Small sweeps, and looking at what they have done."""
 
 import csv
+import os
 import time
 from pathlib import Path
 
@@ -32,3 +33,22 @@ def until(is_so, process=None):
         assert time.monotonic() < end, "it took too long"
         assert process is None or process.poll() is None, process.stdout and process.stdout.read()
         time.sleep(0.05)
+
+
+def session_of(leader: int) -> list[int]:
+    """The processes of its session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.getsid(int(entry.name)) == leader:
+                found.append(int(entry.name))
+        except ProcessLookupError:
+            continue
+    return found
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

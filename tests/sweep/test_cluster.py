@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .small import PATIENCE, epochs_of, table, until, write
+from .small import PATIENCE, command_line, epochs_of, session_of, table, until, write
 
 pytest.importorskip("ray", reason="no ray here: it comes with the extra `sweep`")
 pytestmark = pytest.mark.slow  # half a minute each
@@ -41,24 +41,6 @@ class Node:
         for pid in self.pids():
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
-
-
-def session_of(leader: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and os.getsid(int(entry.name)) == leader:
-                found.append(int(entry.name))
-        except ProcessLookupError:
-            continue
-    return found
-
-
-def command_line(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 @pytest.fixture

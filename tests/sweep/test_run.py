@@ -19,7 +19,7 @@ from fastlt.data.source import read_collection
 from fastlt.errors import UserError
 from fastlt.sweep.run import run_sweep
 
-from .small import PATIENCE, epochs_of, table, until, write
+from .small import PATIENCE, command_line, epochs_of, session_of, table, until, write
 
 
 def swept(file, pack, out, resume=False, settings=()):
@@ -147,18 +147,8 @@ def begun(small_pack, tmp_path, epochs=40, more=""):
 
 
 def trainers(process) -> list[int]:
-    """Processes of Ray that train for this sweep: they have its session's folder in their command lines' ancestry."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                name = (entry / "cmdline").read_bytes()
-                session = os.getsid(int(entry.name))
-            except OSError:
-                continue
-            if name.startswith(b"ray::ImplicitFunc") and session == process.pid:
-                found.append(int(entry.name))
-    return found
+    """Processes of Ray that train for this sweep."""
+    return [pid for pid in session_of(process.pid) if command_line(pid).startswith(b"ray::ImplicitFunc")]
 
 
 def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(small_pack, tmp_path):
@@ -210,11 +200,7 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(small_pack, tmp_path):
     workers = trainers(process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    until(
-        lambda: (
-            not any(Path(f"/proc/{worker}/cmdline").exists() and Path(f"/proc/{worker}/cmdline").read_bytes() for worker in workers)
-        )
-    )
+    until(lambda: not any(command_line(worker) for worker in workers))
     done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
     assert 0 < len(done) < 4
     ended = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=PATIENCE)
