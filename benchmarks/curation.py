@@ -23,16 +23,16 @@ from rich.table import Table
 from fastlt.__main__ import speak_to_the_user
 from fastlt.curate.features import open_backbone
 from fastlt.curate.filter import owner_ids, retrieved_rows, retrieved_split, splits_of
-from fastlt.curate.judge import UNLIKE, judge
-from fastlt.curate.piles import make_pile
+from fastlt.curate.selection import UNLIKE, judge
+from fastlt.curate.image_index import make_pile
 from fastlt.curate.retrieve import run_retrieve
 from fastlt.curate.settings import CurateConfig
 from fastlt.curate.table import read_table, write_table
-from fastlt.data.cifar import Cifar, open_cifar, png_bytes
-from fastlt.data.images import decode_pil
-from fastlt.data.packed import open_pack
-from fastlt_benchmarks.repeated import Runner
-from fastlt_benchmarks.results_file import append_rows, check_file
+from fastlt.packing.cifar import Cifar, open_cifar, png_bytes
+from fastlt.decode.images import decode_pil
+from fastlt.packing.reader import open_pack
+from fastlt.studies.repeated import Runner
+from fastlt.utils.results_file import append_rows, check_file
 
 SUPERCLASSES, TARGETS = range(10), 2  # the first fine classes of each are targets, as in `cifar100-siblings`
 IMAGES, STRANGERS, COPIES, LEAKS = 100, 10, 3, 2  # of each auxiliary class; copies and leaks of each kind

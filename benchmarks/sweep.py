@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlt.__main__ import speak_to_the_user
-from fastlt.data.pool import cores
+from fastlt.utils.pool import cores
 from fastlt.errors import UserError
 from fastlt.sweep.spec import Sweep, read_sweep
-from fastlt_benchmarks.results_file import append_rows, check_file
+from fastlt.utils.results_file import append_rows, check_file
 
 TRAINER = b"ray::ImplicitFunc"  # what Ray calls the process of a trial
 SECONDS_BETWEEN_LOOKS = 2

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlt.config import Config, as_override, load_config
-from fastlt.data.pack import PackOptions, write_pack
-from fastlt.data.source import read_collection
+from fastlt.packing.writer import PackOptions, write_pack
+from fastlt.packing.sources import read_collection
 from fastlt.errors import UserError
-from fastlt.prepare import Trainer, prepare
-from fastlt.train import is_compiled, open_packs
-from fastlt_benchmarks.results_file import append_rows, check_file
+from fastlt.training.setup import Trainer, prepare
+from fastlt.training.loop import is_compiled, open_packs
+from fastlt.utils.results_file import append_rows, check_file
 from fastlt_benchmarks.timing import measure_ceilings
 from fastlt_benchmarks.train_steps import Marks, bare_steps, flops_per_image, loop_steps
 

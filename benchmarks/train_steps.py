@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlt.data.staging import staged
-from fastlt.prepare import Trainer
-from fastlt.train import forward_of, make_input, train_step
+from fastlt.data.prefetch import staged
+from fastlt.training.setup import Trainer
+from fastlt.training.loop import forward_of, make_input, train_step
 
 
 class Marks:

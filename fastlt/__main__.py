@@ -11,7 +11,7 @@ from fastlt.errors import UserError
 
 
 def main() -> None:
-    from fastlt.cli import app
+    from fastlt.cli.app import app
 
     speak_to_the_user(app)
 

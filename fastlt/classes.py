@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastlt.errors import UserError
-from fastlt.files import write_text
+from fastlt.utils.files import write_text
 from fastlt_kernels import ClassGraph
 
 MANY_ABOVE, FEW_BELOW = 100, 20  # Liu et al. 2019 (arXiv 1904.05160): many > 100, medium 20..100, few < 20 training images

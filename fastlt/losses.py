@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fastlt.classes import ClassSpace
 from fastlt.config import LINEAR_LOSSES, LossConfig
 from fastlt.errors import UserError
-from fastlt.model import Classifier, CosineHead, LinearHead
+from fastlt.models.classifier import Classifier, CosineHead, LinearHead
 from fastlt_kernels import (
     ClassGraph,
     ClassParallelLinear,

@@ -14,7 +14,7 @@ from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels.linear_loss import linear_neighbor_silencing_loss, linear_neighbor_silencing_outputs
 from fastlt_kernels.logits_loss import LossOutput, neighbor_silencing_loss, neighbor_silencing_outputs
 from fastlt_kernels.reference import reference_loss
-from fastlt_kernels.shards import shard_of
+from fastlt_kernels._impl.shards import shard_of
 
 __all__ = [
     "ClassGraph",

@@ -13,17 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastlt_kernels.backends import choose_backend, is_transformed
-from fastlt_kernels.checks import check_chunk_bytes, check_linear, check_loss, check_matrix, check_predicted
-from fastlt_kernels.class_parallel_checks import check_alike, check_classes, check_sampling, check_shard, place_in
-from fastlt_kernels.class_sampling import Sample, draw, rows_in_sample, sampled_classes
+from fastlt_kernels._impl.backends import choose_backend, is_transformed
+from fastlt_kernels._impl.checks import check_chunk_bytes, check_linear, check_loss, check_matrix, check_predicted
+from fastlt_kernels._impl.class_parallel_checks import check_alike, check_classes, check_sampling, check_shard, place_in
+from fastlt_kernels._impl.class_sampling import Sample, draw, rows_in_sample, sampled_classes
 from fastlt_kernels.graph import ClassGraph
-from fastlt_kernels.labels import accumulation_dtype, divided, stack_labels
+from fastlt_kernels._impl.labels import accumulation_dtype, divided, stack_labels
 from fastlt_kernels.logits_loss import LossOutput
-from fastlt_kernels.products import is_autocast, product_dtype
-from fastlt_kernels.rows import Rows, Terms, describe_rows, losses_of
-from fastlt_kernels.saved import refuse_twice, scaled
-from fastlt_kernels.shards import (
+from fastlt_kernels._impl.products import is_autocast, product_dtype
+from fastlt_kernels._impl.rows import Rows, Terms, describe_rows, losses_of
+from fastlt_kernels._impl.saved import refuse_twice, scaled
+from fastlt_kernels._impl.shards import (
     Group,
     Scattering,
     ShardGradients,

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastlt_kernels.class_parallel import class_parallel_loss
-from fastlt_kernels.class_parallel_checks import check_classes, place_in
-from fastlt_kernels.products import is_autocast, logits_of, product_dtype
-from fastlt_kernels.shards import Group, gather, length, shard_of
+from fastlt_kernels._impl.class_parallel_checks import check_classes, place_in
+from fastlt_kernels._impl.products import is_autocast, logits_of, product_dtype
+from fastlt_kernels._impl.shards import Group, gather, length, shard_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

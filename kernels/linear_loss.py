@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlt_kernels.backends import choose_backend, is_transformed
-from fastlt_kernels.checks import check_chunk_bytes, check_linear, check_loss, check_matrix, check_predicted
-from fastlt_kernels.chunk_work import ChunkWork, Gradients
-from fastlt_kernels.chunks import plan_chunks, slices
+from fastlt_kernels._impl.backends import choose_backend, is_transformed
+from fastlt_kernels._impl.checks import check_chunk_bytes, check_linear, check_loss, check_matrix, check_predicted
+from fastlt_kernels._impl.chunk_work import ChunkWork, Gradients
+from fastlt_kernels._impl.chunks import plan_chunks, slices
 from fastlt_kernels.graph import ClassGraph
-from fastlt_kernels.labels import accumulation_dtype, divided, stack_labels
+from fastlt_kernels._impl.labels import accumulation_dtype, divided, stack_labels
 from fastlt_kernels.logits_loss import ROWS_SCHEMA, LossOutput
-from fastlt_kernels.products import is_autocast, kept_dtype, product_dtype
-from fastlt_kernels.rows import Rows, Terms, describe_rows, join_terms, losses_of
-from fastlt_kernels.saved import refuse_twice, save_mixed, saved_mixed, scaled
-from fastlt_kernels.tile import Tile
+from fastlt_kernels._impl.products import is_autocast, kept_dtype, product_dtype
+from fastlt_kernels._impl.rows import Rows, Terms, describe_rows, join_terms, losses_of
+from fastlt_kernels._impl.saved import refuse_twice, save_mixed, saved_mixed, scaled
+from fastlt_kernels._impl.tile import Tile
 
 
 def linear_neighbor_silencing_loss(

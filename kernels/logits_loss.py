@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlt_kernels.backends import choose_backend, is_transformed
-from fastlt_kernels.checks import check_loss, check_matrix, check_predicted
+from fastlt_kernels._impl.backends import choose_backend, is_transformed
+from fastlt_kernels._impl.checks import check_loss, check_matrix, check_predicted
 from fastlt_kernels.graph import ClassGraph
-from fastlt_kernels.labels import accumulation_dtype, counted_rows, stack_labels
-from fastlt_kernels.rows import Rows, Terms, describe_rows, implementation, losses_of
-from fastlt_kernels.saved import refuse_twice, save_mixed, saved_mixed, scaled
-from fastlt_kernels.torch_logits import torch_losses
+from fastlt_kernels._impl.labels import accumulation_dtype, counted_rows, stack_labels
+from fastlt_kernels._impl.rows import Rows, Terms, describe_rows, implementation, losses_of
+from fastlt_kernels._impl.saved import refuse_twice, save_mixed, saved_mixed, scaled
+from fastlt_kernels._impl.torch_logits import torch_losses
 
 # Measured on AVX-512, for the torch rows on a CPU: of fewer logits plain torch's few calls cost less.
 FUSE_FROM_LOGITS = 200_000

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlt_kernels.graph import ClassGraph
-from fastlt_kernels.labels import IGNORE_INDEX
+from fastlt_kernels._impl.labels import IGNORE_INDEX
 
 
 def reference_loss(

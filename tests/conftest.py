@@ -54,8 +54,8 @@ def image_folders(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small_pack(image_folders, tmp_path_factory) -> Path:
     """`image_folders`, packed."""
-    from fastlt.data.pack import PackOptions, write_pack
-    from fastlt.data.source import read_collection
+    from fastlt.packing.writer import PackOptions, write_pack
+    from fastlt.packing.sources import read_collection
 
     folders = (image_folders / name for name in ("target", "auxiliary", "val", "pairs.csv"))
     out = tmp_path_factory.mktemp("packs") / "small"

@@ -15,10 +15,10 @@ from urllib.parse import urlencode, urlsplit
 
 from fastlt.curate.fetch import Fetcher, Refused
 from fastlt.curate.settings import RetrieveConfig
-from fastlt.data.images import EXTENSIONS
-from fastlt.embeddings import read_embeddings
+from fastlt.decode.images import EXTENSIONS
+from fastlt.utils.embeddings import read_embeddings
 from fastlt.errors import UserError
-from fastlt.names import normalised
+from fastlt.utils.names import normalised
 
 ENDPOINTS = {
     "openverse": "https://api.openverse.org/v1/",

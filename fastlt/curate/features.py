@@ -17,16 +17,16 @@ from torch.nn import functional as F
 
 from fastlt.config import ModelConfig
 from fastlt.curate.settings import FilterConfig
-from fastlt.data.augment import Geometry
-from fastlt.data.batch import normalise
+from fastlt.data.geometry import Geometry
+from fastlt.data.augment import normalise
 from fastlt.data.loader import Loader
-from fastlt.data.packed import Split
+from fastlt.packing.reader import Split
 from fastlt.data.plan import evaluation_batches
 from fastlt.errors import UserError
-from fastlt.export import find_metadata, load_exported
-from fastlt.files import sha256_of
-from fastlt.model import build_model, weights_file
-from fastlt.prepare import best_precision, find_device
+from fastlt.models.export import find_metadata, load_exported
+from fastlt.utils.files import sha256_of
+from fastlt.models.classifier import build_model, weights_file
+from fastlt.training.setup import best_precision, find_device
 
 ROWS, COLUMNS = 2048, 32768  # of similarities at a time: 256 MB
 ROUNDS = 5  # of the robust mean

@@ -10,8 +10,8 @@ from urllib.parse import urljoin
 
 import aiohttp
 
-from fastlt.curate.addresses import Forbidden, PublicResolver, check_url, public_socket
-from fastlt.curate.politeness import AGENT, Rates, Robots, opted_out
+from fastlt.curate.public_hosts import Forbidden, PublicResolver, check_url, public_socket
+from fastlt.curate.rate_limits import AGENT, Rates, Robots, opted_out
 from fastlt.curate.settings import RetrieveConfig
 
 REDIRECTS = 5

@@ -24,19 +24,19 @@ from rich.table import Table
 from fastlt.classes import ClassSpace
 from fastlt.curate.candidates import licence_accepted
 from fastlt.curate.features import open_backbone
-from fastlt.curate.judge import SAME_FEATURES, Verdicts, give_up_small_classes, judge
-from fastlt.curate.piles import Pile, make_pile
+from fastlt.curate.selection import SAME_FEATURES, Verdicts, give_up_small_classes, judge
+from fastlt.curate.image_index import Pile, make_pile
 from fastlt.curate.retrieve import PROPOSED_BY, tried
 from fastlt.curate.settings import CurateConfig, FilterConfig, keep_settings
 from fastlt.curate.sheet import write_sheets
 from fastlt.curate.table import read_table, write_table
-from fastlt.data.images import FORMATS
-from fastlt.data.packed import COLUMNS, Pack, Split, open_pack
-from fastlt.data.shards import ShardWriter, member_keys
+from fastlt.decode.images import FORMATS
+from fastlt.packing.reader import COLUMNS, Pack, Split, open_pack
+from fastlt.packing.shards import ShardWriter, member_keys
 from fastlt.errors import UserError
-from fastlt.files import whole_file, whole_folder, write_text
-from fastlt.lock import alone_in
-from fastlt.names import normalised
+from fastlt.utils.files import whole_file, whole_folder, write_text
+from fastlt.utils.lock import alone_in
+from fastlt.utils.names import normalised
 
 SHARD_BYTES = 10**9
 SUSPICIOUS = 0.2  # share of the images that leak by their features alone

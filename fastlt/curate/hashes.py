@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
-from fastlt.data.images import BadImage, open_image, to_rgb, upright
-from fastlt.data.packed import Split
+from fastlt.decode.images import BadImage, open_image, to_rgb, upright
+from fastlt.packing.reader import Split
 
 SIDE, KEPT = 32, 8  # pixels that are transformed, and frequencies a side that are kept: 64 bits
 FLAT = 2.0  # grey levels of deviation below which an image looks like nothing in particular

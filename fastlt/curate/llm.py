@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fastlt.curate.proposals import Proposal, Target
 from fastlt.curate.settings import ProposeConfig
 from fastlt.errors import UserError
-from fastlt.files import write_text
+from fastlt.utils.files import write_text
 
 OTHERS = 200  # target names that a prompt lists
 SPARE = 4  # categories asked for beyond those wanted, as some will be targets

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from fastlt.curate.fetch import Refused
 from fastlt.curate.settings import RetrieveConfig
-from fastlt.data.images import FORMATS, BadImage, load, open_image, orientation
+from fastlt.decode.images import FORMATS, BadImage, load, open_image, orientation
 
 
 class Picture(NamedTuple):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastlt.names import normalised
+from fastlt.utils.names import normalised
 
 
 @dataclass(frozen=True)

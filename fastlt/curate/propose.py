@@ -36,12 +36,12 @@ from fastlt.curate.proposals import (
 )
 from fastlt.curate.settings import CurateConfig, ProposeConfig, keep_settings
 from fastlt.curate.table import write_table
-from fastlt.embeddings import read_embeddings
+from fastlt.utils.embeddings import read_embeddings
 from fastlt.errors import UserError
-from fastlt.files import whole_file
-from fastlt.lock import alone_in
-from fastlt.names import normalised
-from fastlt.progress import rated_progress
+from fastlt.utils.files import whole_file
+from fastlt.utils.lock import alone_in
+from fastlt.utils.names import normalised
+from fastlt.utils.progress import rated_progress
 
 REPLACED = "the random control has another category in its place"
 WITH_WORD = re.compile(r"(n\d{8})[\s,]+(\S.*)")  # a WordNet id and what it is called

@@ -34,11 +34,11 @@ from fastlt.curate.pictures import Picture, examine
 from fastlt.curate.settings import CurateConfig, RetrieveConfig, keep_settings
 from fastlt.curate.table import read_table, write_table
 from fastlt.errors import UserError
-from fastlt.files import whole_file
-from fastlt.lock import alone_in
-from fastlt.names import normalised
-from fastlt.progress import rated_progress
-from fastlt.stopping import Stopped
+from fastlt.utils.files import whole_file
+from fastlt.utils.lock import alone_in
+from fastlt.utils.names import normalised
+from fastlt.utils.progress import rated_progress
+from fastlt.utils.signals import Stopped
 
 PROPOSED_BY = "fastlt curate propose"
 CATEGORIES_AT_A_TIME = 8  # whose sources are asked

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from fastlt.config import Cosine, Count, Section, Several, to_toml, with_settings
 from fastlt.errors import UserError
-from fastlt.files import write_text
+from fastlt.utils.files import write_text
 
 CONFIG = "config.toml"
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fastlt.curate.judge import Verdicts
-from fastlt.data.packed import Split
-from fastlt.data.thumbnail import thumbnail
-from fastlt.files import whole_folder, write_text
+from fastlt.curate.selection import Verdicts
+from fastlt.packing.reader import Split
+from fastlt.utils.thumbnail import thumbnail
+from fastlt.utils.files import whole_folder, write_text
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 

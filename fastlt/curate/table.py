@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlt.errors import UserError
-from fastlt.files import whole_file
+from fastlt.utils.files import whole_file
 
 
 def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> None:

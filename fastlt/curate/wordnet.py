@@ -14,9 +14,9 @@ from pathlib import Path
 
 from fastlt.config import did_you_mean
 from fastlt.curate.proposals import Category, Proposal, Target
-from fastlt.embeddings import Embeddings
+from fastlt.utils.embeddings import Embeddings
 from fastlt.errors import UserError
-from fastlt.names import normalised
+from fastlt.utils.names import normalised
 
 WNID = re.compile(r"n\d{8}")
 EDGES, LEMMAS, DEFINITIONS = "*wordnet*parent-child*", "*synset*lemma*", "*synset*definition*"

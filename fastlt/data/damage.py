@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fastlt.data.images import fill_box
-from fastlt.data.packed import Split, picture
-from fastlt.data.region import DAMAGED, UNSURE, examine
+from fastlt.decode.images import fill_box
+from fastlt.packing.reader import Split, picture
+from fastlt.decode.region import DAMAGED, UNSURE, examine
 from fastlt.errors import UserError
 
 ATTEMPTS = 20  # other images of the class that are tried: more in a row are no accident

@@ -11,19 +11,20 @@ from pathlib import Path
 
 import torch
 
-from fastlt.data import dali, resident
-from fastlt.data.dali import DaliEngine, has_dali, import_dali
-from fastlt.data.ffcv import FfcvEngine
-from fastlt.data.ffcv_mixed import MixedFfcvEngine
-from fastlt.data.gpu import GpuEngine, torchvision_decoder
-from fastlt.data.mixture import MixedSplit
-from fastlt.data.native import has_ffcv, import_ffcv
-from fastlt.data.packed import Split
+from fastlt.data.engines import dali
+from fastlt.data.engines import resident
+from fastlt.data.engines.dali import DaliEngine, has_dali, import_dali
+from fastlt.data.engines.ffcv.engine import FfcvEngine
+from fastlt.data.engines.ffcv.mixed import MixedFfcvEngine
+from fastlt.data.engines.gpu import GpuEngine, torchvision_decoder
+from fastlt.packing.concat import MixedSplit
+from fastlt.data.engines.ffcv.native import has_ffcv, import_ffcv
+from fastlt.packing.reader import Split
 from fastlt.data.plan import Batch
-from fastlt.data.region import check_region, has_region
-from fastlt.data.remote import Fetcher
-from fastlt.data.resident import ResidentEngine
-from fastlt.data.torch import TorchEngine
+from fastlt.decode.region import check_region, has_region
+from fastlt.packing.remote import Fetcher
+from fastlt.data.engines.resident import ResidentEngine
+from fastlt.data.engines.torch import TorchEngine
 from fastlt.errors import UserError
 
 Engine = TorchEngine | ResidentEngine | FfcvEngine | MixedFfcvEngine | DaliEngine | GpuEngine

@@ -10,9 +10,9 @@ from functools import cached_property
 
 import numpy as np
 
-from fastlt.data.augment import Geometry, boxes_of
-from fastlt.data.mixture import MixedSplit
-from fastlt.data.packed import Split
+from fastlt.data.geometry import Geometry, boxes_of
+from fastlt.packing.concat import MixedSplit
+from fastlt.packing.reader import Split
 from fastlt.errors import UserError
 
 

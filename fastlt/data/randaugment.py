@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlt import torchvision_shim
+from fastlt.utils import torchvision_shim
 
 
 def randaugment(images: Tensor, magnitude: int, operations: int, generator: torch.Generator) -> Tensor:

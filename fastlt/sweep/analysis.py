@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastlt.errors import UserError
-from fastlt.significance import holm, t_test
+from fastlt.evaluation.significance import holm, t_test
 from fastlt.sweep.results import plain
 from fastlt.sweep.spec import METRICS, Range, Sweep, axes_but_seeds, read_sweep
 

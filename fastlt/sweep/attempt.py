@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastlt.files import write_text
+from fastlt.utils.files import write_text
 
 FILE = "trial.json"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fastlt.config import load_config
-from fastlt.data.packed import open_pack
+from fastlt.packing.reader import open_pack
 from fastlt.errors import UserError
-from fastlt.files import write_text
-from fastlt.lock import LOCK
+from fastlt.utils.files import write_text
+from fastlt.utils.lock import LOCK
 from fastlt.sweep.results import Row, outcome, read_row, run_of
 from fastlt.sweep.spec import Sweep, Values, values_of
 from fastlt.sweep.trial import Trial, absolute, make_trial, trained

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastlt.data.pool import cores
+from fastlt.utils.pool import cores
 from fastlt.errors import UserError, extra
-from fastlt.files import write_text
-from fastlt.stopping import SIGNALS
+from fastlt.utils.files import write_text
+from fastlt.utils.signals import SIGNALS
 from fastlt.sweep.board import Board
 from fastlt.sweep.results import ENDED, WHY, note_failure, outcome, write_results
 from fastlt.sweep.spec import Range, Sweep, Values

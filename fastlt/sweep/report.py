@@ -10,11 +10,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from fastlt import charts
+from fastlt.reports import charts
 from fastlt.config import load_config
 from fastlt.errors import UserError
-from fastlt.files import whole_file, write_text
-from fastlt.report import environment
+from fastlt.utils.files import whole_file, write_text
+from fastlt.reports.run import environment
 from fastlt.sweep.analysis import Level, Spread, Study, read_study
 from fastlt.sweep.spec import METRICS
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastlt.files import whole_file, write_text
+from fastlt.utils.files import whole_file, write_text
 from fastlt.sweep.attempt import read_attempts
 from fastlt.sweep.trial import Trial
 

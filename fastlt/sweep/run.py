@@ -19,9 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastlt.errors import UserError
-from fastlt.files import write_text
-from fastlt.lock import alone_in
-from fastlt.stopping import Stopped
+from fastlt.utils.files import write_text
+from fastlt.utils.lock import alone_in
+from fastlt.utils.signals import Stopped
 from fastlt.sweep.board import Board, check_folder, check_packs, check_runs, known_points, left_out
 from fastlt.sweep.on_ray import follow, one_of_each, optuna_search, quiet_ray
 from fastlt.sweep.results import Row, write_results

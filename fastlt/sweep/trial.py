@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from fastlt.config import MAY_CHANGE, Config, flat, load_config
-from fastlt.data.remote import is_remote
+from fastlt.packing.remote import is_remote
 from fastlt.errors import UserError
-from fastlt.methods import method_settings
+from fastlt.methods.presets import method_settings
 from fastlt.sweep.spec import SHORT, Axis, Sweep, Values, choose, settings_of
 
 LONGEST_NAME = 100  # characters of a folder

@@ -19,7 +19,7 @@ def train_trial(board: Board, suggested: dict[str, Any]) -> None:
     """In a process of Ray: trains, or goes on, in the trial's own RUN."""
     from ray import tune
 
-    from fastlt.train import train
+    from fastlt.training.loop import train
 
     with suppress(OSError):  # another machine has no such folder
         os.chdir(board.here)

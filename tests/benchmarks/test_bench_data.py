@@ -18,16 +18,16 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fastlt.cli import app
+from fastlt.cli.app import app
 from fastlt.config import load_config
-from fastlt.data.collection import ImageRef
-from fastlt.data.native import has_ffcv
-from fastlt.data.region import has_region
-from fastlt.data.stored import read_bytes
+from fastlt.packing.collection import ImageRef
+from fastlt.data.engines.ffcv.native import has_ffcv
+from fastlt.decode.region import has_region
+from fastlt.packing.encode import read_bytes
 from fastlt.errors import UserError
-from fastlt_benchmarks.data import COLUMNS, choose, make_row, show
-from fastlt_benchmarks.data_contenders import all_contenders, all_limits
-from fastlt_benchmarks.data_images import (
+from fastlt_benchmarks.loaders.run import COLUMNS, choose, make_row, show
+from fastlt_benchmarks.loaders.contenders import all_contenders, all_limits
+from fastlt_benchmarks.loaders.images import (
     Choice,
     choose_images,
     in_pages,
@@ -36,12 +36,12 @@ from fastlt_benchmarks.data_images import (
     write_forms,
     write_stock_beton,
 )
-from fastlt_benchmarks.data_limits import Decoder, decodes, scaled, turbojpeg
-from fastlt_benchmarks.data_peers import random_box
-from fastlt_benchmarks.data_photos import draw_photo, write_photos
-from fastlt_benchmarks.data_table import TABLE_WIDTH, table
-from fastlt_benchmarks.data_trials import Contender, Epoch, Source, Task, Trial, bounded, cpu_seconds, run_rounds
-from fastlt_benchmarks.loss_contenders import Unavailable
+from fastlt_benchmarks.loaders.limits import Decoder, decodes, scaled, turbojpeg
+from fastlt_benchmarks.loaders.peers import random_box
+from fastlt_benchmarks.loaders.photos import draw_photo, write_photos
+from fastlt_benchmarks.loaders.table import TABLE_WIDTH, table
+from fastlt_benchmarks.loaders.trials import Contender, Epoch, Source, Task, Trial, bounded, cpu_seconds, run_rounds
+from fastlt_benchmarks.loss.contenders import Unavailable
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COLOURS = np.array(list(itertools.product((30, 125, 220), repeat=3)))  # a class of pictures that a crop does not change
@@ -181,7 +181,7 @@ def test_the_command_measures_generated_photos_and_leaves_nothing_behind(tmp_pat
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    monkeypatch.setattr("fastlt_benchmarks.data.QUICK_IMAGES", 12)
+    monkeypatch.setattr("fastlt_benchmarks.loaders.run.QUICK_IMAGES", 12)
     options = ["--quick", "--size=32", "--rounds=1", "--workers=1", "--contender=torch-exact", f"--out={tmp_path / 'out'}"]
     ended = CliRunner().invoke(app, ["bench-data", *options])
     assert ended.exit_code == 0, ended.output

@@ -9,13 +9,13 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fastlt.cli import app
+from fastlt.cli.app import app
 from fastlt.errors import UserError
-from fastlt_benchmarks.loss import COLUMNS, Grid, choose, run_grid
-from fastlt_benchmarks.loss_contenders import Inputs, Problem, Size, all_contenders, make_graph, plain
-from fastlt_benchmarks.loss_table import TABLE_WIDTH, table
-from fastlt_benchmarks.loss_trials import Bench, Trial, attempt, find_faults, measure, start
-from fastlt_benchmarks.results_file import check_place
+from fastlt_benchmarks.loss.run import COLUMNS, Grid, choose, run_grid
+from fastlt_benchmarks.loss.contenders import Inputs, Problem, Size, all_contenders, make_graph, plain
+from fastlt_benchmarks.loss.table import TABLE_WIDTH, table
+from fastlt_benchmarks.loss.trials import Bench, Trial, attempt, find_faults, measure, start
+from fastlt.utils.results_file import check_place
 from fastlt_benchmarks.timing import Ceilings, Pace, Pass, bounded_memory, copies_beyond_cache, peak_bytes
 
 CPU = torch.device("cpu")

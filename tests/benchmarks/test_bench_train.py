@@ -14,14 +14,14 @@ from PIL import Image
 from rich.console import Console
 
 from fastlt.config import load_config
-from fastlt.data.packed import open_pack
+from fastlt.packing.reader import open_pack
 from fastlt.errors import UserError
-from fastlt.prepare import prepare
+from fastlt.training.setup import prepare
 from fastlt_benchmarks import train, train_steps
-from fastlt_benchmarks.regions import write_images
-from fastlt_benchmarks.repeated import Control, spread, table, train_all
-from fastlt_benchmarks.reproduce import SIBLINGS
-from fastlt_benchmarks.results_file import append_rows, command
+from fastlt_benchmarks.loaders.regions import write_images
+from fastlt.studies.repeated import Control, spread, table, train_all
+from fastlt.studies.reproduce import SIBLINGS
+from fastlt.utils.results_file import append_rows, command
 from fastlt_benchmarks.train import run_bench_train
 
 SMALL = ["model.name=resnet8", "data.size=16", "data.batch=16"]
@@ -168,7 +168,7 @@ def test_where_one_run_fails_no_other_is_begun_and_those_under_way_are_saved(sma
 def test_a_comparison_that_is_ended_ends_its_trainings(small_pack, tmp_path):
     settings = [*SMALL, "train.epochs=5000", "train.eval_every=5000", "train.threads=1"]
     code = (
-        "from pathlib import Path; from rich.console import Console; from fastlt_benchmarks.repeated import Control, train_all; "
+        "from pathlib import Path; from rich.console import Console; from fastlt.studies.repeated import Control, train_all; "
         f"controls = {{'long': Control(Path({str(small_pack)!r}), {settings!r})}}; "
         f"train_all('cifar100-siblings', controls, Path({str(tmp_path)!r}), 1, 1, Console(quiet=True))"
     )

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fastlt.data.pack import PackOptions, write_pack
-from fastlt.data.source import read_collection
+from fastlt.packing.writer import PackOptions, write_pack
+from fastlt.packing.sources import read_collection
 
 HUES = {"otter": 0, "sofa": 60, "tulip": 120, "mink": 180, "bench": 240}
 SIDE = 96

@@ -18,9 +18,9 @@ pytest.importorskip("aiohttp", reason="no aiohttp here: it comes with the extra 
 from fastlt.curate.filter import run_filter
 from fastlt.curate.retrieve import run_retrieve
 from fastlt.curate.settings import CurateConfig
-from fastlt.data.pack import PackOptions, write_pack
-from fastlt.data.packed import open_pack
-from fastlt.data.source import read_collection
+from fastlt.packing.writer import PackOptions, write_pack
+from fastlt.packing.reader import open_pack
+from fastlt.packing.sources import read_collection
 from fastlt.errors import UserError
 
 QUIET = Console(quiet=True)
@@ -154,8 +154,8 @@ def test_small_classes_are_given_up(curated, hued_pack, run):
 def test_what_was_computed_is_not_computed_again(curated, hued_pack, run, monkeypatch):
     config = settings_of(curated, run)
     before = filtered(curated, hued_pack, config)
-    monkeypatch.setattr("fastlt.curate.piles.extract", None)
-    monkeypatch.setattr("fastlt.curate.piles.hashes_of", None)
+    monkeypatch.setattr("fastlt.curate.image_index.extract", None)
+    monkeypatch.setattr("fastlt.curate.image_index.hashes_of", None)
     assert filtered(curated, hued_pack, config) == before
     for path in (curated / "features").iterdir():
         path.write_bytes(path.read_bytes()[:50])

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from fastlt.curate.hashes import COSINES, Hashes, _near, joined, look, same_look, small_grey
-from fastlt.data.images import open_image
+from fastlt.decode.images import open_image
 
 
 def hashes(seen, mirrored=None, has_look=None) -> Hashes:

@@ -25,11 +25,11 @@ from rich.console import Console
 pytest.importorskip("aiohttp", reason="no aiohttp here: it comes with the extra `curate`")
 from web_server import Web, web_server
 
-from fastlt.curate import addresses
+from fastlt.curate import public_hosts as addresses
 from fastlt.curate.fetch import open_fetcher
 from fastlt.curate.retrieve import run_retrieve
 from fastlt.curate.settings import CurateConfig
-from fastlt.data.source import read_collection
+from fastlt.packing.sources import read_collection
 from fastlt.errors import UserError
 
 QUICK = {"per_host": 2000.0, "timeout": 3.0, "retries": 1}

@@ -13,9 +13,9 @@ from fastlt.curate.proposals import Target
 from fastlt.curate.propose import run_propose
 from fastlt.curate.settings import CurateConfig
 from fastlt.curate.wordnet import find_targets, pool, propose, read_mapping, read_tables, read_wordnet, within
-from fastlt.embeddings import Embeddings, read_embeddings
+from fastlt.utils.embeddings import Embeddings, read_embeddings
 from fastlt.errors import UserError
-from fastlt.names import normalised
+from fastlt.utils.names import normalised
 
 #          animal 0
 #        /          \

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from fastlt.data.augment import Geometry, boxes_of, place_uniforms
+from fastlt.data.geometry import Geometry, boxes_of, place_uniforms
 
 COUNT = 20_000
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fastlt.config import AugmentConfig
-from fastlt.data.batch import compiled_finish, finish, normalise, scale_and_shift
+from fastlt.data.augment import compiled_finish, finish, normalise, scale_and_shift
 from fastlt.data.jitter import colour_jitter
-from fastlt.data.mix import Draws, draw
+from fastlt.data.mixup import Draws, draw
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

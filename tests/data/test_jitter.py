@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlt import torchvision_shim
+from fastlt.utils import torchvision_shim
 from fastlt.data import jitter
 from fastlt.errors import UserError
 

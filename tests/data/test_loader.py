@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from fastlt.data import loader as loader_module
-from fastlt.data import resident
-from fastlt.data.augment import Geometry
-from fastlt.data.images import decode, fill_box
+from fastlt.data.engines import resident
+from fastlt.data.geometry import Geometry
+from fastlt.decode.images import decode, fill_box
 from fastlt.data.loader import Loader, choose_engine
-from fastlt.data.packed import open_pack
+from fastlt.packing.reader import open_pack
 from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
-from fastlt.data.resident import ResidentEngine
-from fastlt.data.torch import TorchEngine
+from fastlt.data.engines.resident import ResidentEngine
+from fastlt.data.engines.torch import TorchEngine
 from fastlt.errors import UserError
 
 from .conftest import ORIENTATION, mixed_images, scene

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastlt.data.augment import Geometry
+from fastlt.data.geometry import Geometry
 from fastlt.data.plan import Plan, Sampling, draw_by_class, evaluation_batches, spread_budget
 from fastlt.errors import UserError
 

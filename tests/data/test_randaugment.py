@@ -23,7 +23,7 @@ def test_randaugment_is_reproducible_keeps_shape_and_changes_most_images():
 
 
 def test_each_operation_of_randaugment_is_torchvisions():
-    from fastlt import torchvision_shim
+    from fastlt.utils import torchvision_shim
     from fastlt.data.randaugment import _operate
 
     torchvision_shim.make_importable()

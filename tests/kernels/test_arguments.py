@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastlt_kernels import ClassGraph, linear_neighbor_silencing_loss, neighbor_silencing_loss
-from fastlt_kernels.checks import should_check_values
+from fastlt_kernels._impl.checks import should_check_values
 
 ROWS, CLASSES, WIDTH = 3, 6, 4
 TARGET = torch.tensor([0, 2, 5])

@@ -9,16 +9,9 @@ from ranks import Ranks
 from torch import nn
 from torch.nn import functional as F
 
-from fastlt_kernels import (
-    ClassGraph,
-    ClassParallelLinear,
-    chunks,
-    class_parallel_loss,
-    class_parallel_outputs,
-    reference_loss,
-    shard_of,
-)
-from fastlt_kernels.class_sampling import draw, sample_size
+from fastlt_kernels._impl import chunks
+from fastlt_kernels import (ClassGraph, ClassParallelLinear, class_parallel_loss, class_parallel_outputs, reference_loss, shard_of)
+from fastlt_kernels._impl.class_sampling import draw, sample_size
 
 WORLDS = [1, 2, 4]
 SHAPES = [  # N, T, C, D

@@ -15,9 +15,10 @@ from loss_cases import (
 from torch.nn import functional as F
 
 from fastlt_benchmarks.timing import peak_bytes
-from fastlt_kernels import chunks, linear_neighbor_silencing_loss, neighbor_silencing_loss
-from fastlt_kernels.chunks import plan_chunks
-from fastlt_kernels.rows import describe_rows
+from fastlt_kernels._impl import chunks
+from fastlt_kernels import (linear_neighbor_silencing_loss, neighbor_silencing_loss)
+from fastlt_kernels._impl.chunks import plan_chunks
+from fastlt_kernels._impl.rows import describe_rows
 
 OPERATORS = torch.ops.fastlt_kernels
 

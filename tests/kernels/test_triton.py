@@ -17,8 +17,9 @@ from fastlt_kernels import (
     reference_loss,
 )
 
-triton_rows = pytest.importorskip("fastlt_kernels.triton_rows", reason="triton is not installed")
-from fastlt_kernels import chunks, rows  # noqa: E402
+triton_rows = pytest.importorskip("fastlt_kernels._impl.triton_rows", reason="triton is not installed")
+from fastlt_kernels._impl import chunks
+from fastlt_kernels._impl import rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 5, 23, 3), (7, 40, 507, 12), (9, 12, 12, 5), (13, 100, 203, 16)]

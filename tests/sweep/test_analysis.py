@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastlt.errors import UserError
-from fastlt.significance import holm, t_test
+from fastlt.evaluation.significance import holm, t_test
 from fastlt.sweep.analysis import read_study
 from fastlt.sweep.report import write_sweep_report
 

@@ -14,8 +14,8 @@ from rich.console import Console
 
 pytest.importorskip("ray", reason="no ray here: it comes with the extra `sweep`")
 
-from fastlt.data.pack import PackOptions, write_pack
-from fastlt.data.source import read_collection
+from fastlt.packing.writer import PackOptions, write_pack
+from fastlt.packing.sources import read_collection
 from fastlt.errors import UserError
 from fastlt.sweep.run import run_sweep
 

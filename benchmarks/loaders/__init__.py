@@ -1,0 +1,1 @@
+"""`fastlt bench-data`."""

@@ -1,0 +1,1 @@
+"""Engines: each turns the batches of a plan into images."""

@@ -1,0 +1,148 @@
+"""The torch engine with `data.decode=gpu`: a GPU decodes the JPEGs, cuts and resizes them; for machines without DALI."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlt.data.engines.dali import placed
+from fastlt.data.damage import Inspector, stand_in
+from fastlt.decode.images import TURNS, BadImage, open_image, orientation
+from fastlt.packing.reader import Split, check_shards, picture
+from fastlt.data.plan import Batch
+from fastlt.errors import UserError
+
+AHEAD = 2  # batches that are read from the disk meanwhile
+PATIENCE = 300  # seconds for reading one: far more than any takes, but not for ever
+Decoder = Callable[[list[Tensor]], list[Tensor]]  # encoded JPEGs, (bytes,) uint8, to (3, H, W) uint8 on the device, not turned
+
+
+def torchvision_decoder(device: torch.device) -> Decoder:
+    """Raises UserError where torchvision's decoder, or a GPU, is missing."""
+    if device.type != "cuda":
+        raise UserError("data.decode=gpu needs an NVIDIA GPU: set data.decode=auto")
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"data.decode=gpu needs torchvision or DALI ({error}): pip install fastlt[timm] or fastlt[dali]") from error
+
+    def decode(data: list[Tensor]) -> list[Tensor]:
+        return decode_jpeg(data, mode=ImageReadMode.RGB, device=device)
+
+    return decode
+
+
+class GpuEngine:
+    """strict and `damaged` as in TorchEngine. What is no JPEG, or cannot be decoded on the device, is left to Pillow."""
+
+    def __init__(
+        self, split: Split, size: int, workers: int, device: torch.device, strict: bool = True, decode: Decoder | None = None
+    ) -> None:
+        check_shards(split)
+        self.damaged: dict[int, str] = {}
+        self._split, self._size, self._device, self._strict = split, size, device, strict
+        self._decode = decode or torchvision_decoder(device)
+        self._reader = ThreadPoolExecutor(1, "fastlt-read")
+        self._inspector = Inspector(split, workers)
+
+    def batches(self, batches: Iterable[Batch]) -> Generator[Tensor, None, None]:
+        """The images of each batch, (n, size, size, 3) uint8 on the device, the caller's to keep. UserErrors as in TorchEngine."""
+        left = iter(batches)
+        read: deque[tuple[Batch, Future[list[Tensor | None]]]] = deque()
+        while True:
+            for batch in islice(left, AHEAD - len(read)):
+                read.append((batch, self._reader.submit(self._read, batch)))
+            if not read:
+                return
+            batch, data = read.popleft()
+            yield self._made(batch, data.result(timeout=PATIENCE))
+
+    def _read(self, batch: Batch) -> list[Tensor | None]:
+        """The bytes of the JPEGs, copied; None for other images, and for damaged ones."""
+        views = [self._split.read(image) for image in batch.images.tolist()]
+        is_sound = [view[:2] == b"\xff\xd8" for view in views] & ~self._inspector.damaged(batch.images)
+        return [
+            torch.frombuffer(bytearray(view), dtype=torch.uint8) if sound else None
+            for view, sound in zip(views, is_sound, strict=True)
+        ]
+
+    def _made(self, batch: Batch, data: list[Tensor | None]) -> Tensor:
+        out = torch.zeros(len(data), self._size, self._size, 3, dtype=torch.uint8, device=self._device)
+        jpegs = [i for i, encoded in enumerate(data) if encoded is not None]
+        decoded = dict(zip(jpegs, self._decoded([encoded for encoded in data if encoded is not None]), strict=True))
+        corner, sides, made, start = placed(batch, self._split, self._size)
+        for i, encoded in enumerate(data):
+            image = decoded.get(i)
+            upright = None if image is None or encoded is None else turned(image, encoded)
+            if upright is None or upright.shape[1:] != self._sides(batch.images[i]):
+                upright = self._by_pillow(batch, i)
+            if upright is None:
+                out[i] = self._replaced(batch, i)
+            else:
+                place(upright, corner[i], sides[i], made[i].astype(int), start[i], bool(batch.flips[i]), out[i])
+        return out
+
+    def _decoded(self, data: list[Tensor]) -> list[Tensor | None]:
+        """None for what the device cannot decode: together they fail together, so then each is tried alone."""
+        if not data:
+            return []
+        try:
+            return list(self._decode(data))
+        except RuntimeError:
+            return [self._decoded([one])[0] for one in data] if len(data) > 1 else [None]
+
+    def _sides(self, image: int) -> tuple[int, int]:
+        return int(self._split.height[image]), int(self._split.width[image])
+
+    def _by_pillow(self, batch: Batch, i: int) -> Tensor | None:
+        """(3, H, W) on the device; None where Pillow cannot either."""
+        image = int(batch.images[i])
+        try:
+            pixels = np.array(picture(self._split, image))
+        except UserError as error:
+            if self._strict:
+                raise
+            self.damaged[image] = str(error)
+            return None
+        return torch.from_numpy(pixels).to(self._device).permute(2, 0, 1)
+
+    def _replaced(self, batch: Batch, i: int) -> Tensor:
+        image = int(batch.images[i])
+        pixels = stand_in(self._split, image, batch.boxes[i], bool(batch.flips[i]), self._size, self.damaged[image])
+        return torch.from_numpy(np.array(pixels)).to(self._device)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._inspector.close()
+        self._reader.shutdown(cancel_futures=True)
+
+
+def turned(image: Tensor, encoded: Tensor) -> Tensor | None:
+    """image (3, H, W) as its EXIF orientation wants it; None where the header cannot be read."""
+    try:
+        turn = orientation(open_image(encoded.numpy().tobytes()))
+    except BadImage:
+        return None
+    if turn not in TURNS:
+        return image
+    if turn >= 5:
+        image = image.transpose(1, 2)
+    backwards = [axis for axis, turns in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if turn in turns]
+    return image.flip(backwards) if backwards else image
+
+
+def place(image: Tensor, corner: Any, sides: Any, made: Any, start: Any, flip: bool, out: Tensor) -> None:
+    """Resizes a part of image (3, H, W) and puts it into out (size, size, 3): see `placed`."""
+    (top, left), (height, width) = corner.tolist(), sides.tolist()
+    part = image[None, :, top : top + height, left : left + width].float()
+    part = torch.nn.functional.interpolate(part, made.tolist(), mode="bilinear", antialias=True, align_corners=False)
+    square = torch.zeros(3, *out.shape[:2], device=image.device)
+    (row, column), (rows, columns) = (-start).tolist(), part.shape[2:]
+    inside = square[:, row : row + rows, column : column + columns]
+    inside.copy_(part[0, :, : inside.shape[1], : inside.shape[2]])
+    out.copy_((square.flip(2) if flip else square).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0))

@@ -1,0 +1,158 @@
+"""The `torch` engine: the worker processes of a DataLoader. With exact decoding it is the reference, Pillow alone."""
+
+import ctypes
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fastlt.data.damage import stand_in
+from fastlt.decode.images import fill_box
+from fastlt.packing.reader import Split, check_shards, picture
+from fastlt.data.plan import Batch
+from fastlt.decode.region import decode_boxes
+from fastlt.errors import UserError
+
+Made = tuple[torch.Tensor, dict[int, str]]  # images, and those that could not be decoded, with the reason
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+PATIENCE = 300  # seconds for one batch: far more than any takes, but not for ever
+
+
+ADVICE = "try fewer data.workers, and `fastlt pack --verify` if a shard may have been cut short"
+
+
+@contextmanager
+def dead_workers_in_words() -> Iterator[None]:
+    """PyTorch tells of a worker that was killed by an error that may come up anywhere in the main thread, at any moment."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(f"a worker of the torch engine failed: {error}; {ADVICE}") from error
+
+
+class TorchEngine:
+    """A worker makes a whole batch, so no image is copied twice. workers 0: in this thread. Workers last until `close`.
+
+    decode: `exact`, or `region` for JPEGs (see region.py). An image that cannot be decoded is a UserError if `strict`; else
+    another one of its class takes its place, and `damaged` says why, by image.
+    """
+
+    def __init__(self, split: Split, size: int, workers: int, decode: str = "exact", strict: bool = True) -> None:
+        check_shards(split)
+        self.damaged: dict[int, str] = {}
+        self._dataset = BatchDataset(split, size, decode == "region", strict)
+        self._workers = workers
+        self._epoch = EpochSampler()
+        self._loader: DataLoader | None = None
+        self._reading = False
+
+    def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
+        """The images of each batch, (n, size, size, 3) uint8, the caller's to keep.
+
+        Raises UserError that names a damaged image, or where a worker dies. One epoch at a time: RuntimeError otherwise.
+        """
+        if self._reading:
+            raise RuntimeError("the engine is still in another epoch: close its iterator first")
+        self._reading, self._epoch.batches = True, batches
+        try:
+            for made in self._start():
+                if isinstance(made, str):
+                    raise UserError(made)
+                images, damaged = made
+                self.damaged |= damaged
+                yield images
+        except (RuntimeError, OSError, EOFError) as error:  # as DataLoader tells of a dead worker
+            if not self._workers:
+                raise
+            self.close()
+            raise UserError(f"a worker of the torch engine failed: {error}; {ADVICE}") from error
+        finally:
+            self._reading = False
+
+    def _start(self) -> Iterator[Made | str]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: `introduce` says so
+            return iter(self._made())
+
+    def _made(self) -> DataLoader:
+        if self._loader is None:
+            several = self._workers > 0
+            # A fork of a process that is fetching shards inherits its locks, and never gets them.
+            self._loader = DataLoader(
+                self._dataset, batch_size=None, sampler=self._epoch, num_workers=self._workers,
+                persistent_workers=several, timeout=PATIENCE if several else 0,
+                worker_init_fn=partial(begin_worker, threading.current_thread() is threading.main_thread()),
+                multiprocessing_context="spawn" if several and self._dataset.split.remote is not None else None,
+            )  # fmt: skip
+        return self._loader
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._loader = None
+
+
+class BatchDataset(Dataset):
+    """Whole batches for items."""
+
+    def __init__(self, split: Split, size: int, region: bool, strict: bool) -> None:
+        self.split, self.size, self.region, self.strict = split, size, region, strict
+        self._sound = np.zeros(len(split), bool)  # images that were decoded before
+
+    def __getitem__(self, batch: Batch) -> Made | str:
+        """(n, size, size, 3) uint8, or what the user must be told: an exception would come out of a worker as a traceback."""
+        out = np.empty((len(batch.images), self.size, self.size, 3), np.uint8)
+        damaged: dict[int, str] = {}
+        try:
+            for i in np.flatnonzero(~self._regions(batch, out)).tolist():
+                out[i] = self.exact(int(batch.images[i]), batch.boxes[i], bool(batch.flips[i]), damaged)
+        except UserError as error:
+            return str(error)
+        return torch.from_numpy(out), damaged
+
+    def _regions(self, batch: Batch, out: np.ndarray) -> np.ndarray:
+        """(n,) bool, which images of the batch are in `out`."""
+        split, images = self.split, batch.images
+        if not self.region:
+            return np.zeros(len(images), bool)
+        addresses, _alive = split.addresses(images)
+        sides = split.height[images], split.width[images]
+        return decode_boxes(addresses, split.size[images], *sides, batch.boxes, batch.flips, out)
+
+    def exact(self, image: int, box: np.ndarray, flip: bool, damaged: dict[int, str]) -> np.ndarray:
+        """(size, size, 3) uint8 of one image, or of its stand-in, which is noted in `damaged`; UserError if strict."""
+        try:
+            found = picture(self.split, image, bool(self._sound[image]))
+            self._sound[image] = True
+            return fill_box(found, box, flip, self.size)
+        except UserError as error:
+            if self.strict:
+                raise
+            damaged[image] = str(error)
+            return stand_in(self.split, image, box, flip, self.size, str(error))
+
+
+def begin_worker(by_main_thread: bool, number: int) -> None:
+    """Signals, which often go to the whole group, are for the training, which ends its workers; where it was killed itself, the
+    system does: with the thread that made them, so that it must be the one that lives longest."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if by_main_thread and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+
+
+class EpochSampler(Sampler[Batch]):
+    """What a DataLoader draws from; its workers live on while the epoch is exchanged."""
+
+    batches: Iterable[Batch] = ()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)

@@ -1,0 +1,1 @@
+"""Decode images: whole ones by Pillow, regions of JPEGs by compiled code."""

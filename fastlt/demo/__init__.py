@@ -1,0 +1,1 @@
+"""`fastlt demo` and the images that it draws."""

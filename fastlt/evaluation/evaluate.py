@@ -1,0 +1,198 @@
+"""Evaluation: masked to the targets, no prior, no silencing."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastlt.classes import ClassSpace
+from fastlt.config import Config, DataConfig, load_config
+from fastlt.data.geometry import Geometry
+from fastlt.data.augment import normalise
+from fastlt.data.loader import Loader
+from fastlt.packing.reader import Pack, Split, open_pack
+from fastlt.data.plan import Batch, evaluation_batches, target_counts
+from fastlt.errors import UserError
+from fastlt.models.export import load_exported
+from fastlt.utils.files import whole_file
+from fastlt.losses import log_prior as log_prior_of
+from fastlt.evaluation.metrics import Predictions, confusions, score
+from fastlt.models.classifier import Classifier
+from fastlt.evaluation.posthoc import METHODS, Features, applies, apply, check_methods, choose, set_aside
+from fastlt.training.setup import choose_device, on_device
+
+EVALUATION_BATCH = 256
+
+
+def evaluation_geometry(config: DataConfig) -> Geometry:
+    return Geometry("centre-crop", config.size, resize=config.eval_resize or config.size)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, loader: Loader, batches: Iterable[Batch], config: DataConfig, space: ClassSpace, device: torch.device,
+            dtype: torch.dtype = torch.float32) -> Predictions:  # fmt: skip
+    """Runs the model over the batches in evaluation mode; the mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    rows: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor]] = []
+    for batch, images in loader.iterate(batches):
+        x = normalise(images.to(device, non_blocking=True), config.mean, config.std, channels_last=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(x)
+        probabilities = logits[:, : space.num_targets].float().softmax(dim=1)
+        rows.append((batch.images, batch.labels, *probabilities.max(dim=1)))
+    model.train(was_training)
+    if not rows:
+        raise UserError("there is no validation image: pack one with --val")
+    images, labels, confidence, predicted = zip(*rows, strict=True)
+    return Predictions(
+        np.concatenate(images), np.concatenate(labels).astype(np.int32),
+        torch.cat(predicted).cpu().numpy().astype(np.int32), torch.cat(confidence).cpu().numpy(),
+    )  # fmt: skip
+
+
+def save_predictions(predictions: Predictions, path: Path) -> None:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **vars(predictions))
+
+
+class Opened(NamedTuple):
+    """A trained model, and the images to score it on."""
+
+    config: Config
+    space: ClassSpace  # the run's: groups are by its own training images
+    model: Classifier
+    loader: Loader
+    pack: Pack
+    device: torch.device
+    dtype: torch.dtype
+
+    def batches(self) -> Iterator[Batch]:
+        return evaluation_batches(self.pack.val, evaluation_geometry(self.config.data), EVALUATION_BATCH)
+
+
+@contextmanager
+def opened(run: Path, pack: Path | str | None) -> Iterator[Opened]:
+    """Device and engine are what this machine has, wherever the model was trained."""
+    config = run_config(run)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"device": "auto"})})
+    images = open_pack(pack or config.data.pack, round(config.data.cache_gb * 1e9))
+    model, names = load_exported(run / "model.safetensors")
+    check_targets(names, images)
+    device, dtype = choose_device(config)
+    loader = Loader(images.val, config.data.size, "auto", config.data.workers, images.betons("val"))
+    try:
+        space = ClassSpace.load(run / "classes.json")
+        yield Opened(config, space, on_device(model, config, device), loader, images, device, dtype)
+    finally:
+        loader.close()
+
+
+def evaluate_run(run: Path, pack: Path | str | None = None) -> dict[str, Any]:
+    """`fastlt eval`: scores RUN/model.safetensors on the val split of its pack, or of another one with the same targets.
+
+    Returns what `score` does and the confusions, and `best` where the images are those that the run was evaluated on. Groups are
+    by the run's own training images.
+    """
+    with opened(run, pack) as it:
+        predictions = predict(it.model, it.loader, it.batches(), it.config.data, it.pack.space, it.device, it.dtype)
+        result = score(predictions, it.space)
+    return {**result, "confusion": confusions(predictions), **({"best": best_of(run)} if pack is None else {})}
+
+
+@torch.inference_mode()
+def features_of(it: Opened) -> Features:
+    """What the backbone makes of every image."""
+    it.model.eval()
+    images, labels, values = [], [], []
+    for batch, pixels in it.loader.iterate(it.batches()):
+        x = normalise(pixels.to(it.device, non_blocking=True), it.config.data.mean, it.config.data.std, channels_last=True)
+        with torch.autocast(it.device.type, it.dtype, enabled=it.dtype != torch.float32):
+            values.append(it.model.backbone(x).float())
+        images.append(batch.images)
+        labels.append(batch.labels)
+    if not images:
+        raise UserError(f"{it.pack.path} has no validation image: pack one with --val")
+    return Features(np.concatenate(images), np.concatenate(labels), torch.cat(values))
+
+
+def evaluate_post_hoc(
+    run: Path, methods: list[str], pack: Path | str | None, validation: Path | str | None, share: float, strength: float | None
+) -> dict[str, dict[str, Any]]:
+    """`fastlt eval --post-hoc`: what `score` says of the model as trained, and with each method, all on the same images.
+
+    A method's strength, in its result, is chosen on the val split of the pack `validation`; without one, on `share` of the images
+    of each class, which are not scored then. strength: fixes it, and nothing is set aside. methods: names, or `all` alone, for
+    those that make a difference to the model.
+    """
+    with opened(run, pack) as it:
+        methods = [name for name in METHODS if applies(name, it.model)] if methods == ["all"] else methods
+        check_methods(methods, it.model)
+        tested = features_of(it)
+        log_prior = target_log_prior(it).to(it.device)
+        chosen_on = tested
+        if strength is None and validation is None:
+            aside = set_aside(tested.label, share)
+            if not aside.any():
+                raise UserError("no class has two validation images, so none can be set aside: name a pack with --validation")
+            chosen_on, tested = tested.take(aside), tested.take(~aside)
+        elif strength is None:
+            with opened(run, validation) as other:
+                check_apart(other.pack.val, it.pack.val, str(validation))
+                chosen_on = features_of(other)
+        results = {"as trained": score(apply(None, 0, it.model, tested, log_prior), it.space)}
+        for name in methods:
+            best = choose(name, it.model, chosen_on, log_prior) if strength is None else strength
+            results[name] = {"strength": best, **score(apply(name, best, it.model, tested, log_prior), it.space)}
+        for result in results.values():
+            result |= {"images": len(tested.label), "chosen_on": 0 if strength is not None else len(chosen_on.label)}
+        return results
+
+
+def check_apart(chosen_on: Split, scored: Split, place: str) -> None:
+    """A strength that was chosen on the images that it is scored on would flatter. Bytes are read only of images of one size."""
+    sizes = set(scored.size.tolist())
+    if not sizes.intersection(chosen_on.size.tolist()):
+        return
+    known = {hashlib.sha256(scored.read(image)).digest() for image in range(len(scored))}
+    alike = [image for image in range(len(chosen_on)) if int(chosen_on.size[image]) in sizes]
+    shared = sum(hashlib.sha256(chosen_on.read(image)).digest() in known for image in alike)
+    if shared:
+        raise UserError(
+            f"{shared:,} of the {len(chosen_on):,} validation images of {place} are those that are scored: name another pack with "
+            "--validation, or set some aside with --share"
+        )
+
+
+def target_log_prior(it: Opened) -> Tensor:
+    """Of the targets, as they were sampled, (T,) float32."""
+    stored = np.array(it.space.train_counts[: it.space.num_targets])
+    return log_prior_of(torch.from_numpy(target_counts(stored, it.config.data.target_sampling)), 1.0)
+
+
+def best_of(run: Path) -> dict[str, Any]:
+    """The best epoch, as training noted it."""
+    path = run / "result.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["best"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: call `fastlt train` again, which goes on where it stopped") from error
+
+
+def check_targets(names: list[str], pack: Pack) -> None:
+    if names != pack.space.target_names:
+        raise UserError(
+            f"the model was trained for other targets than those of {pack.path}: evaluate it on a pack of the same target classes"
+        )
+
+
+def run_config(run: Path) -> Config:
+    if not (run / "config.toml").is_file():
+        raise UserError(f"there is no run at {run}: it has no config.toml; train one with `fastlt train`")
+    return load_config(str(run / "config.toml"))

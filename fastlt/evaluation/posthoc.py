@@ -1,0 +1,139 @@
+"""What a trained classifier can be made into without training, and how strongly: chosen on images that are then not scored.
+
+Each method maps what a head sees of an image to other logits. Strengths of one that may change who wins are chosen by balanced
+accuracy; of one that changes confidence alone, by the log-likelihood.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlt.config import did_you_mean
+from fastlt.errors import UserError
+from fastlt.evaluation.metrics import Predictions
+from fastlt.models.classifier import Classifier, CosineHead
+
+BLOCK = 4096  # images whose logits are held at a time
+
+
+class Seen(NamedTuple):
+    """By the head, of n images."""
+
+    logits: Tensor  # (n, T) float32, as trained
+    products: Tensor  # (n, T), features times rows of the weight
+    features: Tensor  # (n, 1), lengths
+    rows: Tensor  # (T,), lengths
+    log_prior: Tensor  # (T,)
+
+
+class Method(NamedTuple):
+    logits: Callable[[Seen, float], Tensor]  # and the strength
+    strengths: np.ndarray
+    changes_winner: bool  # with its strength
+
+
+def tau_norm(seen: Seen, tau: float) -> Tensor:
+    """Rows of the weight divided by their length to the power of tau, no bias (Kang et al. 2020, arXiv 1910.09217, section 4.2)."""
+    return seen.products / seen.rows**tau
+
+
+def logit_adjustment(seen: Seen, tau: float) -> Tensor:
+    """Less tau times the log of the class's share of the training images (Menon et al. 2021, arXiv 2007.07314, eq. 9)."""
+    return seen.logits - tau * seen.log_prior
+
+
+def cosine(seen: Seen, scale: float) -> Tensor:
+    """By the cosine of the angle between feature and row: neither's length counts."""
+    return scale * seen.products / (seen.features * seen.rows).clamp(min=1e-12)
+
+
+def angular(seen: Seen, scale: float) -> Tensor:
+    """By the angle itself (Wang and Yan 2022, arXiv 2212.01565): wins as the cosine does, with another confidence."""
+    return -scale * torch.acos((seen.products / (seen.features * seen.rows).clamp(min=1e-12)).clamp(-1, 1))
+
+
+SCALES = np.geomspace(1, 256, 33)
+METHODS = {
+    "tau-norm": Method(tau_norm, np.linspace(0, 2, 41), True),
+    "logit-adjustment": Method(logit_adjustment, np.linspace(0, 3, 61), True),
+    "cosine": Method(cosine, SCALES, False),
+    "angular": Method(angular, SCALES, False),
+}
+
+
+class Features(NamedTuple):
+    """Of evaluated images, on the device of the model."""
+
+    image: np.ndarray  # (n,) int64, index into the val split
+    label: np.ndarray  # (n,) int64
+    values: Tensor  # (n, D) float32
+
+    def take(self, which: np.ndarray) -> "Features":
+        """which (n,) bool."""
+        return Features(self.image[which], self.label[which], self.values[torch.from_numpy(which).to(self.values.device)])
+
+
+def check_methods(names: list[str], model: Classifier) -> None:
+    for name in names:
+        if name not in METHODS:
+            raise UserError(
+                f"there is no post-hoc method '{name}'{did_you_mean(name, list(METHODS))}; methods: {', '.join(METHODS)}"
+            )
+        if not applies(name, model):
+            raise UserError(f"--post-hoc {name} changes nothing about a cosine head, whose rows all count as of one length")
+
+
+def applies(name: str, model: Classifier) -> bool:
+    return name != "tau-norm" or not isinstance(model.head, CosineHead)
+
+
+def set_aside(labels: np.ndarray, share: float) -> np.ndarray:
+    """Which of the images (n,) strengths are chosen on, bool: evenly from each class, at least one of those that have two."""
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        count = min(len(places) - 1, max(1, round(share * len(places))))
+        chosen[places[np.linspace(0, len(places) - 1, count).astype(int)] if count > 0 else []] = True
+    return chosen
+
+
+@torch.inference_mode()
+def choose(name: str, model: Classifier, found: Features, log_prior: Tensor) -> float:
+    """The best of the strengths; the smallest of equals."""
+    method, strengths = METHODS[name], METHODS[name].strengths
+    label = torch.from_numpy(found.label).to(found.values.device)
+    right = torch.zeros(len(strengths), len(log_prior), dtype=torch.float64, device=label.device)
+    likelihood = torch.zeros(len(strengths), dtype=torch.float64, device=label.device)
+    for start in range(0, len(label), BLOCK):
+        seen = look(model, found.values[start : start + BLOCK], log_prior)
+        true = label[start : start + BLOCK]
+        for i, strength in enumerate(strengths):
+            logits = method.logits(seen, float(strength))
+            right[i] += torch.bincount(true[logits.argmax(dim=1) == true], minlength=len(log_prior))
+            likelihood[i] += logits.log_softmax(dim=1).gather(1, true[:, None]).sum()
+    total = torch.bincount(label, minlength=len(log_prior))
+    balanced = (right[:, total > 0] / total[total > 0]).mean(dim=1)
+    return float(strengths[int((balanced if method.changes_winner else likelihood).argmax())])
+
+
+@torch.inference_mode()
+def apply(name: str | None, strength: float, model: Classifier, found: Features, log_prior: Tensor) -> Predictions:
+    """name None: as trained."""
+    parts = []
+    for start in range(0, len(found.label), BLOCK):
+        seen = look(model, found.values[start : start + BLOCK], log_prior)
+        logits = seen.logits if name is None else METHODS[name].logits(seen, strength)
+        parts.append([part.cpu().numpy() for part in logits.softmax(dim=1).max(dim=1)])
+    confidence, predicted = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Predictions(found.image, found.label.astype(np.int32), predicted.astype(np.int32), confidence)
+
+
+@torch.inference_mode()
+def look(model: Classifier, features: Tensor, log_prior: Tensor) -> Seen:
+    """features (n, D)."""
+    weight = model.head.weight.float()
+    products = features @ weight.T
+    return Seen(model.head(features).float(), products, features.norm(dim=1, keepdim=True), weight.norm(dim=1), log_prior)

@@ -1,0 +1,1 @@
+"""The methods: what the training loop trains, one file each."""

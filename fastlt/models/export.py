@@ -1,0 +1,142 @@
+"""Exported models: targets only. The auxiliary rows of the classifier are physically gone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fastlt.training.checkpoint import copies, load_weights, write_tensors
+from fastlt.config import Config, ModelConfig
+from fastlt.errors import UserError
+from fastlt.utils.files import whole_file
+from fastlt.models.classifier import Classifier, ScaledHead, build_model
+
+MAX_DIFFERENCE = 1e-3  # of logits between torch and onnxruntime, relative to their largest magnitude
+
+
+def targets_only(model: Classifier, num_targets: int) -> dict[str, Tensor]:
+    """The model's tensors with rows 0..T-1 of the head; the factors of a scaled head are worked into its rows."""
+    tensors = copies(model.state_dict())
+    if isinstance(model.head, ScaledHead):
+        scale = tensors.pop("head.scale")
+        tensors["head.weight"], tensors["head.bias"] = tensors["head.weight"] * scale[:, None], tensors["head.bias"] * scale
+    for name in ("head.weight", "head.bias"):
+        if name in tensors:
+            tensors[name] = tensors[name][:num_targets].clone()
+    return tensors
+
+
+def export_safetensors(model: Classifier, config: Config, target_names: list[str], path: Path) -> None:
+    """Weights, and as metadata all that is needed to build the model again: under one key, for their order would be random."""
+    head = "cosine" if config.model.head == "cosine" else "linear"  # what the others come to
+    description = {
+        "model": {**config.model.model_dump(mode="json"), "head": head, "scale_alone": False},
+        "data": config.data.model_dump(mode="json", include={"size", "eval_resize", "mean", "std"}),
+        "classes": target_names,
+    }
+    with whole_file(path) as temporary:
+        write_tensors(temporary, targets_only(model, len(target_names)), {"fastlt": json.dumps(description)})
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the model {path}: {error}") from error
+    if "fastlt" not in metadata:
+        raise UserError(f"{path} was not written by fastlt: it lacks the description of its model")
+    return json.loads(metadata["fastlt"])
+
+
+def find_metadata(path: Path) -> dict[str, Any] | None:
+    """As read_metadata; None where there is no such file, or somebody else wrote it."""
+    try:
+        return read_metadata(path)
+    except UserError:
+        return None
+
+
+def load_exported(path: Path) -> tuple[Classifier, list[str]]:
+    """The model in evaluation mode on the CPU, and the names of its classes."""
+    metadata = read_metadata(path)
+    architecture = ModelConfig(**{**metadata["model"], "pretrained": False, "weights": "", "head_weights": ""})
+    model = build_model(architecture, len(metadata["classes"]), metadata["data"]["size"])
+    load_weights(path, model)
+    return model.eval(), metadata["classes"]
+
+
+class FromPixels(nn.Module):
+    """uint8 pixels to logits, so that nobody has to know mean and deviation: (N, H, W, 3) uint8 to (N, T) float32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: list[float], std: list[float]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", 255 * torch.tensor(mean))
+        self.register_buffer("std", 255 * torch.tensor(std))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model(((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2))
+
+
+def export_onnx(source: Path, path: Path) -> float:
+    """RUN/model.safetensors to ONNX with a free batch size, checked against torch in onnxruntime.
+
+    Returns the largest difference of logits relative to their magnitude. Raises UserError where the two disagree.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch's exporter imports it when called
+    except ImportError as error:
+        raise UserError("ONNX export needs onnx, onnxscript and onnxruntime: pip install 'fastlt[onnx]'") from error
+    model, _ = load_exported(source)
+    data = read_metadata(source)["data"]
+    whole = FromPixels(model, data["mean"], data["std"]).eval()
+    pixels = torch.randint(
+        0, 256, (5, data["size"], data["size"], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    with whole_file(path) as temporary:
+        write_onnx(whole, pixels[:2], temporary)
+        session = onnxruntime.InferenceSession(temporary.read_bytes(), providers=["CPUExecutionProvider"])
+        with torch.inference_mode():
+            expected = whole(pixels)
+        got = torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
+        difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+        if difference > MAX_DIFFERENCE or not torch.equal(got.argmax(1), expected.argmax(1)):
+            raise UserError(
+                f"the ONNX model gives other logits than torch (relative difference {difference:.1e}), so it was not kept"
+            )
+    return difference
+
+
+def write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.onnx.export(
+        model, (example,), input_names=["pixels"], output_names=["logits"], dynamic_shapes={"pixels": {0: batch}},
+        dynamo=True, verbose=False,
+    )  # fmt: skip
+    if program is None:
+        raise UserError("torch could not export this model to ONNX")
+    program.save(str(path), include_initializers=True, external_data=False)
+
+
+def export_run(run: Path, to: Path) -> str:
+    """`fastlt export`: by the ending of `to`. Returns a sentence about what was checked."""
+    if to.is_dir():
+        raise UserError(f"{to} is a folder: name a file that ends in .safetensors or .onnx")
+    source = run / "model.safetensors"
+    metadata = read_metadata(source)
+    if to.suffix == ".onnx":
+        difference = export_onnx(source, to)
+        return f"{len(metadata['classes'])} classes; onnxruntime predicts as torch does (logits within {difference:.1e}, relative)"
+    if to.suffix == ".safetensors":
+        with whole_file(to) as temporary:
+            temporary.write_bytes(source.read_bytes())
+        return f"{len(metadata['classes'])} classes, targets only"
+    raise UserError(f"cannot export to '{to.name}': the name must end in .safetensors or .onnx")

@@ -1,0 +1,114 @@
+"""What a pack stores of one image. Runs in the packing workers, so nothing here imports torch."""
+
+import hashlib
+import io
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from fastlt.packing.cifar import png_bytes
+from fastlt.packing.collection import ImageRef
+from fastlt.decode.images import FORMATS, BadImage, decode, decode_pil, load, open_image, orientation
+from fastlt.decode.region import transcode
+
+DEFAULT_QUALITY = 95  # of JPEG, where images are shrunk and no quality is given
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    max_side: int  # pixels; larger images are shrunk and stored as JPEG; 0: none
+    quality: int  # of JPEG; without max_side all images are stored so; 0: as they are
+    max_pixels: int
+    transcode: bool = False  # JPEG losslessly, so that the region decoder can enter it in its middle
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    data: bytes
+    extension: str  # .jpg, .png or .webp
+    height: int  # pixels, of the upright image
+    width: int
+    digest: bytes  # sha256 of the source bytes
+
+
+def store_batch(refs: list[ImageRef], settings: ImageSettings) -> list[Stored | str]:
+    """For each image what is stored, or the reason why it cannot be used."""
+    return [_store_or_reason(ref, settings) for ref in refs]
+
+
+def _store_or_reason(ref: ImageRef, settings: ImageSettings) -> Stored | str:
+    try:
+        data = read_bytes(ref)
+        stored, extension, height, width = encode(data, settings)
+        if settings.transcode and extension == ".jpg":
+            stored = transcoded(stored)
+    except BadImage as reason:
+        return str(reason)
+    return Stored(stored, extension, height, width, hashlib.sha256(data).digest())
+
+
+def read_bytes(ref: ImageRef) -> bytes:
+    """The encoded image. Raises BadImage where it cannot be read."""
+    if ref.part >= 0:
+        return png_bytes(ref.path, ref.part)
+    path = Path(ref.path)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
+            raise BadImage("not a regular file")
+        with path.open("rb") as file:
+            file.seek(ref.offset)
+            return file.read(ref.size)
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror}") from error
+
+
+def encode(data: bytes, settings: ImageSettings) -> tuple[bytes, str, int, int]:
+    """(bytes, extension, height, width) as stored. Every image is decoded, which is what finds truncation. Raises BadImage.
+
+    JPEG stays as it is, and so do PNG and WebP that are plain 8-bit grey or RGB and upright; the rest becomes RGB PNG, losslessly.
+    """
+    image = open_image(data, settings.max_pixels)
+    kind, (width, height) = image.format, image.size
+    reencoded = max(width, height) > settings.max_side if settings.max_side else settings.quality > 0
+    if reencoded:
+        return _as_jpeg(decode_pil(data, settings.max_pixels), settings)
+    if kind == "JPEG":
+        # At an eighth of the size the whole stream is still read, and truncation found, but the inverse DCT is saved.
+        image.draft(None, (max(1, width // 8), max(1, height // 8)))
+    load(image, data)
+    if kind == "JPEG" and orientation(image) >= 5:  # a quarter turn
+        width, height = height, width
+    if kind == "JPEG" or _is_plain(image, data):
+        return data, FORMATS[str(kind)], height, width
+    upright = decode_pil(data, settings.max_pixels)
+    return _saved(upright, "PNG"), ".png", upright.height, upright.width
+
+
+def transcoded(data: bytes) -> bytes:
+    """The same JPEG with restart markers; as it was where it cannot be rewritten, or where not every pixel would be the same."""
+    rewritten = transcode(data)
+    return rewritten if rewritten and (decode(rewritten, sys.maxsize) == decode(data, sys.maxsize)).all() else data
+
+
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    """Every decoder makes the same of it."""
+    eight_bit = image.format != "PNG" or data[24] == 8  # the bit depth in IHDR, which always comes first
+    still = not getattr(image, "is_animated", False)
+    return image.mode in ("L", "RGB") and "transparency" not in image.info and eight_bit and still and orientation(image) == 1
+
+
+def _as_jpeg(image: Image.Image, settings: ImageSettings) -> tuple[bytes, str, int, int]:
+    longer = max(image.size)
+    if settings.max_side and longer > settings.max_side:
+        width, height = (max(1, round(side * settings.max_side / longer)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return _saved(image, "JPEG", quality=settings.quality or DEFAULT_QUALITY), ".jpg", image.height, image.width
+
+
+def _saved(image: Image.Image, kind: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()

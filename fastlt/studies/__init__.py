@@ -1,0 +1,1 @@
+"""Commands that train many times to answer one question."""

@@ -1,0 +1,135 @@
+"""Published figures under their own protocol, and the controls of our own claim: the user's own commands, over seeds.
+
+Runs stay in --out: one that stopped goes on when this is called again, and one that has finished is not run again.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from fastlt.config import did_you_mean, load_config
+from fastlt.errors import UserError
+from fastlt.studies.repeated import GROUPS, Control, Runner, spread, table, train_all
+from fastlt.utils.results_file import append_rows, check_file
+
+
+class Published(NamedTuple):
+    """Top-1 in percent of several papers and re-runs; theirs is the best test epoch."""
+
+    method: str
+    low: float
+    high: float
+
+
+CIFAR100_LT = {  # worst first; CIFAR-100-LT at imbalance 100, ResNet-32, 200 epochs
+    "cross entropy": Published("ce", 38.0, 40.5),
+    "LDAM-DRW": Published("ldam-drw", 41.5, 43.5),
+    "Balanced Softmax": Published("balanced-softmax", 43.0, 47.0),
+}
+SIBLINGS: dict[str, tuple[str, list[str]]] = {  # name -> auxiliary set of the pack, settings
+    "no auxiliaries": ("none", ["loss.name=balanced-ce"]),
+    "no auxiliaries, as many images": ("none", ["loss.name=balanced-ce", "train.epochs=66"]),  # 40 * 3,795 / 2,295
+    "random auxiliaries": ("random", []),
+    "neighbours, unsilenced (1)": ("siblings", ["loss.silence=1"]),
+    "neighbours, silenced (0.1)": ("siblings", ["loss.silence=0.1"]),
+    "neighbours, hard mask (0)": ("siblings", ["loss.silence=0"]),
+}
+
+
+class Asked(NamedTuple):
+    source: str  # cifar100:DIR
+    out: Path
+    epochs: int  # 0: as published
+    seeds: int
+    parallel: int
+    settings: list[str]
+
+
+def run_reproduce(task: str, asked: Asked, csv: Path | None, console: Console) -> None:
+    """`fastlt reproduce`."""
+    if task not in TASKS:
+        raise UserError(f"there is nothing to reproduce by the name '{task}'{did_you_mean(task, list(TASKS))}: {', '.join(TASKS)}")
+    if csv is not None:
+        check_file(csv)
+    rows = TASKS[task](asked, console)
+    if csv is not None:
+        append_rows(csv, rows)
+        console.print(f"added to {csv}")
+
+
+def cifar100_lt(asked: Asked, console: Console) -> list[dict[str, Any]]:
+    pack = packed("cifar100-lt", "none", asked)
+    protocol = load_config("cifar100-lt")
+    epochs = asked.epochs or protocol.train.epochs
+    settings = [*shortened(epochs, protocol.train.epochs), *asked.settings]
+    controls = {name: Control(pack, settings, published.method) for name, published in CIFAR100_LT.items()}
+    rows = train_all("cifar100-lt", controls, asked.out, asked.seeds, asked.parallel, console)
+    changed = epochs != protocol.train.epochs or bool(asked.settings)
+    console.print(beside_published(rows, changed, f"CIFAR-100-LT, imbalance 100: top-1 in percent, {epochs} epochs"))
+    console.print("published: the best test epoch; ours: the last, and the best one beside it", highlight=False)
+    if changed:
+        console.print("the protocol was changed, so the bounds do not apply; the order may", highlight=False)
+    console.print(order(rows), highlight=False)
+    return rows
+
+
+def siblings(asked: Asked, console: Console) -> list[dict[str, Any]]:
+    packs = {kind: packed("cifar100-siblings", kind, asked) for kind in dict.fromkeys(kind for kind, _ in SIBLINGS.values())}
+    last = [f"train.epochs={asked.epochs}"] if asked.epochs else []
+    controls = {name: Control(packs[kind], [*extra, *last, *asked.settings]) for name, (kind, extra) in SIBLINGS.items()}
+    rows = train_all("cifar100-siblings", controls, asked.out, asked.seeds, asked.parallel, console)
+    console.print(table(rows))
+    return rows
+
+
+TASKS: dict[str, Callable[[Asked, Console], list[dict[str, Any]]]] = {"cifar100-lt": cifar100_lt, "cifar100-siblings": siblings}
+
+
+def packed(task: str, kind: str, asked: Asked) -> Path:
+    path = asked.out / (f"pack-{kind}" if kind != "none" or task == "cifar100-siblings" else "pack")
+    if not path.is_dir():
+        Runner().run("pack", asked.source, "--task", task, "--auxiliary", kind, "--out", str(path))
+    return path
+
+
+def shortened(epochs: int, whole: int) -> list[str]:
+    """The schedule of CIFAR-100-LT, drawn together; LDAM-DRW's own epoch follows by itself."""
+    if epochs == whole:
+        return []
+    schedule = load_config("cifar100-lt").schedule
+    steps = {max(1, round(int(epoch) * epochs / whole)): factor for epoch, factor in schedule.steps.items()}
+    table = ", ".join(f"{epoch} = {factor!r}" for epoch, factor in steps.items())
+    warmup = schedule.warmup_epochs * epochs / whole
+    return [f"train.epochs={epochs}", f"schedule.warmup_epochs={warmup:g}", f"schedule.steps={{{table}}}"]
+
+
+def beside_published(rows: list[dict[str, Any]], changed: bool, title: str) -> Table:
+    result = Table("", "published", "ours", "best epoch", *GROUPS[1:], "", title=title)
+    result.columns[0].no_wrap = True
+    for name, published in CIFAR100_LT.items():
+        runs = [row for row in rows if row["control"] == name]
+        best = spread([row["best_top1"] for row in runs])
+        verdict = "" if changed else place_of(mean_top1(rows, name), published)
+        groups = [spread([row[group] for row in runs]) for group in GROUPS]
+        result.add_row(name, f"{published.low:g}..{published.high:g}", groups[0], best, *groups[1:], verdict)
+    return result
+
+
+def place_of(value: float, published: Published) -> str:
+    return "below" if value < published.low else "above" if value > published.high else "in range"
+
+
+def order(rows: list[dict[str, Any]]) -> str:
+    """Whether the methods come in the order of what is published."""
+    found = sorted(CIFAR100_LT, key=lambda name: mean_top1(rows, name))
+    if found == list(CIFAR100_LT):
+        return f"the published order holds: {' < '.join(found)}"
+    return f"the published order ({' < '.join(CIFAR100_LT)}) does not hold: {' < '.join(found)}"
+
+
+def mean_top1(rows: list[dict[str, Any]], name: str) -> float:
+    values = [row["top1"] for row in rows if row["control"] == name]
+    return sum(values) / len(values)

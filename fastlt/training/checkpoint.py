@@ -1,0 +1,252 @@
+"""Checkpoints: a folder per step with safetensors and JSON, whole or not there. Loading a foreign one never runs code.
+
+RUN/checkpoints/step-00001234/  model.safetensors  optimizer.safetensors  [ema.safetensors]  state.json  SHA256SUMS
+                                head/*.safetensors, where the classes are shared out over ranks: any number of them can load it
+"""
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.optim import Optimizer
+
+from fastlt.classes import ClassSpace
+from fastlt.errors import UserError
+from fastlt.utils.files import flush_to_disk, sha256_of, whole_folder
+from fastlt.models.classifier import Classifier
+from fastlt_kernels import ClassParallelLinear
+
+Snapshot = dict[str, dict[str, Tensor]]  # tensors on the CPU, by file
+SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
+
+
+def class_space_id(space: ClassSpace) -> str:
+    """Two runs with the same id give the same meaning to every row of the classifier."""
+    return hashlib.sha256(json.dumps([space.target_names, space.auxiliary_names]).encode()).hexdigest()[:16]
+
+
+# --- writing
+
+
+def snapshot(model: nn.Module, optimizer: Optimizer, ema: nn.Module | None) -> Snapshot:
+    """Copies, so that training can go on while they are written. What is sharded over ranks is left out: see `write_head`."""
+    tensors = {"model.safetensors": model.state_dict(), "optimizer.safetensors": optimizer_tensors(optimizer, model)}
+    if ema is not None:
+        tensors["ema.safetensors"] = ema.state_dict()
+    return {file: copies(part) for file, part in tensors.items()}
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous ones on the CPU: safetensors refuses channels_last."""
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+        for name, tensor in tensors.items()
+        if not hasattr(tensor, "to_local")
+    }
+
+
+def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """`index.name` -> tensor for every state tensor of what is not sharded, parameters counted through the groups."""
+    head = getattr(model, "head", None)
+    sharded = {id(parameter) for parameter in head.parameters()} if isinstance(head, ClassParallelLinear) else set()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        f"{i}.{name}": torch.as_tensor(value)
+        for i, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if value is not None and not (id(parameter) in sharded and value.shape == parameter.shape)
+    }
+
+
+def head_tensors(model: Classifier, optimizer: Optimizer, ema: Classifier | None) -> dict[str, Any]:
+    """DTensors over the memory of a class-parallel head, its average and the optimiser's buffers; empty for other heads."""
+    if not isinstance(model.head, ClassParallelLinear):
+        return {}
+    found = {}
+    for name, parameter in model.head.named_parameters():
+        found[name] = model.head.sharded(parameter)
+        for kind, value in optimizer.state[parameter].items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                found[f"{name}.{kind}"] = model.head.sharded(value)
+    if ema is not None and isinstance(ema.head, ClassParallelLinear):
+        found |= {f"ema.{name}": ema.head.sharded(parameter) for name, parameter in ema.head.named_parameters()}
+    return found
+
+
+def write_head(folder: Path, tensors: dict[str, Any]) -> None:
+    """All ranks together."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    checkpoint.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+def load_head(folder: Path, tensors: dict[str, Any]) -> None:
+    """Into the memory of `tensors`; all ranks together, however many had written it."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    try:
+        checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+    except (CheckpointException, OSError, ValueError) as error:
+        raise UserError(f"{folder} does not fit the model of this configuration: use another RUN folder") from error
+
+
+def path_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def write_checkpoint(run: Path, step: int, tensors: Snapshot, state: dict[str, Any], keep: int, head: Path | None = None) -> None:
+    """`state` is what else the run needs to go on, as JSON; head: a folder with the head, which is moved into the checkpoint.
+
+    Older checkpoints beyond `keep` are removed afterwards.
+
+    Raises OSError where it cannot be written, and leaves nothing half-written behind.
+    """
+    path = path_of(run, step)
+    if path.exists():
+        return
+    with whole_folder(path) as folder:
+        if head is not None:
+            head.rename(folder / "head")
+        for name, part in tensors.items():
+            write_tensors(folder / name, part)
+        (folder / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        sums = "".join(f"{sha256_of(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
+        (folder / SUMS).write_text(sums, encoding="utf-8")
+        for file in [*files, folder / SUMS]:
+            flush_to_disk(file)
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Raises OSError, as others do, where safetensors raises an error of its own."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time. What went wrong is raised by the next call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "fastlt-checkpoint")
+        self._last: Future[None] | None = None
+
+    def write(self, run: Path, step: int, tensors: Snapshot, state: dict[str, Any], keep: int, head: Path | None = None) -> None:
+        """As write_checkpoint; tensors and state are not to be changed afterwards."""
+        self.wait()
+        self._last = self._pool.submit(write_checkpoint, run, step, tensors, state, keep, head)
+
+    def wait(self) -> None:
+        """Until the last one is on the disk."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+# --- reading
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def remove_leftovers(run: Path) -> None:
+    """What a killed run left half-written."""
+    for path in [*run.glob(".*.partial"), *(run / "checkpoints").glob(".*.partial")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint; None where they are those that were written."""
+    try:
+        lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
+        listed = {line.partition("  ")[2] for line in lines}
+        found = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()} - {SUMS}
+        if unlisted := sorted(found - listed):
+            return f"{SUMS} does not list {unlisted[0]}"
+        for line in lines:
+            wanted, _, name = line.partition("  ")
+            if sha256_of(checkpoint / name) != wanted:
+                return f"{name} has changed since it was written"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{getattr(error, 'filename', None) or SUMS} cannot be read"
+    return None if lines else f"{SUMS} is empty"
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return {key: state[key] for key in ("step", "class_space", "pack", "at", "loss_scale")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint} is no readable checkpoint: remove it to go on from the one before") from error
+
+
+def check_pack(checkpoint: Path, state: dict[str, Any], space: ClassSpace, pack_id: str) -> None:
+    """Another class space gives the rows of the classifier another meaning; other images or pairs, the order and the prior."""
+    if state["class_space"] == class_space_id(space) and state["pack"] != pack_id:
+        raise UserError(
+            f"the pack has changed since {checkpoint} was written: use the pack it was trained on, or another RUN folder"
+        )
+    if state["class_space"] != class_space_id(space):
+        raise UserError(
+            f"{checkpoint} belongs to another class space than the pack: use the pack it was trained on, or another RUN folder"
+        )
+
+
+def load_checkpoint(checkpoint: Path, model: Classifier, optimizer: Optimizer | None = None, ema: Classifier | None = None) -> None:
+    """Fills model, optimiser and averaged weights in place. Raises UserError where the tensors do not fit."""
+    load_weights(checkpoint / "model.safetensors", model)
+    if optimizer is not None:
+        fill_optimizer(optimizer, read_tensors(checkpoint / "optimizer.safetensors"))
+    if ema is not None:
+        load_weights(checkpoint / "ema.safetensors", ema)
+    if optimizer is not None and (head := head_tensors(model, optimizer, ema)):
+        load_head(checkpoint / "head", head)
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    own_only = isinstance(getattr(model, "head", None), ClassParallelLinear)
+    try:
+        missing, unexpected = model.load_state_dict(read_tensors(path), strict=not own_only)
+        if unexpected or any(not name.startswith("head.") for name in missing):
+            raise RuntimeError(f"{len(missing)} tensors are missing, {len(unexpected)} unknown")
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the model of this configuration: use another RUN folder") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises OSError or its own, undocumented, types
+        raise UserError(f"{path} is missing or damaged: remove its folder to go on from the checkpoint before ({error})") from error
+
+
+def fill_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """State tensors take the memory format of their parameter: load_state_dict would leave channels_last behind."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape:
+            tensor = torch.empty_like(parameter).copy_(tensor)
+        optimizer.state[parameter][name] = tensor.to(parameter.device)

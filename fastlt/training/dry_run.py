@@ -1,0 +1,197 @@
+"""`fastlt train --dry-run`: what a run would take, from a few of its own steps. Nothing is written.
+
+Memory is counted, not guessed: parameters and the optimiser's state as they are, and what the forward pass of an image keeps for
+the backward pass. Speed is measured on batches that the loader feeds, as large as a few seconds and the memory allow.
+"""
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fastlt.config import Config
+from fastlt.data.prefetch import staged
+from fastlt.training.distributed import joined
+from fastlt.errors import UserError
+from fastlt.models.classifier import cifar_backbone
+from fastlt.training.setup import Trainer, grow, introduce, prepare
+from fastlt.training.loop import forward_of, make_input, open_packs, set_modes, train_step
+
+PROBED = 2  # images of the first look; batch norm needs as many
+STEP_SECONDS = 2.0  # the batch that is measured takes about as long
+WARM_UP, STEPS, SECONDS = 2, 10, 10.0  # steps, and as many more as fit in the seconds
+OF_MEMORY = 0.5  # that the batch which is measured may take
+
+
+class Memory(NamedTuple):
+    """Bytes of one process."""
+
+    weights: int
+    gradients: int
+    optimiser: int
+    averaged: int
+    per_image: int  # kept of its forward pass for the backward pass
+
+    @property
+    def resident(self) -> int:
+        return self.weights + self.gradients + self.optimiser + self.averaged
+
+    def at(self, images: int) -> int:
+        return self.resident + images * self.per_image
+
+
+class Speed(NamedTuple):
+    images_per_second: float
+    batch: int
+    steps: int
+
+
+def dry_run(config: Config, processes: int, console: Console) -> None:
+    """processes: those that would share the batch, each on a GPU as fast as this machine's; the run itself is of one."""
+    if config.data.batch % processes:
+        raise UserError(f"data.batch={config.data.batch} cannot be shared equally by {processes} processes: choose a multiple")
+    with joined(config.model.head == "class-parallel"), console.status("measuring a few steps"):
+        trainer = prepare(config, Path(os.devnull), open_packs(config.data))
+        try:
+            introduce(trainer, console)
+            whole = trainer.plan.steps_per_epoch, trainer.plan.images_per_epoch
+            memory, speed = measure(trainer, config.data.batch // processes)
+        finally:
+            trainer.forward = None
+            trainer.train_loader.close()
+            trainer.val_loader.close()
+            trainer.writer.close()
+    for name, text in estimate(config, processes, whole, memory, speed, trainer.device).items():
+        console.print(f"[bold]{name:>9}[/]  {text}", highlight=False, soft_wrap=True)
+
+
+def measure(trainer: Trainer, batch: int) -> tuple[Memory, Speed]:
+    """In the last epoch, when images are largest and all is trained."""
+    trainer.at.epoch = trainer.config.train.epochs - 1
+    grow(trainer)
+    set_modes(trainer)
+    per_image, seconds = probe(trainer, min(PROBED, batch))
+    memory = memory_of(trainer, per_image)
+    affordable = (OF_MEMORY * memory_bytes(trainer.device) - memory.resident) / max(1, per_image)
+    measured = max(min(PROBED, batch), min(batch, int(STEP_SECONDS / seconds), int(affordable)))
+    return memory, timed(trainer, measured)
+
+
+def probe(trainer: Trainer, images: int) -> tuple[int, float]:
+    """Of random images: the bytes that the forward pass of one keeps, and the seconds that one takes forward and backward."""
+    size = trainer.plan.geometry.size
+    pixels = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8)
+    labels = torch.arange(images) % trainer.space.num_classes
+    made = make_input(trainer.config, pixels, labels, torch.Generator().manual_seed(0), trainer.device, trainer.dtype)
+    forward = forward_of(trainer, trainer.at.epoch)
+    kept: dict[int, int] = {}
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*trainer.model.parameters(), *trainer.model.buffers()]}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    seconds = math.inf
+    for _ in range(3):  # the first one allocates, and compiles where that is on
+        began = time.perf_counter()
+        with (
+            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+            torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32),
+        ):
+            kept.clear()
+            loss = forward(*made).loss
+        loss.backward()
+        wait_for(trainer.device)
+        seconds = min(seconds, time.perf_counter() - began)
+    trainer.updater.optimizer.zero_grad()
+    return sum(kept.values()) // images, seconds / images
+
+
+def memory_of(trainer: Trainer, per_image: int) -> Memory:
+    parameters = list(trainer.model.parameters())
+    states = [state for group in trainer.updater.optimizer.state.values() for state in group.values()]
+    averaged = list(trainer.ema.model.parameters()) if trainer.ema is not None else []
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return Memory(size_of(parameters), size_of(trained), size_of(states), size_of(averaged), per_image)
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def timed(trainer: Trainer, batch: int) -> Speed:
+    """The trainer's own steps, on batches of this size that the loader feeds."""
+    trainer.plan, trainer.forward = replace(trainer.plan, batch=batch, drop_last=True), None  # compiled for such batches
+    steps = own_steps(trainer)
+    for _ in itertools.islice(steps, WARM_UP):
+        pass
+    wait_for(trainer.device)
+    began, done = time.perf_counter(), 0
+    while done < STEPS or time.perf_counter() - began < SECONDS / 2:
+        next(steps)
+        done += 1
+        if time.perf_counter() - began > SECONDS:
+            break
+    wait_for(trainer.device)
+    return Speed(done * batch / (time.perf_counter() - began), batch, done)
+
+
+def own_steps(trainer: Trainer) -> Iterator[None]:
+    forward = forward_of(trainer, trainer.at.epoch)
+    while True:
+        trainer.at.step_in_epoch = 0
+        for batch, pixels in staged(trainer.train_loader.iterate(trainer.plan.epoch(trainer.at.epoch)), trainer.device):
+            train_step(trainer, forward, batch, pixels)
+            trainer.at.step, trainer.at.step_in_epoch = trainer.at.step + 1, trainer.at.step_in_epoch + 1
+            yield
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def estimate(
+    config: Config, processes: int, whole: tuple[int, int], memory: Memory, speed: Speed, device: torch.device
+) -> dict[str, str]:
+    """In words, by what it is about."""
+    steps, images = whole
+    images = min(images, steps * config.data.batch)  # what is dropped at the end of an epoch takes no time
+    epochs, share = config.train.epochs, config.data.batch // processes
+    need, have = memory.at(share), memory_bytes(device)
+    hours = epochs * images / (speed.images_per_second * processes) / 3600
+    parts = {"weights": memory.weights, "gradients": memory.gradients, "optimiser": memory.optimiser, "average": memory.averaged}
+    listed = ", ".join(f"{name} {in_words(part)}" for name, part in parts.items() if part)
+    advice = "lower data.batch" + ("" if cifar_backbone(config.model) else " or set model.checkpoint_activations=true")
+    batches = f" ({steps:,} batches, {config.optim.accumulate} to a step)" if config.optim.accumulate > 1 else ""
+    updates = -(-steps // config.optim.accumulate)
+    each = f"each of {processes} processes" if processes > 1 else "one process"
+    return {
+        "memory": f"{in_words(need)} of {each}: {listed}, and {share:,} images of {in_words(memory.per_image)}; "
+        f"this machine's {device.type} has {in_words(have)}" + (f": TOO LITTLE, {advice}" if need > have else ""),
+        "steps": f"{updates:,} an epoch{batches}, {epochs * updates:,} in {epochs:,} epochs",
+        "speed": f"{speed.images_per_second:,.1f} images/s, measured over {speed.steps} steps of {speed.batch} loaded images",
+        "time": (f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes")
+        + " of training"
+        + (f", if {processes} processes are {processes} times as fast" if processes > 1 else ""),
+    }
+
+
+def in_words(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
