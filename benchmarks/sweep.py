@@ -1,6 +1,7 @@
-"""What `fastlt sweep` costs: its time over that of its trials, and the memory of trials that run together.
+"""What `fastlt sweep` costs: its time over that of its trials, and the memory of trials that run
+together.
 
-    python -m fastlt_benchmarks.sweep SWEEP.toml PACK --out swept [--csv FILE] [section.key=value]...
+    python -m fastlt_benchmarks.sweep SWEEP.toml PACK --out DIR [--csv FILE] [section.key=value]...
 
 Memory is the proportional set size: of pages that several processes map each has its share.
 """
@@ -19,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlt.__main__ import speak_to_the_user
-from fastlt.utils.pool import cores
 from fastlt.errors import UserError
 from fastlt.sweep.spec import Sweep, read_sweep
+from fastlt.utils.pool import cores
 from fastlt.utils.results_file import append_rows, check_file
 
 TRAINER = b"ray::ImplicitFunc"  # what Ray calls the process of a trial
@@ -40,8 +41,12 @@ def main(
     file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="As `fastlt sweep` takes it.")],
     pack: Annotated[Path, typer.Argument(metavar="PACK")],
     out: Annotated[Path, typer.Option(help="The folder of the sweep, not there yet.")],
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Add the figures to this file.")] = None,
-    settings: Annotated[list[str] | None, typer.Argument(help="section.key=value for every trial.")] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Add the figures to this file.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value for every trial.")
+    ] = None,
 ) -> None:
     """Runs the sweep, and prints its time and memory."""
     if csv_file is not None:
@@ -60,7 +65,7 @@ def main(
 
 
 def watch(arguments: list[str]) -> Memory:
-    """Runs `fastlt` with these arguments, looking at its trainers. Raises UserError where it fails."""
+    """Run `fastlt` with these arguments, looking at its trainers. UserError where it fails."""
     process = subprocess.Popen([sys.executable, "-m", "fastlt", *arguments], start_new_session=True)
     most = Memory()
     while process.poll() is None:
@@ -76,7 +81,9 @@ def watch(arguments: list[str]) -> Memory:
 
 def look(session: int) -> Memory:
     found = list(trainers(session))
-    return Memory(len(found), sum(pss for pss, _ in found), sum(own for _, own in found) / max(1, len(found)))
+    return Memory(
+        len(found), sum(pss for pss, _ in found), sum(own for _, own in found) / max(1, len(found))
+    )
 
 
 def trainers(session: int) -> Iterator[tuple[int, int]]:
@@ -90,7 +97,9 @@ def trainers(session: int) -> Iterator[tuple[int, int]]:
             lines = (entry / "smaps_rollup").read_text().splitlines()[1:]
         except OSError:  # it has ended meanwhile
             continue
-        sizes = {name: int(size.split()[0]) // 1024 for name, size in (line.split(":") for line in lines)}
+        sizes = {
+            name: int(size.split()[0]) // 1024 for name, size in (line.split(":") for line in lines)
+        }
         yield sizes["Pss"], sizes["Private_Dirty"]
 
 
@@ -102,12 +111,20 @@ def read_seconds(out: Path) -> list[float]:
 
 
 def told(sweep: Sweep, seconds: list[float], wall: float, memory: Memory) -> dict[str, Any]:
-    parallel = min(len(seconds), sweep.resources.parallel or len(seconds), int(cores() / sweep.resources.cpus))
+    parallel = min(
+        len(seconds), sweep.resources.parallel or len(seconds), int(cores() / sweep.resources.cpus)
+    )
     least = sum(seconds) / parallel
     return {
-        "trials": len(seconds), "parallel": parallel, "seconds": round(wall, 1), "trials_seconds": round(sum(seconds), 1),
-        "ratio": round(wall / least, 3), "trainers": memory.trainers, "trainers_mib": memory.together, "own_mib": round(memory.own),
-    }  # fmt: skip
+        "trials": len(seconds),
+        "parallel": parallel,
+        "seconds": round(wall, 1),
+        "trials_seconds": round(sum(seconds), 1),
+        "ratio": round(wall / least, 3),
+        "trainers": memory.trainers,
+        "trainers_mib": memory.together,
+        "own_mib": round(memory.own),
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a piece of work is measured: the clock, the peak of memory, and the ceilings of the device."""
+"""How work is measured: the clock, the peak of memory, and the ceilings of the device."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Twice the 32 MiB of last-level cache that the cores of one server die share; the size cannot be asked for portably.
+# Twice the 32 MiB of last-level cache that the cores of one server die share; the size cannot be
+# asked for portably.
 CPU_CACHE_BYTES = 64 * 2**20
-# About half a millisecond. Launches queue up meanwhile, as behind a model's own work, so that what is timed is the
-# device's time and not the interpreter's.
+# About half a millisecond. Launches queue up meanwhile, as behind a model's own work, so that what
+# is timed is the device's time and not the interpreter's.
 HEAD_START_CYCLES = 1_000_000
 MOST_COPIES = 256  # of inputs so small that the cache is where they would be in training as well
 CEILING_SECONDS = 0.5  # how long each ceiling is measured; one repetition at least
 
 
 class Pass(NamedTuple):
-    """The times of one forward and one backward, in ms; both is from the beginning of the one to the end of the other."""
+    """The times of one forward and one backward, in ms; both is from the beginning of the one to
+    the end of the other.
+    """
 
     forward: float
     backward: float
@@ -31,7 +34,9 @@ class Pass(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How often a pass is repeated: at least `least` times, then until it has taken `seconds`, at most `most` times."""
+    """How often a pass is repeated: at least `least` times, then until it has taken `seconds`, at
+    most `most` times.
+    """
 
     least: int
     most: int
@@ -50,13 +55,16 @@ class Ceilings(NamedTuple):
 
 
 def timed_pass(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Pass:
-    """Times forward(), which returns a scalar loss, and the gradients of the leaves from it; all three in one go."""
+    """Times forward(), which returns a scalar loss, and the gradients of the leaves from it; all
+    three in one go.
+    """
     if leaves[0].device.type == "cuda":
         return _cuda_pass(forward, leaves)
     began = time.perf_counter()
     loss = forward()
     middle = time.perf_counter()
-    _gradients = torch.autograd.grad(loss, leaves)  # the name keeps them until the clock has been read
+    # the name keeps them until the clock has been read
+    _gradients = torch.autograd.grad(loss, leaves)
     ended = time.perf_counter()
     return Pass((middle - began) * 1e3, (ended - middle) * 1e3, (ended - began) * 1e3)
 
@@ -74,7 +82,9 @@ def _cuda_pass(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Pas
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most memory that torch's allocator held at once during work(), beyond what it held before."""
+    """The most memory that torch's allocator held at once during work(), beyond what it held
+    before.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -84,14 +94,22 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with (
         _silent_stderr(),
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profiler,
     ):
         work()
     recorded = profiler.profiler
     if recorded is None:
         raise RuntimeError("the profiler recorded nothing")
-    events = [(e.start_ns(), e.nbytes()) for e in recorded.kineto_results.events() if e.name() == "[memory]"]
-    held = torch.tensor([0, *(nbytes for _, nbytes in sorted(events, key=lambda event: event[0]))]).cumsum(0)
+    events = [
+        (e.start_ns(), e.nbytes())
+        for e in recorded.kineto_results.events()
+        if e.name() == "[memory]"
+    ]
+    held = torch.tensor(
+        [0, *(nbytes for _, nbytes in sorted(events, key=lambda event: event[0]))]
+    ).cumsum(0)
     return int(held.max())
 
 
@@ -117,12 +135,17 @@ def free_bytes(device: torch.device) -> int:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return sys.maxsize
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), sys.maxsize)
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")),
+        sys.maxsize,
+    )
 
 
 @contextmanager
 def bounded_memory(device: torch.device) -> Iterator[None]:
-    """On a CPU under Linux, an allocation beyond the free memory fails inside, where else the system would end the process."""
+    """On a CPU under Linux, an allocation beyond the free memory fails inside, where else the
+    system would end the process.
+    """
     mapped = Path("/proc/self/statm")
     if device.type != "cpu" or not mapped.exists():
         yield
@@ -131,7 +154,11 @@ def bounded_memory(device: torch.device) -> Iterator[None]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     in_use = int(mapped.read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
-    limits = [limit for limit in (soft, hard, in_use + free_bytes(device)) if limit != resource.RLIM_INFINITY]
+    limits = [
+        limit
+        for limit in (soft, hard, in_use + free_bytes(device))
+        if limit != resource.RLIM_INFINITY
+    ]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
         yield
@@ -140,8 +167,14 @@ def bounded_memory(device: torch.device) -> Iterator[None]:
 
 
 def copies_beyond_cache(nbytes: int, device: torch.device) -> int:
-    """How many inputs of nbytes make a round of more than twice a GPU's L2, or more than a CPU's cache."""
-    cache = 2 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_CACHE_BYTES
+    """How many inputs of nbytes make a round of more than twice a GPU's L2, or more than a CPU's
+    cache.
+    """
+    cache = (
+        2 * torch.cuda.get_device_properties(device).L2_cache_size
+        if device.type == "cuda"
+        else CPU_CACHE_BYTES
+    )
     return min(MOST_COPIES, cache // nbytes + 1)
 
 
@@ -149,7 +182,8 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device, quick: bool) -> C
     """The copy of a large tensor, and a large square matrix product."""
     on_gpu = device.type == "cuda"
     side = 8192 if on_gpu else 1024 if quick else 2048
-    left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))  # on zeros products run faster
+    # on zeros products run faster
+    left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     return Ceilings(copy_rate(2**30 if on_gpu else 2**28, device), product_rate([(left, right)]))
 
 

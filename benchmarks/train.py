@@ -1,4 +1,6 @@
-"""How much the loop costs: images/s of `fastlt train` over images/s of bare forward, backward and step on resident data."""
+"""How much the loop costs: images/s of `fastlt train` over images/s of bare forward, backward and
+step on resident data.
+"""
 
 import itertools
 import resource
@@ -16,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlt.config import Config, as_override, load_config
-from fastlt.packing.writer import PackOptions, write_pack
-from fastlt.packing.sources import read_collection
 from fastlt.errors import UserError
-from fastlt.training.setup import Trainer, prepare
+from fastlt.packing.sources import read_collection
+from fastlt.packing.writer import PackOptions, write_pack
 from fastlt.training.loop import is_compiled, open_packs
+from fastlt.training.setup import Trainer, prepare
 from fastlt.utils.results_file import append_rows, check_file
 from fastlt_benchmarks.timing import measure_ceilings
 from fastlt_benchmarks.train_steps import Marks, bare_steps, flops_per_image, loop_steps
@@ -51,18 +53,30 @@ class Round(NamedTuple):
 
 class Work(NamedTuple):
     flops_per_image: float
-    ceiling: float | None  # FLOP/s that a large matrix product of the run's dtype reaches on a GPU; on a CPU it is no bound
+    # FLOP/s that a large matrix product of the run's dtype reaches on a GPU; on a CPU it is no
+    # bound
+    ceiling: float | None
     peak_mb: float
 
 
 def run_bench_train(
-    recipe: str, settings: list[str], data: str | None, steps: int, rounds: int, csv: Path | None, console: Console
+    recipe: str,
+    settings: list[str],
+    data: str | None,
+    steps: int,
+    rounds: int,
+    csv: Path | None,
+    console: Console,
 ) -> None:
-    """They are measured in turn, so that a machine that grows slower grows slower for all; the ratio is of each pair."""
+    """They are measured in turn, so that a machine that grows slower grows slower for all; the
+    ratio is of each pair.
+    """
     if csv is not None:
         check_file(csv)
     if load_config(recipe, settings).model.head == "class-parallel":
-        raise UserError("bench-train measures one process, which has no classes to share: set model.head=linear")
+        raise UserError(
+            "bench-train measures one process, which has no classes to share: set model.head=linear"
+        )
     with tempfile.TemporaryDirectory() as folder:
         quiet = Console(quiet=True)
         place = data or str(random_pack(Path(folder), load_config(recipe, settings), quiet))
@@ -84,18 +98,28 @@ def run_bench_train(
 def measure(trainer: Trainer, steps: int, rounds: int, console: Console) -> list[Round]:
     marks = Marks(trainer.device)
     eager, loop = bare_steps(trainer, compiled=False), loop_steps(trainer, marks)
-    compiled = bare_steps(trainer, compiled=True) if is_compiled(trainer.config, trainer.device) else None
+    compiled = (
+        bare_steps(trainer, compiled=True) if is_compiled(trainer.config, trainer.device) else None
+    )
     with console.status("warming up") as status:
         for step in (eager, compiled, loop):
             if step is not None:
                 timed(step, WARM_UP, trainer)
         measured = []
         for i in range(rounds):
-            bare, bare_compiled = timed(eager, steps, trainer), timed(compiled, steps, trainer) if compiled else None
+            bare, bare_compiled = (
+                timed(eager, steps, trainer),
+                timed(compiled, steps, trainer) if compiled else None,
+            )
             marks.seconds()
-            measured.append(Round(bare, bare_compiled, timed(loop, steps, trainer), marks.seconds()))
+            measured.append(
+                Round(bare, bare_compiled, timed(loop, steps, trainer), marks.seconds())
+            )
             last = measured[-1]
-            status.update(f"measuring: round {i + 1} of {rounds}, bare {last.bare:,.0f}, loop {last.loop:,.0f} images/s")
+            status.update(
+                f"measuring: round {i + 1} of {rounds}, bare {last.bare:,.0f}, loop "
+                f"{last.loop:,.0f} images/s"
+            )
     return measured
 
 
@@ -126,22 +150,36 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def random_pack(folder: Path, config: Config, console: Console) -> Path:
-    """100 target classes, each with an auxiliary, of random images in the size of the recipe: JPEG, or PNG where they are small."""
+    """100 target classes, each with an auxiliary, of random images in the size of the recipe:
+
+    JPEG, or PNG where they are small.
+    """
     rng = np.random.default_rng(0)
     ending = "png" if config.data.size <= 64 else "jpg"
     for split, prefix, count in (("target", "t", 20), ("auxiliary", "a", 20), ("val", "t", 1)):
         for name in range(100):
             (folder / split / f"{prefix}{name:03}").mkdir(parents=True)
             for i in range(count):
-                pixels = rng.integers(0, 256, (config.data.size, config.data.size, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / f"{prefix}{name:03}" / f"{i}.{ending}")
+                pixels = rng.integers(
+                    0, 256, (config.data.size, config.data.size, 3), dtype=np.uint8
+                )
+                Image.fromarray(pixels).save(
+                    folder / split / f"{prefix}{name:03}" / f"{i}.{ending}"
+                )
     pairs = folder / "pairs.csv"
-    pairs.write_text("target,auxiliary\n" + "".join(f"t{name:03},a{name:03}\n" for name in range(100)), encoding="utf-8")
-    collection = read_collection(folder / "target", folder / "auxiliary", folder / "val", pairs, None, None)
+    pairs.write_text(
+        "target,auxiliary\n" + "".join(f"t{name:03},a{name:03}\n" for name in range(100)),
+        encoding="utf-8",
+    )
+    collection = read_collection(
+        folder / "target", folder / "auxiliary", folder / "val", pairs, None, None
+    )
     return write_pack(collection, PackOptions(out=folder / "pack"), console)
 
 
-def show(measured: list[Round], work: Work, trainer: Trainer, recipe: str, console: Console) -> None:
+def show(
+    measured: list[Round], work: Work, trainer: Trainer, recipe: str, console: Console
+) -> None:
     title = f"{recipe}: {trainer.config.model.name}, batch {trainer.config.data.batch}"
     speeds = Table("", "images/s, median", "min", "max", title=title)
     for name, values in (
@@ -150,40 +188,70 @@ def show(measured: list[Round], work: Work, trainer: Trainer, recipe: str, conso
         ("fastlt train", [round.loop for round in measured]),
     ):
         if values:
-            speeds.add_row(name, f"{statistics.median(values):,.0f}", f"{min(values):,.0f}", f"{max(values):,.0f}")
+            speeds.add_row(
+                name,
+                f"{statistics.median(values):,.0f}",
+                f"{min(values):,.0f}",
+                f"{max(values):,.0f}",
+            )
     console.print(speeds)
     ratios = sorted(round.loop / round.bare for round in measured)
-    console.print(f"loop / bare, pair by pair: {statistics.median(ratios):.3f} (from {ratios[0]:.3f} to {ratios[-1]:.3f})")
-    parts = Table("of a step's time", "%", title=f"fastlt train, loader {trainer.train_loader.engine_name}")
+    console.print(
+        f"loop / bare, pair by pair: {statistics.median(ratios):.3f} (from {ratios[0]:.3f} to "
+        f"{ratios[-1]:.3f})"
+    )
+    parts = Table(
+        "of a step's time", "%", title=f"fastlt train, loader {trainer.train_loader.engine_name}"
+    )
     for part, share in shares(measured).items():
         parts.add_row(PARTS[part], f"{100 * share:.1f}")
     console.print(parts)
     speed = work.flops_per_image * statistics.median(round.loop for round in measured)
-    used = f", {speed / work.ceiling:.0%} of what a large matrix product reaches" if work.ceiling else ""
+    used = (
+        f", {speed / work.ceiling:.0%} of what a large matrix product reaches"
+        if work.ceiling
+        else ""
+    )
     console.print(
-        f"{work.flops_per_image / 1e9:.3g} GFLOP an image: {speed / 1e12:.3g} TFLOP/s{used}; peak memory {work.peak_mb:,.0f} MB",
+        f"{work.flops_per_image / 1e9:.3g} GFLOP an image: {speed / 1e12:.3g} TFLOP/s{used}; peak "
+        f"memory {work.peak_mb:,.0f} MB",
         highlight=False,
     )
 
 
 def shares(measured: list[Round]) -> dict[str, float]:
     """Median over the rounds, by part."""
-    return {part: statistics.median(round.parts.get(part, 0.0) / sum(round.parts.values()) for round in measured) for part in PARTS}
+    return {
+        part: statistics.median(
+            round.parts.get(part, 0.0) / sum(round.parts.values()) for round in measured
+        )
+        for part in PARTS
+    }
 
 
-def row(measured: list[Round], work: Work, trainer: Trainer, recipe: str, steps: int) -> dict[str, object]:
+def row(
+    measured: list[Round], work: Work, trainer: Trainer, recipe: str, steps: int
+) -> dict[str, object]:
     config, loop = trainer.config, statistics.median(round.loop for round in measured)
     compiled = [round.compiled for round in measured if round.compiled]
     return {
-        "recipe": recipe, "model": config.model.name, "batch": config.data.batch, "size": config.data.size,
-        "precision": str(trainer.dtype).removeprefix("torch."), "loader": trainer.train_loader.engine_name,
-        "decode": trainer.train_loader.decode, "steps": steps, "rounds": len(measured),
+        "recipe": recipe,
+        "model": config.model.name,
+        "batch": config.data.batch,
+        "size": config.data.size,
+        "precision": str(trainer.dtype).removeprefix("torch."),
+        "loader": trainer.train_loader.engine_name,
+        "decode": trainer.train_loader.decode,
+        "steps": steps,
+        "rounds": len(measured),
         "bare_images_per_second": round(statistics.median(one.eager for one in measured), 1),
-        "bare_compiled_images_per_second": round(statistics.median(compiled), 1) if compiled else "",
+        "bare_compiled_images_per_second": round(statistics.median(compiled), 1)
+        if compiled
+        else "",
         "loop_images_per_second": round(loop, 1),
         "ratio": round(statistics.median(one.loop / one.bare for one in measured), 4),
         **{part: round(share, 4) for part, share in shares(measured).items()},
         "gflop_per_image": round(work.flops_per_image / 1e9, 4),
         "utilisation": round(work.flops_per_image * loop / work.ceiling, 4) if work.ceiling else "",
         "peak_memory_mb": round(work.peak_mb),
-    }  # fmt: skip
+    }

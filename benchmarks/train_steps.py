@@ -1,4 +1,6 @@
-"""The two steps that `fastlt bench-train` compares, endlessly repeated: the trainer's, taken apart by marks, and a bare one."""
+"""The two steps that `fastlt bench-train` compares, endlessly repeated: the trainer's, taken apart
+by marks, and a bare one.
+"""
 
 import itertools
 import time
@@ -10,14 +12,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlt.data.prefetch import staged
-from fastlt.training.setup import Trainer
 from fastlt.training.loop import forward_of, make_input, train_step
+from fastlt.training.setup import Trainer
 
 
 class Marks:
-    """Where the time of the device goes: each mark ends a part of a step, and is passed when the device has done it.
+    """Where the time of the device goes: each mark ends a part of a step, and is passed when the
+    device has done it.
 
-    Where a GPU is still at work when images arrive, it passes the mark of that and the one before at once: then it has not waited.
+    Where a GPU is still at work when images arrive, it passes the mark of that and the one before
+    at once: then it has not waited.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,32 +37,48 @@ class Marks:
             self.passed.append((part, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """By part, since the last look; what came before the first mark is not counted, for others were measured then."""
+        """By part, since the last look; what came before the first mark is not counted, for others
+        were measured then.
+        """
         passed, self.passed = self.passed, []
         total: Counter[str] = Counter()
         for (_, before), (part, after) in itertools.pairwise(passed):
-            total[part] += before.elapsed_time(after) / 1000 if self.device.type == "cuda" else after - before
+            total[part] += (
+                before.elapsed_time(after) / 1000 if self.device.type == "cuda" else after - before
+            )
         return dict(total)
 
 
 def loop_steps(trainer: Trainer, marks: Marks) -> Iterator[int]:
-    """The trainer's own loop: loader, augmentation, loss, backward, step. Yields the images of each step."""
+    """The trainer's own loop: loader, augmentation, loss, backward, step.
+
+    Yields the images of each step.
+    """
     forward = forward_of(trainer, 0)
     for epoch in itertools.count():
         trainer.at.step_in_epoch = 0
-        for batch, pixels in staged(trainer.train_loader.iterate(trainer.plan.epoch(epoch)), trainer.device):
+        for batch, pixels in staged(
+            trainer.train_loader.iterate(trainer.plan.epoch(epoch)), trainer.device
+        ):
             marks("wait")
             train_step(trainer, forward, batch, pixels, marks)
-            trainer.at.step, trainer.at.step_in_epoch = trainer.at.step + 1, trainer.at.step_in_epoch + 1
+            trainer.at.step, trainer.at.step_in_epoch = (
+                trainer.at.step + 1,
+                trainer.at.step_in_epoch + 1,
+            )
             yield len(batch.labels)
 
 
 def bare_steps(trainer: Trainer, compiled: bool) -> Iterator[int]:
     """Forward, cross entropy, backward and step on one batch that lies on the device."""
     images, target = resident_batch(trainer)
-    forward = torch.compile(bare_loss, mode=trainer.config.train.compile_mode) if compiled else bare_loss
+    forward = (
+        torch.compile(bare_loss, mode=trainer.config.train.compile_mode) if compiled else bare_loss
+    )
     while True:
-        with torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
+        with torch.autocast(
+            trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32
+        ):
             loss = forward(trainer.model, images, target)
         loss.backward()
         trainer.updater.optimizer.step()
@@ -69,9 +89,13 @@ def bare_steps(trainer: Trainer, compiled: bool) -> Iterator[int]:
 def resident_batch(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
     config, device = trainer.config, trainer.device
     batch = next(trainer.plan.epoch(0))
-    pixels = torch.randint(0, 256, (len(batch.labels), config.data.size, config.data.size, 3), dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (len(batch.labels), config.data.size, config.data.size, 3), dtype=torch.uint8
+    )
     labels = torch.from_numpy(batch.labels) % trainer.space.num_classes
-    images, target, _, _ = make_input(config, pixels, labels, torch.Generator().manual_seed(0), device)
+    images, target, _, _ = make_input(
+        config, pixels, labels, torch.Generator().manual_seed(0), device
+    )
     return images, target
 
 
@@ -80,7 +104,7 @@ def bare_loss(model: torch.nn.Module, images: torch.Tensor, target: torch.Tensor
 
 
 def flops_per_image(trainer: Trainer) -> float:
-    """Of the products and convolutions in forward and backward; a product and a sum count as two."""
+    """The FLOP of products and convolutions in forward and backward; multiply-adds count two."""
     images, target = resident_batch(trainer)
     with FlopCounterMode(display=False) as counter:
         bare_loss(trainer.model, images, target).backward()

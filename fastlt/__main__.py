@@ -1,4 +1,6 @@
-"""The entry point: a UserError becomes one line and exit code 2; anything else is a defect of ours and keeps its traceback."""
+"""The entry point: a UserError becomes one line and exit code 2; anything else is a defect of ours
+and keeps its traceback.
+"""
 
 import errno
 import sys
@@ -21,13 +23,17 @@ def speak_to_the_user(app: Callable[[], object]) -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" with {error.filename}" if error.filename else ""
-        Console(stderr=True).print(f"[bold red]error:[/] the disk{escape(where)} is full: free some space", highlight=False)
+        Console(stderr=True).print(
+            f"[bold red]error:[/] the disk{escape(where)} is full: free some space", highlight=False
+        )
         sys.exit(2)
 
 

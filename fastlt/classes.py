@@ -1,4 +1,6 @@
-"""The class space: which classes there are, how many images each has, and which auxiliaries neighbour which targets."""
+"""The class space: which classes there are, how many images each has, and which auxiliaries
+neighbour which targets.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,11 +14,18 @@ from fastlt.errors import UserError
 from fastlt.utils.files import write_text
 from fastlt_kernels import ClassGraph
 
-MANY_ABOVE, FEW_BELOW = 100, 20  # Liu et al. 2019 (arXiv 1904.05160): many > 100, medium 20..100, few < 20 training images
+# Liu et al. 2019 (arXiv 1904.05160): many > 100, medium 20..100, few < 20 training images
+MANY_ABOVE, FEW_BELOW = (
+    100,
+    20,
+)
 
 
 class ClassSpace(BaseModel):
-    """Targets have ids 0..T-1, auxiliaries T..C-1, so that masking at inference is a slice. `classes.json` holds one of these."""
+    """Targets have ids 0..T-1, auxiliaries T..C-1, so that masking at inference is a slice.
+
+    `classes.json` holds one of these.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,9 +33,15 @@ class ClassSpace(BaseModel):
     auxiliary_names: list[str] = []
     train_counts: list[int] = Field(description="stored training images of each of the C classes")
     val_counts: list[int] = Field(description="validation images of each of the T targets")
-    pairs: list[tuple[int, int]] = Field(default=[], description="(target id, auxiliary id); many-to-many")
-    origins: dict[str, str] = Field(default={}, description="where each auxiliary came from, by name")
-    curation: dict[str, Any] = Field(default={}, description="the summary card of `fastlt curate`, if it made the auxiliaries")
+    pairs: list[tuple[int, int]] = Field(
+        default=[], description="(target id, auxiliary id); many-to-many"
+    )
+    origins: dict[str, str] = Field(
+        default={}, description="where each auxiliary came from, by name"
+    )
+    curation: dict[str, Any] = Field(
+        default={}, description="the summary card of `fastlt curate`, if it made the auxiliaries"
+    )
 
     @property
     def num_targets(self) -> int:
@@ -52,9 +67,13 @@ class ClassSpace(BaseModel):
         if repeated := [name for name, times in Counter(self.names).items() if times > 1]:
             raise ValueError(f"class names are not unique: {', '.join(repeated[:3])}")
         if len(self.train_counts) != self.num_classes:
-            raise ValueError(f"train_counts has {len(self.train_counts)} entries for {self.num_classes} classes")
+            raise ValueError(
+                f"train_counts has {len(self.train_counts)} entries for {self.num_classes} classes"
+            )
         if len(self.val_counts) != self.num_targets:
-            raise ValueError(f"val_counts has {len(self.val_counts)} entries for {self.num_targets} targets")
+            raise ValueError(
+                f"val_counts has {len(self.val_counts)} entries for {self.num_targets} targets"
+            )
         for target, auxiliary in self.pairs:
             if not (0 <= target < self.num_targets <= auxiliary < self.num_classes):
                 raise ValueError(f"pair ({target}, {auxiliary}) is not (target id, auxiliary id)")
@@ -77,7 +96,9 @@ class ClassSpace(BaseModel):
         """Target ids by their number of training images: many, medium, few."""
         groups: dict[str, list[int]] = {"many": [], "medium": [], "few": []}
         for target, count in enumerate(self.train_counts[: self.num_targets]):
-            groups["many" if count > MANY_ABOVE else "few" if count < FEW_BELOW else "medium"].append(target)
+            groups[
+                "many" if count > MANY_ABOVE else "few" if count < FEW_BELOW else "medium"
+            ].append(target)
         return groups
 
     def save(self, path: Path) -> None:
@@ -95,16 +116,28 @@ class ClassSpace(BaseModel):
 
 
 def pair_ids(
-    pairs: Sequence[tuple[str, str]], target_names: Sequence[str], auxiliary_names: Sequence[str], where: str
+    pairs: Sequence[tuple[str, str]],
+    target_names: Sequence[str],
+    auxiliary_names: Sequence[str],
+    where: str,
 ) -> list[tuple[int, int]]:
-    """Names to ids. `where` names the file in errors; its rows are counted from line 2, after the header."""
+    """Names to ids.
+
+    `where` names the file in errors; its rows are counted from line 2, after the header.
+    """
     targets = {name: i for i, name in enumerate(target_names)}
     auxiliaries = {name: i + len(target_names) for i, name in enumerate(auxiliary_names)}
     ids = set()
     for line, (target, auxiliary) in enumerate(pairs, start=2):
         if target not in targets:
-            raise UserError(f"{where}, line {line}: there is no target class '{target}'; the first column names targets")
+            raise UserError(
+                f"{where}, line {line}: there is no target class '{target}'; the first column "
+                "names targets"
+            )
         if auxiliary not in auxiliaries:
-            raise UserError(f"{where}, line {line}: there is no auxiliary class '{auxiliary}'; the second column names auxiliaries")
+            raise UserError(
+                f"{where}, line {line}: there is no auxiliary class '{auxiliary}'; the second "
+                "column names auxiliaries"
+            )
         ids.add((targets[target], auxiliaries[auxiliary]))
     return sorted(ids)

@@ -5,7 +5,10 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Bad input, told in one sentence: what is wrong, where, and what to do. The command line prints it and exits with 2."""
+    """Bad input, told in one sentence: what is wrong, where, and what to do.
+
+    The command line prints it and exits with 2.
+    """
 
 
 @contextmanager
@@ -14,4 +17,7 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UserError(f"this needs the library {error.name}, which is not installed: pip install fastlt[{name}]") from error
+        raise UserError(
+            f"this needs the library {error.name}, which is not installed: pip install "
+            f"fastlt[{name}]"
+        ) from error

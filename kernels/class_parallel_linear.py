@@ -1,4 +1,6 @@
-"""A classifier sharded over ranks by class, and its checkpoints, which any other number of ranks can load."""
+"""A classifier sharded over ranks by class, and its checkpoints, which any other number of ranks
+can load.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastlt_kernels.class_parallel import class_parallel_loss
 from fastlt_kernels._impl.class_parallel_checks import check_classes, place_in
 from fastlt_kernels._impl.products import is_autocast, logits_of, product_dtype
 from fastlt_kernels._impl.shards import Group, gather, length, shard_of
+from fastlt_kernels.class_parallel import class_parallel_loss
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -20,15 +22,18 @@ INIT_CLASSES = 1024  # drawn together from one seed, whatever the number of rank
 
 
 class ClassParallelLinear(nn.Module):
-    """`nn.Linear(in_features, num_classes)` of which each rank of `group` holds the classes `shard_of` gives it.
+    """`nn.Linear(in_features, num_classes)` of which each rank of `group` holds the classes
+    `shard_of` gives it.
 
-    weight (c, D) and bias (c,) are plain parameters, for any optimiser. Keep the module outside of DistributedDataParallel:
-    its gradients are whole already. Initialised as nn.Linear is, uniform within 1 / sqrt(in_features), from `seed` alone:
-    the shards are slices of the same matrix for any number of ranks.
+    weight (c, D) and bias (c,) are plain parameters, for any optimiser. Keep the module outside of
+    DistributedDataParallel: its gradients are whole already. Initialised as nn.Linear is, uniform
+    within 1 / sqrt(in_features), from `seed` alone: the shards are slices of the same matrix for
+    any number of ranks.
 
-    In a state_dict both are DTensors, sharded by class, so that torch.distributed.checkpoint saves and loads them with any
-    number of ranks; `sharded` does that for an optimiser's buffers. load_state_dict also takes whole tensors of all classes.
-    Raises RuntimeError where torch.distributed is not initialised.
+    In a state_dict both are DTensors, sharded by class, so that torch.distributed.checkpoint saves
+    and loads them with any number of ranks; `sharded` does that for an optimiser's buffers.
+    load_state_dict also takes whole tensors of all classes. Raises RuntimeError where
+    torch.distributed is not initialised.
     """
 
     def __init__(
@@ -48,19 +53,29 @@ class ClassParallelLinear(nn.Module):
         self.shard = shard_of(num_classes, *place_in(group))
         weights, biases = _initial(in_features, num_classes, self.shard, seed)
         self.weight = nn.Parameter(weights.to(device, dtype or torch.get_default_dtype()))
-        self.bias = nn.Parameter(biases.to(device, dtype or torch.get_default_dtype())) if bias else None
+        self.bias = (
+            nn.Parameter(biases.to(device, dtype or torch.get_default_dtype())) if bias else None
+        )
         self.register_state_dict_post_hook(_shard_state)
         self.register_load_state_dict_pre_hook(_localise_state)
 
     def loss(self, features: Tensor, target: Tensor, **options: Any) -> Tensor:
         """`class_parallel_loss` with its options."""
         return class_parallel_loss(
-            features, self.weight, target, num_classes=self.num_classes, bias=self.bias, group=self.group, **options
+            features,
+            self.weight,
+            target,
+            num_classes=self.num_classes,
+            bias=self.bias,
+            group=self.group,
+            **options,
         )
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
-        """All logits (n, num_classes) of this rank's features (n, D), as many on every rank; for evaluation, no gradients."""
+        """All logits (n, num_classes) of this rank's features (n, D), as many on every rank; for
+        evaluation, no gradients.
+        """
         device = features.device.type
         product = product_dtype(features, is_autocast(features))
         with torch.autocast(device, enabled=False):
@@ -68,14 +83,24 @@ class ClassParallelLinear(nn.Module):
             world, count = everyones.shape[:2]
             size = length(shard_of(self.num_classes, 0, world))  # only the last shards are shorter
             logits = everyones.new_zeros(world * count, size)
-            logits_of(everyones.flatten(0, 1), self.weight, self.bias, logits[:, : length(self.shard)])
+            logits_of(
+                everyones.flatten(0, 1), self.weight, self.bias, logits[:, : length(self.shard)]
+            )
             received = torch.empty_like(logits)
             dist.all_to_all_single(received, logits, group=self.group)
-        return received.view(world, count, size).transpose(0, 1).reshape(count, -1)[:, : self.num_classes]
+        return (
+            received.view(world, count, size)
+            .transpose(0, 1)
+            .reshape(count, -1)[:, : self.num_classes]
+        )
 
     def sharded(self, local: Tensor) -> DTensor:
-        """A tensor (c, ...) of this rank's classes as its part of (num_classes, ...), in the same memory."""
-        from torch.distributed.device_mesh import DeviceMesh  # too slow to import for those who need none
+        """A tensor (c, ...) of this rank's classes as its part of (num_classes, ...), in the same
+        memory.
+        """
+        from torch.distributed.device_mesh import (
+            DeviceMesh,  # too slow to import for those who need none
+        )
         from torch.distributed.tensor import DTensor, Shard
 
         local = local.detach()
@@ -84,7 +109,9 @@ class ClassParallelLinear(nn.Module):
         mesh = DeviceMesh.from_group(group, local.device.type)
         shape = torch.Size([self.num_classes, *local.shape[1:]])
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(
+            local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
+        )
 
 
 def _shard_state(head: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -115,8 +142,13 @@ def _initial(width: int, classes: int, shard: slice, seed: int) -> tuple[Tensor,
         if low >= high:
             continue
         generator.manual_seed(block_seed)
-        drawn_weights = torch.empty(stop - start, width).uniform_(-bound, bound, generator=generator)
+        drawn_weights = torch.empty(stop - start, width).uniform_(
+            -bound, bound, generator=generator
+        )
         drawn_biases = torch.empty(stop - start).uniform_(-bound, bound, generator=generator)
-        inside, outside = slice(low - start, high - start), slice(low - shard.start, high - shard.start)
+        inside, outside = (
+            slice(low - start, high - start),
+            slice(low - shard.start, high - shard.start),
+        )
         weights[outside], biases[outside] = drawn_weights[inside], drawn_biases[inside]
     return weights, biases

@@ -1,4 +1,6 @@
-"""The class graph: which auxiliary classes were added because of which target class, as a sparse relation."""
+"""The class graph: which auxiliary classes were added because of which target class, as a sparse
+relation.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,16 @@ Direction: TypeAlias = Literal["both", "target_rows", "aux_rows"]
 
 @dataclass(frozen=True, eq=False)
 class ClassGraph:
-    """Silenced set of every class, S(y), as the rows of a CSR matrix over all C classes; made by `from_pairs`.
+    """Silenced set of every class, S(y), as the rows of a CSR matrix over all C classes; made by
+    `from_pairs`.
 
-    Row y of a target holds the auxiliaries added for it; row y of an auxiliary holds the targets it was added for
-    (an auxiliary may have several). Siblings are not linked, and no class is in its own row.
+    Row y of a target holds the auxiliaries added for it; row y of an auxiliary holds the targets it
+    was added for (an auxiliary may have several). Siblings are not linked, and no class is in its
+    own row.
 
-    indptr (C + 1,) int64 and indices (nnz,) int64, ascending in each row. The counts are Python integers, so that a
-    padded gather has a static shape. `max_degree` is the length of the longest row.
+    indptr (C + 1,) int64 and indices (nnz,) int64, ascending in each row. The counts are Python
+    integers, so that a padded gather has a static shape. `max_degree` is the length of the longest
+    row.
     """
 
     indptr: Tensor
@@ -32,13 +37,18 @@ class ClassGraph:
     max_degree: int
 
     @staticmethod
-    def from_pairs(num_targets: int, num_classes: int, pairs: Tensor | np.ndarray | Sequence[Sequence[int]]) -> ClassGraph:
-        """pairs (P, 2) integers: target id in 0..T-1, auxiliary id in T..C-1; many-to-many, duplicates are merged.
+    def from_pairs(
+        num_targets: int, num_classes: int, pairs: Tensor | np.ndarray | Sequence[Sequence[int]]
+    ) -> ClassGraph:
+        """pairs (P, 2) integers: target id in 0..T-1, auxiliary id in T..C-1; many-to-many,
+        duplicates are merged.
 
         Raises ValueError, naming the argument, for a wrong shape or dtype or an id out of range.
         """
         _check_counts(num_targets, num_classes)
-        return _from_checked_pairs(num_targets, num_classes, _as_pairs(num_targets, num_classes, pairs), "both")
+        return _from_checked_pairs(
+            num_targets, num_classes, _as_pairs(num_targets, num_classes, pairs), "both"
+        )
 
     def to(self, device: torch.device | str) -> ClassGraph:
         """The same graph on another device."""
@@ -53,31 +63,47 @@ class ClassGraph:
 
     def pairs(self) -> Tensor:
         """(P, 2) int64, the distinct (target, auxiliary) pairs in ascending order."""
-        return torch.stack(_entries(self), dim=1).sort(dim=1).values.unique(dim=0)  # a target's id is the smaller one
+        # a target's id is the smaller one
+        return torch.stack(_entries(self), dim=1).sort(dim=1).values.unique(dim=0)
 
     def directed(self, direction: Direction) -> ClassGraph:
-        """The same pairs, silencing in all rows (`both`), only in rows of targets, or only in rows of auxiliaries."""
+        """The same pairs, silencing in all rows (`both`), only in rows of targets, or only in rows
+        of auxiliaries.
+        """
         if direction not in ("both", "target_rows", "aux_rows"):
-            raise ValueError(f"direction must be 'both', 'target_rows' or 'aux_rows', not {direction!r}")
+            raise ValueError(
+                f"direction must be 'both', 'target_rows' or 'aux_rows', not {direction!r}"
+            )
         return _from_checked_pairs(self.num_targets, self.num_classes, self.pairs(), direction)
 
     def restricted(self, keep: Tensor) -> ClassGraph:
-        """Only the pairs of targets where keep (T,) bool is True (the release's few-shot restriction); same direction."""
-        if not isinstance(keep, Tensor) or keep.shape != (self.num_targets,) or keep.dtype != torch.bool:
-            raise ValueError(f"keep must be a ({self.num_targets},) bool mask, got {_described(keep)}")
+        """Only the pairs of targets where keep (T,) bool is True (the release's few-shot
+        restriction); same direction.
+        """
+        if (
+            not isinstance(keep, Tensor)
+            or keep.shape != (self.num_targets,)
+            or keep.dtype != torch.bool
+        ):
+            raise ValueError(
+                f"keep must be a ({self.num_targets},) bool mask, got {_described(keep)}"
+            )
         rows, columns = _entries(self)
         kept = keep.to(rows.device)[torch.minimum(rows, columns)]
         return _from_entries(self.num_targets, self.num_classes, rows[kept], columns[kept])
 
     def neighbours(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Silenced columns of labels (N,) int64: columns (N, K) int64 and whether each is real (N, K) bool, K = max_degree.
+        """Silenced columns of labels (N,) int64: columns (N, K) int64 and whether each is real (N,
+        K) bool, K = max_degree.
 
         Shorter rows are padded with the label itself, which is never in its own silenced set.
         """
         return padded_neighbours(self.indptr, self.indices, self.max_degree, labels)
 
 
-def padded_neighbours(indptr: Tensor, indices: Tensor, max_degree: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+def padded_neighbours(
+    indptr: Tensor, indices: Tensor, max_degree: int, labels: Tensor
+) -> tuple[Tensor, Tensor]:
     """`ClassGraph.neighbours` for the bare tensors of a graph."""
     slots = torch.arange(max_degree, device=labels.device)
     start = indptr[labels]
@@ -89,7 +115,9 @@ def padded_neighbours(indptr: Tensor, indices: Tensor, max_degree: int, labels: 
 
 
 def _described(value: object) -> str:
-    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    return (
+        f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    )
 
 
 def _check_counts(num_targets: int, num_classes: int) -> None:
@@ -99,10 +127,14 @@ def _check_counts(num_targets: int, num_classes: int) -> None:
     if num_targets < 1:
         raise ValueError(f"num_targets must be at least 1, got {num_targets}")
     if num_classes < num_targets:
-        raise ValueError(f"num_classes must be at least num_targets = {num_targets}, got {num_classes}")
+        raise ValueError(
+            f"num_classes must be at least num_targets = {num_targets}, got {num_classes}"
+        )
 
 
-def _as_pairs(num_targets: int, num_classes: int, pairs: Tensor | np.ndarray | Sequence[Sequence[int]]) -> Tensor:
+def _as_pairs(
+    num_targets: int, num_classes: int, pairs: Tensor | np.ndarray | Sequence[Sequence[int]]
+) -> Tensor:
     """(P, 2) int64, distinct and ascending."""
     try:
         table = torch.as_tensor(pairs)
@@ -125,10 +157,14 @@ def _check_ids(ids: Tensor, low: int, high: int, kind: str) -> None:
     if wrong.any():
         row = int(wrong.nonzero()[0])
         allowed = f"{low}..{high - 1}" if high > low else "empty, as num_classes equals num_targets"
-        raise ValueError(f"pairs: {kind} id {int(ids[row])} in row {row} is out of range ({allowed})")
+        raise ValueError(
+            f"pairs: {kind} id {int(ids[row])} in row {row} is out of range ({allowed})"
+        )
 
 
-def _from_checked_pairs(num_targets: int, num_classes: int, pairs: Tensor, direction: Direction) -> ClassGraph:
+def _from_checked_pairs(
+    num_targets: int, num_classes: int, pairs: Tensor, direction: Direction
+) -> ClassGraph:
     target, auxiliary = pairs.unbind(1)
     ways = {
         "both": (torch.cat([target, auxiliary]), torch.cat([auxiliary, target])),
@@ -146,7 +182,9 @@ def _from_entries(num_targets: int, num_classes: int, rows: Tensor, columns: Ten
     # A symmetric graph holds each pair twice, a directed one once.
     lower, upper = torch.minimum(rows, columns), torch.maximum(rows, columns)
     num_pairs = int(torch.unique(lower * num_classes + upper).numel())
-    return ClassGraph(indptr, columns[order], num_targets, num_classes, num_pairs, int(degrees.max()))
+    return ClassGraph(
+        indptr, columns[order], num_targets, num_classes, num_pairs, int(degrees.max())
+    )
 
 
 def _entries(graph: ClassGraph) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,14 @@
-"""Features and classifier weight -> neighbour silencing loss and all gradients, without ever holding N x C logits.
+"""Features and classifier weight -> neighbour silencing loss and all gradients, without ever
+holding N x C logits.
 
-Rows go through in chunks. A chunk's logits become their own gradient in place, and the products with weight and
-features follow at once, so for reduction "mean" and "sum" the forward leaves the gradients of the summed loss and the
-backward only scales them. For "none" the scale of each row is known in the backward alone, which goes over the chunks again.
+Rows go through in chunks. A chunk's logits become their own gradient in place, and the products
+with weight and features follow at once, so for reduction "mean" and "sum" the forward leaves the
+gradients of the summed loss and the backward only scales them. For "none" the scale of each row is
+known in the backward alone, which goes over the chunks again.
 
-Where the classes are so many that a chunk would have too few rows, the classes are cut as well: the logits of each tile
-are made twice, once for the log-sum-exp of its rows and once, when that is known over all tiles, for their gradient.
+Where the classes are so many that a chunk would have too few rows, the classes are cut as well: the
+logits of each tile are made twice, once for the log-sum-exp of its rows and once, when that is
+known over all tiles, for their gradient.
 """
 
 from __future__ import annotations
@@ -17,16 +20,22 @@ import torch
 from torch import Tensor
 
 from fastlt_kernels._impl.backends import choose_backend, is_transformed
-from fastlt_kernels._impl.checks import check_chunk_bytes, check_linear, check_loss, check_matrix, check_predicted
+from fastlt_kernels._impl.checks import (
+    check_chunk_bytes,
+    check_linear,
+    check_loss,
+    check_matrix,
+    check_predicted,
+)
 from fastlt_kernels._impl.chunk_work import ChunkWork, Gradients
 from fastlt_kernels._impl.chunks import plan_chunks, slices
-from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels._impl.labels import accumulation_dtype, divided, stack_labels
-from fastlt_kernels.logits_loss import ROWS_SCHEMA, LossOutput
 from fastlt_kernels._impl.products import is_autocast, kept_dtype, product_dtype
 from fastlt_kernels._impl.rows import Rows, Terms, describe_rows, join_terms, losses_of
 from fastlt_kernels._impl.saved import refuse_twice, save_mixed, saved_mixed, scaled
 from fastlt_kernels._impl.tile import Tile
+from fastlt_kernels.graph import ClassGraph
+from fastlt_kernels.logits_loss import ROWS_SCHEMA, LossOutput
 
 
 def linear_neighbor_silencing_loss(
@@ -47,15 +56,28 @@ def linear_neighbor_silencing_loss(
 ) -> Tensor:
     """`neighbor_silencing_loss(features @ weight.T + bias, ...)` in bounded memory.
 
-    Temporaries stay within chunk_bytes (but one row by 1,024 classes is always taken), whatever N and C are, beside a few
-    vectors of N and of C. The gradients come on top, those of weight and bias summed in float32 (float64 for float64) and
-    returned in the parameter's dtype. Under autocast the products are made in its dtype (float32 for float16 on a CPU).
-    Other arguments, the result and the errors are as there. Differentiable once, in features, weight and bias.
+    Temporaries stay within chunk_bytes (but one row by 1,024 classes is always taken), whatever N
+    and C are, beside a few vectors of N and of C. The gradients come on top, those of weight and
+    bias summed in float32 (float64 for float64) and returned in the parameter's dtype. Under
+    autocast the products are made in its dtype (float32 for float16 on a CPU). Other arguments, the
+    result and the errors are as there. Differentiable once, in features, weight and bias.
     """
     return linear_neighbor_silencing_outputs(
-        features, weight, target, num_targets=0, bias=bias, graph=graph, log_prior=log_prior, silence=silence, target_b=target_b,
-        mix=mix, label_smoothing=label_smoothing, reduction=reduction, backend=backend, chunk_bytes=chunk_bytes,
-    ).loss  # fmt: skip
+        features,
+        weight,
+        target,
+        num_targets=0,
+        bias=bias,
+        graph=graph,
+        log_prior=log_prior,
+        silence=silence,
+        target_b=target_b,
+        mix=mix,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        backend=backend,
+        chunk_bytes=chunk_bytes,
+    ).loss
 
 
 def linear_neighbor_silencing_outputs(
@@ -75,27 +97,46 @@ def linear_neighbor_silencing_outputs(
     backend: str = "auto",
     chunk_bytes: int = 512 * 2**20,
 ) -> LossOutput:
-    """`linear_neighbor_silencing_loss` with the log-sum-exp and the predictions among the targets, of the same pass."""
+    """`linear_neighbor_silencing_loss` with the log-sum-exp and the predictions among the targets,
+    of the same pass.
+    """
     check_matrix("features", features, "(N, D)")
     autocast = is_autocast(features)
     check_linear(features, weight, bias, autocast)
     check_chunk_bytes(chunk_bytes)
     count, classes = features.shape[0], weight.shape[0]
     check_loss(
-        count, classes, features.device, target, graph, log_prior, silence, target_b, mix, label_smoothing, reduction, backend
+        count,
+        classes,
+        features.device,
+        target,
+        graph,
+        log_prior,
+        silence,
+        target_b,
+        mix,
+        label_smoothing,
+        reduction,
+        backend,
     )
     check_predicted(num_targets, classes)
     if is_transformed():
         raise RuntimeError(
-            "linear_neighbor_silencing_loss does not run under torch.func or forward-mode differentiation: "
+            "linear_neighbor_silencing_loss does not run under torch.func or forward-mode "
+            "differentiation: "
             "use neighbor_silencing_loss(features @ weight.T, ..., backend='torch')"
         )
     backend = choose_backend(backend, features, count)
     product = product_dtype(features, autocast)
     labels, shares = stack_labels(target, target_b, mix, accumulation_dtype(features.dtype))
     counted, divisor = divided(shares, reduction, product)
-    rows = describe_rows(labels, counted, log_prior, graph, classes, silence, label_smoothing, num_targets)
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (features, weight, bias)]
+    rows = describe_rows(
+        labels, counted, log_prior, graph, classes, silence, label_smoothing, num_targets
+    )
+    wanted = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (features, weight, bias)
+    ]
     loss, log_sum, best, *_ = torch.ops.fastlt_kernels.linear_loss(
         features, weight, bias, *rows, product, chunk_bytes, backend, reduction != "none", wanted
     )
@@ -103,7 +144,9 @@ def linear_neighbor_silencing_outputs(
 
 
 class Problem(NamedTuple):
-    """The arguments that the two operators share, in the order of their schema, those of Rows as one."""
+    """The arguments that the two operators share, in the order of their schema, those of Rows as
+    one.
+    """
 
     features: Tensor  # (N, D)
     weight: Tensor  # (C, D)
@@ -115,24 +158,30 @@ class Problem(NamedTuple):
 
     @staticmethod
     def of(features: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Problem:
-        return Problem(features, weight, bias, Rows(*args[: len(Rows._fields)]), *args[len(Rows._fields) :])
+        return Problem(
+            features, weight, bias, Rows(*args[: len(Rows._fields)]), *args[len(Rows._fields) :]
+        )
 
     def flat(self) -> tuple[Any, ...]:
         return (*self[:3], *self.rows, *self[4:])
 
 
 _SHARED_SCHEMA = (
-    f"Tensor features, Tensor weight, Tensor? bias, {ROWS_SCHEMA}, ScalarType product_dtype, SymInt chunk_bytes, str backend"
+    f"Tensor features, Tensor weight, Tensor? bias, {ROWS_SCHEMA}, ScalarType "
+    "product_dtype, SymInt chunk_bytes, str backend"
 )
 
 
 @torch.library.custom_op(
     "fastlt_kernels::linear_loss",
     mutates_args=(),
-    schema=f"({_SHARED_SCHEMA}, bool summed, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_SHARED_SCHEMA}, bool summed, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, "
+    "Tensor, Tensor)",
 )
 def _linear_loss(*args: Any) -> tuple[Tensor, ...]:
-    """Loss, summed () or per row (N,); log-sum-exp and prediction (N,); if summed, gradients in features, weight, bias."""
+    """Loss, summed () or per row (N,); log-sum-exp and prediction (N,); if summed, gradients in
+    features, weight, bias.
+    """
     *shared, summed, wanted = args
     problem = Problem.of(*shared)
     losses, terms, gradients = _run(problem, wanted if summed else (False, False, False))
@@ -146,7 +195,7 @@ def _linear_loss(*args: Any) -> tuple[Tensor, ...]:
     schema=f"({_SHARED_SCHEMA}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
 )
 def _linear_loss_gradients(*args: Any) -> Gradients:
-    """The gradients of the sum of shares * loss, shares being whatever each row's loss is to count."""
+    """The gradients of sum(shares * loss), shares being what each row's loss counts."""
     *shared, wanted = args
     return _run(Problem.of(*shared), wanted)[2]
 
@@ -190,11 +239,16 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Any) -> tuple[Tensor
         return None, None, None, *nothing
     if ctx.summed:
         pairs = zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
-        return *(scaled(g, grad_loss, dtype) if wanted else None for g, dtype, wanted in pairs), *nothing
+        return *(
+            scaled(g, grad_loss, dtype) if wanted else None for g, dtype, wanted in pairs
+        ), *nothing
     problem = Problem.of(*saved_mixed(ctx))
     problem = problem._replace(rows=problem.rows._replace(shares=problem.rows.shares * grad_loss))
     gradients = torch.ops.fastlt_kernels.linear_loss_gradients(*problem.flat(), ctx.wanted)
-    returned = [g.to(dtype) if wanted else None for g, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)]
+    returned = [
+        g.to(dtype) if wanted else None
+        for g, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
+    ]
     return *returned, *nothing
 
 
@@ -205,9 +259,14 @@ def _empty_gradients(problem: Problem, wanted: Sequence[bool]) -> Gradients:
     """Uninitialised; of zero length where not wanted."""
     features, weight, bias = problem[:3]
     return (
-        features.new_empty(features.shape if wanted[0] else (0,), dtype=kept_dtype(problem.product_dtype)),
+        features.new_empty(
+            features.shape if wanted[0] else (0,), dtype=kept_dtype(problem.product_dtype)
+        ),
         weight.new_empty(weight.shape if wanted[1] else (0,), dtype=kept_dtype(weight.dtype)),
-        weight.new_empty(weight.shape[:1] if wanted[2] else (0,), dtype=kept_dtype((weight if bias is None else bias).dtype)),
+        weight.new_empty(
+            weight.shape[:1] if wanted[2] else (0,),
+            dtype=kept_dtype((weight if bias is None else bias).dtype),
+        ),
     )
 
 
@@ -230,7 +289,9 @@ def _run(problem: Problem, wanted: Sequence[bool]) -> tuple[Tensor, Terms, Gradi
     gradients = _empty_gradients(problem, wanted)
     # The dtypes of the products are chosen already; autocast must not choose again.
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        work = ChunkWork(features, rows, Tile(weight, bias, product, plan), plan, backend, gradients, wanted)
+        work = ChunkWork(
+            features, rows, Tile(weight, bias, product, plan), plan, backend, gradients, wanted
+        )
         terms = join_terms([work.chunk(part) for part in slices(features.shape[0], plan.rows)])
         work.finish()
     return losses_of(terms, rows), terms, gradients

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from fastlt_kernels._impl.backends import choose_backend, is_transformed
 from fastlt_kernels._impl.checks import check_loss, check_matrix, check_predicted
-from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels._impl.labels import accumulation_dtype, counted_rows, stack_labels
 from fastlt_kernels._impl.rows import Rows, Terms, describe_rows, implementation, losses_of
 from fastlt_kernels._impl.saved import refuse_twice, save_mixed, saved_mixed, scaled
 from fastlt_kernels._impl.torch_logits import torch_losses
+from fastlt_kernels.graph import ClassGraph
 
-# Measured on AVX-512, for the torch rows on a CPU: of fewer logits plain torch's few calls cost less.
+# Measured on AVX-512, for the torch rows on a CPU: of fewer logits plain torch's few calls cost
+# less.
 FUSE_FROM_LOGITS = 200_000
 
 
@@ -40,25 +41,38 @@ def neighbor_silencing_loss(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Cross entropy with a prior, in which each label's neighbours in `graph` weigh `silence` (arXiv 2410.15980).
+    """Cross entropy with a prior, in which each label's neighbours in `graph` weigh `silence`
+    (arXiv 2410.15980).
 
-        a_ij = z_ij + log_prior_j + [j in S(y_i)] * log(silence),    L_i = logsumexp_j(a_ij) - a_i,y_i
+        a_ij = z_ij + log_prior_j + [j in S(y_i)] * log(silence)
+        L_i = logsumexp_j(a_ij) - a_i,y_i
 
-    log_prior is a constant (tau already in it); -inf drops a class that never occurs. silence = 1 is Balanced Softmax,
-    0 drops the silenced terms; no graph, no silencing. Two labels: mix * L(target) + (1 - mix) * L(target_b), each with
-    its own silenced set. label_smoothing spreads its mass over the unsilenced classes only. Rows labelled -100 have no loss,
-    and "mean" is over the others (0 if there are none).
+    log_prior is a constant (tau already in it); -inf drops a class that never occurs. silence = 1
+    is Balanced Softmax, 0 drops the silenced terms; no graph, no silencing. Two labels: mix *
+    L(target) + (1 - mix) * L(target_b), each with its own silenced set. label_smoothing spreads its
+    mass over the unsilenced classes only. Rows labelled -100 have no loss, and "mean" is over the
+    others (0 if there are none).
 
-    backend "triton" makes loss and gradient in one pass, on a GPU; "torch" is plain torch, on anything, and differentiable as
-    often as wanted; "auto" takes Triton on a GPU, and on a CPU blocks of rows that stay in cache where there are many logits.
-    Returns the loss in float32 (float64 for float64 logits): a scalar for reduction "mean" and "sum", (N,) for "none".
-    Arithmetic inside is float32 or float64; differentiable in logits, once but by "torch". Logits are never overwritten.
-    Raises ValueError naming the argument.
+    backend "triton" makes loss and gradient in one pass, on a GPU; "torch" is plain torch, on
+    anything, and differentiable as often as wanted; "auto" takes Triton on a GPU, and on a CPU
+    blocks of rows that stay in cache where there are many logits. Returns the loss in float32
+    (float64 for float64 logits): a scalar for reduction "mean" and "sum", (N,) for "none".
+    Arithmetic inside is float32 or float64; differentiable in logits, once but by "torch". Logits
+    are never overwritten. Raises ValueError naming the argument.
     """
     return neighbor_silencing_outputs(
-        logits, target, num_targets=0, graph=graph, log_prior=log_prior, silence=silence, target_b=target_b, mix=mix,
-        label_smoothing=label_smoothing, reduction=reduction, backend=backend,
-    ).loss  # fmt: skip
+        logits,
+        target,
+        num_targets=0,
+        graph=graph,
+        log_prior=log_prior,
+        silence=silence,
+        target_b=target_b,
+        mix=mix,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        backend=backend,
+    ).loss
 
 
 def neighbor_silencing_outputs(
@@ -75,27 +89,50 @@ def neighbor_silencing_outputs(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> LossOutput:
-    """`neighbor_silencing_loss` with the log-sum-exp and the predictions among classes 0..num_targets - 1 of the same pass."""
+    """`neighbor_silencing_loss` with the log-sum-exp and the predictions among classes
+    0..num_targets - 1 of the same pass.
+    """
     check_matrix("logits", logits, "(N, C)")
     count, classes = logits.shape
-    check_loss(count, classes, logits.device, target, graph, log_prior, silence, target_b, mix, label_smoothing, reduction, backend)
+    check_loss(
+        count,
+        classes,
+        logits.device,
+        target,
+        graph,
+        log_prior,
+        silence,
+        target_b,
+        mix,
+        label_smoothing,
+        reduction,
+        backend,
+    )
     check_predicted(num_targets, classes)
     labels, shares = stack_labels(target, target_b, mix, accumulation_dtype(logits.dtype))
-    rows = describe_rows(labels, shares, log_prior, graph, classes, silence, label_smoothing, num_targets)
+    rows = describe_rows(
+        labels, shares, log_prior, graph, classes, silence, label_smoothing, num_targets
+    )
     chosen = choose_backend(backend, logits, count)
     if is_transformed() and backend == "triton":
-        raise RuntimeError("backend 'triton' does not run under torch.func or forward-mode differentiation: use backend='torch'")
+        raise RuntimeError(
+            "backend 'triton' does not run under torch.func or forward-mode differentiation: use "
+            "backend='torch'"
+        )
     blocks_pay = logits.is_cpu and count * classes >= FUSE_FROM_LOGITS
     if backend == "torch" or is_transformed() or (chosen == "torch" and not blocks_pay):
         losses, log_sum, best = torch_losses(logits, rows)
         return LossOutput(_reduced(losses, shares, reduction), log_sum, best)
-    # One pass can make the gradient too where its scale is known by then. For rows that will count each on its own it is
-    # not; nor in half precision, where gradients divided by the rows would vanish before the loss scale lifts them.
+    # One pass can make the gradient too where its scale is known by then. For rows that will count
+    # each on its own it is not; nor in half precision, where gradients divided by the rows would
+    # vanish before the loss scale lifts them.
     summed = reduction != "none" and logits.dtype != torch.float16
     if summed and reduction == "mean":
         rows = rows._replace(shares=shares / counted_rows(shares))
     wanted = torch.is_grad_enabled() and logits.requires_grad
-    loss, log_sum, best, _ = torch.ops.fastlt_kernels.logits_loss(logits, *rows, chosen, summed, wanted)
+    loss, log_sum, best, _ = torch.ops.fastlt_kernels.logits_loss(
+        logits, *rows, chosen, summed, wanted
+    )
     return LossOutput(loss if summed else _reduced(loss, shares, reduction), log_sum[0], best)
 
 
@@ -107,7 +144,8 @@ def _reduced(losses: Tensor, shares: Tensor, reduction: str) -> Tensor:
 
 
 ROWS_SCHEMA = (
-    "Tensor labels, Tensor shares, Tensor? log_prior, Tensor? smoothing, Tensor? graph_rows, Tensor? indptr, Tensor? indices, "
+    "Tensor labels, Tensor shares, Tensor? log_prior, Tensor? smoothing, Tensor? graph_rows, "
+    "Tensor? indptr, Tensor? indices, "
     "SymInt max_degree, float silence, float label_smoothing, SymInt num_predicted"
 )
 
@@ -115,10 +153,13 @@ ROWS_SCHEMA = (
 @torch.library.custom_op(
     "fastlt_kernels::logits_loss",
     mutates_args=(),
-    schema=f"(Tensor logits, {ROWS_SCHEMA}, str backend, bool summed, bool wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor logits, {ROWS_SCHEMA}, str backend, bool summed, bool wanted) -> (Tensor, "
+    "Tensor, Tensor, Tensor)",
 )
 def _logits_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, summed () or per row (N,); log-sum-exp (L, N); prediction (N,); if summed, d loss / d logits (N, C), if wanted."""
+    """Loss, summed () or per row (N,); log-sum-exp (L, N); prediction (N,); if summed, d loss / d
+    logits (N, C), if wanted.
+    """
     *described, backend, summed, wanted = args
     rows = Rows(*described)
     gradient = _empty_gradient(logits, summed and wanted)
@@ -194,7 +235,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Any) -> tuple[Tensor
     logits, *described, log_sum = saved_mixed(ctx)
     rows = Rows(*described)
     rows = rows._replace(shares=rows.shares * grad_loss)
-    return torch.ops.fastlt_kernels.logits_loss_gradient(logits, *rows, ctx.backend, log_sum), *nothing
+    return torch.ops.fastlt_kernels.logits_loss_gradient(
+        logits, *rows, ctx.backend, log_sum
+    ), *nothing
 
 
 _logits_loss.register_autograd(_backward, setup_context=_setup_context)

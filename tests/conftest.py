@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -9,8 +10,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+if TYPE_CHECKING:
+    from fastlt.packing.reader import Pack
+
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: without a GPU, they run in Triton's interpreter
+    # before the kernels are imported: without a GPU, they run in Triton's interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
@@ -23,20 +28,31 @@ def poisoned_memory():
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with the real data sets (cifar100, photos, labels); tests that need it are skipped where it is absent."""
+    """The folder with the real data sets (cifar100, photos, labels); tests that need it are skipped
+    where it is absent.
+    """
     root = Path(os.environ.get("FASTLT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
     if not (root / "data").is_dir():
-        pytest.skip(f"no real data at {root}: set FASTLT_SHARED to a folder that holds data/cifar100, data/photos and data/labels")
+        pytest.skip(
+            f"no real data at {root}: set FASTLT_SHARED to a folder that holds data/cifar100, "
+            "data/photos and data/labels"
+        )
     return root / "data"
 
 
-CLASSES = {"target": {"a": 12, "b": 6, "c": 3}, "auxiliary": {"x": 5, "y": 9}, "val": {"a": 3, "b": 3, "c": 3}}
+CLASSES = {
+    "target": {"a": 12, "b": 6, "c": 3},
+    "auxiliary": {"x": 5, "y": 9},
+    "val": {"a": 3, "b": 3, "c": 3},
+}
 PAIRS = (("a", "x"), ("b", "x"), ("b", "y"))
 
 
 @pytest.fixture(scope="session")
 def image_folders(tmp_path_factory) -> Path:
-    """target/, auxiliary/, val/ with a few 16-pixel PNGs a class, each class with its own colour, and pairs.csv."""
+    """target/, auxiliary/, val/ with a few 16-pixel PNGs a class, each class with its own colour,
+    and pairs.csv.
+    """
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     names = [name for classes in CLASSES.values() for name in classes]
@@ -45,7 +61,9 @@ def image_folders(tmp_path_factory) -> Path:
         for name, count in classes.items():
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                pixels = np.clip(colours[name] + rng.normal(0, 25, (16, 16, 3)), 0, 255).astype(np.uint8)
+                pixels = np.clip(colours[name] + rng.normal(0, 25, (16, 16, 3)), 0, 255).astype(
+                    np.uint8
+                )
                 Image.fromarray(pixels).save(root / split / name / f"{i}.png")
     (root / "pairs.csv").write_text("target,auxiliary\n" + "".join(f"{t},{a}\n" for t, a in PAIRS))
     return root
@@ -54,9 +72,26 @@ def image_folders(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small_pack(image_folders, tmp_path_factory) -> Path:
     """`image_folders`, packed."""
-    from fastlt.packing.writer import PackOptions, write_pack
     from fastlt.packing.sources import read_collection
+    from fastlt.packing.writer import PackOptions, write_pack
 
     folders = (image_folders / name for name in ("target", "auxiliary", "val", "pairs.csv"))
     out = tmp_path_factory.mktemp("packs") / "small"
-    return write_pack(read_collection(*folders, None, None), PackOptions(out=out, workers=1), Console(quiet=True))
+    return write_pack(
+        read_collection(*folders, None, None), PackOptions(out=out, workers=1), Console(quiet=True)
+    )
+
+
+@pytest.fixture(scope="session")
+def mixed_pack(tmp_path_factory) -> "Pack":
+    """Every kind of image that a pack may store:
+
+    JPEG grey, colour, progressive, CMYK and turned eight ways, PNG, WebP.
+    """
+    from helpers.scenes import mixed_images, pack_folders
+
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "train/a").mkdir(parents=True)
+    for name, data in mixed_images().items():
+        (folder / "train/a" / name).write_bytes(data)
+    return pack_folders(folder / "train", folder / "train", folder / "pack")

@@ -55,7 +55,10 @@ def test_groups_at_their_borders() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_names": [], "val_counts": [], "train_counts": [1, 1], "pairs": []}, "no target classes"),
+        (
+            {"target_names": [], "val_counts": [], "train_counts": [1, 1], "pairs": []},
+            "no target classes",
+        ),
         ({"auxiliary_names": ["lynx", "cat"]}, "not unique: cat"),
         ({"train_counts": [1, 2, 3]}, "3 entries for 5 classes"),
         ({"val_counts": [1, 2]}, "2 entries for 3 targets"),
@@ -75,7 +78,9 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
         ClassSpace.load(tmp_path / "none.json")
     broken = tmp_path / "broken.json"
     broken.write_text('{"target_names": ["cat"], "train_counts": [], "val_counts": [1]}')
-    with pytest.raises(UserError, match=r"broken\.json is not a class space: .*0 entries for 1 classes"):
+    with pytest.raises(
+        UserError, match=r"broken\.json is not a class space: .*0 entries for 1 classes"
+    ):
         ClassSpace.load(broken)
     broken.write_bytes(b"\xff\xfe not text")
     with pytest.raises(UserError, match=r"broken\.json is not a class space"):

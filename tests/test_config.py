@@ -12,7 +12,13 @@ def test_every_recipe_is_valid_and_survives_a_round_trip(recipe, tmp_path):
 
 
 def test_the_recipes_of_the_issue_are_there():
-    wanted = {"cifar100-lt", "cifar100-siblings", "demo", "imagenet-lt-resnet50", "imagenet-lt-vit-b16"}
+    wanted = {
+        "cifar100-lt",
+        "cifar100-siblings",
+        "demo",
+        "imagenet-lt-resnet50",
+        "imagenet-lt-vit-b16",
+    }
     assert wanted <= set(recipe_names())
     assert any(name.startswith("inat18-") for name in recipe_names())
     assert any(name.startswith("places-lt-") for name in recipe_names())
@@ -21,8 +27,16 @@ def test_the_recipes_of_the_issue_are_there():
 def test_cifar100_lt_is_the_published_protocol():
     config = load_config("cifar100-lt")
     assert (config.model.name, config.train.epochs, config.data.batch) == ("resnet32", 200, 128)
-    assert (config.optim.name, config.optim.lr, config.optim.momentum, config.optim.weight_decay) == ("sgd", 0.1, 0.9, 2e-4)
-    assert (config.schedule.warmup_epochs, config.schedule.steps) == (5, {"160": 0.01, "180": 0.0001})
+    assert (
+        config.optim.name,
+        config.optim.lr,
+        config.optim.momentum,
+        config.optim.weight_decay,
+    ) == ("sgd", 0.1, 0.9, 2e-4)
+    assert (config.schedule.warmup_epochs, config.schedule.steps) == (
+        5,
+        {"160": 0.01, "180": 0.0001},
+    )
     assert (config.data.crop, config.data.padding, config.data.flip) == ("pad-crop", 4, True)
 
 
@@ -34,7 +48,12 @@ def test_a_recipe_extends_another():
 
 @pytest.mark.parametrize(
     ("override", "value"),
-    [("optim.lr=0.5", 0.5), ("loss.name=ce", "ce"), ("data.scale=[0.5, 1.0]", (0.5, 1.0)), ("data.auxiliary=false", False)],
+    [
+        ("optim.lr=0.5", 0.5),
+        ("loss.name=ce", "ce"),
+        ("data.scale=[0.5, 1.0]", (0.5, 1.0)),
+        ("data.auxiliary=false", False),
+    ],
 )
 def test_overrides_are_read_as_toml(override, value):
     section, key = override.split("=")[0].split(".")
@@ -42,7 +61,9 @@ def test_overrides_are_read_as_toml(override, value):
 
 
 def test_a_typo_names_the_nearest_key(tmp_path):
-    with pytest.raises(UserError, match=r"no setting 'optim\.momentun', did you mean 'optim\.momentum'\?"):
+    with pytest.raises(
+        UserError, match=r"no setting 'optim\.momentun', did you mean 'optim\.momentum'\?"
+    ):
         load_config("demo", ["optim.momentun=1"])
     with pytest.raises(UserError, match=r"did you mean 'loss\.silence'\?"):
         load_config("demo", ["loss.silense=0.1"])

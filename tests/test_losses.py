@@ -27,14 +27,19 @@ CPU = torch.device("cpu")
 
 def space(pairs=((0, 5), (0, 6), (1, 6), (3, 9), (4, 11))):
     return ClassSpace(
-        target_names=[f"t{i}" for i in range(TARGETS)], auxiliary_names=[f"a{i}" for i in range(AUXILIARIES)],
-        train_counts=COUNTS.tolist(), val_counts=[1] * TARGETS, pairs=list(pairs),
-    )  # fmt: skip
+        target_names=[f"t{i}" for i in range(TARGETS)],
+        auxiliary_names=[f"a{i}" for i in range(AUXILIARIES)],
+        train_counts=COUNTS.tolist(),
+        val_counts=[1] * TARGETS,
+        pairs=list(pairs),
+    )
 
 
 def model(classes=TARGETS + AUXILIARIES, cosine=False):
     torch.manual_seed(0)
-    return Classifier(torch.nn.Identity(), CosineHead(16, classes, 30.0) if cosine else LinearHead(16, classes))
+    return Classifier(
+        torch.nn.Identity(), CosineHead(16, classes, 30.0) if cosine else LinearHead(16, classes)
+    )
 
 
 def value(config, mixed=False, drw=False, cosine=False):
@@ -66,7 +71,13 @@ def test_neighbour_silencing_is_the_reference(silence, mixed):
     loss, logits, target = value(LossConfig(silence=silence, label_smoothing=0.1), mixed)
     options = {"target_b": target.flip(0), "mix": torch.tensor(0.3)} if mixed else {}
     expected = reference_loss(
-        logits, target, graph=space().graph(), log_prior=prior(), silence=silence, label_smoothing=0.1, **options
+        logits,
+        target,
+        graph=space().graph(),
+        log_prior=prior(),
+        silence=silence,
+        label_smoothing=0.1,
+        **options,
     )
     torch.testing.assert_close(loss, expected)
 
@@ -80,14 +91,19 @@ def test_directions_silence_only_their_rows(directions):
     torch.manual_seed(2)
     net, features = model(), torch.randn(12, 16)
     target = torch.arange(12)
-    one = build_criterion(LossConfig(directions=directions), space(), COUNTS, net, False, CPU).of_logits
+    one = build_criterion(
+        LossConfig(directions=directions), space(), COUNTS, net, False, CPU
+    ).of_logits
     both = build_criterion(LossConfig(), space(), COUNTS, net, False, CPU).of_logits
-    off = build_criterion(LossConfig(name="balanced-ce"), space(), COUNTS, net, False, CPU).of_logits
+    off = build_criterion(
+        LossConfig(name="balanced-ce"), space(), COUNTS, net, False, CPU
+    ).of_logits
     logits = net(features)
     for row in range(12):
         expected = both if (row < TARGETS) == (directions == "target_rows") else off
         torch.testing.assert_close(
-            one(logits[row : row + 1], target[row : row + 1]), expected(logits[row : row + 1], target[row : row + 1])
+            one(logits[row : row + 1], target[row : row + 1]),
+            expected(logits[row : row + 1], target[row : row + 1]),
         )
 
 
@@ -102,7 +118,8 @@ def test_hits_are_counted_among_the_targets(name):
     net, features = model(), torch.randn(12, 16)
     best = net(features)[:, :TARGETS].argmax(dim=1)
     criterion = build_criterion(LossConfig(name=name), space(), COUNTS, net, False, CPU)
-    target = torch.where(torch.arange(12) % 3 == 0, best, TARGETS)  # every third a target that is hit, the others auxiliaries
+    # every third a target that is hit, the others auxiliaries
+    target = torch.where(torch.arange(12) % 3 == 0, best, TARGETS)
     step = criterion.step(net, features, target, None, None)
     assert (step.correct, step.counted) == (4, 4)
     step = criterion.step(net, features, (best + 1) % TARGETS, None, None)
@@ -130,7 +147,9 @@ def test_focal_by_its_formula():
     loss, logits, target = value(LossConfig(name="focal", gamma=2.0))
     p = logits.softmax(1)[torch.arange(33), target]
     torch.testing.assert_close(loss, (-((1 - p) ** 2) * p.log()).mean())
-    torch.testing.assert_close(value(LossConfig(name="focal", gamma=0.0))[0], F.cross_entropy(logits, target))
+    torch.testing.assert_close(
+        value(LossConfig(name="focal", gamma=0.0))[0], F.cross_entropy(logits, target)
+    )
 
 
 def test_class_balanced_weights_follow_the_effective_number():
@@ -165,8 +184,11 @@ def test_label_aware_smoothing_takes_more_from_the_frequent():
     torch.testing.assert_close(mass.sum(dim=1), torch.ones(33))
     torch.testing.assert_close(loss, F.cross_entropy(logits, mass))
     net = model()
-    alike = build_criterion(LossConfig(name="label-aware-smoothing"), space(), torch.full((12,), 20), net, False, CPU)
-    torch.testing.assert_close(alike.of_logits(logits, target), loss)  # however the classes are sampled
+    alike = build_criterion(
+        LossConfig(name="label-aware-smoothing"), space(), torch.full((12,), 20), net, False, CPU
+    )
+    # however the classes are sampled
+    torch.testing.assert_close(alike.of_logits(logits, target), loss)
     assert torch.equal(smoothing_by_class(torch.tensor([7, 7]), 0.4, 0.1), torch.tensor([0.1, 0.1]))
 
 
@@ -182,15 +204,19 @@ def test_drw_weighs_classes_only_from_its_epoch_on():
 def test_many_classes_take_the_fused_loss_with_the_same_value():
     classes = FUSE_FROM_CLASSES
     big = ClassSpace(
-        target_names=[f"t{i}" for i in range(TARGETS)], auxiliary_names=[f"a{i}" for i in range(classes - TARGETS)],
-        train_counts=[9] * classes, val_counts=[1] * TARGETS, pairs=[(0, 7), (2, 4000)],
-    )  # fmt: skip
+        target_names=[f"t{i}" for i in range(TARGETS)],
+        auxiliary_names=[f"a{i}" for i in range(classes - TARGETS)],
+        train_counts=[9] * classes,
+        val_counts=[1] * TARGETS,
+        pairs=[(0, 7), (2, 4000)],
+    )
     torch.manual_seed(3)
     net, features, target = model(classes), torch.randn(9, 16), torch.randint(classes, (9,))
     criterion = build_criterion(LossConfig(), big, torch.full((classes,), 9), net, False, CPU)
     assert criterion.of_features is not None
     torch.testing.assert_close(
-        criterion.step(net, features, target, None, None).loss, criterion.of_logits(net(features), target).loss
+        criterion.step(net, features, target, None, None).loss,
+        criterion.of_logits(net(features), target).loss,
     )
 
 
@@ -200,10 +226,17 @@ def test_a_class_without_images_has_no_prior():
     assert log_prior(torch.tensor([1, 3]), 2.0)[0].item() == pytest.approx(2 * math.log(0.25))
 
 
-@pytest.mark.parametrize(("name", "what"), [("ldam", "margin"), ("class-balanced", "weight"), ("balanced-ce", "prior")])
+@pytest.mark.parametrize(
+    ("name", "what"), [("ldam", "margin"), ("class-balanced", "weight"), ("balanced-ce", "prior")]
+)
 def test_a_class_without_images_is_refused_by_losses_that_count_them(name, what):
     space = ClassSpace(target_names=["a", "b"], train_counts=[3, 2], val_counts=[1, 1])
     head = CosineHead(4, 2, 30.0) if name == "ldam" else LinearHead(4, 2)
     model = Classifier(torch.nn.Identity(), head)
-    with pytest.raises(UserError, match=f"'b' has no training image in an epoch, so loss.name={name} has no {what} for it"):
-        build_criterion(LossConfig(name=name), space, torch.tensor([3, 0]), model, False, torch.device("cpu"))
+    with pytest.raises(
+        UserError,
+        match=f"'b' has no training image in an epoch, so loss.name={name} has no {what} for it",
+    ):
+        build_criterion(
+            LossConfig(name=name), space, torch.tensor([3, 0]), model, False, torch.device("cpu")
+        )

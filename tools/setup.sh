@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 venv=$PWD/.venv
 stamp=$venv/.set-up-from
-wanted=$(cat pyproject.toml tools/setup.sh tools/constraints-cpu.txt fastlt/data/jpeg/* | sha256sum | cut -d' ' -f1)
+wanted=$(cat pyproject.toml tools/setup.sh tools/constraints-cpu.txt fastlt/decode/jpeg/* | sha256sum | cut -d' ' -f1)
 [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
 say() { printf '\033[1m%s\033[0m\n' "$*"; }

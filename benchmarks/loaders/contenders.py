@@ -1,4 +1,6 @@
-"""Who loads images in `fastlt bench-data`: the same JPEGs, cut at random, to batches (n, size, size, 3) uint8."""
+"""Who loads images in `fastlt bench-data`: the same JPEGs, cut at random, to batches (n, size,
+size, 3) uint8.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,49 @@ from fastlt_benchmarks.loss.contenders import Unavailable
 def all_contenders() -> list[Contender]:
     """Those that fork come before those with threads, which a fork would tear apart."""
     return [
-        Contender("pillow", "DataLoader, an item a file: Pillow opens, crops, resizes", "peer", FILES, pillow, forks=True),
-        Contender("simplejpeg", "the same, by simplejpeg, resized by OpenCV or else Pillow", "peer", FILES, simplejpeg, forks=True),
+        Contender(
+            "pillow",
+            "DataLoader, an item a file: Pillow opens, crops, resizes",
+            "peer",
+            FILES,
+            pillow,
+            forks=True,
+        ),
+        Contender(
+            "simplejpeg",
+            "the same, by simplejpeg, resized by OpenCV or else Pillow",
+            "peer",
+            FILES,
+            simplejpeg,
+            forks=True,
+        ),
         ours("torch-exact", "data.engine=torch data.decode=exact", PACK),
         ours("torch-region", "data.engine=torch data.decode=region", PACK),
         ours("torch-transcoded", "the same, of a pack written with --transcode", TRANSCODED),
-        Contender("spdl", "SPDL's pipeline: FFmpeg decodes, crops, resizes in threads", "peer", FILES, spdl),
-        Contender("ffcv-stock", "FFCV's RandomResizedCropRGBImageDecoder and flip", "peer", STOCK, ffcv_stock),
+        Contender(
+            "spdl",
+            "SPDL's pipeline: FFmpeg decodes, crops, resizes in threads",
+            "peer",
+            FILES,
+            spdl,
+        ),
+        Contender(
+            "ffcv-stock",
+            "FFCV's RandomResizedCropRGBImageDecoder and flip",
+            "peer",
+            STOCK,
+            ffcv_stock,
+        ),
         ours("ffcv-exact", "data.engine=ffcv data.decode=exact", PACK),
         ours("ffcv-region", "data.engine=ffcv data.decode=region", PACK),
         ours("ffcv-transcoded", "the same, of a pack written with --transcode", TRANSCODED),
-        Contender("dali-stock", "DALI's decoders.image_random_crop, resize and flip", "peer", FILES, dali_stock),
+        Contender(
+            "dali-stock",
+            "DALI's decoders.image_random_crop, resize and flip",
+            "peer",
+            FILES,
+            dali_stock,
+        ),
         ours("dali", "data.engine=dali", PACK),
     ]
 
@@ -40,30 +74,62 @@ def all_contenders() -> list[Contender]:
 def all_limits() -> list[Contender]:
     whole, scaled = (partial(decoding_alone, is_scaled) for is_scaled in (False, True))
     return [
-        Contender("decoding", "libjpeg-turbo alone, fast DCT, whole images, a thread a core", "limit", PACK, whole),
-        Contender("decoding-scaled", "the same, to the least of 1/1 .. 1/8 that is not below --size", "limit", PACK, scaled),
+        Contender(
+            "decoding",
+            "libjpeg-turbo alone, fast DCT, whole images, a thread a core",
+            "limit",
+            PACK,
+            whole,
+        ),
+        Contender(
+            "decoding-scaled",
+            "the same, to the least of 1/1 .. 1/8 that is not below --size",
+            "limit",
+            PACK,
+            scaled,
+        ),
     ]
 
 
 def ours(name: str, what: str, form: str) -> Contender:
     engine, _, decode = name.partition("-")
-    start = partial(start_ours, engine=engine, decode="exact" if decode == "exact" else "region", form=form)
+    start = partial(
+        start_ours, engine=engine, decode="exact" if decode == "exact" else "region", form=form
+    )
     return Contender(name, what, "ours", form, start, forks=engine == "torch")
 
 
 def start_ours(task: Task, engine: str, decode: str, form: str = PACK, **options: Any) -> Source:
-    """What `fastlt train` loads with, in a plan's order; options as of Loader, in place of the task's."""
+    """What `fastlt train` loads with, in a plan's order; options as of Loader, in place of the
+    task's.
+    """
     if form == TRANSCODED:
         check_transcoder("transcoding")
     pack = task.images.transcoded if form == TRANSCODED else task.images.pack
     assert pack is not None
-    settings = {"workers": task.workers, "betons": pack.betons("train"), "decode": decode, "device": task.device, **options}
+    settings = {
+        "workers": task.workers,
+        "betons": pack.betons("train"),
+        "decode": decode,
+        "device": task.device,
+        **options,
+    }
     loader = Loader(pack.train, task.size, engine, **settings)
     if loader.engine_name == "resident":
         loader.close()
-        raise Unavailable("images of one size this small are kept in memory decoded, whatever data.engine says")
+        raise Unavailable(
+            "images of one size this small are kept in memory decoded, whatever data.engine says"
+        )
     geometry = Geometry("random-resized-crop", task.size, flip=True)
-    plan = Plan(pack.train, num_targets=1, num_classes=1, geometry=geometry, sampling=Sampling(), batch=task.batch, seed=0)
+    plan = Plan(
+        pack.train,
+        num_targets=1,
+        num_classes=1,
+        geometry=geometry,
+        sampling=Sampling(),
+        batch=task.batch,
+        seed=0,
+    )
 
     def epoch(number: int) -> Iterator[Tensor]:
         for _, images in loader.iterate(plan.epoch(number)):

@@ -1,4 +1,6 @@
-"""The images of `fastlt bench-data`: chosen once, then written in every form that a contender takes, byte for byte the same."""
+"""The images of `fastlt bench-data`: chosen once, then written in every form that a contender
+takes, byte for byte the same.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,25 @@ import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
 
-from fastlt.packing.collection import Collection, ImageRef
-from fastlt.decode.images import EXTENSIONS, BadImage, open_image
 from fastlt.data.engines.ffcv.native import has_ffcv
-from fastlt.packing.writer import PackOptions, write_pack
-from fastlt.packing.reader import Pack, Split, open_pack
-from fastlt.utils.pool import cores
+from fastlt.decode.images import EXTENSIONS, BadImage, open_image
 from fastlt.decode.region import has_transcoder
-from fastlt.packing.encode import read_bytes
 from fastlt.errors import UserError
+from fastlt.packing.collection import Collection, ImageRef
+from fastlt.packing.encode import read_bytes
+from fastlt.packing.reader import Pack, Split, open_pack
+from fastlt.packing.writer import PackOptions, write_pack
+from fastlt.utils.pool import cores
 from fastlt_benchmarks.loaders.limits import decodes, turbojpeg
 from fastlt_benchmarks.loaders.photos import WORTH_A_PROCESS, write_photos
 
-PACK, TRANSCODED, STOCK, FILES = "pack", "transcoded", "stock", "files"  # the forms; the limits read the pack
+# the forms; the limits read the pack
+PACK, TRANSCODED, STOCK, FILES = (
+    "pack",
+    "transcoded",
+    "stock",
+    "files",
+)
 LARGEST_SIDE = 2**16 - 1  # pixels, of FFCV's own field
 PAGE = 8 * 2**20  # bytes; FFCV's default
 QUIET = Console(quiet=True)
@@ -47,7 +55,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Images:
-    """Image i is the same in every form; a form that nobody takes, or that cannot be made here, is missing."""
+    """Image i is the same in every form; a form that nobody takes, or that cannot be made here, is
+    missing.
+    """
 
     source: str
     what: str
@@ -71,7 +81,9 @@ def temporary_folder() -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix="fastlt-bench-data-"))
     except OSError as error:
-        raise UserError(f"there is no folder for temporary files ({error.strerror}): name one with TMPDIR") from error
+        raise UserError(
+            f"there is no folder for temporary files ({error.strerror}): name one with TMPDIR"
+        ) from error
     before = signal.signal(signal.SIGTERM, leave)
     try:
         yield folder
@@ -80,8 +92,11 @@ def temporary_folder() -> Iterator[Path]:
         signal.signal(signal.SIGTERM, before)
 
 
-def choose_images(data: str | None, images: Path | None, most: int, generated: int, folder: Path) -> Choice:
-    """Those of a pack's training split, of a folder, or new ones in `folder`; of more than `most`, evenly spaced ones.
+def choose_images(
+    data: str | None, images: Path | None, most: int, generated: int, folder: Path
+) -> Choice:
+    """Those of a pack's training split, of a folder, or new ones in `folder`; of more than `most`,
+    evenly spaced ones.
 
     Raises UserError where there are none, or no JPEG is among them.
     """
@@ -92,13 +107,23 @@ def choose_images(data: str | None, images: Path | None, most: int, generated: i
     elif images is not None:
         (taken, count), kind, where = folder_refs(images, most), "folder", str(images)
     else:
-        return Choice(write_photos(folder, generated), "generated", f"{generated:,} generated photos")
-    turbojpeg()  # here, as numba comes with it, which takes the thread that loads it for the one that may fork
+        return Choice(
+            write_photos(folder, generated), "generated", f"{generated:,} generated photos"
+        )
+    # here, as numba comes with it, which takes the thread that loads it for the one that may fork
+    turbojpeg()
     with ThreadPoolExecutor(cores()) as pool:
         usable = [ref for ref, good in zip(taken, pool.map(is_usable, taken), strict=True) if good]
     if not usable:
-        raise UserError(f"none of the {len(taken):,} images in {where} is a sound JPEG, grey or colour: name others")
-    left_out = f", {len(taken) - len(usable):,} that are no sound JPEG left out" if len(usable) < len(taken) else ""
+        raise UserError(
+            f"none of the {len(taken):,} images in {where} is a sound JPEG, grey or colour: name "
+            "others"
+        )
+    left_out = (
+        f", {len(taken) - len(usable):,} that are no sound JPEG left out"
+        if len(usable) < len(taken)
+        else ""
+    )
     of_more = f" of {count:,}" if len(taken) < count else ""
     return Choice(usable, kind, f"{len(usable):,}{of_more} photos of the {kind} {where}{left_out}")
 
@@ -108,33 +133,57 @@ def spaced(count: int, most: int) -> list[int]:
 
 
 def pack_refs(split: Split, most: int) -> tuple[list[ImageRef], int]:
-    """Evenly spaced images, and how many there are; of a pack that is far away, the shards with these are fetched."""
+    """Evenly spaced images, and how many there are; of a pack that is far away, the shards with
+    these are fetched.
+    """
     if not len(split):
         raise UserError(f"{split.folder} holds no images: name another pack with --data")
     taken = spaced(len(split), most)
-    shards = {shard: str(split.fetched(shard)) for shard in dict.fromkeys(split.shard[taken].tolist())}
-    places = zip(split.shard[taken].tolist(), split.offset[taken].tolist(), split.size[taken].tolist(), strict=True)
-    return [ImageRef(f"{i:06}", 0, shards[shard], offset, size) for i, (shard, offset, size) in enumerate(places)], len(split)
+    shards = {
+        shard: str(split.fetched(shard)) for shard in dict.fromkeys(split.shard[taken].tolist())
+    }
+    places = zip(
+        split.shard[taken].tolist(),
+        split.offset[taken].tolist(),
+        split.size[taken].tolist(),
+        strict=True,
+    )
+    return [
+        ImageRef(f"{i:06}", 0, shards[shard], offset, size)
+        for i, (shard, offset, size) in enumerate(places)
+    ], len(split)
 
 
 def folder_refs(folder: Path, most: int) -> tuple[list[ImageRef], int]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: name one with images below it with --images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    paths = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file()
+    )
     if not paths:
         raise UserError(f"there are no images below {folder}: name another folder with --images")
-    return [ImageRef(f"{i:06}", 0, str(paths[place])) for i, place in enumerate(spaced(len(paths), most))], len(paths)
+    return [
+        ImageRef(f"{i:06}", 0, str(paths[place]))
+        for i, place in enumerate(spaced(len(paths), most))
+    ], len(paths)
 
 
 def is_usable(ref: ImageRef) -> bool:
-    """A JPEG that all contenders decode: not CMYK, not damaged, and not too large for FFCV's own format."""
+    """A JPEG that all contenders decode: not CMYK, not damaged, and not too large for FFCV's own
+    format.
+    """
     try:
         data = read_bytes(ref)
         opened = open_image(data)
     except BadImage:
         return False
     small = max(opened.size) <= LARGEST_SIDE
-    return opened.format == "JPEG" and opened.mode in ("L", "RGB") and small and decodes(data, *opened.size)
+    return (
+        opened.format == "JPEG"
+        and opened.mode in ("L", "RGB")
+        and small
+        and decodes(data, *opened.size)
+    )
 
 
 # ---- the forms
@@ -146,20 +195,31 @@ def write_forms(choice: Choice, forms: Names[str], folder: Path, console: Consol
     count = len(choice.refs)
     with console.status(f"packing {count:,} images"):
         pack = pack_in(folder / PACK, choice.refs, transcode=False)
-        transcoded = pack_in(folder / TRANSCODED, choice.refs, transcode=True) if TRANSCODED in forms and has_transcoder() else None
+        transcoded = (
+            pack_in(folder / TRANSCODED, choice.refs, transcode=True)
+            if TRANSCODED in forms and has_transcoder()
+            else None
+        )
     with console.status(f"writing {count:,} images for the others"):
-        stock = write_stock_beton(pack.train, folder / "stock.beton") if STOCK in forms and has_ffcv() else None
+        stock = (
+            write_stock_beton(pack.train, folder / "stock.beton")
+            if STOCK in forms and has_ffcv()
+            else None
+        )
         files = write_files(pack.train, folder / FILES) if FILES in forms else []
     return Images(choice.source, choice.what, pack, transcoded, stock, files)
 
 
 def check_space(choice: Choice, forms: Names[str], folder: Path) -> None:
     copies = sum({PACK: 2, TRANSCODED: 2}.get(form, 1) for form in {PACK, *forms})
-    needed = copies * sum(ref.size if ref.size >= 0 else Path(ref.path).stat().st_size for ref in choice.refs)
+    needed = copies * sum(
+        ref.size if ref.size >= 0 else Path(ref.path).stat().st_size for ref in choice.refs
+    )
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"the temporary files need {decimal(needed)}, {folder.parent} has {decimal(free)} left: name another folder with TMPDIR"
+            f"the temporary files need {decimal(needed)}, {folder.parent} has {decimal(free)} "
+            "left: name another folder with TMPDIR"
         )
 
 
@@ -179,14 +239,26 @@ def write_files(split: Split, folder: Path) -> list[str]:
 
 
 def write_stock_beton(split: Split, path: Path) -> Path:
-    """FFCV's own format, its RGBImageField in `jpg` mode with the bytes as they are: the field itself would encode anew."""
+    """FFCV's own format, its RGBImageField in `jpg` mode with the bytes as they are: the field
+    itself would encode anew.
+    """
     from ffcv.fields.rgb_image import IMAGE_MODES, RGBImageField
-    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, FieldDescType, HeaderType, get_metadata_type
+    from ffcv.types import (
+        ALLOC_TABLE_TYPE,
+        CURRENT_VERSION,
+        TYPE_ID_HANDLER,
+        FieldDescType,
+        HeaderType,
+        get_metadata_type,
+    )
 
     sizes = split.size.astype(np.int64)
     page = max(PAGE, 1 << (int(sizes.max()) - 1).bit_length())
     header, description = np.zeros(1, HeaderType), np.zeros(1, FieldDescType)
-    records, places = np.zeros(len(split), get_metadata_type([RGBImageField()])), np.zeros(len(split), ALLOC_TABLE_TYPE)
+    records, places = (
+        np.zeros(len(split), get_metadata_type([RGBImageField()])),
+        np.zeros(len(split), ALLOC_TABLE_TYPE),
+    )
     starts = in_pages(header.nbytes + description.nbytes + records.nbytes, sizes, page)
     places["sample_id"], places["ptr"], places["size"] = np.arange(len(split)), starts, sizes
     fields = records["f0"]
@@ -198,7 +270,9 @@ def write_stock_beton(split: Split, path: Path) -> Path:
     with path.open("wb") as file:
         for image, start in enumerate(starts.tolist()):
             data = split.read(image)
-            fields["width"][image], fields["height"][image] = open_image(data).size  # as stored, not upright
+            fields["width"][image], fields["height"][image] = open_image(
+                data
+            ).size  # as stored, not upright
             file.seek(start)
             file.write(data)
         file.write(places.tobytes())
@@ -209,7 +283,9 @@ def write_stock_beton(split: Split, path: Path) -> Path:
 
 
 def in_pages(start: int, sizes: np.ndarray, page: int) -> np.ndarray:
-    """Where each image begins, (n,) int64: one after the other from `start`, none across the end of a page."""
+    """Where each image begins, (n,) int64: one after the other from `start`, none across the end of
+    a page.
+    """
     starts = np.empty(len(sizes), np.int64)
     for i, size in enumerate(sizes.tolist()):
         left_in_page = -start % page

@@ -1,4 +1,6 @@
-"""What no loader that decodes whole images can beat: libjpeg-turbo alone, on all cores, with nothing behind it."""
+"""What no loader that decodes whole images can beat: libjpeg-turbo alone, on all cores, with
+nothing behind it.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,22 @@ from threading import local
 
 import numpy as np
 
-from fastlt.decode.images import open_image
 from fastlt.data.engines.ffcv.native import import_ffcv
+from fastlt.decode.images import open_image
+from fastlt.errors import UserError
 from fastlt.packing.reader import Split
 from fastlt.utils.pool import cores
-from fastlt.errors import UserError
 from fastlt_benchmarks.loss.contenders import Unavailable
 
 FAST_DCT = 2048  # TJFLAG_FASTDCT
 RGB = 0  # TJPF_RGB
-DIVISORS = (1, 2, 4, 8)  # of libjpeg's own scaling, in which less is computed the smaller the image comes out
+# of libjpeg's own scaling, in which less is computed the smaller the image comes out
+DIVISORS = (
+    1,
+    2,
+    4,
+    8,
+)
 PIECE = 16  # images that a thread takes at once
 
 
@@ -35,7 +43,13 @@ def turbojpeg() -> ctypes.CDLL | None:
             library.tjInitDecompress.restype = ctypes.c_void_p
             library.tjDestroy.argtypes = [ctypes.c_void_p]
             pointer, number = ctypes.c_void_p, ctypes.c_int
-            library.tjDecompress2.argtypes = [pointer, pointer, ctypes.c_ulong, pointer, *[number] * 5]
+            library.tjDecompress2.argtypes = [
+                pointer,
+                pointer,
+                ctypes.c_ulong,
+                pointer,
+                *[number] * 5,
+            ]
         except (OSError, AttributeError):
             continue
         return library
@@ -60,18 +74,28 @@ class Decoder:
         self.pixels = np.empty(0, np.uint8)
 
     def decode(self, data: bytes | memoryview, width: int, height: int) -> bool:
-        """A JPEG, scaled to width x height; False where it is damaged. The GIL is released meanwhile."""
+        """A JPEG, scaled to width x height; False where it is damaged.
+
+        The GIL is released meanwhile.
+        """
         if self.pixels.size < 3 * width * height:
             self.pixels = np.empty(3 * width * height, np.uint8)
         source, target = np.frombuffer(data, np.uint8).ctypes.data, self.pixels.ctypes.data
-        return self.library.tjDecompress2(self.handle, source, len(data), target, width, 0, height, RGB, FAST_DCT) == 0
+        return (
+            self.library.tjDecompress2(
+                self.handle, source, len(data), target, width, 0, height, RGB, FAST_DCT
+            )
+            == 0
+        )
 
     def __del__(self) -> None:
         self.library.tjDestroy(self.handle)
 
 
 def decodes(data: bytes, width: int, height: int) -> bool:
-    """Whether libjpeg-turbo has nothing to say against the JPEG; without the library, nothing is known against it."""
+    """Whether libjpeg-turbo has nothing to say against the JPEG; without the library, nothing is
+    known against it.
+    """
     library = turbojpeg()
     if library is None:
         return True
@@ -79,7 +103,10 @@ def decodes(data: bytes, width: int, height: int) -> bool:
 
 
 class DecodingAlone:
-    """Epochs of decoding. With `size`, scaled to the least of 1/1, 1/2, 1/4 and 1/8 whose shorter side is not below it."""
+    """Epochs of decoding.
+
+    With `size`, scaled to the least of 1/1, 1/2, 1/4 and 1/8 whose shorter side is not below it.
+    """
 
     def __init__(self, split: Split, size: int | None) -> None:
         library = turbojpeg()
@@ -87,7 +114,8 @@ class DecodingAlone:
             raise Unavailable("libjpeg-turbo's library (libturbojpeg) is not installed")
         self.library = library
         data = [split.read(image) for image in range(len(split))]
-        sides = scaled(np.array([open_image(view).size for view in data]), size)  # as stored, not upright
+        # as stored, not upright
+        sides = scaled(np.array([open_image(view).size for view in data]), size)
         self.jobs = list(zip(data, *sides.T.tolist(), strict=True))
         self.mine = local()
         self.pool = ThreadPoolExecutor(cores(), "decoding-alone")

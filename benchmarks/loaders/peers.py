@@ -22,7 +22,9 @@ from fastlt_benchmarks.loaders.trials import PATIENCE, Source, Task
 from fastlt_benchmarks.loss.contenders import Unavailable, not_installed
 from fastlt_benchmarks.timing import free_bytes
 
-KEPT: list[Any] = []  # FFCV's loaders until the process ends: numba prints an error where what it compiled is collected before
+# FFCV's loaders until the process ends: numba prints an error where what it compiled is collected
+# before.
+KEPT: list[Any] = []
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # the defaults of torchvision, FFCV and DALI
 
 
@@ -44,7 +46,9 @@ def random_box(height: int, width: int) -> tuple[int, int, int, int]:
 class FileImages(Dataset):
     """decode: the bytes of a file and the size to (size, size, 3) uint8."""
 
-    def __init__(self, paths: list[str], size: int, decode: Callable[[bytes, int], np.ndarray]) -> None:
+    def __init__(
+        self, paths: list[str], size: int, decode: Callable[[bytes, int], np.ndarray]
+    ) -> None:
         self.paths, self.size, self.decode = paths, size, decode
 
     def __len__(self) -> int:
@@ -60,9 +64,13 @@ class FileImages(Dataset):
 
 def data_loader(task: Task, decode: Callable[[bytes, int], np.ndarray]) -> Source:
     loader = DataLoader(
-        FileImages(task.images.files, task.size, decode), task.batch, shuffle=True, num_workers=task.workers,
-        persistent_workers=True, timeout=PATIENCE,
-    )  # fmt: skip
+        FileImages(task.images.files, task.size, decode),
+        task.batch,
+        shuffle=True,
+        num_workers=task.workers,
+        persistent_workers=True,
+        timeout=PATIENCE,
+    )
     return Source(lambda number: iter(loader))
 
 
@@ -85,7 +93,9 @@ def simplejpeg(task: Task) -> Source:
     return data_loader(task, partial(decode_simplejpeg, decode_jpeg))
 
 
-def decode_simplejpeg(decode_jpeg: Callable[[bytes], np.ndarray], data: bytes, size: int) -> np.ndarray:
+def decode_simplejpeg(
+    decode_jpeg: Callable[[bytes], np.ndarray], data: bytes, size: int
+) -> np.ndarray:
     pixels = decode_jpeg(data)
     top, left, height, width = random_box(*pixels.shape[:2])
     crop = pixels[top : top + height, left : left + width]
@@ -105,17 +115,24 @@ def spdl(task: Task) -> Source:
         import spdl.io
         from spdl.pipeline import PipelineBuilder
 
-        spdl.io.demux_image(task.images.files[0])  # its library, and FFmpeg's, are loaded at the first use
+        # its library, and FFmpeg's, are loaded at the first use
+        spdl.io.demux_image(task.images.files[0])
     except ImportError as error:
-        raise Unavailable(f"not installed ({error}): pip install spdl-core spdl-io, and FFmpeg's libraries") from error
+        raise Unavailable(
+            f"not installed ({error}): pip install spdl-core spdl-io, and FFmpeg's libraries"
+        ) from error
     except RuntimeError as error:
         raise Unavailable("it finds no FFmpeg libraries that it knows") from error
 
     def epoch(number: int) -> Iterator[Tensor]:
         paths = random.sample(task.images.files, len(task.images.files))
         builder = PipelineBuilder().add_source(paths)
-        builder = builder.pipe(partial(decode_spdl, spdl.io, task.size), concurrency=task.workers).aggregate(task.batch)
-        pipeline = builder.pipe(lambda frames: spdl.io.to_torch(spdl.io.convert_frames(frames))).add_sink(2)
+        builder = builder.pipe(
+            partial(decode_spdl, spdl.io, task.size), concurrency=task.workers
+        ).aggregate(task.batch)
+        pipeline = builder.pipe(
+            lambda frames: spdl.io.to_torch(spdl.io.convert_frames(frames))
+        ).add_sink(2)
         with (built := pipeline.build(num_threads=task.workers)).auto_stop():
             yield from built.get_iterator(timeout=PATIENCE)
 
@@ -134,7 +151,9 @@ def decode_spdl(library: Any, size: int, path: str) -> Any:
 
 
 def ffcv_stock(task: Task) -> Source:
-    """Its batches are views of buffers that later ones overwrite: one copy less than the others make."""
+    """Its batches are views of buffers that later ones overwrite: one copy less than the others
+    make.
+    """
     import_ffcv()
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -142,15 +161,31 @@ def ffcv_stock(task: Task) -> Source:
 
     assert task.images.stock is not None
     ahead, split = 3, task.images.split
-    needed = 3 * int(split.height.max()) * int(split.width.max()) * min(task.batch, len(split)) * (ahead + 2)
+    needed = (
+        3
+        * int(split.height.max())
+        * int(split.width.max())
+        * min(task.batch, len(split))
+        * (ahead + 2)
+    )
     if needed > free_bytes(torch.device("cpu")) // 2:
         raise Unavailable(f"its buffers for images this large would take {decimal(needed)}")
-    operations = [RandomResizedCropRGBImageDecoder((task.size, task.size), SCALE, RATIO), RandomHorizontalFlip(), ToTensor()]
+    operations = [
+        RandomResizedCropRGBImageDecoder((task.size, task.size), SCALE, RATIO),
+        RandomHorizontalFlip(),
+        ToTensor(),
+    ]
     with torch_threads_kept():
         loader = Loader(
-            str(task.images.stock), task.batch, task.workers, os_cache=True, order=OrderOption.RANDOM, drop_last=False,
-            batches_ahead=ahead, pipelines={"image": operations},
-        )  # fmt: skip
+            str(task.images.stock),
+            task.batch,
+            task.workers,
+            os_cache=True,
+            order=OrderOption.RANDOM,
+            drop_last=False,
+            batches_ahead=ahead,
+            pipelines={"image": operations},
+        )
     KEPT.append(loader)
 
     def epoch(number: int) -> Iterator[Tensor]:
@@ -169,7 +204,9 @@ def ffcv_stock(task: Task) -> Source:
 
 
 def dali_stock(task: Task) -> Source:
-    """With external_source, for its own readers read on into the next epoch, and so into another contender's time."""
+    """With external_source, for its own readers read on into the next epoch, and so into another
+    contender's time.
+    """
     pipeline_def, fn, types = import_dali()
     on_gpu = task.device.type == "cuda"
     left: list[list[str]] = []
@@ -179,11 +216,19 @@ def dali_stock(task: Task) -> Source:
             raise StopIteration
         return [np.fromfile(path, np.uint8) for path in left.pop(0)]
 
-    @pipeline_def(batch_size=task.batch, num_threads=task.workers, device_id=(task.device.index or 0) if on_gpu else None)
+    @pipeline_def(
+        batch_size=task.batch,
+        num_threads=task.workers,
+        device_id=(task.device.index or 0) if on_gpu else None,
+    )
     def pipeline() -> Any:
         data = fn.external_source(source=files, batch=True, dtype=types.UINT8, ndim=1)
         images = fn.decoders.image_random_crop(
-            data, device="mixed" if on_gpu else "cpu", output_type=types.RGB, random_area=SCALE, random_aspect_ratio=RATIO
+            data,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            random_area=SCALE,
+            random_aspect_ratio=RATIO,
         )
         images = fn.resize(images, size=[task.size, task.size], interp_type=types.INTERP_LINEAR)
         return fn.flip(images, horizontal=fn.random.coin_flip())

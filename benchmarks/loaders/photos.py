@@ -1,4 +1,5 @@
-"""JPEGs to load where nobody has any at hand: as large as the photos of ImageNet, and about as busy.
+"""JPEGs to load where nobody has any at hand: as large as the photos of ImageNet, and about as
+busy.
 
 Free of torch, for worker processes import it.
 """
@@ -39,7 +40,9 @@ def _write_piece(folder: Path, numbers: range) -> list[ImageRef]:
 
 
 def draw_photo(number: int) -> np.ndarray:
-    """(height, width, 3) uint8: overlapping leaves, each with a colour, and a texture whose amplitude falls with its frequency."""
+    """(height, width, 3) uint8: overlapping leaves, each with a colour, and a texture whose
+    amplitude falls with its frequency.
+    """
     rng = np.random.default_rng([0, number])
     height, width = int(rng.integers(*SHORT_SIDE)), LONG_SIDE
     if rng.random() < 0.3:
@@ -55,7 +58,10 @@ def draw_photo(number: int) -> np.ndarray:
 
 
 def _ellipse(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    y, x = np.arange(height)[:, None] - rng.uniform(0, height), np.arange(width)[None] - rng.uniform(0, width)
+    y, x = (
+        np.arange(height)[:, None] - rng.uniform(0, height),
+        np.arange(width)[None] - rng.uniform(0, width),
+    )
     angle, long, short = rng.uniform(0, np.pi), rng.uniform(40, 200), rng.uniform(20, 120)
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     return (along / long) ** 2 + (across / short) ** 2 < 1
@@ -63,11 +69,17 @@ def _ellipse(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
 
 @cache
 def _noise() -> np.ndarray:
-    """(side, side, 3) float32, periodic: as in photos the amplitude is one over the frequency, and the channels nearly agree."""
+    """(side, side, 3) float32, periodic: as in photos the amplitude is one over the frequency, and
+    the channels nearly agree.
+    """
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(NOISE_SIDE)[:, None], np.fft.rfftfreq(NOISE_SIDE)[None])
     frequency[0, 0] = np.inf
     phases = rng.standard_normal((4, 2, *frequency.shape))
-    fields = np.fft.irfft2((phases[:, 0] + 1j * phases[:, 1]) / frequency, s=(NOISE_SIDE, NOISE_SIDE))
+    fields = np.fft.irfft2(
+        (phases[:, 0] + 1j * phases[:, 1]) / frequency, s=(NOISE_SIDE, NOISE_SIDE)
+    )
     fields /= fields.std(axis=(1, 2), keepdims=True)
-    return np.stack([fields[0] + 0.2 * fields[channel] for channel in (1, 2, 3)], axis=-1).astype(np.float32)
+    return np.stack([fields[0] + 0.2 * fields[channel] for channel in (1, 2, 3)], axis=-1).astype(
+        np.float32
+    )

@@ -1,4 +1,6 @@
-"""How the contenders of `fastlt bench-data` are measured: an epoch each in turn, on the clock and in CPU time."""
+"""How the contenders of `fastlt bench-data` are measured: an epoch each in turn, on the clock and
+in CPU time.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ GRACE = 5  # seconds for what was told to stop
 
 Result = TypeVar("Result")
 Beat = Callable[[int], None]  # so many more images are done
-Tell = Callable[[str, int], None]  # who is measured now, and how many images it has loaded in this epoch
+# who is measured now, and how many images it has loaded in this epoch
+Tell = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Source:
-    """A loader that is ready. epoch: by its number, batches (n, size, size, 3) uint8, or how many images a limit has decoded."""
+    """A loader that is ready. epoch: by its number, batches (n, size, size, 3) uint8, or how many
+    images a limit has decoded.
+    """
 
     epoch: Callable[[int], Iterator[Tensor] | Iterator[int]]
     close: Callable[[], None] = lambda: None
@@ -78,7 +83,9 @@ class Trial:
 
 
 def run_rounds(trials: list[Trial], task: Task, rounds: int, tell: Tell) -> None:
-    """A first epoch of each, then `rounds` more, in turn, so that a machine that grows slower grows slower for all."""
+    """A first epoch of each, then `rounds` more, in turn, so that a machine that grows slower grows
+    slower for all.
+    """
     try:
         for number in range(rounds + 1):
             for trial in trials:
@@ -140,7 +147,9 @@ def close(trial: Trial) -> None:
 
 
 def bounded(work: Callable[[Beat], Result], tell: Beat, patience: float = PATIENCE) -> Result:
-    """work(beat) in a thread of its own; Unavailable where it gives no sign of life for `patience` seconds, as FFCV's may."""
+    """work(beat) in a thread of its own; Unavailable where it gives no sign of life for `patience`
+    seconds, as FFCV's may.
+    """
     outcome: list[Result] = []
     failure: list[BaseException] = []
     heard, ended = time.monotonic(), threading.Event()
@@ -175,7 +184,10 @@ def bounded(work: Callable[[Beat], Result], tell: Beat, patience: float = PATIEN
 
 
 def cpu_seconds() -> float | None:
-    """Of this process and all below it, those that have ended included. None on a system without /proc."""
+    """Of this process and all below it, those that have ended included.
+
+    None on a system without /proc.
+    """
     if not Path("/proc/self/stat").exists():
         return None
     ticks: dict[int, int] = {}
@@ -183,9 +195,15 @@ def cpu_seconds() -> float | None:
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with suppress(OSError):  # it has ended meanwhile
-                fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+                fields = (
+                    (folder / "stat")
+                    .read_text(encoding="utf-8", errors="replace")
+                    .rpartition(")")[2]
+                    .split()
+                )
                 children[int(fields[1])].append(int(folder.name))
-                ticks[int(folder.name)] = sum(map(int, fields[11:15]))  # utime, stime, and both of the children waited for
+                # utime, stime, and both of the children waited for
+                ticks[int(folder.name)] = sum(map(int, fields[11:15]))
     family = [os.getpid()]
     for process in family:
         family += children[process]

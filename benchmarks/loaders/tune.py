@@ -1,4 +1,6 @@
-"""`fastlt bench-data --tune`: the engine and the settings with which the images are loaded fastest here."""
+"""`fastlt bench-data --tune`: the engine and the settings with which the images are loaded fastest
+here.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlt.data.engines import dali
-from fastlt.utils.pool import cores
 from fastlt.errors import UserError
+from fastlt.utils.pool import cores
 from fastlt_benchmarks.loaders.contenders import start_ours
 from fastlt_benchmarks.loaders.images import PACK
 from fastlt_benchmarks.loaders.trials import Contender, Task, Trial, run_rounds
@@ -33,28 +35,51 @@ class Setting:
 
     def __post_init__(self) -> None:
         start = partial(start_ours, engine=self.engine, decode="auto", **self.options)
-        self.trial = Trial(Contender(str(self), "", "ours", PACK, start, forks=self.engine == "torch"))
+        self.trial = Trial(
+            Contender(str(self), "", "ours", PACK, start, forks=self.engine == "torch")
+        )
 
     def __str__(self) -> str:
-        return " ".join([f"data.engine={self.engine}", *(f"data.{name}={value:g}" for name, value in self.options.items())])
+        return " ".join(
+            [
+                f"data.engine={self.engine}",
+                *(f"data.{name}={value:g}" for name, value in self.options.items()),
+            ]
+        )
 
     @property
     def rate(self) -> float:
-        return statistics.median(epoch.rate for epoch in self.trial.later) if self.trial.later else 0
+        return (
+            statistics.median(epoch.rate for epoch in self.trial.later) if self.trial.later else 0
+        )
 
 
 def run_tune(task: Task, rounds: int, console: Console) -> None:
     """Prints a table, and the best settings as a line. Raises UserError where no engine runs."""
     settings = []
     for engine in ENGINES:
-        settings += measured([Setting(engine, {"workers": 2**k}) for k in range(cores().bit_length())], task, rounds, console)
+        settings += measured(
+            [Setting(engine, {"workers": 2**k}) for k in range(cores().bit_length())],
+            task,
+            rounds,
+            console,
+        )
     for name, values, usual in (
         ("prefetch", PREFETCH, dali.PREFETCH),
-        ("hw_decoder_load", HW_DECODER_LOAD if task.device.type == "cuda" else (), dali.HW_DECODER_LOAD),
+        (
+            "hw_decoder_load",
+            HW_DECODER_LOAD if task.device.type == "cuda" else (),
+            dali.HW_DECODER_LOAD,
+        ),
     ):
-        best = max((setting for setting in settings if setting.engine == "dali"), key=lambda setting: setting.rate)
+        best = max(
+            (setting for setting in settings if setting.engine == "dali"),
+            key=lambda setting: setting.rate,
+        )
         if best.rate:
-            others = [Setting("dali", {**best.options, name: value}) for value in values if value != usual]
+            others = [
+                Setting("dali", {**best.options, name: value}) for value in values if value != usual
+            ]
             settings += measured(others, task, rounds, console)
     show(settings, task, rounds, console)
 
@@ -67,7 +92,10 @@ def measured(settings: list[Setting], task: Task, rounds: int, console: Console)
         shown = progress.add_task("", total=len(trials) * (rounds + 1) * images, place="")
 
         def tell(line: str, done: int) -> None:
-            epochs = sum(rounds + 1 if trial.reason else bool(trial.first) + len(trial.later) for trial in trials)
+            epochs = sum(
+                rounds + 1 if trial.reason else bool(trial.first) + len(trial.later)
+                for trial in trials
+            )
             progress.update(shown, description=line, completed=epochs * images + done)
 
         run_rounds(trials, task, rounds, tell)
@@ -77,24 +105,44 @@ def measured(settings: list[Setting], task: Task, rounds: int, console: Console)
 def show(settings: list[Setting], task: Task, rounds: int, console: Console) -> None:
     best = max(settings, key=lambda setting: setting.rate)
     if not best.rate:
-        raise UserError(f"no engine can load these images: {'; '.join(f'{s.engine}: {s.trial.reason}' for s in settings)}")
-    title = f"{task.images.what} to {task.size} x {task.size}, batch {task.batch}, nothing but loading: median of {rounds} epochs"
+        raise UserError(
+            "no engine can load these images: "
+            f"{'; '.join(f'{s.engine}: {s.trial.reason}' for s in settings)}"
+        )
+    title = (
+        f"{task.images.what} to {task.size} x {task.size}, batch {task.batch}, nothing but "
+        f"loading: median of {rounds} epochs"
+    )
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False)
     table.add_column("settings", no_wrap=True)
     for name in ("images/s", "CPU s/1,000"):
         table.add_column(name, justify="right")
     for setting in settings:
-        table.add_row(str(setting), *cells(setting.trial, len(task.images.split)), style="bold" if setting is best else None)
+        table.add_row(
+            str(setting),
+            *cells(setting.trial, len(task.images.split)),
+            style="bold" if setting is best else None,
+        )
     console.print(table)
-    for engine, reason in {setting.engine: setting.trial.reason for setting in settings if setting.trial.reason}.items():
+    for engine, reason in {
+        setting.engine: setting.trial.reason for setting in settings if setting.trial.reason
+    }.items():
         console.print(f"  {engine}: {reason}", style="dim", highlight=False, markup=False)
     needs = ", for a pack written with --beton" if best.engine == "ffcv" else ""
-    console.print(f"\nfastest{needs}; give it to `fastlt train`, which keeps it in RUN/config.toml:", highlight=False)
+    console.print(
+        f"\nfastest{needs}; give it to `fastlt train`, which keeps it in RUN/config.toml:",
+        highlight=False,
+    )
     console.print(str(best), highlight=False, markup=False, soft_wrap=True)
 
 
 def cells(trial: Trial, images: int) -> list[str]:
     if not trial.later:
         return ["-", "-"]
-    spent = [1_000 * epoch.cpu_seconds / images for epoch in trial.later if epoch.cpu_seconds is not None]
-    return [f"{statistics.median(epoch.rate for epoch in trial.later):,.0f}", f"{statistics.median(spent):.2f}" if spent else "-"]
+    spent = [
+        1_000 * epoch.cpu_seconds / images for epoch in trial.later if epoch.cpu_seconds is not None
+    ]
+    return [
+        f"{statistics.median(epoch.rate for epoch in trial.later):,.0f}",
+        f"{statistics.median(spent):.2f}" if spent else "-",
+    ]

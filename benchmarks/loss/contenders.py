@@ -1,7 +1,9 @@
-"""What `fastlt bench-loss` measures: problems with the silencing of a real task, and everybody who solves them.
+"""What `fastlt bench-loss` measures: problems with the silencing of a real task, and everybody who
+solves them.
 
-Two families. "logits": logits (N, C) -> loss and their gradient. "linear": features (N, D) and weight (C, D) -> loss and the
-gradients of both. The peers know no silencing; what they solve is plain cross entropy.
+Two families. "logits": logits (N, C) -> loss and their gradient. "linear": features (N, D) and
+weight (C, D) -> loss and the gradients of both. The peers know no silencing; what they solve is
+plain cross entropy.
 """
 
 from __future__ import annotations
@@ -17,15 +19,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlt_benchmarks.timing import copies_beyond_cache, free_bytes
-from fastlt_kernels import ClassGraph, linear_neighbor_silencing_loss, neighbor_silencing_loss, reference_loss
+from fastlt_kernels import (
+    ClassGraph,
+    linear_neighbor_silencing_loss,
+    neighbor_silencing_loss,
+    reference_loss,
+)
 
 SILENCE = 0.1
 AUXILIARIES_PER_TARGET = 8  # the most that the release has
 PAIRS_PER_AUXILIARY = 6851 / 5012  # ImageNet-LT
 IMBALANCE = 100  # images of the most frequent target over those of the rarest
 
-# Largest relative error of loss and gradients on the small problem. bfloat16 keeps 8 bits; leaving the silencing out is 4% of
-# that loss and more of the gradient. float32 leaves room for a peer's TF32.
+# Largest relative error of loss and gradients on the small problem. bfloat16 keeps 8 bits; leaving
+# the silencing out is 4% of that loss and more of the gradient. float32 leaves room for a peer's
+# TF32.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
@@ -36,7 +44,9 @@ class Size(NamedTuple):
     width: int | None  # None for logits
 
     def __str__(self) -> str:
-        return f"{self.family}: N={self.rows:,}, C={self.classes:,}" + (f", D={self.width:,}" if self.width else "")
+        return f"{self.family}: N={self.rows:,}, C={self.classes:,}" + (
+            f", D={self.width:,}" if self.width else ""
+        )
 
 
 class Inputs(NamedTuple):
@@ -74,7 +84,9 @@ class Contender:
 
 
 class Unavailable(Exception):
-    """A contender that cannot run here, and why; with the memory that it would need, where that is the reason."""
+    """A contender that cannot run here, and why; with the memory that it would need, where that is
+    the reason.
+    """
 
     def __init__(self, reason: str, needs_bytes: int | None = None):
         super().__init__(reason)
@@ -86,25 +98,36 @@ def make_problem(size: Size, dtype: torch.dtype, device: torch.device) -> Proble
     generator = torch.Generator(device).manual_seed(0)
     graph = make_graph(size.classes, device, generator)
     nbytes = sum(math.prod(shape) for shape in leaf_shapes(size)) * dtype.itemsize
-    copies = [draw_inputs(size, dtype, device, generator) for _ in range(copies_beyond_cache(nbytes, device))]
+    copies = [
+        draw_inputs(size, dtype, device, generator)
+        for _ in range(copies_beyond_cache(nbytes, device))
+    ]
     return Problem(size, dtype, device, graph, make_log_prior(graph), copies)
 
 
 def make_graph(classes: int, device: torch.device, generator: torch.Generator) -> ClassGraph:
-    """A sixth are targets with at most 8 auxiliaries each; an auxiliary has one owner or two, 1.37 on average."""
+    """A sixth are targets with at most 8 auxiliaries each; an auxiliary has one owner or two, 1.37
+    on average.
+    """
     targets = math.ceil(classes / 6)
     auxiliaries = classes - targets
     slots = AUXILIARIES_PER_TARGET * targets
     pairs = round(auxiliaries * PAIRS_PER_AUXILIARY)
-    owner = torch.randperm(slots, generator=generator, device=device)[:pairs] // AUXILIARIES_PER_TARGET
+    owner = (
+        torch.randperm(slots, generator=generator, device=device)[:pairs] // AUXILIARIES_PER_TARGET
+    )
     again = torch.randperm(auxiliaries, generator=generator, device=device)[: pairs - auxiliaries]
     owned = torch.cat([torch.arange(auxiliaries, device=device), again])
     return ClassGraph.from_pairs(targets, classes, torch.stack([owner, targets + owned], dim=1))
 
 
 def make_log_prior(graph: ClassGraph) -> Tensor:
-    """(C,) log of a long tail over the targets, 500 images down to 5, and of 50 images of each auxiliary."""
-    place = torch.arange(graph.num_targets, device=graph.indptr.device) / max(1, graph.num_targets - 1)
+    """(C,) log of a long tail over the targets, 500 images down to 5, and of 50 images of each
+    auxiliary.
+    """
+    place = torch.arange(graph.num_targets, device=graph.indptr.device) / max(
+        1, graph.num_targets - 1
+    )
     auxiliary = torch.full((graph.num_classes - graph.num_targets,), 50.0, device=place.device)
     return torch.cat([500 * IMBALANCE**-place, auxiliary]).log().log_softmax(dim=0)
 
@@ -115,8 +138,13 @@ def leaf_shapes(size: Size) -> list[tuple[int, int]]:
     return [(size.rows, size.width), (size.classes, size.width)]
 
 
-def draw_inputs(size: Size, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Inputs:
-    leaves = [torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in leaf_shapes(size)]
+def draw_inputs(
+    size: Size, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Inputs:
+    leaves = [
+        torch.randn(shape, dtype=dtype, device=device, generator=generator)
+        for shape in leaf_shapes(size)
+    ]
     if size.width is not None:
         leaves[1] *= size.width**-0.5
     target = torch.randint(0, size.classes, (size.rows,), device=device, generator=generator)
@@ -129,15 +157,29 @@ def restore(inputs: Inputs) -> None:
 
 
 def fault(contender: Contender, dtype: torch.dtype, device: torch.device) -> str:
-    """How loss or gradients are wrong on a small problem, against the specification in float64; "" where they are right."""
-    problem = make_problem(Size(contender.family, 64, 24, 64 if contender.family == "linear" else None), dtype, device)
+    """How loss or gradients are wrong on a small problem, against the specification in float64; ""
+    where they are right.
+    """
+    problem = make_problem(
+        Size(contender.family, 64, 24, 64 if contender.family == "linear" else None), dtype, device
+    )
     inputs = problem.copies[0]
     wanted = exact(problem, inputs, contender.silences)
     loss = contender.prepare(problem).loss(inputs)
     got = [loss.detach(), *torch.autograd.grad(loss, inputs.leaves)]
     errors = [float((g.double() - w).norm() / w.norm()) for g, w in zip(got, wanted, strict=True)]
-    names = ["loss", *(f"gradient of {name}" for name in (["logits"] if problem.size.width is None else ["features", "weight"]))]
-    wrong = [f"{name} is off by {error:.1%}" for name, error in zip(names, errors, strict=True) if not error <= TOLERANCE[dtype]]
+    names = [
+        "loss",
+        *(
+            f"gradient of {name}"
+            for name in (["logits"] if problem.size.width is None else ["features", "weight"])
+        ),
+    ]
+    wrong = [
+        f"{name} is off by {error:.1%}"
+        for name, error in zip(names, errors, strict=True)
+        if not error <= TOLERANCE[dtype]
+    ]
     return ", ".join(wrong)
 
 
@@ -154,19 +196,29 @@ def exact(problem: Problem, inputs: Inputs, silences: bool) -> list[Tensor]:
 
 
 def ours(problem: Problem) -> Prepared:
-    function = neighbor_silencing_loss if problem.size.width is None else linear_neighbor_silencing_loss
+    function = (
+        neighbor_silencing_loss if problem.size.width is None else linear_neighbor_silencing_loss
+    )
     loss = partial(function, graph=problem.graph, log_prior=problem.log_prior, silence=SILENCE)
-    return Prepared(lambda inputs: loss(*inputs.leaves, inputs.target), (problem.graph.indptr, problem.graph.indices))
+    return Prepared(
+        lambda inputs: loss(*inputs.leaves, inputs.target),
+        (problem.graph.indptr, problem.graph.indices),
+    )
 
 
 def masked(problem: Problem, compiled: bool = False) -> Prepared:
     table, _ = problem.graph.neighbours(torch.arange(problem.size.classes, device=problem.device))
     function = one_of(problem, mask_logits, mask_linear, compiled)
-    return Prepared(lambda inputs: function(*inputs.leaves, inputs.target, table, problem.log_prior), (table,))
+    return Prepared(
+        lambda inputs: function(*inputs.leaves, inputs.target, table, problem.log_prior), (table,)
+    )
 
 
 def one_of(
-    problem: Problem, on_logits: Callable[..., Tensor], on_features: Callable[..., Tensor], compiled: bool
+    problem: Problem,
+    on_logits: Callable[..., Tensor],
+    on_features: Callable[..., Tensor],
+    compiled: bool,
 ) -> Callable[..., Tensor]:
     function = on_logits if problem.size.width is None else on_features
     return torch.compile(function, dynamic=False) if compiled else function
@@ -176,10 +228,14 @@ def mask_logits(logits: Tensor, target: Tensor, table: Tensor, log_prior: Tensor
     """table (C, K): the neighbours of every class, padded with the class itself."""
     mask = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
     mask.scatter_(1, table[target], True).scatter_(1, target[:, None], False)
-    return F.cross_entropy(torch.add(logits.float() + log_prior, mask, alpha=math.log(SILENCE)), target)
+    return F.cross_entropy(
+        torch.add(logits.float() + log_prior, mask, alpha=math.log(SILENCE)), target
+    )
 
 
-def mask_linear(features: Tensor, weight: Tensor, target: Tensor, table: Tensor, log_prior: Tensor) -> Tensor:
+def mask_linear(
+    features: Tensor, weight: Tensor, target: Tensor, table: Tensor, log_prior: Tensor
+) -> Tensor:
     return mask_logits(F.linear(features, weight), target, table, log_prior)
 
 
@@ -190,7 +246,10 @@ def release(problem: Problem) -> Prepared:
     if needed > free_bytes(problem.device):
         raise Unavailable("its dense C x C mask does not fit", needed)
     mask = torch.ones(classes, classes, device=problem.device)
-    mask[torch.repeat_interleave(torch.arange(classes, device=problem.device), graph.indptr.diff()), graph.indices] = SILENCE
+    mask[
+        torch.repeat_interleave(torch.arange(classes, device=problem.device), graph.indptr.diff()),
+        graph.indices,
+    ] = SILENCE
 
     def loss(inputs: Inputs) -> Tensor:
         logits = F.linear(*inputs.leaves).float() + problem.log_prior
@@ -216,15 +275,23 @@ def plain_linear(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 def torch_linear(problem: Problem) -> Prepared:
     if not hasattr(F, "linear_cross_entropy"):
         raise Unavailable("needs torch 2.13")
-    options = torch.nn.LinearCrossEntropyOptions()  # without options it is F.linear and F.cross_entropy
-    return Prepared(lambda inputs: F.linear_cross_entropy(inputs.leaves[0], inputs.leaves[1], inputs.target, options=options))
+    # without options it is F.linear and F.cross_entropy
+    options = torch.nn.LinearCrossEntropyOptions()
+    return Prepared(
+        lambda inputs: F.linear_cross_entropy(
+            inputs.leaves[0], inputs.leaves[1], inputs.target, options=options
+        )
+    )
 
 
 def liger(problem: Problem) -> Prepared:
     if problem.device.type != "cuda":
         raise Unavailable("needs a GPU")
     try:
-        from liger_kernel.transformers import LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers import (
+            LigerCrossEntropyLoss,
+            LigerFusedLinearCrossEntropyLoss,
+        )
     except ImportError as error:
         raise Unavailable(not_installed(error)) from error
     if problem.size.width is None:
@@ -240,7 +307,9 @@ def cce(problem: Problem) -> Prepared:
     except ImportError as error:
         raise Unavailable(not_installed(error)) from error
     implementation = "cce" if problem.device.type == "cuda" else "torch_compile"
-    return Prepared(lambda inputs: linear_cross_entropy(*inputs.leaves, inputs.target, impl=implementation))
+    return Prepared(
+        lambda inputs: linear_cross_entropy(*inputs.leaves, inputs.target, impl=implementation)
+    )
 
 
 def not_installed(error: ImportError) -> str:
@@ -250,20 +319,50 @@ def not_installed(error: ImportError) -> str:
 def all_contenders(device: torch.device) -> list[Contender]:
     """Those that silence come first in each family."""
     on_gpu = device.type == "cuda"
-    cce_is = "Cut Cross-Entropy, its gradient filtered" if on_gpu else "Cut Cross-Entropy's form for torch.compile"
+    cce_is = (
+        "Cut Cross-Entropy, its gradient filtered"
+        if on_gpu
+        else "Cut Cross-Entropy's form for torch.compile"
+    )
     return [
         Contender("ours-logits", "neighbor_silencing_loss", True, ours),
         Contender("mask-logits", "eager PyTorch with a dense N x C mask", True, masked),
-        Contender("mask-compiled-logits", "torch.compile of it", True, partial(masked, compiled=True), is_compiled=True),
+        Contender(
+            "mask-compiled-logits",
+            "torch.compile of it",
+            True,
+            partial(masked, compiled=True),
+            is_compiled=True,
+        ),
         Contender("plain-logits", "F.cross_entropy", False, plain),
-        Contender("plain-compiled-logits", "torch.compile of it", False, partial(plain, compiled=True), is_compiled=True),
+        Contender(
+            "plain-compiled-logits",
+            "torch.compile of it",
+            False,
+            partial(plain, compiled=True),
+            is_compiled=True,
+        ),
         Contender("liger-logits", "LigerCrossEntropyLoss", False, liger, overwrites_logits=True),
         Contender("ours-linear", "linear_neighbor_silencing_loss", True, ours),
         Contender("mask-linear", "F.linear, then mask-logits", True, masked),
-        Contender("mask-compiled-linear", "torch.compile of it", True, partial(masked, compiled=True), is_compiled=True),
-        Contender("release-linear", "F.linear, exp, a dense C x C mask's rows, sum, log", True, release),
+        Contender(
+            "mask-compiled-linear",
+            "torch.compile of it",
+            True,
+            partial(masked, compiled=True),
+            is_compiled=True,
+        ),
+        Contender(
+            "release-linear", "F.linear, exp, a dense C x C mask's rows, sum, log", True, release
+        ),
         Contender("plain-linear", "F.linear, then F.cross_entropy", False, plain),
-        Contender("plain-compiled-linear", "torch.compile of it", False, partial(plain, compiled=True), is_compiled=True),
+        Contender(
+            "plain-compiled-linear",
+            "torch.compile of it",
+            False,
+            partial(plain, compiled=True),
+            is_compiled=True,
+        ),
         Contender("torch-linear", "F.linear_cross_entropy, in chunks", False, torch_linear),
         Contender("liger-linear", "LigerFusedLinearCrossEntropyLoss", False, liger),
         Contender("cce-linear", cce_is, False, cce, is_compiled=not on_gpu),

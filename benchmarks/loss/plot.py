@@ -13,21 +13,37 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from rich.filesize import decimal
 
-# Okabe and Ito's palette, which the colour-blind can tell apart. By who solves the problem; compiled: the same, dotted.
+# Okabe and Ito's palette, which the colour-blind can tell apart. By who solves the problem;
+# compiled: the same, dotted.
 COLOURS = {
-    "ours": "#d55e00", "mask": "#0072b2", "release": "#56b4e9", "plain": "#009e73", "torch": "#e69f00", "liger": "#cc79a7",
+    "ours": "#d55e00",
+    "mask": "#0072b2",
+    "release": "#56b4e9",
+    "plain": "#009e73",
+    "torch": "#e69f00",
+    "liger": "#cc79a7",
     "cce": "#8c6d1f",
-}  # fmt: skip
+}
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 12,
-    "axes.titlelocation": "left", "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.7, "axes.axisbelow": True,
-}  # fmt: skip
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+}
 
 Row = dict[str, Any]
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """A PNG: for each family that was measured, time and memory side by side, at the first N and the first D."""
+    """A PNG: for each family that was measured, time and memory side by side, at the first N and
+    the first D.
+    """
     families = [shown for family in ("logits", "linear") if (shown := first_size(rows, family))]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(13, 4.6 * len(families)), layout="constrained")
@@ -36,43 +52,76 @@ def draw(rows: list[Row], path: Path) -> None:
         for (times, memory), shown in zip(panels, families, strict=True):
             draw_times(times, shown)
             draw_memory(memory, shown)
-            memory.legend(*times.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False)
+            memory.legend(
+                *times.get_legend_handles_labels(),
+                loc="upper left",
+                bbox_to_anchor=(1.01, 1.02),
+                frameon=False,
+            )
         figure.savefig(path, dpi=120)
 
 
 def first_size(rows: list[Row], family: str) -> list[Row]:
     """The rows of the family that share the first row's N and D."""
     of_family = [row for row in rows if row["family"] == family]
-    return [row for row in of_family if all(row[name] == of_family[0][name] for name in ("rows", "width"))]
+    return [
+        row
+        for row in of_family
+        if all(row[name] == of_family[0][name] for name in ("rows", "width"))
+    ]
 
 
 def draw_times(axes: Axes, rows: list[Row]) -> None:
     for contender in dict.fromkeys(row["contender"] for row in rows):
-        measured = [row for row in rows if row["contender"] == contender and row["both_ms"] is not None]
+        measured = [
+            row for row in rows if row["contender"] == contender and row["both_ms"] is not None
+        ]
         if measured:
             plot_line(axes, contender, [(row["classes"], row["both_ms"]) for row in measured])
-    floor = sorted({(row["classes"], row["floor_ms"]) for row in rows if row["floor_ms"] is not None})
-    axes.plot(*zip(*floor, strict=True), "--", color="black", linewidth=1.5, label="floor") if floor else None
+    floor = sorted(
+        {(row["classes"], row["floor_ms"]) for row in rows if row["floor_ms"] is not None}
+    )
+    axes.plot(
+        *zip(*floor, strict=True), "--", color="black", linewidth=1.5, label="floor"
+    ) if floor else None
     finish(axes, rows, "time of forward and backward, ms", lambda value, _: f"{value:g}")
 
 
 def draw_memory(axes: Axes, rows: list[Row]) -> None:
-    """A cross marks what did not run and would need so much; nothing at all has no place on a logarithmic axis."""
+    """A cross marks what did not run and would need so much; nothing at all has no place on a
+    logarithmic axis.
+    """
     for contender in dict.fromkeys(row["contender"] for row in rows):
         known = [row for row in rows if row["contender"] == contender and row["extra_bytes"]]
         if known:
             plot_line(axes, contender, [(row["classes"], row["extra_bytes"]) for row in known])
         not_run = [(row["classes"], row["extra_bytes"]) for row in known if row["reason"]]
         if not_run:
-            axes.plot(*zip(*not_run, strict=True), "x", color=colour(contender), markersize=11, markeredgewidth=2)
-    finish(axes, rows, "extra memory beyond inputs and gradients", lambda value, _: decimal(int(value)))
+            axes.plot(
+                *zip(*not_run, strict=True),
+                "x",
+                color=colour(contender),
+                markersize=11,
+                markeredgewidth=2,
+            )
+    finish(
+        axes, rows, "extra memory beyond inputs and gradients", lambda value, _: decimal(int(value))
+    )
 
 
 def plot_line(axes: Axes, contender: str, points: list[tuple[int, float]]) -> None:
     ours = contender.startswith("ours")
     style = ":" if "compiled" in contender else "-"
-    axes.plot(*zip(*sorted(points), strict=True), style, color=colour(contender), linewidth=4 if ours else 1.7, marker="o",
-              markersize=7 if ours else 4, zorder=3 if ours else 2, label=contender)  # fmt: skip
+    axes.plot(
+        *zip(*sorted(points), strict=True),
+        style,
+        color=colour(contender),
+        linewidth=4 if ours else 1.7,
+        marker="o",
+        markersize=7 if ours else 4,
+        zorder=3 if ours else 2,
+        label=contender,
+    )
 
 
 def colour(contender: str) -> str:
@@ -80,8 +129,18 @@ def colour(contender: str) -> str:
 
 
 def finish(axes: Axes, rows: list[Row], what: str, tick: Callable[[float, int], str]) -> None:
-    size = f"N = {rows[0]['rows']:,}" + (f", D = {rows[0]['width']:,}" if rows[0]["width"] else "") + f", {rows[0]['dtype']}"
-    axes.set(xscale="log", yscale="log", xlabel="classes", ylabel=what, title=f"{rows[0]['family']} ({size})")
+    size = (
+        f"N = {rows[0]['rows']:,}"
+        + (f", D = {rows[0]['width']:,}" if rows[0]["width"] else "")
+        + f", {rows[0]['dtype']}"
+    )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="classes",
+        ylabel=what,
+        title=f"{rows[0]['family']} ({size})",
+    )
     axes.set_xticks(sorted({row["classes"] for row in rows}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -1,4 +1,6 @@
-"""`fastlt bench-loss`: time and memory of the losses and of their peers, over a grid of sizes, against what the device can do."""
+"""`fastlt bench-loss`: time and memory of the losses and of their peers, over a grid of sizes,
+against what the device can do.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +19,37 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
 
 from fastlt.errors import UserError
+from fastlt.utils.results_file import append_rows, check_place
 from fastlt_benchmarks.loss.contenders import Contender, Size, all_contenders, leaf_shapes
 from fastlt_benchmarks.loss.plot import draw
 from fastlt_benchmarks.loss.table import PHASES, TABLE_WIDTH, Row, method, reasons, table
 from fastlt_benchmarks.loss.trials import Bench, Trial, find_faults, floor_ms, measure
-from fastlt.utils.results_file import append_rows, check_place
 from fastlt_benchmarks.timing import Pace, bounded_memory, measure_ceilings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAMILIES = ("logits", "linear")
 PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy")
 COLUMNS = (
-    "family", "contender", "silences", "rows", "classes", "width", "dtype",
+    "family",
+    "contender",
+    "silences",
+    "rows",
+    "classes",
+    "width",
+    "dtype",
     *(f"{phase}_{figure}" for phase in PHASES for figure in ("ms", "p20_ms", "p80_ms")),
-    "repetitions", "extra_bytes", "gradient_bytes", "loss", "floor_ms", "percent_of_floor", "copy_gb_per_s", "product_tflop_per_s",
-    "threads", *(package.replace("-", "_") for package in PACKAGES), "reason",
-)  # fmt: skip
+    "repetitions",
+    "extra_bytes",
+    "gradient_bytes",
+    "loss",
+    "floor_ms",
+    "percent_of_floor",
+    "copy_gb_per_s",
+    "product_tflop_per_s",
+    "threads",
+    *(package.replace("-", "_") for package in PACKAGES),
+    "reason",
+)
 
 
 class Grid(NamedTuple):
@@ -67,14 +84,22 @@ def run_bench_loss(
     out: Path,
     console: Console,
 ) -> None:
-    """Prints a table per size and adds it to OUT/loss-<device>.csv, and draws OUT/loss-<device>.png of this run at the end."""
+    """Prints a table per size and adds it to OUT/loss-<device>.csv, and draws OUT/loss-<device>.png
+    of this run at the end.
+    """
     if not console.is_terminal:
-        console.width = max(console.width, TABLE_WIDTH)  # a file has no width, and would be taken for a screen of 80
+        # a file has no width, and would be taken for a screen of 80
+        console.width = max(console.width, TABLE_WIDTH)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     contenders = choose(all_contenders(device), names or [], quick)
     kind = DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     default = QUICK_GRID if quick else GPU_GRID if device.type == "cuda" else CPU_GRID
-    grid = Grid(*(sorted(set(given or usual)) for given, usual in zip((rows, classes, widths), default, strict=True)))
+    grid = Grid(
+        *(
+            sorted(set(given or usual))
+            for given, usual in zip((rows, classes, widths), default, strict=True)
+        )
+    )
     path = out / f"loss-{device_slug(device)}.csv"
     check_place(path, COLUMNS)
     with bounded_memory(device):
@@ -93,7 +118,9 @@ def choose(contenders: list[Contender], names: list[str], quick: bool) -> list[C
     for name in names:
         if name not in known:
             close = get_close_matches(name, known, 1)
-            hint = f"did you mean '{close[0]}'?" if close else f"it must be one of {', '.join(known)}"
+            hint = (
+                f"did you mean '{close[0]}'?" if close else f"it must be one of {', '.join(known)}"
+            )
             raise UserError(f"--contender: there is no '{name}': {hint}")
     if names:
         return [contender for contender in contenders if contender.name in names]
@@ -136,8 +163,16 @@ def run_grid(bench: Bench, grid: Grid, path: Path, console: Console) -> list[Row
 
 
 def progress_bar(console: Console) -> Progress:
-    columns = "{task.description}", BarColumn(10), "{task.percentage:.0f}% {task.fields[place]}", TimeElapsedColumn(), "left"
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, refresh_per_second=2)
+    columns = (
+        "{task.description}",
+        BarColumn(10),
+        "{task.percentage:.0f}% {task.fields[place]}",
+        TimeElapsedColumn(),
+        "left",
+    )
+    return Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, refresh_per_second=2
+    )
 
 
 def tell(progress: Progress, task: TaskID, size: Size, text: str, share: float) -> None:
@@ -145,7 +180,9 @@ def tell(progress: Progress, task: TaskID, size: Size, text: str, share: float) 
 
 
 def cost(size: Size) -> float:
-    """Roughly proportional to the time that a size takes: what has to be done at any size, and the work."""
+    """Roughly proportional to the time that a size takes: what has to be done at any size, and the
+    work.
+    """
     return 2e9 + size.rows * size.classes * (size.width or 50)
 
 
@@ -155,9 +192,23 @@ def cost(size: Size) -> float:
 def make_row(bench: Bench, size: Size, trial: Trial, ceiling: float | None) -> Row:
     """The columns of the file; empty where nothing was measured."""
     row: Row = dict.fromkeys(COLUMNS)
-    row |= {"family": size.family, "contender": trial.contender.name, "silences": trial.contender.silences, "rows": size.rows}
-    row |= {"classes": size.classes, "width": size.width, "dtype": str(bench.dtype).removeprefix("torch.")}
-    row |= {"threads": torch.get_num_threads(), "reason": trial.reason, "extra_bytes": trial.extra_bytes, "loss": trial.loss}
+    row |= {
+        "family": size.family,
+        "contender": trial.contender.name,
+        "silences": trial.contender.silences,
+        "rows": size.rows,
+    }
+    row |= {
+        "classes": size.classes,
+        "width": size.width,
+        "dtype": str(bench.dtype).removeprefix("torch."),
+    }
+    row |= {
+        "threads": torch.get_num_threads(),
+        "reason": trial.reason,
+        "extra_bytes": trial.extra_bytes,
+        "loss": trial.loss,
+    }
     row |= {package.replace("-", "_"): installed(package) for package in PACKAGES}
     row["gradient_bytes"] = sum(n * m for n, m in leaf_shapes(size)) * bench.dtype.itemsize
     if ceiling is not None:
@@ -167,8 +218,14 @@ def make_row(bench: Bench, size: Size, trial: Trial, ceiling: float | None) -> R
     if trial.passes:
         row["repetitions"] = len(trial.passes)
         for phase in PHASES:
-            low, middle, high = np.percentile([getattr(p, phase) for p in trial.passes], [20, 50, 80])
-            row |= {f"{phase}_ms": rounded(middle), f"{phase}_p20_ms": rounded(low), f"{phase}_p80_ms": rounded(high)}
+            low, middle, high = np.percentile(
+                [getattr(p, phase) for p in trial.passes], [20, 50, 80]
+            )
+            row |= {
+                f"{phase}_ms": rounded(middle),
+                f"{phase}_p20_ms": rounded(low),
+                f"{phase}_p80_ms": rounded(high),
+            }
         row["percent_of_floor"] = rounded(100 * row["floor_ms"] / row["both_ms"])
     return row
 

@@ -1,4 +1,6 @@
-"""How the contenders of `fastlt bench-loss` are measured on one size: warmed up, weighed, and timed in turn."""
+"""How the contenders of `fastlt bench-loss` are measured on one size: warmed up, weighed, and timed
+in turn.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,25 @@ from functools import partial
 
 import torch
 
-from fastlt_benchmarks.loss.contenders import Contender, Inputs, Prepared, Problem, Size, Unavailable, fault, make_problem, restore
+from fastlt_benchmarks.loss.contenders import (
+    Contender,
+    Inputs,
+    Prepared,
+    Problem,
+    Size,
+    Unavailable,
+    fault,
+    make_problem,
+    restore,
+)
 from fastlt_benchmarks.timing import Ceilings, Pace, Pass, peak_bytes, product_rate, timed_pass
 
-# Of the logits in the products whose rate is the ceiling: so many rows of them that more change no rate.
+# Of the logits in the products whose rate is the ceiling: so many rows of them that more change no
+# rate.
 LARGEST_PRODUCT_BYTES = 4 * 2**30
 
-Tell = Callable[[str, float], None]  # what is done now, and which share of the size has been done since the last word
+# what is done now, and which share of the size has been done since the last word
+Tell = Callable[[str, float], None]
 
 
 @dataclass
@@ -29,7 +43,8 @@ class Bench:
     device: torch.device
     pace: Pace
     ceilings: Ceilings
-    faults: dict[str, str] = field(default_factory=dict)  # contender -> why it is measured at no size
+    # contender -> why it is measured at no size
+    faults: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,7 +60,9 @@ class Trial:
 
 
 def find_faults(bench: Bench, tell: Callable[[str], None]) -> None:
-    """Holds every contender to the specification; one that cannot run, or is wrong, is not measured."""
+    """Holds every contender to the specification; one that cannot run, or is wrong, is not
+    measured.
+    """
     for contender in bench.contenders:
         tell(contender.name)
         try:
@@ -57,10 +74,15 @@ def find_faults(bench: Bench, tell: Callable[[str], None]) -> None:
 
 
 def measure(bench: Bench, size: Size, tell: Tell) -> tuple[list[Trial], float | None]:
-    """A trial of every contender of the size's family, and the ceiling: bytes/s for logits, FLOP/s for linear."""
-    trials = [Trial(c, bench.faults.get(c.name, "")) for c in bench.contenders if c.family == size.family]
+    """A trial of every contender of the size's family, and the ceiling: bytes/s for logits, FLOP/s
+    for linear.
+    """
+    trials = [
+        Trial(c, bench.faults.get(c.name, "")) for c in bench.contenders if c.family == size.family
+    ]
     release_memory()
-    torch.compiler.reset()  # else the ninth size of one function would run uncompiled, without a word
+    # else the ninth size of one function would run uncompiled, without a word
+    torch.compiler.reset()
     try:
         ceiling = bench.ceilings.copy if size.width is None else products_ceiling(bench, size)
         problem = make_problem(size, bench.dtype, bench.device)
@@ -69,9 +91,12 @@ def measure(bench: Bench, size: Size, tell: Tell) -> tuple[list[Trial], float | 
             trial.reason = trial.reason or f"the inputs: {one_line(error)}"
         tell("", 1)
         return trials, None
-    # In turn, so that a machine that grows slower grows slower for all. A GPU's clock is steadier, and its memory scarcer.
+    # In turn, so that a machine that grows slower grows slower for all. A GPU's clock is steadier,
+    # and its memory scarcer.
     for group in [trials] if bench.device.type == "cpu" else [[trial] for trial in trials]:
-        measure_in_turn(group, problem, bench.pace, partial(_part_of, tell, len(group) / len(trials)))
+        measure_in_turn(
+            group, problem, bench.pace, partial(_part_of, tell, len(group) / len(trials))
+        )
     return trials, ceiling
 
 
@@ -80,7 +105,9 @@ def _part_of(tell: Tell, part: float, text: str, share: float) -> None:
 
 
 def products_ceiling(bench: Bench, size: Size) -> float:
-    """FLOP/s: the better of the large square and of the three products in the size's own shapes and layouts."""
+    """FLOP/s: the better of the large square and of the three products in the size's own shapes and
+    layouts.
+    """
     rows = max(1, min(size.rows, LARGEST_PRODUCT_BYTES // (size.classes * bench.dtype.itemsize)))
     width = size.width or 1
     features, weight, logits = (
@@ -104,7 +131,11 @@ def measure_in_turn(trials: list[Trial], problem: Problem, pace: Pace, tell: Tel
         tell(trial.contender.name, 0.3 / len(trials))
     copies = itertools.cycle(problem.copies)
     for number in itertools.count(1):
-        left = [trial for trial in trials if trial.prepared is not None and not pace.is_enough(trial.passes)]
+        left = [
+            trial
+            for trial in trials
+            if trial.prepared is not None and not pace.is_enough(trial.passes)
+        ]
         if not left:
             break
         tell(left[0].contender.name if len(trials) == 1 else f"round {number}", 0)
@@ -116,7 +147,9 @@ def measure_in_turn(trials: list[Trial], problem: Problem, pace: Pace, tell: Tel
 
 
 def start(trial: Trial, problem: Problem) -> None:
-    """Compiles and warms up where that is needed, then measures the memory; on a CPU that is the warm-up of the others."""
+    """Compiles and warms up where that is needed, then measures the memory; on a CPU that is the
+    warm-up of the others.
+    """
     contender, inputs = trial.contender, problem.copies[0]
     prepared = contender.prepare(problem)
     for _ in range(3 if problem.device.type == "cuda" else int(contender.is_compiled)):
@@ -150,7 +183,9 @@ def one_pass(contender: Contender, prepared: Prepared, inputs: Inputs) -> Pass:
 
 
 def attempt(trial: Trial, work: Callable[[], None]) -> None:
-    """A contender that fails keeps its reason and no figures, but for the memory that it would need where it says so."""
+    """A contender that fails keeps its reason and no figures, but for the memory that it would need
+    where it says so.
+    """
     if trial.reason:
         return
     try:
@@ -175,6 +210,8 @@ def one_line(error: Exception) -> str:
     if isinstance(error, Unavailable):
         return str(error)
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(r"allocate memory|enough memory", text):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
+        r"allocate memory|enough memory", text
+    ):
         return "out of memory"
     return f"{type(error).__name__}: {text}"[:120]

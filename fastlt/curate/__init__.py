@@ -1,1 +1,3 @@
-"""From the names of target classes to auxiliary classes and their images: propose -> retrieve -> filter."""
+"""From the names of target classes to auxiliary classes and their images: propose -> retrieve ->
+filter.
+"""

@@ -1,4 +1,7 @@
-"""Where images of a category may be had: what each source knows, with licence and author. Nothing is downloaded here."""
+"""Where images of a category may be had: what each source knows, with licence and author.
+
+Nothing is downloaded here.
+"""
 
 import csv
 import html
@@ -16,8 +19,8 @@ from urllib.parse import urlencode, urlsplit
 from fastlt.curate.fetch import Fetcher, Refused
 from fastlt.curate.settings import RetrieveConfig
 from fastlt.decode.images import EXTENSIONS
-from fastlt.utils.embeddings import read_embeddings
 from fastlt.errors import UserError
+from fastlt.utils.embeddings import read_embeddings
 from fastlt.utils.names import normalised
 
 ENDPOINTS = {
@@ -25,19 +28,27 @@ ENDPOINTS = {
     "commons": "https://commons.wikimedia.org/w/api.php",
     "inaturalist": "https://api.inaturalist.org/v1/",
 }
-# Requests a minute. iNaturalist asks for 60 or fewer (and fewer than 10,000 a day); Openverse allows 60 without a token;
-# Wikimedia's limits depend on who asks, and 60 is a guess on the low side.
+# Requests a minute. iNaturalist asks for 60 or fewer (and fewer than 10,000 a day); Openverse
+# allows 60 without a token; Wikimedia's limits depend on who asks, and 60 is a guess on the low
+# side.
 PER_MINUTE = {"openverse": 60, "commons": 60, "inaturalist": 60}
 JSON_BYTES = 20_000_000
-OPENVERSE_PAGE, COMMONS_PAGE, INATURALIST_PAGE = 20, 50, 100  # images; Openverse gives no more without a token
+# images; Openverse gives no more without a token
+OPENVERSE_PAGE, COMMONS_PAGE, INATURALIST_PAGE = (
+    20,
+    50,
+    100,
+)
 OPENVERSE_PAGES = 20  # that it answers of any search
 COMMONS_DEPTH = 10  # results that are looked at for each that is wanted, where licences are chosen
 LOCAL_CLIP = "clip, local"  # source of what the index has on this machine
 CLIP_ROWS = 65_536  # images whose scores are made together
 SPELT = (
-    ("licence", "license"), ("author", "creator", "photographer", "artist", "attribution"),
-    ("page", "foreign_landing_url", "source_page"), ("title", "caption"),
-)  # fmt: skip
+    ("licence", "license"),
+    ("author", "creator", "photographer", "artist", "attribution"),
+    ("page", "foreign_landing_url", "source_page"),
+    ("title", "caption"),
+)
 COMMONS_WIDTH = 1024  # of the scaled copy that is taken; originals are often tens of megabytes
 
 
@@ -64,7 +75,9 @@ Find = Callable[[Asked, int], Awaitable[list[Candidate]]]  # and how many, at mo
 Accept = Callable[[Candidate], bool]  # by its licence
 
 
-def open_sources(settings: RetrieveConfig, names: Sequence[str], fetcher: Fetcher) -> dict[str, Find]:
+def open_sources(
+    settings: RetrieveConfig, names: Sequence[str], fetcher: Fetcher
+) -> dict[str, Find]:
     """By name, in the order they are asked. Raises UserError where one lacks what it needs."""
     web = {"openverse": openverse, "commons": commons, "inaturalist": inaturalist}
     local: dict[str, Callable[[RetrieveConfig, Sequence[str]], dict[str, list[Candidate]]]] = {
@@ -78,7 +91,9 @@ def open_sources(settings: RetrieveConfig, names: Sequence[str], fetcher: Fetche
         if source in web:
             if source not in settings.endpoints:
                 keep_to_rate(fetcher, source)
-            found[source] = partial(web[source], partial(ask, fetcher), endpoint(settings, source), accept)
+            found[source] = partial(
+                web[source], partial(ask, fetcher), endpoint(settings, source), accept
+            )
         else:
             found[source] = partial(_known, local[source](settings, names), accept)
     return found
@@ -91,10 +106,14 @@ def keep_to_rate(fetcher: Fetcher, source: str) -> None:
 
 def endpoint(settings: RetrieveConfig, source: str) -> str:
     """The address of an interface on the web."""
-    return {str(name): address for name, address in settings.endpoints.items()}.get(source, ENDPOINTS[source])
+    return {str(name): address for name, address in settings.endpoints.items()}.get(
+        source, ENDPOINTS[source]
+    )
 
 
-async def _known(candidates: dict[str, list[Candidate]], accept: Accept, asked: Asked, most: int) -> list[Candidate]:
+async def _known(
+    candidates: dict[str, list[Candidate]], accept: Accept, asked: Asked, most: int
+) -> list[Candidate]:
     return list(filter(accept, candidates.get(normalised(asked.name), [])))[:most]
 
 
@@ -107,7 +126,9 @@ def licence_accepted(told: str, licences: Sequence[str]) -> bool:
 
 
 def plain_licence(text: str) -> str:
-    """`CC BY-SA 4.0`, `cc-by-sa` and `by-sa` are `by-sa`; `CC0 1.0` is `cc0`, `Public domain` is `pdm`."""
+    """`CC BY-SA 4.0`, `cc-by-sa` and `by-sa` are `by-sa`; `CC0 1.0` is `cc0`, `Public domain` is
+    `pdm`.
+    """
     words = re.findall(r"[a-z]+0?", text.lower())
     if "public" in words or "pd" in words or "pdm" in words:
         return "pdm"
@@ -123,9 +144,16 @@ Ask = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]  # address, par
 
 async def ask(fetcher: Fetcher, address: str, parameters: dict[str, Any]) -> dict[str, Any]:
     """Raises Refused."""
-    token = os.environ.get("OPENVERSE_TOKEN") if address.startswith(ENDPOINTS["openverse"]) else None
-    headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
-    answer = await fetcher.get(f"{address}?{urlencode(parameters)}", JSON_BYTES, headers, is_api=True)
+    token = (
+        os.environ.get("OPENVERSE_TOKEN") if address.startswith(ENDPOINTS["openverse"]) else None
+    )
+    headers = {
+        "Accept": "application/json",
+        **({"Authorization": f"Bearer {token}"} if token else {}),
+    }
+    answer = await fetcher.get(
+        f"{address}?{urlencode(parameters)}", JSON_BYTES, headers, is_api=True
+    )
     try:
         found = json.loads(answer.data)
     except (ValueError, RecursionError) as error:
@@ -135,12 +163,21 @@ async def ask(fetcher: Fetcher, address: str, parameters: dict[str, Any]) -> dic
     return found
 
 
-async def openverse(ask: Ask, address: str, accept: Accept, asked: Asked, most: int) -> list[Candidate]:
-    """api.openverse.org/v1: openly licensed images, mostly of Flickr and museums. OPENVERSE_TOKEN, if set, is sent along."""
+async def openverse(
+    ask: Ask, address: str, accept: Accept, asked: Asked, most: int
+) -> list[Candidate]:
+    """api.openverse.org/v1: openly licensed images, mostly of Flickr and museums.
+
+    OPENVERSE_TOKEN, if set, is sent along.
+    """
     found: list[Candidate] = []
     for page in range(1, OPENVERSE_PAGES + 1):
-        answer = await ask(f"{address}images/", {"q": asked.query, "page": page, "page_size": OPENVERSE_PAGE})
-        found += filter(accept, [_of_openverse(asked.name, entry) for entry in entries(answer.get("results"))])
+        answer = await ask(
+            f"{address}images/", {"q": asked.query, "page": page, "page_size": OPENVERSE_PAGE}
+        )
+        found += filter(
+            accept, [_of_openverse(asked.name, entry) for entry in entries(answer.get("results"))]
+        )
         if len(found) >= most or page >= number(answer, "page_count"):
             break
     return found[:most]
@@ -149,27 +186,46 @@ async def openverse(ask: Ask, address: str, accept: Accept, asked: Asked, most: 
 def _of_openverse(category: str, entry: dict[str, Any]) -> Candidate:
     licence = f"{text(entry, 'license')} {text(entry, 'license_version')}".strip()
     page, title = text(entry, "foreign_landing_url"), text(entry, "title")
-    return Candidate(category, text(entry, "url"), "openverse", licence, text(entry, "creator"), page, title)
+    return Candidate(
+        category, text(entry, "url"), "openverse", licence, text(entry, "creator"), page, title
+    )
 
 
-async def commons(ask: Ask, address: str, accept: Accept, asked: Asked, most: int) -> list[Candidate]:
+async def commons(
+    ask: Ask, address: str, accept: Accept, asked: Asked, most: int
+) -> list[Candidate]:
     """MediaWiki's interface: files of Wikimedia Commons by full-text search."""
     found: list[Candidate] = []
     looked_at = 0
     parameters: dict[str, Any] = {
-        "action": "query", "format": "json", "formatversion": 2, "generator": "search", "gsrnamespace": 6, "prop": "imageinfo",
-        "gsrsearch": f"filetype:bitmap {asked.query}", "gsrlimit": min(most, COMMONS_PAGE), "iiprop": "url|extmetadata|mime",
-        "iiurlwidth": COMMONS_WIDTH, "iiextmetadatafilter": "LicenseShortName|Artist",
-    }  # fmt: skip
+        "action": "query",
+        "format": "json",
+        "formatversion": 2,
+        "generator": "search",
+        "gsrnamespace": 6,
+        "prop": "imageinfo",
+        "gsrsearch": f"filetype:bitmap {asked.query}",
+        "gsrlimit": min(most, COMMONS_PAGE),
+        "iiprop": "url|extmetadata|mime",
+        "iiurlwidth": COMMONS_WIDTH,
+        "iiextmetadatafilter": "LicenseShortName|Artist",
+    }
     while len(found) < most:
         answer = await ask(address, parameters)
         query = answer.get("query")
         pages = entries(query.get("pages") if isinstance(query, dict) else None)
         for entry in sorted(pages, key=lambda page: number(page, "index")):
-            made = [_of_commons(asked.name, text(entry, "title"), info) for info in entries(entry.get("imageinfo"))[:1]]
+            made = [
+                _of_commons(asked.name, text(entry, "title"), info)
+                for info in entries(entry.get("imageinfo"))[:1]
+            ]
             found += filter(accept, made)
         looked_at += len(pages)
-        if not pages or looked_at >= COMMONS_DEPTH * most or not isinstance(answer.get("continue"), dict):
+        if (
+            not pages
+            or looked_at >= COMMONS_DEPTH * most
+            or not isinstance(answer.get("continue"), dict)
+        ):
             break
         parameters |= answer["continue"]
     return found[:most]
@@ -178,15 +234,29 @@ async def commons(ask: Ask, address: str, accept: Accept, asked: Asked, most: in
 def _of_commons(category: str, title: str, info: dict[str, Any]) -> Candidate:
     told = info.get("extmetadata")
     values = (
-        {name: text(entry, "value") for name, entry in told.items() if isinstance(entry, dict)} if isinstance(told, dict) else {}
+        {name: text(entry, "value") for name, entry in told.items() if isinstance(entry, dict)}
+        if isinstance(told, dict)
+        else {}
     )
     author = html.unescape(re.sub(r"<[^>]*>", "", values.get("Artist", ""))).strip()  # it is HTML
     place = text(info, "thumburl") or text(info, "url")
-    return Candidate(category, place, "commons", values.get("LicenseShortName", ""), author, text(info, "descriptionurl"), title)
+    return Candidate(
+        category,
+        place,
+        "commons",
+        values.get("LicenseShortName", ""),
+        author,
+        text(info, "descriptionurl"),
+        title,
+    )
 
 
-async def inaturalist(ask: Ask, address: str, accept: Accept, asked: Asked, most: int) -> list[Candidate]:
-    """api.inaturalist.org/v1: photographs of the taxon that the name means, then those of observations that others confirmed."""
+async def inaturalist(
+    ask: Ask, address: str, accept: Accept, asked: Asked, most: int
+) -> list[Candidate]:
+    """api.inaturalist.org/v1: photographs of the taxon that the name means, then those of
+    observations that others confirmed.
+    """
     taxa = entries((await ask(f"{address}taxa", {"q": asked.name, "per_page": 1})).get("results"))
     if not taxa:
         return []
@@ -204,9 +274,13 @@ async def inaturalist(ask: Ask, address: str, accept: Accept, asked: Asked, most
         if len(found) >= most or (page > 1 and len(seen) == before):
             break
         parameters = {
-            "taxon_id": taxon, "photos": "true", "quality_grade": "research", "photo_licensed": "true", "page": page,
+            "taxon_id": taxon,
+            "photos": "true",
+            "quality_grade": "research",
+            "photo_licensed": "true",
+            "page": page,
             "per_page": INATURALIST_PAGE,
-        }  # fmt: skip
+        }
         observations = entries((await ask(f"{address}observations", parameters)).get("results"))
         if not observations:
             break
@@ -217,7 +291,14 @@ async def inaturalist(ask: Ask, address: str, accept: Accept, asked: Asked, most
 def _of_inaturalist(category: str, photo: dict[str, Any]) -> Candidate:
     place = text(photo, "url").replace("/square.", "/medium.")  # 500 pixels instead of 75
     page = f"https://www.inaturalist.org/photos/{number(photo, 'id')}"
-    return Candidate(category, place, "inaturalist", text(photo, "license_code"), text(photo, "attribution"), page)
+    return Candidate(
+        category,
+        place,
+        "inaturalist",
+        text(photo, "license_code"),
+        text(photo, "attribution"),
+        page,
+    )
 
 
 def entries(value: Any) -> list[dict[str, Any]]:
@@ -227,7 +308,8 @@ def entries(value: Any) -> list[dict[str, Any]]:
 
 def text(entry: dict[str, Any], key: str) -> str:
     value = entry.get(key)
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""  # JSON may hold half a character
+    # JSON may hold half a character
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
 def number(entry: dict[str, Any], key: str) -> int:
@@ -239,9 +321,14 @@ def number(entry: dict[str, Any], key: str) -> int:
 
 
 def listed(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Candidate]]:
-    """A CSV or parquet file with the columns category, url and, if there, licence, author, page, title."""
+    """A CSV or parquet file with the columns category, url and, if there, licence, author, page,
+    title.
+    """
     if not settings.urls:
-        raise UserError("the source urls needs retrieve.urls, a CSV or parquet file with the columns category,url")
+        raise UserError(
+            "the source urls needs retrieve.urls, a CSV or parquet file with the columns "
+            "category,url"
+        )
     file = Path(settings.urls)
     rows = list(rows_of(file))
     if rows and not {"category", "url"} <= rows[0].keys():
@@ -256,7 +343,9 @@ def _of_row(row: dict[str, Any]) -> Candidate:
 def told(row: dict[str, Any]) -> tuple[str, str, str, str]:
     """Licence, author, page and title, however the columns are spelt."""
     lower = {str(name).strip().lower(): value for name, value in row.items()}
-    return tuple(str(next((lower[name] for name in names if lower.get(name)), "")) for names in SPELT)  # type: ignore[return-value]
+    return tuple(
+        str(next((lower[name] for name in names if lower.get(name)), "")) for names in SPELT
+    )  # type: ignore[return-value]
 
 
 def rows_of(file: Path) -> Iterator[dict[str, Any]]:
@@ -285,22 +374,39 @@ def parquet_table(file: Path) -> Any:
 def in_folder(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Candidate]]:
     folder = Path(settings.folder)
     if not settings.folder or not folder.is_dir():
-        raise UserError(f"the source folder needs retrieve.folder, a folder with one of images for each category, not '{folder}'")
+        raise UserError(
+            "the source folder needs retrieve.folder, a folder with one of images for each "
+            f"category, not '{folder}'"
+        )
     images = (path for path in sorted(folder.glob("*/**/*")) if path.suffix.lower() in EXTENSIONS)
-    return grouped((Candidate(path.relative_to(folder).parts[0], str(path.resolve()), "folder") for path in images), names)
+    return grouped(
+        (
+            Candidate(path.relative_to(folder).parts[0], str(path.resolve()), "folder")
+            for path in images
+        ),
+        names,
+    )
 
 
 def nearest_in_index(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Candidate]]:
-    """Images whose CLIP features are nearest to those of the category's text. The index is what `clip-retrieval inference`
-    writes: img_emb/img_emb_*.npy, (n, D) of length 1, and metadata/metadata_*.parquet with a column url or image_path."""
+    """Images whose CLIP features are nearest to those of the category's text.
+
+    The index is what `clip-retrieval inference` writes: img_emb/img_emb_*.npy, (n, D) of length 1,
+    and metadata/metadata_*.parquet with a column url or image_path.
+    """
     import numpy as np
 
     if not settings.clip_index or not settings.clip_text:
-        raise UserError("the source clip needs retrieve.clip_index, a folder of clip-retrieval, and retrieve.clip_text")
+        raise UserError(
+            "the source clip needs retrieve.clip_index, a folder of clip-retrieval, and "
+            "retrieve.clip_text"
+        )
     folder, features = Path(settings.clip_index), read_embeddings(settings.clip_text).vectors
     wanted = [name for name in names if normalised(name) in features]
     if not wanted:
-        raise UserError(f"{settings.clip_text} has vectors for none of the categories, not even '{names[0]}'")
+        raise UserError(
+            f"{settings.clip_text} has vectors for none of the categories, not even '{names[0]}'"
+        )
     queries = np.stack([features[normalised(name)] for name in wanted])
     files = sorted((folder / "img_emb").glob("img_emb_*.npy"))
     if not files:
@@ -311,14 +417,22 @@ def nearest_in_index(settings: RetrieveConfig, names: Sequence[str]) -> dict[str
             images = np.load(file, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {file}: {error}") from error
-        rows = parquet_table(folder / "metadata" / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet"))
+        rows = parquet_table(
+            folder
+            / "metadata"
+            / file.name.replace("img_emb", "metadata").replace(".npy", ".parquet")
+        )
         if images.shape[1] != queries.shape[1] or len(rows) != len(images):
             raise UserError(
-                f"{file} of shape {images.shape} does not go with {len(rows)} rows and text of {queries.shape[1]} numbers"
+                f"{file} of shape {images.shape} does not go with {len(rows)} rows and text of "
+                f"{queries.shape[1]} numbers"
             )
         for start in range(0, len(images), CLIP_ROWS):
             add_best(
-                best, queries @ np.asarray(images[start : start + CLIP_ROWS], np.float32).T, rows.slice(start, CLIP_ROWS), settings
+                best,
+                queries @ np.asarray(images[start : start + CLIP_ROWS], np.float32).T,
+                rows.slice(start, CLIP_ROWS),
+                settings,
             )
     return grouped(
         (
@@ -332,20 +446,26 @@ def nearest_in_index(settings: RetrieveConfig, names: Sequence[str]) -> dict[str
 
 
 def _of_clip(category: str, row: dict[str, Any], score: float) -> Candidate:
-    """What `url` names is fetched like any address; `image_path` alone is a file of this machine."""
+    """`url` is fetched like any address; `image_path` alone is a file of this machine."""
     if row.get("url"):
         return Candidate(category, str(row["url"]), "clip", *told(row), score=score)
     return Candidate(category, str(row["image_path"]), LOCAL_CLIP, *told(row), score=score)
 
 
-def add_best(best: list[list[tuple[float, dict[str, Any]]]], scores: Any, rows: Any, settings: RetrieveConfig) -> None:
-    """best of each category, with the scores (categories, n) of n more images taken in, told by the table `rows`."""
+def add_best(
+    best: list[list[tuple[float, dict[str, Any]]]], scores: Any, rows: Any, settings: RetrieveConfig
+) -> None:
+    """best of each category, with the scores (categories, n) of n more images taken in, told by the
+    table `rows`.
+    """
     import numpy as np
 
     if settings.licences:
         known = [name for name in rows.column_names if name.strip().lower() in SPELT[0]]
         licences = rows.column(known[0]).to_pylist() if known else [""] * len(rows)
-        usable = np.array([licence_accepted(str(licence or ""), settings.licences) for licence in licences], bool)
+        usable = np.array(
+            [licence_accepted(str(licence or ""), settings.licences) for licence in licences], bool
+        )
         scores, rows = scores[:, usable], rows.filter(usable)
     if not len(rows):
         return

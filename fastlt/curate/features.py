@@ -1,6 +1,8 @@
-"""Features of images by a backbone, of length 1, and what is done with them: prototypes, and pairs that are nearly the same.
+"""Features of images by a backbone, of length 1, and what is done with them: prototypes, and pairs
+that are nearly the same.
 
-The matrices of similarities are never held: they are made block by block, on the device that makes the features.
+The matrices of similarities are never held: they are made block by block, on the device that makes
+the features.
 """
 
 import hashlib
@@ -17,16 +19,16 @@ from torch.nn import functional as F
 
 from fastlt.config import ModelConfig
 from fastlt.curate.settings import FilterConfig
-from fastlt.data.geometry import Geometry
 from fastlt.data.augment import normalise
+from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
-from fastlt.packing.reader import Split
 from fastlt.data.plan import evaluation_batches
 from fastlt.errors import UserError
-from fastlt.models.export import find_metadata, load_exported
-from fastlt.utils.files import sha256_of
 from fastlt.models.classifier import build_model, weights_file
+from fastlt.models.export import find_metadata, load_exported
+from fastlt.packing.reader import Split
 from fastlt.training.setup import best_precision, find_device
+from fastlt.utils.files import sha256_of
 
 ROWS, COLUMNS = 2048, 32768  # of similarities at a time: 256 MB
 ROUNDS = 5  # of the robust mean
@@ -55,34 +57,63 @@ def open_backbone(settings: FilterConfig) -> Backbone:
     if settings.weights and (told := _exported(settings.weights)) is not None:
         path, size, mean, std = told
         model, _ = load_exported(path)
-        return Backbone(model.backbone.eval().to(device), size, mean, std, device, settings.weights, sha256_of(path))
+        return Backbone(
+            model.backbone.eval().to(device),
+            size,
+            mean,
+            std,
+            device,
+            settings.weights,
+            sha256_of(path),
+        )
     config = ModelConfig(name=settings.backbone, pretrained=True, weights=settings.weights)
     try:
         model = build_model(config, 1, settings.size)
     except UserError as error:
-        raise UserError(str(error).replace("model.weights", "filter.weights").replace("model.name", "filter.backbone")) from error
+        raise UserError(
+            str(error)
+            .replace("model.weights", "filter.weights")
+            .replace("model.name", "filter.backbone")
+        ) from error
     digest = sha256_of(weights_file(settings.weights)) if settings.weights else ""
-    return Backbone(model.backbone.eval().to(device), settings.size, settings.mean, settings.std, device, settings.backbone, digest)
+    return Backbone(
+        model.backbone.eval().to(device),
+        settings.size,
+        settings.mean,
+        settings.std,
+        device,
+        settings.backbone,
+        digest,
+    )
 
 
 def _exported(place: str) -> tuple[Path, int, Sequence[float], Sequence[float]] | None:
     """What the model of a run says of itself; None for other files."""
     path = weights_file(place)
     if not path.is_file():
-        raise UserError(f"there is no file {path} with weights: name a RUN, or a safetensors file of the backbone")
+        raise UserError(
+            f"there is no file {path} with weights: name a RUN, or a safetensors file of the "
+            "backbone"
+        )
     told = find_metadata(path)
     return (path, told["data"]["size"], told["data"]["mean"], told["data"]["std"]) if told else None
 
 
 @torch.inference_mode()
-def extract(backbone: Backbone, split: Split, batch: int, workers: int, advance: Callable[[int], None]) -> np.ndarray:
+def extract(
+    backbone: Backbone, split: Split, batch: int, workers: int, advance: Callable[[int], None]
+) -> np.ndarray:
     """(n, D) float16 of length 1, in the order of the split."""
     geometry = Geometry("centre-crop", backbone.size, resize=backbone.size)
     is_half = backbone.device.type == "cuda" and best_precision(backbone.device) == "bf16"
     parts: list[np.ndarray] = []
-    with closing(Loader(split, backbone.size, workers=workers, strict=False, device=backbone.device)) as loader:
+    with closing(
+        Loader(split, backbone.size, workers=workers, strict=False, device=backbone.device)
+    ) as loader:
         for made, images in loader.iterate(evaluation_batches(split, geometry, batch)):
-            pixels = normalise(images.to(backbone.device), backbone.mean, backbone.std, channels_last=True)
+            pixels = normalise(
+                images.to(backbone.device), backbone.mean, backbone.std, channels_last=True
+            )
             with torch.autocast(backbone.device.type, torch.bfloat16, enabled=is_half):
                 features = backbone.model(pixels)
             parts.append(F.normalize(features.float(), dim=1).half().cpu().numpy())
@@ -91,8 +122,10 @@ def extract(backbone: Backbone, split: Split, batch: int, workers: int, advance:
 
 
 def robust_mean(features: np.ndarray) -> np.ndarray:
-    """(n, D) to (D,) of length 1: the mean of those nearest to it, half of them, found in a few rounds from the mean of all. What
-    does not belong, up to nearly half of a class, does not move it far."""
+    """(n, D) to (D,) of length 1: the mean of those nearest to it, half of them, found in a few
+    rounds from the mean of all. What does not belong, up to nearly half of a class, does not move
+    it far.
+    """
     vectors = features.astype(np.float32)
     centre = unit(vectors.mean(axis=0))
     kept = max(1, round(CORE * len(vectors)))
@@ -106,17 +139,31 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
 
-def nearest(queries: np.ndarray, known: np.ndarray, threshold: float, device: torch.device) -> Iterator[tuple[int, int]]:
-    """(query, known) for each query that has one whose cosine to it is at least the threshold: the nearest of those."""
+def nearest(
+    queries: np.ndarray, known: np.ndarray, threshold: float, device: torch.device
+) -> Iterator[tuple[int, int]]:
+    """(query, known) for each query that has one whose cosine to it is at least the threshold: the
+    nearest of those.
+    """
     for start in range(0, len(queries), ROWS):
-        found = _nearest_of(on(queries[start : start + ROWS], device), known, np.arange(len(known)), threshold, device)
+        found = _nearest_of(
+            on(queries[start : start + ROWS], device),
+            known,
+            np.arange(len(known)),
+            threshold,
+            device,
+        )
         for row in np.flatnonzero(found >= 0).tolist():
             yield start + row, int(found[row])
 
 
-def later_copies(features: np.ndarray, threshold: float, device: torch.device) -> Iterator[tuple[int, int]]:
-    """(image, earlier) for each image that has an earlier one whose cosine to it is at least the threshold, and that is no such
-    copy itself. In memory there are never more than a block's similarities, however many are alike."""
+def later_copies(
+    features: np.ndarray, threshold: float, device: torch.device
+) -> Iterator[tuple[int, int]]:
+    """(image, earlier) for each image that has an earlier one whose cosine to it is at least the
+    threshold, and that is no such copy itself. In memory there are never more than a block's
+    similarities, however many are alike.
+    """
     is_copy = np.zeros(len(features), bool)
     for start in range(0, len(features), ROWS):
         rows = on(features[start : start + ROWS], device)
@@ -130,8 +177,12 @@ def later_copies(features: np.ndarray, threshold: float, device: torch.device) -
             yield start + row, int(found[row])
 
 
-def _nearest_of(rows: Tensor, known: np.ndarray, usable: np.ndarray, threshold: float, device: torch.device) -> np.ndarray:
-    """(n,) int64: of the usable known ones the nearest to each row, -1 where none reaches the threshold."""
+def _nearest_of(
+    rows: Tensor, known: np.ndarray, usable: np.ndarray, threshold: float, device: torch.device
+) -> np.ndarray:
+    """(n,) int64: of the usable known ones the nearest to each row, -1 where none reaches the
+    threshold.
+    """
     best = torch.full((len(rows),), threshold, device=device)
     found = torch.full((len(rows),), -1, dtype=torch.int64, device=device)
     for begin in range(0, len(usable), COLUMNS):

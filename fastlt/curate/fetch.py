@@ -1,4 +1,6 @@
-"""Getting bytes from addresses that nobody vouches for: bounded in time and size, redirects looked at one by one, politely."""
+"""Getting bytes from addresses that nobody vouches for: bounded in time and size, redirects looked
+at one by one, politely.
+"""
 
 import asyncio
 import ssl
@@ -51,8 +53,11 @@ class Fetcher:
         self.robots = Robots(self._robots_text, self.rates)
         self._slots = asyncio.Semaphore(settings.concurrency)
 
-    async def get(self, url: str, max_bytes: int, headers: dict[str, str] | None = None, is_api: bool = False) -> Fetched:
-        """Tries again what may go better. is_api: an interface meant for programs, which robots.txt does not concern.
+    async def get(
+        self, url: str, max_bytes: int, headers: dict[str, str] | None = None, is_api: bool = False
+    ) -> Fetched:
+        """Tries again what may go better. is_api: an interface meant for programs, which robots.txt
+        does not concern.
 
         Raises Refused.
         """
@@ -65,7 +70,9 @@ class Fetcher:
                 await asyncio.sleep(2.0 ** (self.settings.retries - left) / 4)
         raise AssertionError("the last try returns or raises")
 
-    async def _follow(self, url: str, max_bytes: int, headers: dict[str, str], is_api: bool) -> Fetched:
+    async def _follow(
+        self, url: str, max_bytes: int, headers: dict[str, str], is_api: bool
+    ) -> Fetched:
         first = self._host(url)
         for _ in range(REDIRECTS + 1):
             host = self._host(url)
@@ -107,13 +114,22 @@ class Fetcher:
             url = answer.location
         return 404, ""  # RFC 9309 takes it for none
 
-    async def _request(self, url: str, host: str, max_bytes: int, headers: dict[str, str], cut: bool = False) -> Answer:
+    async def _request(
+        self, url: str, host: str, max_bytes: int, headers: dict[str, str], cut: bool = False
+    ) -> Answer:
         """cut: what is longer than max_bytes is not refused, but ends there."""
         await self.rates.turn(host)
         try:
-            async with self._slots, self.session.get(url, allow_redirects=False, headers=headers) as response:
+            async with (
+                self._slots,
+                self.session.get(url, allow_redirects=False, headers=headers) as response,
+            ):
                 answer = self._head(response, url)
-                return answer._replace(data=await body(response, max_bytes, cut)) if answer.status == 200 else answer
+                return (
+                    answer._replace(data=await body(response, max_bytes, cut))
+                    if answer.status == 200
+                    else answer
+                )
         except Forbidden as error:
             raise Refused(str(error)) from error
         except (TimeoutError, asyncio.TimeoutError) as error:
@@ -137,7 +153,13 @@ class Fetcher:
         if response.headers.get("Content-Encoding", "identity").lower() not in ("", "identity"):
             raise Refused("it is compressed, though that was not asked for")
         tags = response.headers.getall("X-Robots-Tag", [])
-        return Answer(response.status, b"", urljoin(url, location) if location else None, pause, opted_out(tags))
+        return Answer(
+            response.status,
+            b"",
+            urljoin(url, location) if location else None,
+            pause,
+            opted_out(tags),
+        )
 
 
 async def body(response: aiohttp.ClientResponse, max_bytes: int, cut: bool) -> bytes:
@@ -157,16 +179,25 @@ async def body(response: aiohttp.ClientResponse, max_bytes: int, cut: bool) -> b
 @asynccontextmanager
 async def open_fetcher(settings: RetrieveConfig) -> AsyncIterator[Fetcher]:
     connector = aiohttp.TCPConnector(
-        resolver=None if settings.allow_private else PublicResolver(), limit=settings.concurrency, use_dns_cache=False,
+        resolver=None if settings.allow_private else PublicResolver(),
+        limit=settings.concurrency,
+        use_dns_cache=False,
         socket_factory=None if settings.allow_private else public_socket,
-    )  # fmt: skip
+    )
     timeout = aiohttp.ClientTimeout(total=settings.timeout)
     headers = {"User-Agent": user_agent(settings.contact), "Accept-Encoding": "identity"}
     async with aiohttp.ClientSession(
-        connector=connector, timeout=timeout, headers=headers, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+        connector=connector,
+        timeout=timeout,
+        headers=headers,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
     ) as session:
         yield Fetcher(session, settings)
 
 
 def user_agent(contact: str) -> str:
-    return f"{AGENT}/{version('fastlt')} (images for research on long-tailed classification{'; ' + contact if contact else ''})"
+    return (
+        f"{AGENT}/{version('fastlt')} (images for research on long-tailed "
+        f"classification{'; ' + contact if contact else ''})"
+    )

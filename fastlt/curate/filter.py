@@ -1,10 +1,11 @@
-"""`fastlt curate filter`: which of the retrieved images are kept, and the auxiliary set that `fastlt pack` takes.
+"""`fastlt curate filter`: which of the retrieved images are kept, and the auxiliary set that
+`fastlt pack` takes.
 
-CURATED/features/       hashes and features of each shard: what was computed once is not computed again
-CURATED/filtered.jsonl  a row an image: whether it is kept, why not, how like its class it is
+CURATED/features/       hashes and features of each shard: what was computed once is not computed
+again CURATED/filtered.jsonl  a row an image: whether it is kept, why not, how like its class it is
 CURATED/auxiliary/      shards of what is kept, with key.cls and key.json, and card.json, a summary
-CURATED/pairs.csv       target,auxiliary of the classes that are left
-CURATED/sheet.html      the contact sheets: kept and dropped images of each class
+CURATED/pairs.csv       target,auxiliary of the classes that are left CURATED/sheet.html      the
+contact sheets: kept and dropped images of each class
 """
 
 import csv
@@ -24,16 +25,16 @@ from rich.table import Table
 from fastlt.classes import ClassSpace
 from fastlt.curate.candidates import licence_accepted
 from fastlt.curate.features import open_backbone
-from fastlt.curate.selection import SAME_FEATURES, Verdicts, give_up_small_classes, judge
 from fastlt.curate.image_index import Pile, make_pile
 from fastlt.curate.retrieve import PROPOSED_BY, tried
+from fastlt.curate.selection import SAME_FEATURES, Verdicts, give_up_small_classes, judge
 from fastlt.curate.settings import CurateConfig, FilterConfig, keep_settings
 from fastlt.curate.sheet import write_sheets
 from fastlt.curate.table import read_table, write_table
 from fastlt.decode.images import FORMATS
+from fastlt.errors import UserError
 from fastlt.packing.reader import COLUMNS, Pack, Split, open_pack
 from fastlt.packing.shards import ShardWriter, member_keys
-from fastlt.errors import UserError
 from fastlt.utils.files import whole_file, whole_folder, write_text
 from fastlt.utils.lock import alone_in
 from fastlt.utils.names import normalised
@@ -44,7 +45,10 @@ RETRIEVED_BY = "fastlt curate retrieve"
 
 
 def run_filter(place: str, out: Path, config: CurateConfig, console: Console) -> None:
-    """place: the pack of the targets. Raises UserError where nothing was retrieved, or nothing is kept."""
+    """place: the pack of the targets.
+
+    Raises UserError where nothing was retrieved, or nothing is kept.
+    """
     with alone_in(out, "another step"):
         filter_images(place, out, config, console)
 
@@ -60,17 +64,34 @@ def filter_images(place: str, out: Path, config: CurateConfig, console: Console)
     keep_settings(out, config)
     if not settings.test:
         console.print(
-            "[yellow]note:[/] images are held against those of the pack alone; name a pack of test images with filter.test",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            "[yellow]note:[/] images are held against those of the pack alone; name a pack of test "
+            "images with filter.test",
+            highlight=False,
+            soft_wrap=True,
+        )
     known = {
-        name: make_pile(out / "features", split, backbone, settings, f"{name} images", console) for name, split in splits.items()
+        name: make_pile(out / "features", split, backbone, settings, f"{name} images", console)
+        for name, split in splits.items()
     }
-    pile = make_pile(out / "features", retrieved_split(out, rows, categories), backbone, settings, "retrieved images", console)
-    refused = [image for image, row in enumerate(rows) if not licence_accepted(row["licence"], config.retrieve.licences)]
+    pile = make_pile(
+        out / "features",
+        retrieved_split(out, rows, categories),
+        backbone,
+        settings,
+        "retrieved images",
+        console,
+    )
+    refused = [
+        image
+        for image, row in enumerate(rows)
+        if not licence_accepted(row["licence"], config.retrieve.licences)
+    ]
     verdicts = judge(pile, known, owners, settings, backbone.device, refused)
     give_up_small_classes(verdicts, pile.split.label, settings.min_images)
-    write_table(out / "filtered.jsonl", map(verdict_row, rows, verdicts.reasons, verdicts.of, verdicts.likeness.tolist()))
+    write_table(
+        out / "filtered.jsonl",
+        map(verdict_row, rows, verdicts.reasons, verdicts.of, verdicts.likeness.tolist()),
+    )
     show(verdicts, categories, pile.split.label, console)
     tell_suspicious(verdicts, console)
     if settings.sheet:
@@ -78,27 +99,39 @@ def filter_images(place: str, out: Path, config: CurateConfig, console: Console)
         console.print(f"contact sheets: {out / 'sheet.html'}", highlight=False, soft_wrap=True)
     if not len(verdicts.kept):
         remove_set(out)  # an earlier one is no longer what filtered.jsonl says
-        raise UserError(f"no image is left: see {out / 'filtered.jsonl'}, filter.gamma1, filter.gamma2 and filter.min_images")
+        raise UserError(
+            f"no image is left: see {out / 'filtered.jsonl'}, filter.gamma1, filter.gamma2 and "
+            "filter.min_images"
+        )
     write_auxiliary(out, rows, pile, verdicts, categories, settings)
     console.print(
-        f"now: fastlt pack --target {place} --auxiliary {out / 'auxiliary'} --pairs {out / 'pairs.csv'} --out PACK",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+        f"now: fastlt pack --target {place} --auxiliary {out / 'auxiliary'} --pairs "
+        f"{out / 'pairs.csv'} --out PACK",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 # --- what there is
 
 
 def retrieved_rows(out: Path, categories: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of images, in the order they were fetched; those of categories that are no longer proposed are left out."""
+    """Of images, in the order they were fetched; those of categories that are no longer proposed
+    are left out.
+    """
     names = {normalised(category["name"]) for category in categories}
-    rows = [row for row in tried(out / "raw") if row["fetched"] and normalised(row["category"]) in names]
+    rows = [
+        row for row in tried(out / "raw") if row["fetched"] and normalised(row["category"]) in names
+    ]
     if not rows:
         raise UserError(f"{out} has no image of any category: fetch some with `{RETRIEVED_BY}`")
     return rows
 
 
-def retrieved_split(out: Path, rows: Sequence[dict[str, Any]], categories: Sequence[dict[str, Any]]) -> Split:
+def retrieved_split(
+    out: Path, rows: Sequence[dict[str, Any]], categories: Sequence[dict[str, Any]]
+) -> Split:
     """The label of an image is the number of its category."""
     numbers = {normalised(category["name"]): number for number, category in enumerate(categories)}
     shards = sorted({row["shard"] for row in rows})
@@ -108,7 +141,9 @@ def retrieved_split(out: Path, rows: Sequence[dict[str, Any]], categories: Seque
         "label": [numbers[normalised(row["category"])] for row in rows],
         **{name: [row[name] for row in rows] for name in ("offset", "size", "height", "width")},
     }
-    columns: dict[str, Any] = {name: np.array(values[name], dtype) for name, dtype in COLUMNS.items()}
+    columns: dict[str, Any] = {
+        name: np.array(values[name], dtype) for name, dtype in COLUMNS.items()
+    }
     return Split("raw", out / "raw", tuple(shards), **columns)
 
 
@@ -125,12 +160,17 @@ def of_targets(split: Split, space: ClassSpace) -> Split:
     return split.subset(np.flatnonzero(split.label < space.num_targets))
 
 
-def owner_ids(space: ClassSpace, categories: Sequence[dict[str, Any]], place: str) -> list[list[int]]:
+def owner_ids(
+    space: ClassSpace, categories: Sequence[dict[str, Any]], place: str
+) -> list[list[int]]:
     """Of each category."""
     ids = {name: target for target, name in enumerate(space.target_names)}
     for category in categories:
         if unknown := [owner for owner in category["owners"] if owner not in ids]:
-            raise UserError(f"'{category['name']}' was proposed for '{unknown[0]}', which is no target of {place}")
+            raise UserError(
+                f"'{category['name']}' was proposed for '{unknown[0]}', which is no target of "
+                f"{place}"
+            )
     return [[ids[owner] for owner in category["owners"]] for category in categories]
 
 
@@ -138,7 +178,10 @@ def owner_ids(space: ClassSpace, categories: Sequence[dict[str, Any]], place: st
 
 
 def verdict_row(row: dict[str, Any], reason: str, of: str, likeness: float) -> dict[str, Any]:
-    told = {name: row[name] for name in ("category", "place", "shard", "key", "sha256", "licence", "author", "source")}
+    told = {
+        name: row[name]
+        for name in ("category", "place", "shard", "key", "sha256", "licence", "author", "source")
+    }
     return {**told, "kept": not reason, "reason": reason, "of": of, "likeness": round(likeness, 4)}
 
 
@@ -153,19 +196,39 @@ def write_auxiliary(
     kept = verdicts.kept.tolist()
     left = sorted({int(pile.split.label[image]) for image in kept})
     names = [categories[int(pile.split.label[image])]["name"] for image in kept]
-    keys = member_keys(f"{name}/{rows[image]['key']}" for name, image in zip(names, kept, strict=True))
+    keys = member_keys(
+        f"{name}/{rows[image]['key']}" for name, image in zip(names, kept, strict=True)
+    )
     with whole_folder(out / "auxiliary") as folder:
         with ShardWriter(folder, SHARD_BYTES, "auxiliary") as shards:
             for image, name, key in zip(kept, names, keys, strict=True):
-                told = json.dumps({**rows[image], "likeness": round(float(verdicts.likeness[image]), 4)}, ensure_ascii=False)
-                shards.add(key, extension_of(pile.split, image), bytes(pile.split.read(image)), name, told.encode())
-        card = summary(rows, verdicts, [categories[number] for number in left], settings, refusals(out))
+                told = json.dumps(
+                    {**rows[image], "likeness": round(float(verdicts.likeness[image]), 4)},
+                    ensure_ascii=False,
+                )
+                shards.add(
+                    key,
+                    extension_of(pile.split, image),
+                    bytes(pile.split.read(image)),
+                    name,
+                    told.encode(),
+                )
+        card = summary(
+            rows, verdicts, [categories[number] for number in left], settings, refusals(out)
+        )
         write_text(folder / "card.json", json.dumps(card, ensure_ascii=False, indent=1) + "\n")
         remove_set(out)  # of an earlier call
-    with whole_file(out / "pairs.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with (
+        whole_file(out / "pairs.csv") as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
         pairs = csv.writer(file)
         pairs.writerow(["target", "auxiliary"])
-        pairs.writerows([owner, categories[number]["name"]] for number in left for owner in categories[number]["owners"])
+        pairs.writerows(
+            [owner, categories[number]["name"]]
+            for number in left
+            for owner in categories[number]["owners"]
+        )
 
 
 def refusals(out: Path) -> Counter[str]:
@@ -205,7 +268,10 @@ def summary(
         "backbone": settings.weights or settings.backbone,
         "gamma1": settings.gamma1,
         "gamma2": settings.gamma2,
-        "origins": {category["name"]: f"{category.get('provider', '')} {category.get('key', '')}".strip() for category in left},
+        "origins": {
+            category["name"]: f"{category.get('provider', '')} {category.get('key', '')}".strip()
+            for category in left
+        },
     }
 
 
@@ -214,10 +280,12 @@ def tell_suspicious(verdicts: Verdicts, console: Console) -> None:
     by_features = sum(SAME_FEATURES in reason for reason in verdicts.reasons)
     if by_features > SUSPICIOUS * len(verdicts.reasons):
         console.print(
-            f"[yellow]note:[/] {by_features:,} images are as good as the same as a target's by their features: are those of this "
+            f"[yellow]note:[/] {by_features:,} images are as good as the same as a target's by "
+            "their features: are those of this "
             "backbone good enough? filter.gamma2 says how near that is",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def remove_set(out: Path) -> None:
@@ -226,17 +294,23 @@ def remove_set(out: Path) -> None:
     (out / "pairs.csv").unlink(missing_ok=True)
 
 
-def show(verdicts: Verdicts, categories: Sequence[dict[str, Any]], labels: np.ndarray, console: Console) -> None:
+def show(
+    verdicts: Verdicts, categories: Sequence[dict[str, Any]], labels: np.ndarray, console: Console
+) -> None:
     table = Table("images", "", title=f"{len(labels):,} retrieved images", title_justify="left")
     table.add_row(f"{len(verdicts.kept):,}", "kept", style="bold")
     for reason, times in Counter(reason for reason in verdicts.reasons if reason).most_common():
         table.add_row(f"{times:,}", escape(reason))
     console.print(table)
     counts = np.bincount(labels[verdicts.kept], minlength=len(categories))
-    none = [category["name"] for category, count in zip(categories, counts, strict=True) if not count]
+    none = [
+        category["name"] for category, count in zip(categories, counts, strict=True) if not count
+    ]
     median = int(np.median(counts[counts > 0])) if (counts > 0).any() else 0
     lost = f"; given up: {', '.join(none[:5])}{', ...' if len(none) > 5 else ''}" if none else ""
     console.print(
-        f"{int((counts > 0).sum()):,} of {len(categories):,} classes are left, with {median:,} images each (median){lost}",
-        highlight=False, markup=False,
-    )  # fmt: skip
+        f"{int((counts > 0).sum()):,} of {len(categories):,} classes are left, with {median:,} "
+        f"images each (median){lost}",
+        highlight=False,
+        markup=False,
+    )

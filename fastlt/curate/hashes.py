@@ -1,4 +1,6 @@
-"""Hashes of images: of their bytes, and of what they look like, which survives resizing and new compression."""
+"""Hashes of images: of their bytes, and of what they look like, which survives resizing and new
+compression.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -37,12 +39,20 @@ class Hashes:
 def hashes_of(split: Split, images: Sequence[int]) -> Hashes:
     rows = [_hash(bytes(split.read(image))) for image in images]
     exact, seen, mirrored, has_look = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return Hashes(list(exact), np.array(seen, np.uint64), np.array(mirrored, np.uint64), np.array(has_look, bool))
+    return Hashes(
+        list(exact),
+        np.array(seen, np.uint64),
+        np.array(mirrored, np.uint64),
+        np.array(has_look, bool),
+    )
 
 
 def joined(parts: Sequence[Hashes]) -> Hashes:
     exact = [digest for part in parts for digest in part.exact]
-    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("seen", "mirrored", "has_look"))
+    columns = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("seen", "mirrored", "has_look")
+    )
     return Hashes(exact, *columns)
 
 
@@ -67,7 +77,9 @@ def small_grey(data: bytes) -> np.ndarray:
 
 
 def look(grey: np.ndarray) -> int:
-    """64 bits: which of the lowest frequencies of the cosine transform are above their median, the constant one left out."""
+    """64 bits: which of the lowest frequencies of the cosine transform are above their median, the
+    constant one left out.
+    """
     low = (COSINES @ grey @ COSINES.T).ravel()
     bits = low > np.median(low[1:])
     bits[0] = False
@@ -83,12 +95,14 @@ COSINES = _cosines()
 
 
 def same_look(queries: Hashes, known: Hashes, distance: int) -> np.ndarray:
-    """(P, 2) int64 pairs (query, known) whose hashes, as they are or mirrored, differ in up to `distance` bits. Of the known ones
-    with one and the same hash the first stands for all."""
+    """(P, 2) int64 pairs (query, known) whose hashes, as they are or mirrored, differ in up to
+    `distance` bits. Of the known ones with one and the same hash the first stands for all.
+    """
     if distance < 0 or not len(queries) or not len(known):
         return np.zeros((0, 2), np.int64)
     usable, asked = np.flatnonzero(known.has_look), np.flatnonzero(queries.has_look)
-    looks, first = np.unique(known.seen[usable], return_index=True)  # thousands may have the look of an empty page
+    # thousands may have the look of an empty page
+    looks, first = np.unique(known.seen[usable], return_index=True)
     found = []
     for bits in (queries.seen, queries.mirrored):
         own, which = np.unique(bits[asked], return_inverse=True)
@@ -96,11 +110,15 @@ def same_look(queries: Hashes, known: Hashes, distance: int) -> np.ndarray:
         starts = np.cumsum(counts) - counts
         for rows, columns in _near(own, looks, distance):
             images = asked[by_own[_ranges(starts[rows], counts[rows])]]
-            found.append(np.stack([images, np.repeat(usable[first[columns]], counts[rows])], axis=1))
+            found.append(
+                np.stack([images, np.repeat(usable[first[columns]], counts[rows])], axis=1)
+            )
     return np.unique(np.concatenate(found), axis=0) if found else np.zeros((0, 2), np.int64)
 
 
-def _near(queries: np.ndarray, known: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _near(
+    queries: np.ndarray, known: np.ndarray, distance: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Indices of pairs that agree in a band, and whose whole hashes are near."""
     for shift, width in _bands():
         mask = np.uint64((1 << width) - 1)

@@ -1,4 +1,6 @@
-"""Images with all that is compared of them: hashes and features, kept on the disk a shard at a time."""
+"""Images with all that is compared of them: hashes and features, kept on the disk a shard at a
+time.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,8 +15,8 @@ from fastlt.curate.features import Backbone, extract
 from fastlt.curate.hashes import Hashes, hashes_of, joined
 from fastlt.curate.settings import FilterConfig
 from fastlt.packing.reader import Split, identity
-from fastlt.utils.pool import cores, ordered_map
 from fastlt.utils.files import whole_file
+from fastlt.utils.pool import cores, ordered_map
 from fastlt.utils.progress import rated_progress
 
 HASHED_TOGETHER = 64  # images that a worker takes at a time
@@ -31,18 +33,29 @@ class Pile:
         return len(self.split)
 
 
-def make_pile(folder: Path, split: Split, backbone: Backbone, settings: FilterConfig, what: str, console: Console) -> Pile:
+def make_pile(
+    folder: Path,
+    split: Split,
+    backbone: Backbone,
+    settings: FilterConfig,
+    what: str,
+    console: Console,
+) -> Pile:
     """folder: where hashes and features are kept, by what they are of."""
     hashes: list[Hashes] = []
     features: list[np.ndarray] = []
     order: list[np.ndarray] = []
     with rated_progress(console, "images/s", transient=True) as bar:
-        tasks = [bar.add_task(f"{doing} {what}", total=len(split)) for doing in ("hashing", "looking at")]
+        tasks = [
+            bar.add_task(f"{doing} {what}", total=len(split)) for doing in ("hashing", "looking at")
+        ]
         for images in by_shard(split):
             part = split.subset(images)
             order.append(images)
             hashes.append(stored_hashes(folder, part, partial(bar.advance, tasks[0])))
-            features.append(stored_features(folder, part, backbone, settings, partial(bar.advance, tasks[1])))
+            features.append(
+                stored_features(folder, part, backbone, settings, partial(bar.advance, tasks[1]))
+            )
     back = np.argsort(np.concatenate(order), kind="stable")
     return Pile(split, joined(hashes).take(back), np.concatenate(features)[back])
 
@@ -55,7 +68,10 @@ def stored_hashes(folder: Path, part: Split, advance: Advance) -> Hashes:
     path = folder / f"hashes-{identity(part)}.npz"
     found = read_arrays(path)
     if found is None:
-        groups = [range(start, min(start + HASHED_TOGETHER, len(part))) for start in range(0, len(part), HASHED_TOGETHER)]
+        groups = [
+            range(start, min(start + HASHED_TOGETHER, len(part)))
+            for start in range(0, len(part), HASHED_TOGETHER)
+        ]
         made = []
         with ordered_map(min(cores(), len(groups))) as apply:
             for group in apply(partial(hashes_of, part), groups):
@@ -63,13 +79,25 @@ def stored_hashes(folder: Path, part: Split, advance: Advance) -> Hashes:
                 advance(len(group))
         whole = joined(made)
         exact = np.frombuffer(b"".join(whole.exact), np.uint8).reshape(-1, 32)
-        write_arrays(path, {"exact": exact, "seen": whole.seen, "mirrored": whole.mirrored, "has_look": whole.has_look})
+        write_arrays(
+            path,
+            {
+                "exact": exact,
+                "seen": whole.seen,
+                "mirrored": whole.mirrored,
+                "has_look": whole.has_look,
+            },
+        )
         return whole
     advance(len(part))
-    return Hashes([bytes(row) for row in found["exact"]], found["seen"], found["mirrored"], found["has_look"])
+    return Hashes(
+        [bytes(row) for row in found["exact"]], found["seen"], found["mirrored"], found["has_look"]
+    )
 
 
-def stored_features(folder: Path, part: Split, backbone: Backbone, settings: FilterConfig, advance: Advance) -> np.ndarray:
+def stored_features(
+    folder: Path, part: Split, backbone: Backbone, settings: FilterConfig, advance: Advance
+) -> np.ndarray:
     path = folder / f"features-{identity(part)}-{backbone.key}.npz"
     found = read_arrays(path)
     if found is None:

@@ -1,6 +1,8 @@
-"""The `llm` provider: a language model behind any endpoint that speaks OpenAI's protocol is asked about each target.
+"""The `llm` provider: a language model behind any endpoint that speaks OpenAI's protocol is asked
+about each target.
 
-Every reply is kept on the disk under the hash of what was asked, so that what was answered once costs nothing again.
+Every reply is kept on the disk under the hash of what was asked, so that what was answered once
+costs nothing again.
 """
 
 import hashlib
@@ -40,7 +42,11 @@ class Reply(BaseModel):
     @classmethod
     def _sound_ones(cls, value: Any) -> Any:
         """One that is damaged does not cost the others."""
-        return [entry for entry in value if is_suggested(entry)] or value if isinstance(value, list) else value
+        return (
+            [entry for entry in value if is_suggested(entry)] or value
+            if isinstance(value, list)
+            else value
+        )
 
 
 def is_suggested(entry: Any) -> bool:
@@ -73,9 +79,15 @@ class Failed(NamedTuple):
 
 
 def prompts(settings: ProposeConfig, targets: Sequence[Target], limits: Sequence[int]) -> list[str]:
-    """One a target. Raises UserError where the prompt file is not there, or names what is not known."""
+    """One a target.
+
+    Raises UserError where the prompt file is not there, or names what is not known.
+    """
     template = Template(_prompt_text(settings.prompt))
-    return [_fill(template, settings.prompt, target, count, targets) for target, count in zip(targets, limits, strict=True)]
+    return [
+        _fill(template, settings.prompt, target, count, targets)
+        for target, count in zip(targets, limits, strict=True)
+    ]
 
 
 def _prompt_text(place: str) -> str:
@@ -87,12 +99,19 @@ def _prompt_text(place: str) -> str:
         raise UserError(f"cannot read the prompt {place}: {error}") from error
 
 
-def _fill(template: Template, place: str, target: Target, count: int, targets: Sequence[Target]) -> str:
+def _fill(
+    template: Template, place: str, target: Target, count: int, targets: Sequence[Target]
+) -> str:
     others = [spoken(other) for other in targets if other is not target][:OTHERS]
     try:
-        return template.substitute(target=spoken(target), count=count + SPARE, others=", ".join(others))
+        return template.substitute(
+            target=spoken(target), count=count + SPARE, others=", ".join(others)
+        )
     except (KeyError, ValueError) as error:
-        raise UserError(f"the prompt {place}: {error} is not one of $target, $count, $others; a dollar is written $$") from error
+        raise UserError(
+            f"the prompt {place}: {error} is not one of $target, $count, $others; a dollar is "
+            "written $$"
+        ) from error
 
 
 def spoken(target: Target) -> str:
@@ -112,13 +131,17 @@ class Cache:
     def read(self, prompt: str) -> Reply | Failed | None:
         try:
             kept = json.loads(self.path(prompt).read_text(encoding="utf-8"))
-            return Failed(kept["failed"]) if "failed" in kept else Reply.model_validate(kept["reply"])
+            return (
+                Failed(kept["failed"]) if "failed" in kept else Reply.model_validate(kept["reply"])
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None  # it is asked again
 
     def keep(self, prompt: str, reply: Reply | Failed, tokens: tuple[int, int]) -> None:
         """What was answered badly each time was paid for as well, and would be again."""
-        told: dict[str, Any] = {"failed": reply.reason} if isinstance(reply, Failed) else {"reply": reply.model_dump()}
+        told: dict[str, Any] = (
+            {"failed": reply.reason} if isinstance(reply, Failed) else {"reply": reply.model_dump()}
+        )
         kept = {"model": self.settings.model, "prompt": prompt, **told, "tokens": tokens}
         write_text(self.path(prompt), json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
 
@@ -127,13 +150,21 @@ def estimate(cache: Cache, asked: Sequence[str]) -> Usage:
     """Before anything is asked: about as many tokens as characters let expect."""
     new = [prompt for prompt in asked if cache.read(prompt) is None]
     tokens_in = sum(len(prompt) for prompt in new) // CHARACTERS_PER_TOKEN
-    return Usage(len(asked), len(asked) - len(new), tokens_in, TOKENS_PER_CATEGORY * (cache.settings.per_target + SPARE) * len(new))
+    return Usage(
+        len(asked),
+        len(asked) - len(new),
+        tokens_in,
+        TOKENS_PER_CATEGORY * (cache.settings.per_target + SPARE) * len(new),
+    )
 
 
 # What is asked for in the reply, the strictest first.
 FORMS: dict[str, dict[str, Any]] = {
     "json_schema": {
-        "response_format": {"type": "json_schema", "json_schema": {"name": "categories", "schema": Reply.model_json_schema()}}
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "categories", "schema": Reply.model_json_schema()},
+        }
     },
     "json_object": {"response_format": {"type": "json_object"}},
     "none": {},
@@ -148,34 +179,58 @@ class Endpoint:
         self.form = next(iter(FORMS)) if settings.structured == "auto" else settings.structured
 
     def complete(self, prompt: str) -> tuple[str, tuple[int, int]]:
-        """The text of a reply, and tokens in and out. Raises PromptRefused, and UserError where it does not answer."""
+        """The text of a reply, and tokens in and out.
+
+        Raises PromptRefused, and UserError where it does not answer.
+        """
         import openai
 
         form = self.form
         try:
             answer = self.client.chat.completions.create(
-                model=self.settings.model, temperature=self.settings.temperature, messages=[{"role": "user", "content": prompt}],
+                model=self.settings.model,
+                temperature=self.settings.temperature,
+                messages=[{"role": "user", "content": prompt}],
                 **FORMS[form],
-            )  # fmt: skip
+            )
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if self.settings.structured == "auto" and form != "none" and "response_format" in str(error):
+            if (
+                self.settings.structured == "auto"
+                and form != "none"
+                and "response_format" in str(error)
+            ):
                 self.form = list(FORMS)[list(FORMS).index(form) + 1]  # for the prompts to come too
                 return self.complete(prompt)
             raise PromptRefused(f"the endpoint refuses the prompt: {error}") from error
         except openai.APIError as error:
             where = self.settings.base_url or "the endpoint"
-            raise UserError(f"{where} does not answer ({type(error).__name__}: {error}); what was answered is kept") from error
-        except (AttributeError, TypeError, ValueError, RecursionError):  # its client does not check what it is sent
+            raise UserError(
+                f"{where} does not answer ({type(error).__name__}: {error}); what was answered is "
+                "kept"
+            ) from error
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ):  # its client does not check what it is sent
             return "", (0, 0)
         return said(answer), spent_on(answer)
 
 
-def ask_all(cache: Cache, asked: Sequence[str]) -> Iterator[tuple[int, Reply | Failed, tuple[int, int]]]:
-    """(number of the prompt, reply or why there is none, tokens in and out), as they come. Stops at what concerns all prompts:
-    UserError where the key is refused or the endpoint not there."""
+def ask_all(
+    cache: Cache, asked: Sequence[str]
+) -> Iterator[tuple[int, Reply | Failed, tuple[int, int]]]:
+    """(number of the prompt, reply or why there is none, tokens in and out), as they come.
+
+    Stops at what concerns all prompts: UserError where the key is refused or the endpoint not
+    there.
+    """
     endpoint = Endpoint(open_client(cache.settings), cache.settings)
     with ThreadPoolExecutor(cache.settings.concurrency, "fastlt-llm") as pool:
-        waiting = {pool.submit(ask, endpoint, cache, prompt): number for number, prompt in enumerate(asked)}
+        waiting = {
+            pool.submit(ask, endpoint, cache, prompt): number for number, prompt in enumerate(asked)
+        }
         try:
             for job in as_completed(waiting):
                 yield waiting[job], *job.result()
@@ -188,18 +243,29 @@ def open_client(settings: ProposeConfig) -> Any:
     try:
         from openai import OpenAI
     except ImportError as error:
-        raise UserError("propose.provider=llm needs the library openai: pip install fastlt[curate]") from error
+        raise UserError(
+            "propose.provider=llm needs the library openai: pip install fastlt[curate]"
+        ) from error
     if not settings.model:
         raise UserError("propose.provider=llm needs a model: name it with propose.model")
     key = os.environ.get("OPENAI_API_KEY") or ("none" if settings.base_url else "")
     if not key:
-        raise UserError("set OPENAI_API_KEY to the key of the endpoint, or propose.base_url to one that needs none")
-    return OpenAI(api_key=key, base_url=settings.base_url or None, timeout=settings.timeout, max_retries=settings.retries)
+        raise UserError(
+            "set OPENAI_API_KEY to the key of the endpoint, or propose.base_url to one that needs "
+            "none"
+        )
+    return OpenAI(
+        api_key=key,
+        base_url=settings.base_url or None,
+        timeout=settings.timeout,
+        max_retries=settings.retries,
+    )
 
 
 def ask(endpoint: Endpoint, cache: Cache, prompt: str) -> tuple[Reply | Failed, tuple[int, int]]:
-    """The client itself tries again, later each time, where the endpoint is slow, busy or broken; here, what it answered with
-    is checked. All that was asked is counted."""
+    """The client itself tries again, later each time, where the endpoint is slow, busy or broken;
+    here, what it answered with is checked. All that was asked is counted.
+    """
     if known := cache.read(prompt):
         return known, (0, 0)
     spent, problem = [0, 0], ""
@@ -212,11 +278,18 @@ def ask(endpoint: Endpoint, cache: Cache, prompt: str) -> tuple[Reply | Failed, 
         try:
             reply = Reply.model_validate_json(json_in(text))
         except (ValidationError, RecursionError) as error:
-            problem = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else "nested too deeply"
+            problem = (
+                str(error.errors()[0]["msg"])
+                if isinstance(error, ValidationError)
+                else "nested too deeply"
+            )
             continue
         cache.keep(prompt, reply, (spent[0], spent[1]))
         return reply, (spent[0], spent[1])
-    failed = Failed(f"no reply of the form that was asked for, last: {problem}; to ask again, remove {cache.path(prompt)}")
+    failed = Failed(
+        f"no reply of the form that was asked for, last: {problem}; to ask again, remove "
+        f"{cache.path(prompt)}"
+    )
     cache.keep(prompt, failed, (spent[0], spent[1]))
     return failed, (spent[0], spent[1])
 
@@ -233,12 +306,20 @@ def said(answer: Any) -> str:
 def spent_on(answer: Any) -> tuple[int, int]:
     """Tokens in and out."""
     usage = getattr(answer, "usage", None)
-    tokens_in, tokens_out = (getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens"))
-    return (tokens_in, tokens_out) if isinstance(tokens_in, int) and isinstance(tokens_out, int) else (0, 0)
+    tokens_in, tokens_out = (
+        getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")
+    )
+    return (
+        (tokens_in, tokens_out)
+        if isinstance(tokens_in, int) and isinstance(tokens_out, int)
+        else (0, 0)
+    )
 
 
 def json_in(text: str) -> str:
-    """The JSON of a reply: many models think aloud first, wrap it in a fence of Markdown, or say something around it."""
+    """The JSON of a reply: many models think aloud first, wrap it in a fence of Markdown, or say
+    something around it.
+    """
     text = text.rpartition("</think>")[2].strip()
     if fenced := re.search(r"```(?:json)?\s*(\{.*?\})\s*```", text, re.DOTALL):
         return fenced[1]
@@ -247,4 +328,7 @@ def json_in(text: str) -> str:
 
 
 def to_proposals(target: int, reply: Reply) -> list[Proposal]:
-    return [Proposal(target, category.name.strip(), "llm", description=category.description) for category in reply.categories]
+    return [
+        Proposal(target, category.name.strip(), "llm", description=category.description)
+        for category in reply.categories
+    ]

@@ -19,7 +19,9 @@ def examine(data: bytes, settings: RetrieveConfig) -> Picture:
         image = open_image(data, settings.max_pixels)
         if min(image.size) < settings.min_side:
             raise Refused("too small")
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a JPEG with a second picture behind it, as phones make
+        if (
+            getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
+        ):  # a JPEG with a second picture behind it, as phones make
             raise Refused("an animation")
         load(image, data)
     except BadImage as error:

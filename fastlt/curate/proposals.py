@@ -1,4 +1,6 @@
-"""What providers propose, and how it becomes auxiliary classes: names compared, targets dropped, the same category merged."""
+"""What providers propose, and how it becomes auxiliary classes: names compared, targets dropped,
+the same category merged.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -59,11 +61,20 @@ def merge(
 ) -> tuple[list[Decision], list[Category]]:
     """synonyms, proposals (best first) and limits, the most to keep, are those of each target.
 
-    A category that several targets are proposed is one auxiliary class with several owners. A name that is a target's, or a
-    synonym of one, is dropped, as is a second category of the same name.
+    A category that several targets are proposed is one auxiliary class with several owners. A name
+    that is a target's, or a synonym of one, is dropped, as is a second category of the same name.
     """
-    target_of = {normalised(word): target.name for target, words in zip(targets, synonyms, strict=True) for word in words}
-    target_of |= {normalised(word): target.name for target in targets for word in (target.word, target.name) if word}
+    target_of = {
+        normalised(word): target.name
+        for target, words in zip(targets, synonyms, strict=True)
+        for word in words
+    }
+    target_of |= {
+        normalised(word): target.name
+        for target in targets
+        for word in (target.word, target.name)
+        if word
+    }
     names = {normalised(word) for target in targets for word in (target.name, target.word) if word}
     categories: dict[str, Category] = {}
     decisions: list[Decision] = []
@@ -71,7 +82,9 @@ def merge(
         owned: set[str] = set()
         for proposal in (replace(proposal, name=printable(proposal.name)) for proposal in proposed):
             word = normalised(proposal.name)
-            reason = proposal.refused or _objection(proposal, word, target_of, names, categories, owned, len(owned) < limit)
+            reason = proposal.refused or _objection(
+                proposal, word, target_of, names, categories, owned, len(owned) < limit
+            )
             decisions.append(Decision(proposal, not reason, reason))
             if not reason:
                 owned.add(word)
@@ -112,7 +125,14 @@ def printable(name: str) -> str:
 
 def add_to(categories: dict[str, Category], word: str, proposal: Proposal) -> None:
     category = categories.setdefault(
-        word, Category(proposal.name, proposal.query or proposal.name, proposal.key, proposal.description, proposal.provider)
+        word,
+        Category(
+            proposal.name,
+            proposal.query or proposal.name,
+            proposal.key,
+            proposal.description,
+            proposal.provider,
+        ),
     )
     category.owners |= {proposal.target, *proposal.also}
 
@@ -122,12 +142,18 @@ def even_limits(targets: Sequence[Target], per_target: int) -> list[int]:
 
 
 def tail_weighted_limits(targets: Sequence[Target], per_target: int) -> list[int]:
-    """As many in all, but more for targets with fewer images: by 1 / sqrt(images), from 1 to twice `per_target`."""
+    """As many in all, but more for targets with fewer images: by 1 / sqrt(images), from 1 to twice
+    `per_target`.
+    """
     weights = np.array([max(1, target.count) for target in targets]) ** -0.5
     low, high = 0.0, 2 * per_target / weights.min()
     for _ in range(100):  # the sum grows with the scale
         scale = (low + high) / 2
-        low, high = (scale, high) if _clipped(scale * weights, per_target).sum() < per_target * len(targets) else (low, scale)
+        low, high = (
+            (scale, high)
+            if _clipped(scale * weights, per_target).sum() < per_target * len(targets)
+            else (low, scale)
+        )
     return np.round(_clipped(high * weights, per_target)).astype(int).tolist()
 
 
@@ -135,7 +161,14 @@ def _clipped(shares: np.ndarray, per_target: int) -> np.ndarray:
     return np.clip(shares, 1, max(1, 2 * per_target))
 
 
-def with_random_names(categories: Sequence[Category], pool: Sequence[Category], seed: int) -> list[Category]:
-    """The control of the paper: as many categories with the same owners, but drawn at random from `pool`."""
+def with_random_names(
+    categories: Sequence[Category], pool: Sequence[Category], seed: int
+) -> list[Category]:
+    """The control of the paper: as many categories with the same owners, but drawn at random from
+    `pool`.
+    """
     drawn = np.random.default_rng(seed).choice(len(pool), len(categories), replace=False)
-    return [replace(pool[i], owners=set(category.owners)) for i, category in zip(drawn, categories, strict=True)]
+    return [
+        replace(pool[i], owners=set(category.owners))
+        for i, category in zip(drawn, categories, strict=True)
+    ]

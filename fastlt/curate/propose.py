@@ -36,8 +36,8 @@ from fastlt.curate.proposals import (
 )
 from fastlt.curate.settings import CurateConfig, ProposeConfig, keep_settings
 from fastlt.curate.table import write_table
-from fastlt.utils.embeddings import read_embeddings
 from fastlt.errors import UserError
+from fastlt.utils.embeddings import read_embeddings
 from fastlt.utils.files import whole_file
 from fastlt.utils.lock import alone_in
 from fastlt.utils.names import normalised
@@ -57,7 +57,9 @@ class Proposed(NamedTuple):
     notes: list[str] = []  # noqa: RUF012  # never changed
 
 
-def run_propose(place: Path, out: Path, config: CurateConfig, dry_run: bool, console: Console) -> None:
+def run_propose(
+    place: Path, out: Path, config: CurateConfig, dry_run: bool, console: Console
+) -> None:
     """place: a pack, or a text file with the name or the WordNet id of a target on each line."""
     if dry_run:
         settings = config.propose
@@ -73,35 +75,65 @@ def propose(place: Path, out: Path, config: CurateConfig, console: Console) -> N
     targets = named(settings, read_targets(place))
     limits = limits_of(settings, targets)
     if settings.control == "random" and not settings.wordnet:
-        raise UserError("the random control is drawn from WordNet: give its tables with propose.wordnet")
+        raise UserError(
+            "the random control is drawn from WordNet: give its tables with propose.wordnet"
+        )
     proposed = PROVIDERS[settings.provider](settings, targets, limits, out, console)
     for note in proposed.notes:
         console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     decisions, categories = merge(targets, proposed.synonyms, proposed.proposals, limits)
     if not categories:
-        write_table(out / "proposals.jsonl", (decision_row(decision, targets) for decision in decisions))
-        raise UserError(f"no neighbour was found for any of the {len(targets):,} targets: {out / 'proposals.jsonl'} says why")
+        write_table(
+            out / "proposals.jsonl", (decision_row(decision, targets) for decision in decisions)
+        )
+        raise UserError(
+            f"no neighbour was found for any of the {len(targets):,} targets: "
+            f"{out / 'proposals.jsonl'} says why"
+        )
     if settings.control == "random":
-        neighbours, categories = categories, random_categories(settings, targets, proposed.synonyms, categories)
+        neighbours, categories = (
+            categories,
+            random_categories(settings, targets, proposed.synonyms, categories),
+        )
         replaced = [d._replace(kept=False, reason=REPLACED) if d.kept else d for d in decisions]
-        decisions = [*replaced, *(drawn(*pair) for pair in zip(neighbours, categories, strict=True))]
+        decisions = [
+            *replaced,
+            *(drawn(*pair) for pair in zip(neighbours, categories, strict=True)),
+        ]
     write(out, targets, decisions, categories)
     keep_settings(out, config)
     show(targets, decisions, categories, console)
-    console.print(f"written to {out}: categories.jsonl, proposals.jsonl, pairs.csv", highlight=False, soft_wrap=True)
+    console.print(
+        f"written to {out}: categories.jsonl, proposals.jsonl, pairs.csv",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def read_targets(place: Path) -> list[Target]:
     if place.is_dir():
         space = ClassSpace.load(place / "classes.json")
-        return [Target(name, count) for name, count in zip(space.target_names, space.train_counts, strict=False)]
+        return [
+            Target(name, count)
+            for name, count in zip(space.target_names, space.train_counts, strict=False)
+        ]
     try:
-        names = [line.strip() for line in place.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        names = [
+            line.strip()
+            for line in place.read_text(encoding="utf-8-sig").splitlines()
+            if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{place} is neither a pack nor a text file with a target on each line ({error})") from error
+        raise UserError(
+            f"{place} is neither a pack nor a text file with a target on each line ({error})"
+        ) from error
     if names and names[0][0] in "[{":
         raise UserError(f"{place} is JSON, not a list of names: write one target on each line")
-    words = {match[1]: match[2].replace("_", " ") for name in names if (match := WITH_WORD.fullmatch(name))}
+    words = {
+        match[1]: match[2].replace("_", " ")
+        for name in names
+        if (match := WITH_WORD.fullmatch(name))
+    }
     names = [match[1] if (match := WITH_WORD.fullmatch(name)) else name for name in names]
     if repeated := [name for name, times in Counter(names).items() if times > 1]:
         raise UserError(f"{place} names '{repeated[0]}' more than once")
@@ -111,11 +143,17 @@ def read_targets(place: Path) -> list[Target]:
 
 
 def named(settings: ProposeConfig, targets: Sequence[Target]) -> list[Target]:
-    """Targets whose name is the id of a WordNet synset, with its first word, where WordNet is given."""
+    """Targets whose name is the id of a WordNet synset, with its first word, where WordNet is
+    given.
+    """
     if not settings.wordnet or not any(wordnet.is_id(target.name) for target in targets):
         return list(targets)
     words = wordnet.read_wordnet(settings.wordnet)
-    first = {target.name: next(iter(words.lemmas.get(target.name, [])), "") for target in targets if wordnet.is_id(target.name)}
+    first = {
+        target.name: next(iter(words.lemmas.get(target.name, [])), "")
+        for target in targets
+        if wordnet.is_id(target.name)
+    }
     return [replace(target, word=first.get(target.name) or target.word) for target in targets]
 
 
@@ -123,7 +161,10 @@ def limits_of(settings: ProposeConfig, targets: Sequence[Target]) -> list[int]:
     if settings.allocation == "even":
         return even_limits(targets, settings.per_target)
     if not any(target.count for target in targets):
-        raise UserError("propose.allocation=tail needs the number of images of each target: give a pack, not a list of names")
+        raise UserError(
+            "propose.allocation=tail needs the number of images of each target: give a pack, not a "
+            "list of names"
+        )
     return tail_weighted_limits(targets, settings.per_target)
 
 
@@ -131,7 +172,11 @@ def limits_of(settings: ProposeConfig, targets: Sequence[Target]) -> list[int]:
 
 
 def from_wordnet(
-    settings: ProposeConfig, targets: Sequence[Target], limits: Sequence[int], out: Path, console: Console
+    settings: ProposeConfig,
+    targets: Sequence[Target],
+    limits: Sequence[int],
+    out: Path,
+    console: Console,
 ) -> Proposed:
     words = wordnet.read_wordnet(settings.wordnet)
     mapping = wordnet.read_mapping(Path(settings.synsets), targets) if settings.synsets else {}
@@ -139,15 +184,32 @@ def from_wordnet(
     embeddings = read_embeddings(settings.embeddings) if settings.embeddings else None
     found = wordnet.propose(words, synsets, settings.reach, settings.rise, embeddings)
     unknown = [target.name for target, synset in zip(targets, synsets, strict=True) if not synset]
-    notes = [f"WordNet does not know {len(unknown)} targets ({few(unknown)}): map them with propose.synsets"] if unknown else []
+    notes = (
+        [
+            f"WordNet does not know {len(unknown)} targets ({few(unknown)}): map them with "
+            "propose.synsets"
+        ]
+        if unknown
+        else []
+    )
     proposals = [
-        of if synset else [Proposal(number, "", "wordnet", refused="WordNet does not know this target")]
+        of
+        if synset
+        else [Proposal(number, "", "wordnet", refused="WordNet does not know this target")]
         for number, (of, synset) in enumerate(zip(found, synsets, strict=True))
     ]
-    return Proposed([list(words.lemmas[synset]) if synset else [] for synset in synsets], proposals, notes)
+    return Proposed(
+        [list(words.lemmas[synset]) if synset else [] for synset in synsets], proposals, notes
+    )
 
 
-def from_llm(settings: ProposeConfig, targets: Sequence[Target], limits: Sequence[int], out: Path, console: Console) -> Proposed:
+def from_llm(
+    settings: ProposeConfig,
+    targets: Sequence[Target],
+    limits: Sequence[int],
+    out: Path,
+    console: Console,
+) -> Proposed:
     cache = llm.Cache(out / "llm", settings)
     asked = llm.prompts(settings, targets, limits)
     console.print(f"about {in_words(llm.estimate(cache, asked), settings)}", highlight=False)
@@ -157,16 +219,29 @@ def from_llm(settings: ProposeConfig, targets: Sequence[Target], limits: Sequenc
     known = sum(cache.read(prompt) is not None for prompt in asked)
     try:
         with rated_progress(console, "prompts/s", transient=True) as bar:
-            for number, reply, spent in bar.track(llm.ask_all(cache, asked), total=len(asked), description="asking"):
+            for number, reply, spent in bar.track(
+                llm.ask_all(cache, asked), total=len(asked), description="asking"
+            ):
                 tokens = [before + now for before, now in zip(tokens, spent, strict=True)]
                 if isinstance(reply, llm.Failed):
                     failed[targets[number].name] = reply.reason
-                    proposals[number] = [Proposal(number, "", "llm", refused=f"no answer: {reply.reason}")]
+                    proposals[number] = [
+                        Proposal(number, "", "llm", refused=f"no answer: {reply.reason}")
+                    ]
                 else:
                     proposals[number] = llm.to_proposals(number, reply)
     finally:  # what was spent is told where it ends early, too
-        console.print(f"asked: {in_words(llm.Usage(len(asked), known, *tokens), settings)}", highlight=False)
-    notes = [f"no answer for {len(failed)} targets ({few(list(failed))}): {next(iter(failed.values()))}"] if failed else []
+        console.print(
+            f"asked: {in_words(llm.Usage(len(asked), known, *tokens), settings)}", highlight=False
+        )
+    notes = (
+        [
+            f"no answer for {len(failed)} targets ({few(list(failed))}): "
+            f"{next(iter(failed.values()))}"
+        ]
+        if failed
+        else []
+    )
     return Proposed(synonyms_of(settings, targets), proposals, notes)
 
 
@@ -180,18 +255,33 @@ def synonyms_of(settings: ProposeConfig, targets: Sequence[Target]) -> list[list
     return [list(words.lemmas.get(synset or "", [])) for synset in synsets]
 
 
-def from_file(settings: ProposeConfig, targets: Sequence[Target], limits: Sequence[int], out: Path, console: Console) -> Proposed:
-    """A CSV with the columns target, category and, if wanted, query and description; the best of a target come first."""
+def from_file(
+    settings: ProposeConfig,
+    targets: Sequence[Target],
+    limits: Sequence[int],
+    out: Path,
+    console: Console,
+) -> Proposed:
+    """A CSV with the columns target, category and, if wanted, query and description; the best of a
+    target come first.
+    """
     if not settings.file:
-        raise UserError("propose.provider=file needs propose.file, a CSV with the header target,category")
+        raise UserError(
+            "propose.provider=file needs propose.file, a CSV with the header target,category"
+        )
     file = Path(settings.file)
     try:
         reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"), newline=""))
         rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {file}: {error}") from error
-    if not {"target", "category"} <= set(reader.fieldnames or []) or not set(reader.fieldnames or []) <= set(FILE_COLUMNS):
-        raise UserError(f"{file}, line 1: the header must be target,category and, if wanted, query and description")
+    if not {"target", "category"} <= set(reader.fieldnames or []) or not set(
+        reader.fieldnames or []
+    ) <= set(FILE_COLUMNS):
+        raise UserError(
+            f"{file}, line 1: the header must be target,category and, if wanted, query and "
+            "description"
+        )
     numbers = {target.name: number for number, target in enumerate(targets)}
     proposals: list[list[Proposal]] = [[] for _ in targets]
     for line, row in enumerate(rows, start=2):
@@ -200,7 +290,9 @@ def from_file(settings: ProposeConfig, targets: Sequence[Target], limits: Sequen
             wrong = f"there is no target '{name}'" if category else "there is no category"
             raise UserError(f"{file}, line {line}: {wrong}")
         query, description = row.get("query") or "", row.get("description") or ""
-        proposals[numbers[name]].append(Proposal(numbers[name], category, "file", query=query, description=description))
+        proposals[numbers[name]].append(
+            Proposal(numbers[name], category, "file", query=query, description=description)
+        )
     return Proposed(synonyms_of(settings, targets), proposals)
 
 
@@ -208,38 +300,73 @@ PROVIDERS = {"wordnet": from_wordnet, "llm": from_llm, "file": from_file}
 
 
 def random_categories(
-    settings: ProposeConfig, targets: Sequence[Target], synonyms: Sequence[Sequence[str]], categories: Sequence[Category]
+    settings: ProposeConfig,
+    targets: Sequence[Target],
+    synonyms: Sequence[Sequence[str]],
+    categories: Sequence[Category],
 ) -> list[Category]:
     """As many categories, with as many owners, that have nothing to do with the targets."""
     words = wordnet.read_wordnet(settings.wordnet)
     mapping = wordnet.read_mapping(Path(settings.synsets), targets) if settings.synsets else {}
     synsets = [mapping.get(target.name) or words.find(target.name) for target in targets]
     taken = {normalised(word) for word in chain((target.name for target in targets), *synonyms)}
-    pool = wordnet.pool(words, synsets, taken | {normalised(category.name) for category in categories})
+    pool = wordnet.pool(
+        words, synsets, taken | {normalised(category.name) for category in categories}
+    )
     if len(pool) < len(categories):
-        raise UserError(f"WordNet has {len(pool):,} categories to draw from, fewer than the {len(categories):,} of the neighbours")
+        raise UserError(
+            f"WordNet has {len(pool):,} categories to draw from, fewer than the "
+            f"{len(categories):,} of the neighbours"
+        )
     return with_random_names(categories, pool, settings.seed)
 
 
 def drawn(neighbour: Category, category: Category) -> Decision:
     first, *others = sorted(category.owners)
     description = category.description
-    proposal = Proposal(first, category.name, "random", category.key, category.query, description=description, also=tuple(others))
+    proposal = Proposal(
+        first,
+        category.name,
+        "random",
+        category.key,
+        category.query,
+        description=description,
+        also=tuple(others),
+    )
     return Decision(proposal, True, f"drawn at random, in the place of {neighbour.name}")
 
 
 # --- what is written, and shown
 
 
-def write(out: Path, targets: Sequence[Target], decisions: Sequence[Decision], categories: Sequence[Category]) -> None:
-    """An auxiliary set of an earlier proposal goes: it would not fit these pairs. What was retrieved stays."""
+def write(
+    out: Path,
+    targets: Sequence[Target],
+    decisions: Sequence[Decision],
+    categories: Sequence[Category],
+) -> None:
+    """An auxiliary set of an earlier proposal goes: it would not fit these pairs.
+
+    What was retrieved stays.
+    """
     shutil.rmtree(out / "auxiliary", ignore_errors=True)
-    write_table(out / "proposals.jsonl", (decision_row(decision, targets) for decision in decisions))
-    write_table(out / "categories.jsonl", (category_row(category, targets) for category in categories))
-    with whole_file(out / "pairs.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    write_table(
+        out / "proposals.jsonl", (decision_row(decision, targets) for decision in decisions)
+    )
+    write_table(
+        out / "categories.jsonl", (category_row(category, targets) for category in categories)
+    )
+    with (
+        whole_file(out / "pairs.csv") as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
         pairs = csv.writer(file)
         pairs.writerow(["target", "auxiliary"])
-        pairs.writerows([targets[owner].name, category.name] for category in categories for owner in sorted(category.owners))
+        pairs.writerows(
+            [targets[owner].name, category.name]
+            for category in categories
+            for owner in sorted(category.owners)
+        )
 
 
 def decision_row(decision: Decision, targets: Sequence[Target]) -> dict[str, Any]:
@@ -251,21 +378,35 @@ def decision_row(decision: Decision, targets: Sequence[Target]) -> dict[str, Any
 
 
 def category_row(category: Category, targets: Sequence[Target]) -> dict[str, Any]:
-    return {**asdict(category), "owners": [targets[owner].name for owner in sorted(category.owners)]}
+    return {
+        **asdict(category),
+        "owners": [targets[owner].name for owner in sorted(category.owners)],
+    }
 
 
-def show(targets: Sequence[Target], decisions: Sequence[Decision], categories: Sequence[Category], console: Console) -> None:
+def show(
+    targets: Sequence[Target],
+    decisions: Sequence[Decision],
+    categories: Sequence[Category],
+    console: Console,
+) -> None:
     owned = Counter(owner for category in categories for owner in category.owners)
     median = statistics.median(owned[target] for target in range(len(targets)))
     several = sum(len(category.owners) > 1 for category in categories)
     without = sum(target not in owned for target in range(len(targets)))
-    table = Table("target", "its auxiliary classes", title=f"the first of {len(targets):,} targets", title_justify="left")
+    table = Table(
+        "target",
+        "its auxiliary classes",
+        title=f"the first of {len(targets):,} targets",
+        title_justify="left",
+    )
     for number, target in enumerate(targets[:SHOWN]):
         names = [category.name for category in categories if number in category.owners]
         table.add_row(escape(target.name), escape(", ".join(names)) or "[yellow]none[/]")
     console.print(table)
     console.print(
-        f"{len(categories):,} auxiliary classes, {several:,} of them for several targets; {owned.total():,} pairs, "
+        f"{len(categories):,} auxiliary classes, {several:,} of them for several targets; "
+        f"{owned.total():,} pairs, "
         f"{median:g} for a target (median); {without:,} targets have none",
         highlight=False,
     )
@@ -279,20 +420,36 @@ def kind_of(reason: str) -> str:
     return reason.partition(" '")[0].partition(" (")[0]
 
 
-def show_prompts(settings: ProposeConfig, targets: Sequence[Target], limits: Sequence[int], out: Path, console: Console) -> None:
+def show_prompts(
+    settings: ProposeConfig,
+    targets: Sequence[Target],
+    limits: Sequence[int],
+    out: Path,
+    console: Console,
+) -> None:
     if settings.provider != "llm":
-        raise UserError(f"--dry-run shows the prompts of propose.provider=llm; {settings.provider} has none and costs nothing")
+        raise UserError(
+            f"--dry-run shows the prompts of propose.provider=llm; {settings.provider} has none "
+            "and costs nothing"
+        )
     asked = llm.prompts(settings, targets, limits)
     for target, prompt in zip(targets, asked, strict=True):
         console.rule(escape(target.name))
         console.print(prompt, markup=False, highlight=False, soft_wrap=True)
     console.rule()
-    console.print(f"about {in_words(llm.estimate(llm.Cache(out / 'llm', settings), asked), settings)}", highlight=False)
+    console.print(
+        f"about {in_words(llm.estimate(llm.Cache(out / 'llm', settings), asked), settings)}",
+        highlight=False,
+    )
 
 
 def in_words(usage: llm.Usage, settings: ProposeConfig) -> str:
     priced = settings.price_in or settings.price_out
-    cost = f"{usage.cost(settings):.2f} dollars" if priced else "dollars as propose.price_in and propose.price_out say"
+    cost = (
+        f"{usage.cost(settings):.2f} dollars"
+        if priced
+        else "dollars as propose.price_in and propose.price_out say"
+    )
     return (
         f"{usage.asked - usage.known:,} prompts, {usage.known:,} answered before; "
         f"{usage.tokens_in:,} tokens in, {usage.tokens_out:,} out, {cost}"

@@ -1,7 +1,7 @@
 """Which addresses of the network may be asked: none of this machine, nor of the network behind it.
 
-A URL from the web may lead there, by itself, by a redirect, or by what its name resolves to; names are resolved here, and the
-connection goes to the very addresses that were looked at.
+A URL from the web may lead there, by itself, by a redirect, or by what its name resolves to; names
+are resolved here, and the connection goes to the very addresses that were looked at.
 """
 
 import ipaddress
@@ -12,7 +12,9 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 # IPv4 inside IPv6: NAT64 (RFC 6052, RFC 8215), and what was once meant by ::a.b.c.d
-WITH_IPV4 = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")]
+WITH_IPV4 = [
+    ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")
+]
 
 
 class Forbidden(Exception):
@@ -24,7 +26,11 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         embedded = any(ip in network for network in WITH_IPV4)
-        inner = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if embedded else None)
+        inner = (
+            ip.ipv4_mapped
+            or ip.sixtofour
+            or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if embedded else None)
+        )
         if inner is not None:
             return is_public(str(inner))
     return ip.is_global and not ip.is_multicast
@@ -60,12 +66,16 @@ def _is_literal(host: str) -> bool:
 
 
 class PublicResolver(AbstractResolver):
-    """Names to public addresses. aiohttp asks it for every name, before each connection, but not for addresses as such."""
+    """Names to public addresses. aiohttp asks it for every name, before each connection, but not
+    for addresses as such.
+    """
 
     def __init__(self) -> None:
         self._inner = ThreadedResolver()
 
-    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
         found = await self._inner.resolve(host, port, family)
         if not all(is_public(result["host"]) for result in found):
             raise Forbidden("a private address")

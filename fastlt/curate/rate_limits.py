@@ -1,4 +1,6 @@
-"""What is owed to the hosts that are asked: a rate, their robots.txt, and their word on machine learning."""
+"""What is owed to the hosts that are asked: a rate, their robots.txt, and their word on machine
+learning.
+"""
 
 import asyncio
 from collections import defaultdict
@@ -36,9 +38,11 @@ class Rates:
 
 
 class Robots:
-    """robots.txt of each origin, read once (RFC 9309: none there means all is allowed, one that cannot be read that nothing is).
+    """robots.txt of each origin, read once (RFC 9309: none there means all is allowed, one that
+    cannot be read that nothing is).
 
-    read: an address to (status, text). What it raises is raised; what could not be read is read again the next time.
+    read: an address to (status, text). What it raises is raised; what could not be read is read
+    again the next time.
     """
 
     def __init__(self, read: Callable[[str], Awaitable[tuple[int, str]]], rates: Rates) -> None:
@@ -68,12 +72,16 @@ class Robots:
         except ValueError:
             return None
         if delay := rules.crawl_delay(AGENT):
-            self._rates.interval[host] = max(self._rates.interval[host], min(float(delay), MOST_DELAY))
+            self._rates.interval[host] = max(
+                self._rates.interval[host], min(float(delay), MOST_DELAY)
+            )
         return rules
 
 
 def opted_out(tags: Iterable[str]) -> bool:
-    """tags: values of X-Robots-Tag: rules, separated by commas, those after `agent:` for that agent alone."""
+    """tags: values of X-Robots-Tag: rules, separated by commas, those after `agent:` for that agent
+    alone.
+    """
     for tag in tags:
         agent = ""
         for part in tag.split(","):

@@ -1,10 +1,13 @@
 """`fastlt curate retrieve`: images of each auxiliary class, with where they came from.
 
 CURATED/candidates/  what each source answered, a file a category
-CURATED/raw/         000000.tar, as img2dataset writes them: key.jpg, key.txt, key.json, and key.cls with the category; beside
-                     each 000000.jsonl, a row for every candidate that was tried, whether it was fetched, and why not
+CURATED/raw/         000000.tar, as img2dataset writes them: key.jpg, key.txt, key.json,
+                     and key.cls with the category; beside
+                     each 000000.jsonl, a row for every candidate that was tried, whether
+                     it was fetched, and why not
 
-Candidates are fetched in groups; a group is written whole or not at all, so what was killed goes on after the last whole one.
+Candidates are fetched in groups; a group is written whole or not at all, so what was killed goes on
+after the last whole one.
 """
 
 import asyncio
@@ -28,7 +31,16 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from fastlt.curate.candidates import ENDPOINTS, LOCAL_CLIP, Asked, Candidate, Find, accepted, endpoint, open_sources
+from fastlt.curate.candidates import (
+    ENDPOINTS,
+    LOCAL_CLIP,
+    Asked,
+    Candidate,
+    Find,
+    accepted,
+    endpoint,
+    open_sources,
+)
 from fastlt.curate.fetch import Fetcher, Refused, open_fetcher
 from fastlt.curate.pictures import Picture, examine
 from fastlt.curate.settings import CurateConfig, RetrieveConfig, keep_settings
@@ -51,15 +63,22 @@ class Found(NamedTuple):
 
 
 def run_retrieve(out: Path, config: CurateConfig, console: Console) -> None:
-    """Raises UserError where nothing is known or fetched, Stopped where SIGTERM or Ctrl-C ended it: what was fetched is kept."""
-    categories = [Asked(row["name"], row.get("query") or row["name"]) for row in read_table(out / "categories.jsonl", PROPOSED_BY)]
+    """Raises UserError where nothing is known or fetched, Stopped where SIGTERM or Ctrl-C ended it:
+    what was fetched is kept.
+    """
+    categories = [
+        Asked(row["name"], row.get("query") or row["name"])
+        for row in read_table(out / "categories.jsonl", PROPOSED_BY)
+    ]
     with alone_in(out, "another step"):
         mend(out / "raw", console)
         try:
             asyncio.run(until_told(retrieve(out, categories, config, console)))
         except (asyncio.CancelledError, KeyboardInterrupt):
             have = sum(row["fetched"] for row in tried(out / "raw"))
-            raise Stopped(f"stopped: {have:,} images are in {out / 'raw'}; the same command goes on") from None
+            raise Stopped(
+                f"stopped: {have:,} images are in {out / 'raw'}; the same command goes on"
+            ) from None
     show(out, [category.name for category in categories], config.retrieve, console)
 
 
@@ -71,7 +90,9 @@ async def until_told(work: Coroutine[Any, Any, None]) -> None:
     await task
 
 
-async def retrieve(out: Path, categories: Sequence[Asked], config: CurateConfig, console: Console) -> None:
+async def retrieve(
+    out: Path, categories: Sequence[Asked], config: CurateConfig, console: Console
+) -> None:
     settings = config.retrieve
     async with open_fetcher(settings) as fetcher:
         sources = open_sources(settings, [category.name for category in categories], fetcher)
@@ -80,7 +101,9 @@ async def retrieve(out: Path, categories: Sequence[Asked], config: CurateConfig,
             found = await find_all(out / "candidates", categories, sources, settings, bar)
             waiting = pending(out / "raw", interleaved(found), settings)
             task = bar.add_task("fetching", total=len(waiting))
-            for number, group in enumerate(groups(waiting, settings.shard), start=next_number(out / "raw")):
+            for number, group in enumerate(
+                groups(waiting, settings.shard), start=next_number(out / "raw")
+            ):
                 await fetch_group(out / "raw", number, group, fetcher, bar, task)
 
 
@@ -88,9 +111,16 @@ async def retrieve(out: Path, categories: Sequence[Asked], config: CurateConfig,
 
 
 async def find_all(
-    folder: Path, categories: Sequence[Asked], sources: dict[str, Find], settings: RetrieveConfig, bar: Progress
+    folder: Path,
+    categories: Sequence[Asked],
+    sources: dict[str, Find],
+    settings: RetrieveConfig,
+    bar: Progress,
 ) -> list[list[Candidate]]:
-    """Of each category, those of its sources, until there are enough. What was answered before is not asked again."""
+    """Of each category, those of its sources, until there are enough.
+
+    What was answered before is not asked again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     task = bar.add_task("asking", total=len(categories))
     slots = asyncio.Semaphore(CATEGORIES_AT_A_TIME)
@@ -106,21 +136,32 @@ async def find_all(
                     except Refused as refused:
                         failed[f"{name}: {refused.reason}"] += 1
                         continue
-                    found |= {one.place: one for one in answers if one.place and accepted(one, settings.licences)}
+                    found |= {
+                        one.place: one
+                        for one in answers
+                        if one.place and accepted(one, settings.licences)
+                    }
             bar.advance(task)
             return list(found.values())[: settings.per_category]
 
     result = await asyncio.gather(*map(find, categories))
     for reason, times in failed.most_common():
-        bar.console.print(f"[yellow]note:[/] no answer for {times:,} categories from {reason}; the same command asks again")
+        bar.console.print(
+            f"[yellow]note:[/] no answer for {times:,} categories from {reason}; the same command "
+            "asks again"
+        )
     return result
 
 
-async def remembered(folder: Path, name: str, source: Find, category: Asked, settings: RetrieveConfig) -> list[Candidate]:
+async def remembered(
+    folder: Path, name: str, source: Find, category: Asked, settings: RetrieveConfig
+) -> list[Candidate]:
     """What an interface answered is kept in a file."""
     if name not in ENDPOINTS:
         return await source(category, settings.per_category)
-    key = json.dumps([name, category, settings.per_category, settings.licences, endpoint(settings, name)])
+    key = json.dumps(
+        [name, category, settings.per_category, settings.licences, endpoint(settings, name)]
+    )
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.jsonl"
     if path.is_file():
         return [Candidate(**row) for row in read_table(path, "fastlt curate retrieve")]
@@ -130,17 +171,23 @@ async def remembered(folder: Path, name: str, source: Find, category: Asked, set
 
 
 def interleaved(found: Sequence[Sequence[Candidate]]) -> list[Candidate]:
-    """The first of each category, then the second ones: hosts share the load, and what is stopped has some of each."""
+    """The first of each category, then the second ones: hosts share the load, and what is stopped
+    has some of each.
+    """
     return [candidate for row in zip_longest(*found) for candidate in row if candidate is not None]
 
 
-def pending(raw: Path, candidates: Sequence[Candidate], settings: RetrieveConfig) -> list[Candidate]:
+def pending(
+    raw: Path, candidates: Sequence[Candidate], settings: RetrieveConfig
+) -> list[Candidate]:
     """Those that were not tried, and those that may work the next time."""
     last = {(row["category"], row["place"]): row for row in tried(raw)}
 
     def is_done(candidate: Candidate) -> bool:
         row = last.get((candidate.category, candidate.place))
-        return row is not None and (row["fetched"] or not (row["transient"] or settings.retry == "all"))
+        return row is not None and (
+            row["fetched"] or not (row["transient"] or settings.retry == "all")
+        )
 
     return [candidate for candidate in candidates if not is_done(candidate)]
 
@@ -162,8 +209,15 @@ def groups(candidates: Sequence[Candidate], size: int) -> Iterator[Sequence[Cand
 # --- fetching
 
 
-async def fetch_group(raw: Path, number: int, group: Sequence[Candidate], fetcher: Fetcher, bar: Progress, task: TaskID) -> None:
-    """What is fetched goes to the shard at once, so that no more is held than there are requests."""
+async def fetch_group(
+    raw: Path,
+    number: int,
+    group: Sequence[Candidate],
+    fetcher: Fetcher,
+    bar: Progress,
+    task: TaskID,
+) -> None:
+    """Write what is fetched to the shard at once, so that memory holds the requests alone."""
     counts: Counter[bool] = Counter()
     one_at_a_time = asyncio.Lock()
     with whole_group(raw, number) as written:
@@ -173,7 +227,7 @@ async def fetch_group(raw: Path, number: int, group: Sequence[Candidate], fetche
                 result: Found | Refused = await fetch(candidate, fetcher)
             except Refused as refused:
                 result = refused
-            except Exception as error:  # whatever a stranger's server makes go wrong, the others are not lost for it
+            except Exception as error:  # one server's fault must not lose the others' images
                 result = Refused(f"it failed by a {type(error).__name__}", transient=True)
             async with one_at_a_time:
                 await asyncio.to_thread(written.add, place, candidate, result)
@@ -187,7 +241,10 @@ async def fetch_group(raw: Path, number: int, group: Sequence[Candidate], fetche
 async def fetch(candidate: Candidate, fetcher: Fetcher) -> Found:
     settings = fetcher.settings
     if candidate.source in ("folder", LOCAL_CLIP):
-        data, url = await asyncio.to_thread(read_file, Path(candidate.place), settings.max_bytes), ""
+        data, url = (
+            await asyncio.to_thread(read_file, Path(candidate.place), settings.max_bytes),
+            "",
+        )
     else:
         data, url = await fetcher.get(candidate.place, settings.max_bytes)
     return Found(data, await asyncio.to_thread(examine, data, settings), url)
@@ -222,16 +279,25 @@ class Group:
 
     def _add(self, place: int, candidate: Candidate, result: Found | Refused) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        row: dict[str, Any] = {**asdict(candidate), "time": now, "fetched": isinstance(result, Found)}
+        row: dict[str, Any] = {
+            **asdict(candidate),
+            "time": now,
+            "fetched": isinstance(result, Found),
+        }
         self.rows[place] = row
         if isinstance(result, Refused):
             row |= {"reason": result.reason, "transient": result.transient}
             return
         key, picture = f"{self.number:06d}{place:05d}", result.picture
         row |= {
-            "url": result.url, "sha256": hashlib.sha256(result.data).hexdigest(), "size": len(result.data),
-            "height": picture.height, "width": picture.width, "shard": f"{self.number:06d}.tar", "key": key,
-        }  # fmt: skip
+            "url": result.url,
+            "sha256": hashlib.sha256(result.data).hexdigest(),
+            "size": len(result.data),
+            "height": picture.height,
+            "width": picture.width,
+            "shard": f"{self.number:06d}.tar",
+            "key": key,
+        }
         row["offset"] = add(self.tar, key + picture.extension, result.data)
         add(self.tar, f"{key}.cls", candidate.category.encode())
         add(self.tar, f"{key}.txt", (candidate.title or candidate.category).encode())
@@ -240,10 +306,15 @@ class Group:
 
 @contextmanager
 def whole_group(raw: Path, number: int) -> Iterator[Group]:
-    """The shard, then its table: a shard without a table does not count, and is written over. One that is stopped keeps what it
-    has."""
+    """The shard, then its table: a shard without a table does not count, and is written over.
+
+    One that is stopped keeps what it has.
+    """
     stopped: BaseException | None = None
-    with whole_file(raw / f"{number:06d}.tar") as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        whole_file(raw / f"{number:06d}.tar") as temporary,
+        tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         group = Group(number, tar)
         try:
             yield group
@@ -251,7 +322,9 @@ def whole_group(raw: Path, number: int) -> Iterator[Group]:
             stopped = error
         group.close()
     if group.rows:
-        write_table(raw / f"{number:06d}.jsonl", (group.rows[place] for place in sorted(group.rows)))
+        write_table(
+            raw / f"{number:06d}.jsonl", (group.rows[place] for place in sorted(group.rows))
+        )
     else:
         (raw / f"{number:06d}.tar").unlink()  # stopped before anything had come
     if stopped is not None:
@@ -262,12 +335,20 @@ def whole_group(raw: Path, number: int) -> Iterator[Group]:
 
 
 def mend(raw: Path, console: Console) -> None:
-    """Takes up what killed groups had fetched, and lets go of groups whose shard is gone: they are fetched again."""
+    """Takes up what killed groups had fetched, and lets go of groups whose shard is gone: they are
+    fetched again.
+    """
     for path in sorted(raw.glob("*.jsonl")):
         rows = [row for row in read_table(path, "fastlt curate retrieve") if row["fetched"]]
         shard = path.with_suffix(".tar")
-        if rows and (not shard.is_file() or shard.stat().st_size < max(row["offset"] + row["size"] for row in rows)):
-            console.print(f"[yellow]note:[/] {shard} is damaged or gone: its {len(rows):,} images are fetched again")
+        if rows and (
+            not shard.is_file()
+            or shard.stat().st_size < max(row["offset"] + row["size"] for row in rows)
+        ):
+            console.print(
+                f"[yellow]note:[/] {shard} is damaged or gone: its {len(rows):,} images are "
+                "fetched again"
+            )
             path.unlink()
             shard.unlink(missing_ok=True)
     for partial in sorted(raw.glob(".*.tar.*.partial")):
@@ -314,7 +395,9 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 def show(out: Path, names: Sequence[str], settings: RetrieveConfig, console: Console) -> None:
     last = {(row["category"], row["place"]): row for row in tried(out / "raw")}
     if not last:
-        chosen = f" with one of the licences {', '.join(settings.licences)}" if settings.licences else ""
+        chosen = (
+            f" with one of the licences {', '.join(settings.licences)}" if settings.licences else ""
+        )
         raise UserError(f"no source knows an image of any category{chosen}: see retrieve.sources")
     reasons = Counter(row.get("reason", "fetched") for row in last.values())
     table = Table("candidates", "", title=f"{len(last):,} candidates", title_justify="left")
@@ -325,16 +408,22 @@ def show(out: Path, names: Sequence[str], settings: RetrieveConfig, console: Con
     without = [name for name in names if not have[normalised(name)]]
     licences = Counter(row["licence"] or "unknown" for row in last.values() if row["fetched"])
     console.print(
-        f"{reasons['fetched']:,} images of {len(names) - len(without):,} categories in {out / 'raw'}; {len(without):,} have none",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{reasons['fetched']:,} images of {len(names) - len(without):,} categories in "
+        f"{out / 'raw'}; {len(without):,} have none",
+        highlight=False,
+        soft_wrap=True,
+    )
     shares = ", ".join(f"{name} {times:,}" for name, times in licences.most_common(8))
     console.print(f"licences: {shares}", highlight=False, markup=False)
     for_good = sum(not row["fetched"] and not row["transient"] for row in last.values())
     if for_good:
         console.print(
-            f"{for_good:,} were refused for good; where other settings would take them, retrieve.retry=all tries them again",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            f"{for_good:,} were refused for good; where other settings would take them, "
+            "retrieve.retry=all tries them again",
+            highlight=False,
+            soft_wrap=True,
+        )
     if not reasons["fetched"]:
-        raise UserError(f"not one of {len(last):,} candidates could be fetched: the table above says why")
+        raise UserError(
+            f"not one of {len(last):,} candidates could be fetched: the table above says why"
+        )

@@ -16,14 +16,19 @@ def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_table(path: Path, made_by: str) -> list[dict[str, Any]]:
-    """Raises UserError that names the line, or the step that makes the table where it is missing."""
+    """UserError names the line, or the step that makes the table where it is missing."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() takes U+2028, which JSON may hold, for an end
+        # splitlines() takes U+2028, which JSON may hold, for an end
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}: make it with `{made_by}`") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    return [
+        _row(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
 
 
 def _row(line: str, where: str) -> dict[str, Any]:

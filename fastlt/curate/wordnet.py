@@ -1,7 +1,8 @@
 """The `wordnet` provider: neighbours in WordNet's tree of nouns, offline.
 
-A class is a synset with an id as ImageNet's, `n02124075`. Neighbours of a target are its hyponyms and, over its parents, siblings
-and their hyponyms, nearest first. What contains a target (a hypernym) is no neighbour: its images would be the target's.
+A class is a synset with an id as ImageNet's, `n02124075`. Neighbours of a target are its hyponyms
+and, over its parents, siblings and their hyponyms, nearest first. What contains a target (a
+hypernym) is no neighbour: its images would be the target's.
 """
 
 import csv
@@ -14,8 +15,8 @@ from pathlib import Path
 
 from fastlt.config import did_you_mean
 from fastlt.curate.proposals import Category, Proposal, Target
-from fastlt.utils.embeddings import Embeddings
 from fastlt.errors import UserError
+from fastlt.utils.embeddings import Embeddings
 from fastlt.utils.names import normalised
 
 WNID = re.compile(r"n\d{8}")
@@ -56,8 +57,9 @@ class WordNet:
         return _walk(synset, lambda at: self.children.get(at, ()), depth)
 
     def find(self, name: str) -> str | None:
-        """The synset of an id or a name: where it is the first lemma, then the one with most hyponyms. `maple tree` is found as
-        `maple` too, which is a kind of `tree`."""
+        """The synset of an id or a name: where it is the first lemma, then the one with most
+        hyponyms. `maple tree` is found as `maple` too, which is a kind of `tree`.
+        """
         if WNID.fullmatch(name):
             return name if name in self.lemmas else None
         word = normalised(name)
@@ -65,11 +67,16 @@ class WordNet:
             return min(found, key=lambda sense: (sense[0], -len(self.below(sense[1])), sense[1]))[1]
         rest, _, kind = word.rpartition(" ")
         kinds = {synset for _, synset in self.senses.get(kind, ())}
-        found = [sense for sense in self.senses.get(rest, ()) if kinds.intersection(self.above(sense[1]))]
+        found = [
+            sense for sense in self.senses.get(rest, ()) if kinds.intersection(self.above(sense[1]))
+        ]
         return min(found, key=lambda sense: (sense[0], sense[1]))[1] if found else None
 
     def query(self, synset: str) -> str:
-        """The name, with that of a hypernym where the name alone has several meanings: `crane wading bird`."""
+        """The name, with that of a hypernym where the name alone has several meanings:
+
+        `crane wading bird`.
+        """
         name = self.lemmas[synset][0]
         if len(self.senses[normalised(name)]) == 1:
             return name
@@ -77,7 +84,9 @@ class WordNet:
         return f"{name} {self.lemmas[higher][0]}" if higher else name
 
 
-def _walk(start: str, following: Callable[[str], Iterable[str]], depth: int | None) -> dict[str, int]:
+def _walk(
+    start: str, following: Callable[[str], Iterable[str]], depth: int | None
+) -> dict[str, int]:
     """Breadth first, so that distances are the shortest."""
     distances, waiting = {start: 0}, deque([start])
     while waiting:
@@ -98,20 +107,27 @@ def is_id(name: str) -> bool:
 
 
 def read_wordnet(place: str) -> WordNet:
-    """place: a folder with tables, or `wn:LEXICON`, data of the library `wn`. Raises UserError where there is none."""
+    """place: a folder with tables, or `wn:LEXICON`, data of the library `wn`.
+
+    Raises UserError where there is none.
+    """
     if place.startswith("wn:"):
         return read_wn(place.removeprefix("wn:"))
     if not place:
         raise UserError(
-            "WordNet is needed: set propose.wordnet to a folder with its tables, or to wn:omw-en:1.4, "
+            "WordNet is needed: set propose.wordnet to a folder with its tables, or to "
+            "wn:omw-en:1.4, "
             "the data of the library wn (`pip install wn` and `python -m wn download omw-en:1.4`)"
         )
     return read_tables(Path(place))
 
 
 def read_tables(folder: Path) -> WordNet:
-    """A folder, searched to its depths, with three files of lines: `parent child`, `synset<tab>lemma, lemma`, and, if there is
-    one, `synset<tab>definition`; the names are to be as `wordnet.parent-child.txt`, `imagenet_synset_to_lemma.txt`."""
+    """A folder, searched to its depths, with three files of lines:
+
+    `parent child`, `synset<tab>lemma, lemma`, and, if there is one, `synset<tab>definition`; the
+    names are to be as `wordnet.parent-child.txt`, `imagenet_synset_to_lemma.txt`.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder} with the tables of WordNet")
     lemmas = {synset: text.split(", ") for synset, text in _pairs(_file(folder, LEMMAS), "\t")}
@@ -137,7 +153,10 @@ def _pairs(file: Path, separator: str) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(lines, start=1):
         first, found, second = line.strip().partition(separator)
         if not found or not WNID.fullmatch(first):
-            raise UserError(f"{file}, line {number}: '{line[:60]}' does not begin with a WordNet id such as n02124075")
+            raise UserError(
+                f"{file}, line {number}: '{line[:60]}' does not begin with a WordNet id such as "
+                "n02124075"
+            )
         yield first, second
 
 
@@ -150,14 +169,23 @@ def read_wn(lexicon: str) -> WordNet:
     try:
         synsets = wn.Wordnet(lexicon, expand="").synsets(pos="n")
     except wn.Error as error:
-        raise UserError(f"wn has no lexicon {lexicon} ({error}): `python -m wn download {lexicon}` fetches it") from error
-    ids = {synset.id: f"n{number[0]}" for synset in synsets if (number := re.findall(r"\d{8}", synset.id))}
+        raise UserError(
+            f"wn has no lexicon {lexicon} ({error}): `python -m wn download {lexicon}` fetches it"
+        ) from error
+    ids = {
+        synset.id: f"n{number[0]}"
+        for synset in synsets
+        if (number := re.findall(r"\d{8}", synset.id))
+    }
     named = [synset for synset in synsets if synset.id in ids]
     if not named:
         raise UserError(f"the synsets of {lexicon} have no WordNet 3.0 offsets: use omw-en:1.4")
     return WordNet(
         {ids[synset.id]: synset.lemmas() for synset in named},
-        {ids[synset.id]: [ids[up.id] for up in synset.hypernyms() if up.id in ids] for synset in named},
+        {
+            ids[synset.id]: [ids[up.id] for up in synset.hypernyms() if up.id in ids]
+            for synset in named
+        },
         {ids[synset.id]: synset.definition() or "" for synset in named},
     )
 
@@ -173,7 +201,11 @@ def read_mapping(file: Path, targets: Sequence[Target]) -> dict[str, str]:
     for number, row in enumerate(rows, start=2):
         target, synset = row.get("target") or "", row.get("synset") or ""
         if not WNID.fullmatch(synset) or target not in names:
-            wrong = f"'{synset}' is no WordNet id" if target in names else f"there is no target '{target}'"
+            wrong = (
+                f"'{synset}' is no WordNet id"
+                if target in names
+                else f"there is no target '{target}'"
+            )
             raise UserError(f"{file}, line {number}: {wrong}; the header must be target,synset")
         mapping[target] = synset
     return mapping
@@ -182,8 +214,13 @@ def read_mapping(file: Path, targets: Sequence[Target]) -> dict[str, str]:
 # --- proposing
 
 
-def find_targets(wordnet: WordNet, targets: Sequence[Target], mapping: Mapping[str, str]) -> list[str | None]:
-    """The synset of each target. Raises UserError where none has one, or a mapping names one that is not there."""
+def find_targets(
+    wordnet: WordNet, targets: Sequence[Target], mapping: Mapping[str, str]
+) -> list[str | None]:
+    """The synset of each target.
+
+    Raises UserError where none has one, or a mapping names one that is not there.
+    """
     for target, synset in mapping.items():
         if synset not in wordnet.lemmas:
             raise UserError(f"WordNet's tables have no {synset}, to which '{target}' is mapped")
@@ -191,18 +228,33 @@ def find_targets(wordnet: WordNet, targets: Sequence[Target], mapping: Mapping[s
     if not any(found):
         first = targets[0].name
         near = did_you_mean(normalised(first), list(wordnet.senses))
-        raise UserError(f"WordNet knows none of the targets, not even '{first}'{near}: map them with propose.synsets")
+        raise UserError(
+            f"WordNet knows none of the targets, not even '{first}'{near}: map them with "
+            "propose.synsets"
+        )
     return found
 
 
 def propose(
-    wordnet: WordNet, synsets: Sequence[str | None], reach: int, rise: int, embeddings: Embeddings | None
+    wordnet: WordNet,
+    synsets: Sequence[str | None],
+    reach: int,
+    rise: int,
+    embeddings: Embeddings | None,
 ) -> Iterator[list[Proposal]]:
-    """For each target its neighbours within `reach` edges, of which at most `rise` go up, best first: nearest, then most alike."""
+    """For each target its neighbours within `reach` edges, of which at most `rise` go up, best
+    first: nearest, then most alike.
+    """
     target_at = {synset: target for target, synset in enumerate(synsets) if synset}
-    containing = {above: synset for synset in target_at for above in wordnet.above(synset) if above != synset}
+    containing = {
+        above: synset for synset in target_at for above in wordnet.above(synset) if above != synset
+    }
     for target, synset in enumerate(synsets):
-        yield _neighbours(wordnet, target, synset, target_at, containing, reach, rise, embeddings) if synset else []
+        yield (
+            _neighbours(wordnet, target, synset, target_at, containing, reach, rise, embeddings)
+            if synset
+            else []
+        )
 
 
 def _neighbours(
@@ -220,15 +272,33 @@ def _neighbours(
         if candidate not in wordnet.lemmas or candidate in target_at:
             continue
         name, *others = wordnet.lemmas[candidate]
-        alike = embeddings.similarity(wordnet.lemmas[synset], [name, *others]) if embeddings else None
-        inside = tuple(sorted({target_at[above] for above in wordnet.above(candidate) if above in target_at} - {target}))
+        alike = (
+            embeddings.similarity(wordnet.lemmas[synset], [name, *others]) if embeddings else None
+        )
+        inside = tuple(
+            sorted(
+                {target_at[above] for above in wordnet.above(candidate) if above in target_at}
+                - {target}
+            )
+        )
         inner = containing.get(candidate)
         refused = f"it contains the target '{wordnet.lemmas[inner][0]}'" if inner else ""
         proposal = Proposal(
-            target, name, "wordnet", candidate, wordnet.query(candidate), tuple(others), wordnet.definitions.get(candidate, ""),
-            distance, alike, inside, refused,
-        )  # fmt: skip
-        ranked.append(((distance, up, -(alike or 0.0), candidate in wordnet.children, candidate), proposal))
+            target,
+            name,
+            "wordnet",
+            candidate,
+            wordnet.query(candidate),
+            tuple(others),
+            wordnet.definitions.get(candidate, ""),
+            distance,
+            alike,
+            inside,
+            refused,
+        )
+        ranked.append(
+            ((distance, up, -(alike or 0.0), candidate in wordnet.children, candidate), proposal)
+        )
     return [proposal for _, proposal in sorted(ranked, key=lambda pair: pair[0])]
 
 
@@ -243,12 +313,20 @@ def within(wordnet: WordNet, synset: str, reach: int, rise: int) -> dict[str, tu
 
 
 def pool(wordnet: WordNet, synsets: Iterable[str | None], taken: set[str]) -> list[Category]:
-    """What a random control may draw from: named leaves that neither are nor belong to a target, by name and once each."""
+    """What a random control may draw from: named leaves that neither are nor belong to a target, by
+    name and once each.
+    """
     targets = {synset for synset in synsets if synset}
     found: dict[str, Category] = {}
     for synset in sorted(wordnet.lemmas):
         word = normalised(wordnet.lemmas[synset][0])
-        if word not in taken and synset not in wordnet.children and not targets.intersection(wordnet.above(synset)):
+        if (
+            word not in taken
+            and synset not in wordnet.children
+            and not targets.intersection(wordnet.above(synset))
+        ):
             name, definition = wordnet.lemmas[synset][0], wordnet.definitions.get(synset, "")
-            found.setdefault(word, Category(name, wordnet.query(synset), synset, definition, "random"))
+            found.setdefault(
+                word, Category(name, wordnet.query(synset), synset, definition, "random")
+            )
     return list(found.values())

@@ -1,4 +1,6 @@
-"""A batch on the compute device, from the loader's uint8 to what the model takes: one step, compiled where the model is."""
+"""A batch on the compute device, from the loader's uint8 to what the model takes: one step,
+compiled where the model is.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
@@ -9,16 +11,24 @@ from torch import Tensor
 from fastlt.data.mixup import Draws, erase, mix
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], channels_last: bool = False) -> Tensor:
-    """images (n, H, W, 3) uint8 to (images / 255 - mean) / std, (n, 3, H, W) float32, on the device where they are."""
+def normalise(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], channels_last: bool = False
+) -> Tensor:
+    """images (n, H, W, 3) uint8 to (images / 255 - mean) / std, (n, 3, H, W) float32, on the device
+    where they are.
+    """
     return scaled(images, *scale_and_shift(tuple(mean), tuple(std), images.device), channels_last)
 
 
 @lru_cache(maxsize=8)
-def scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Two of (3,) float32; kept, for a copy to a GPU would make every batch wait."""
     centre, spread = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
-    return (1 / (255 * spread)).to(device, torch.float32), (-centre / spread).to(device, torch.float32)
+    return (1 / (255 * spread)).to(device, torch.float32), (-centre / spread).to(
+        device, torch.float32
+    )
 
 
 def scaled(images: Tensor, scale: Tensor, shift: Tensor, channels_last: bool) -> Tensor:
@@ -27,13 +37,21 @@ def scaled(images: Tensor, scale: Tensor, shift: Tensor, channels_last: bool) ->
     if not channels_last:
         planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return planes.mul_(scale.view(3, 1, 1)).add_(shift.view(3, 1, 1))
-    # Whole rows as the inner dimension: with 3 channels innermost the CPU's vector units would go half empty.
+    # Whole rows as the inner dimension: with 3 channels innermost the CPU's vector units would go
+    # half empty.
     rows = images.reshape(count, height, width * 3).to(torch.float32)
     rows = rows.mul_(scale.repeat(width)).add_(shift.repeat(width))
     return rows.view(count, height, width, 3).permute(0, 3, 1, 2)
 
 
-def finish(pixels: Tensor, scale: Tensor, shift: Tensor, draws: Draws, channels_last: bool, dtype: torch.dtype) -> Tensor:
+def finish(
+    pixels: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    draws: Draws,
+    channels_last: bool,
+    dtype: torch.dtype,
+) -> Tensor:
     """pixels (N, H, W, 3) uint8, normalised, erased and mixed: (N, 3, H, W) of dtype.
 
     In float32 up to there: 8-bit input in bf16 arithmetic would lose a bit or two.

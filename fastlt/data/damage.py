@@ -1,21 +1,27 @@
-"""What becomes of an image that cannot be decoded although it is in the pack: training takes another one of its class."""
+"""What becomes of an image that cannot be decoded although it is in the pack: training takes
+another one of its class.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from fastlt.decode.images import fill_box
-from fastlt.packing.reader import Split, picture
 from fastlt.decode.region import DAMAGED, UNSURE, examine
 from fastlt.errors import UserError
+from fastlt.packing.reader import Split, picture
 
 ATTEMPTS = 20  # other images of the class that are tried: more in a row are no accident
 
 
-def stand_in(split: Split, image: int, box: np.ndarray, flip: bool, size: int, reason: str) -> np.ndarray:
-    """(size, size, 3) uint8 of the next image of the class that can be decoded, cut as `box` would have cut `image`.
+def stand_in(
+    split: Split, image: int, box: np.ndarray, flip: bool, size: int, reason: str
+) -> np.ndarray:
+    """(size, size, 3) uint8 of the next image of the class that can be decoded, cut as `box` would
+    have cut `image`.
 
-    The same for every engine, and in every epoch. Raises UserError with `reason` where the class has no such image.
+    The same for every engine, and in every epoch. Raises UserError with `reason` where the class
+    has no such image.
     """
     same = np.flatnonzero(split.label == split.label[image])
     place = int(np.searchsorted(same, image))
@@ -29,7 +35,10 @@ def stand_in(split: Split, image: int, box: np.ndarray, flip: bool, size: int, r
 
 def _moved(split: Split, image: int, other: int, box: np.ndarray) -> np.ndarray:
     """The same share of another image."""
-    heights, widths = split.height[[image, other]].astype(float), split.width[[image, other]].astype(float)
+    heights, widths = (
+        split.height[[image, other]].astype(float),
+        split.width[[image, other]].astype(float),
+    )
     scale = np.tile([heights[1] / heights[0], widths[1] / widths[0]], 2)
     moved = np.rint(box * scale).astype(np.int64)
     moved[2:] = moved[2:].clip(min=1)
@@ -37,7 +46,9 @@ def _moved(split: Split, image: int, other: int, box: np.ndarray) -> np.ndarray:
 
 
 class Inspector:
-    """For engines whose decoders conceal damage, or crash at it: looks at each image of a split when it is first asked for."""
+    """For engines whose decoders conceal damage, or crash at it: looks at each image of a split
+    when it is first asked for.
+    """
 
     def __init__(self, split: Split, workers: int) -> None:
         self._split = split

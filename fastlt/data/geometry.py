@@ -1,4 +1,5 @@
-"""Which part of an image fills the output, and whether it is mirrored: a pure function of (seed, epoch, place in the epoch).
+"""Which part of an image fills the output, and whether it is mirrored: a pure function of (seed,
+epoch, place in the epoch).
 
 Every engine gets the same boxes, so the same picture comes out whichever engine made it.
 """
@@ -14,8 +15,9 @@ ATTEMPTS = 10  # as torchvision and FFCV: then the largest centred box of an all
 class Geometry:
     """From a stored image to a square of `size` pixels.
 
-    kind: `random-resized-crop` (area share from `scale`, aspect ratio from `ratio`), `pad-crop` (the whole image, shifted by up
-    to `padding` output pixels, black outside: the CIFAR crop) or `centre-crop` (shorter side to `resize`, centre `size`).
+    kind: `random-resized-crop` (area share from `scale`, aspect ratio from `ratio`), `pad-crop`
+    (the whole image, shifted by up to `padding` output pixels, black outside: the CIFAR crop) or
+    `centre-crop` (shorter side to `resize`, centre `size`).
     """
 
     kind: str
@@ -28,18 +30,30 @@ class Geometry:
 
 
 def boxes_of(
-    geometry: Geometry, heights: np.ndarray, widths: np.ndarray, places: np.ndarray, seed: int, epoch: int
+    geometry: Geometry,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    places: np.ndarray,
+    seed: int,
+    epoch: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """heights, widths, places: (n,) int. Returns boxes (n, 4) int32 (top, left, height, width) and flips (n,) bool."""
+    """heights, widths, places:
+
+    (n,) int. Returns boxes (n, 4) int32 (top, left, height, width) and flips (n,) bool.
+    """
     heights, widths = heights.astype(np.int64), widths.astype(np.int64)
     uniforms = place_uniforms(places, seed, epoch, 4 * ATTEMPTS + 1)
     flips = (uniforms[:, -1] < 0.5) & geometry.flip
-    draw = {"random-resized-crop": _random_resized, "pad-crop": _shifted, "centre-crop": _centre}[geometry.kind]
+    draw = {"random-resized-crop": _random_resized, "pad-crop": _shifted, "centre-crop": _centre}[
+        geometry.kind
+    ]
     return draw(geometry, heights, widths, uniforms).astype(np.int32), flips
 
 
 def place_uniforms(places: np.ndarray, seed: int, epoch: int, count: int) -> np.ndarray:
-    """(n, count) float64 in [0, 1), each a hash of (seed, epoch, place, column): splitmix64, so no state and any order."""
+    """(n, count) float64 in [0, 1), each a hash of (seed, epoch, place, column): splitmix64, so no
+    state and any order.
+    """
     with np.errstate(over="ignore"):
         key = _mix(_mix(np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(epoch))
         rows = _mix(key ^ places.astype(np.uint64)[:, None])
@@ -55,10 +69,16 @@ def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _random_resized(geometry: Geometry, heights: np.ndarray, widths: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-    """All attempts at once; the first that fits inside the image is taken (Inception crop, as in torchvision)."""
+def _random_resized(
+    geometry: Geometry, heights: np.ndarray, widths: np.ndarray, uniforms: np.ndarray
+) -> np.ndarray:
+    """All attempts at once; the first that fits inside the image is taken (Inception crop, as in
+    torchvision).
+    """
     u = uniforms[:, :-1].reshape(len(heights), ATTEMPTS, 4)
-    area = (heights * widths)[:, None] * (geometry.scale[0] + u[..., 0] * (geometry.scale[1] - geometry.scale[0]))
+    area = (heights * widths)[:, None] * (
+        geometry.scale[0] + u[..., 0] * (geometry.scale[1] - geometry.scale[0])
+    )
     low, high = np.log(geometry.ratio)
     aspect = np.exp(low + u[..., 1] * (high - low))
     w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
@@ -67,23 +87,31 @@ def _random_resized(geometry: Geometry, heights: np.ndarray, widths: np.ndarray,
     top = np.floor(u[..., 2][first] * (heights - h[first] + 1))
     left = np.floor(u[..., 3][first] * (widths - w[first] + 1))
     drawn = np.stack([top, left, h[first], w[first]], axis=1)
-    return np.where(fits.any(axis=1)[:, None], drawn, _largest_centred(geometry.ratio, heights, widths))
+    return np.where(
+        fits.any(axis=1)[:, None], drawn, _largest_centred(geometry.ratio, heights, widths)
+    )
 
 
-def _largest_centred(ratio: tuple[float, float], heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+def _largest_centred(
+    ratio: tuple[float, float], heights: np.ndarray, widths: np.ndarray
+) -> np.ndarray:
     w = np.minimum(widths, np.maximum(1, np.rint(heights * ratio[1])))
     h = np.minimum(heights, np.maximum(1, np.rint(widths / ratio[0])))
     return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1)
 
 
-def _shifted(geometry: Geometry, heights: np.ndarray, widths: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+def _shifted(
+    geometry: Geometry, heights: np.ndarray, widths: np.ndarray, uniforms: np.ndarray
+) -> np.ndarray:
     steps = np.floor(uniforms[:, :2] * (2 * geometry.padding + 1)) - geometry.padding
     top = np.rint(steps[:, 0] * heights / geometry.size)
     left = np.rint(steps[:, 1] * widths / geometry.size)
     return np.stack([top, left, heights, widths], axis=1)
 
 
-def _centre(geometry: Geometry, heights: np.ndarray, widths: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+def _centre(
+    geometry: Geometry, heights: np.ndarray, widths: np.ndarray, uniforms: np.ndarray
+) -> np.ndarray:
     short = np.minimum(heights, widths)
     side = np.maximum(1, np.rint(short * geometry.size / max(geometry.resize, geometry.size)))
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)

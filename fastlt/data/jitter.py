@@ -1,4 +1,5 @@
-"""Colour jitter of a whole batch on the compute device: each image has its own factors, the order of the steps is the batch's.
+"""Colour jitter of a whole batch on the compute device: each image has its own factors, the order
+of the steps is the batch's.
 
 As torchvision's ColorJitter, which draws an order for each image.
 """
@@ -12,8 +13,11 @@ from torch import Tensor
 GREY = (0.2989, 0.587, 0.114)  # of red, green and blue, as torchvision has them
 
 
-def colour_jitter(images: Tensor, strengths: Sequence[float], generator: torch.Generator, compiled: bool = False) -> Tensor:
-    """images (N, 3, H, W) uint8; strengths of brightness, contrast, saturation (factors 1 - s to 1 + s) and hue (turns -s to s).
+def colour_jitter(
+    images: Tensor, strengths: Sequence[float], generator: torch.Generator, compiled: bool = False
+) -> Tensor:
+    """images (N, 3, H, W) uint8; strengths of brightness, contrast, saturation (factors 1 - s to 1
+    + s) and hue (turns -s to s).
 
     compiled: each step is, for there are 24 orders of them.
     """
@@ -24,7 +28,9 @@ def colour_jitter(images: Tensor, strengths: Sequence[float], generator: torch.G
     result = images.float() / 255
     for step in torch.randperm(len(strengths), generator=generator).tolist():
         if strengths[step]:
-            result = _step(step, compiled)(result, amounts[step] if step == HUE else (1 + amounts[step]).clamp(min=0))
+            result = _step(step, compiled)(
+                result, amounts[step] if step == HUE else (1 + amounts[step]).clamp(min=0)
+            )
     return (result * 255).round().to(torch.uint8)
 
 
@@ -48,9 +54,12 @@ def hue(images: Tensor, turns: Tensor) -> Tensor:
     red, green, blue = images.split(1, dim=1)
     safe = torch.where(spread == 0, torch.ones_like(spread), spread)
     sixths = torch.where(
-        highest == red, (green - blue) / safe, torch.where(highest == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+        highest == red,
+        (green - blue) / safe,
+        torch.where(highest == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    # Each channel falls from highest to lowest and back on its own third of the wheel (hsv to rgb without cases).
+    # Each channel falls from highest to lowest and back on its own third of the wheel (hsv to rgb
+    # without cases).
     place = torch.cat([offset + sixths + 6 * turns for offset in (5, 3, 1)], dim=1) % 6
     return highest - spread * torch.minimum(place, 4 - place).clamp(0, 1)
 

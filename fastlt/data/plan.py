@@ -1,7 +1,11 @@
-"""Which image comes when. Every engine takes the plan as it is, so engines agree, runs resume at any step and ranks never overlap.
+"""Which image comes when.
 
-An epoch is a pure function of (seed, epoch); its batches are cut from one global order, so the images of a step, seen as a
-set over the ranks, do not depend on how many ranks there are (but for a last batch that the ranks cannot share equally).
+Every engine takes the plan as it is, so engines agree, runs resume at any step and ranks never
+overlap.
+
+An epoch is a pure function of (seed, epoch); its batches are cut from one global order, so the
+images of a step, seen as a set over the ranks, do not depend on how many ranks there are (but for a
+last batch that the ranks cannot share equally).
 """
 
 from collections.abc import Iterator
@@ -11,18 +15,22 @@ from functools import cached_property
 import numpy as np
 
 from fastlt.data.geometry import Geometry, boxes_of
+from fastlt.errors import UserError
 from fastlt.packing.concat import MixedSplit
 from fastlt.packing.reader import Split
-from fastlt.errors import UserError
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank loads in one step. `boxes` are the parts of the upright images that fill the output (see augment.py)."""
+    """What one rank loads in one step.
+
+    `boxes` are the parts of the upright images that fill the output (see augment.py).
+    """
 
     images: np.ndarray  # (n,) int64, indices into the split
     labels: np.ndarray  # (n,) int64
-    boxes: np.ndarray  # (n, 4) int32: top, left, height, width; may reach over the edge, which is filled with black
+    # (n, 4) int32: top, left, height, width; may reach over the edge, which is filled with black
+    boxes: np.ndarray
     flips: np.ndarray  # (n,) bool
 
 
@@ -30,17 +38,23 @@ class Batch:
 class Sampling:
     """How often each class is seen in an epoch.
 
-    targets: `once`, every stored target image once; or as many target images as are stored, but every class equally often
-    (`class-balanced`) or in proportion to the square root of its images (`square-root`).
+    targets: `once`, every stored target image once; or as many target images as are stored, but
+    every class equally often (`class-balanced`) or in proportion to the square root of its images
+    (`square-root`).
     """
 
     targets: str = "once"
-    budget: int | tuple[int, ...] = 50  # images per auxiliary class and epoch, whatever it stores, or a number for each class
-    repeats: int = 1  # times that an image comes in a row, each time cut anew (repeated augmentation); the counts stay
+    # images per auxiliary class and epoch, whatever it stores, or a number for each class
+    budget: int | tuple[int, ...] = 50
+    # times that an image comes in a row, each time cut anew (repeated augmentation); the counts
+    # stay
+    repeats: int = 1
 
 
 def spread_budget(total: int, stored: np.ndarray) -> tuple[int, ...]:
-    """A budget per auxiliary class that comes to `total` images, even over those that store any: stored (A,) int."""
+    """A budget per auxiliary class that comes to `total` images, even over those that store any:
+    stored (A,) int.
+    """
     having = np.flatnonzero(stored)
     if not len(having):
         return (0,) * len(stored)
@@ -54,8 +68,9 @@ def spread_budget(total: int, stored: np.ndarray) -> tuple[int, ...]:
 class Plan:
     """The training order. `batch` is the global batch; a rank gets every world-th image of it.
 
-    window > 0 is for shards that are not all at hand: that many bytes of them are shuffled together, then the next ones, and a
-    rank gets neighbouring shards of a batch, so that it needs few.
+    window > 0 is for shards that are not all at hand: that many bytes of them are shuffled
+    together, then the next ones, and a rank gets neighbouring shards of a batch, so that it needs
+    few.
     """
 
     split: Split
@@ -72,7 +87,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.batch % self.world:
-            raise UserError(f"data.batch={self.batch} cannot be shared equally by {self.world} ranks: choose a multiple of that")
+            raise UserError(
+                f"data.batch={self.batch} cannot be shared equally by {self.world} ranks: choose a "
+                "multiple of that"
+            )
 
     @cached_property
     def class_counts(self) -> np.ndarray:
@@ -80,12 +98,17 @@ class Plan:
         stored = np.rint(self._strata.sum(axis=1)).astype(np.int64)
         targets, auxiliaries = stored[: self.num_targets], stored[self.num_targets :]
         budget = np.broadcast_to(self.sampling.budget, auxiliaries.shape)
-        counts = [target_counts(targets, self.sampling.targets), np.where(auxiliaries == 0, 0, budget)]
+        counts = [
+            target_counts(targets, self.sampling.targets),
+            np.where(auxiliaries == 0, 0, budget),
+        ]
         return np.concatenate(counts).astype(np.int64)
 
     @cached_property
     def _strata(self) -> np.ndarray:
-        """What each class stores in each of the packs that are mixed, counted by its weight, (C, packs) float64."""
+        """What each class stores in each of the packs that are mixed, counted by its weight, (C,
+        packs) float64.
+        """
         split = self.split
         if not isinstance(split, MixedSplit):
             return np.bincount(split.label, minlength=self.num_classes)[:, None].astype(np.float64)
@@ -98,7 +121,11 @@ class Plan:
         split = self.split
         if not isinstance(split, MixedSplit):
             return draw_by_class(split.label, counts, rng)
-        return draw_by_class(split.label * len(split.parts) + split.part, shared_out(counts, self._strata).reshape(-1), rng)
+        return draw_by_class(
+            split.label * len(split.parts) + split.part,
+            shared_out(counts, self._strata).reshape(-1),
+            rng,
+        )
 
     @cached_property
     def images_per_epoch(self) -> int:
@@ -133,7 +160,11 @@ class Plan:
         images = rng.permutation(self._draw(-(-self.class_counts // repeats), rng))
         if self.window:
             images = images[np.argsort(self._windows(rng)[self.split.shard[images]], kind="stable")]
-        return images if repeats == 1 else np.repeat(images, _times(self.split.label[images], self.class_counts, repeats))
+        return (
+            images
+            if repeats == 1
+            else np.repeat(images, _times(self.split.label[images], self.class_counts, repeats))
+        )
 
     def _windows(self, rng: np.random.Generator) -> np.ndarray:
         """The window of each shard, (shards,) int64."""
@@ -144,7 +175,14 @@ class Plan:
         return windows
 
     def _batch(self, images: np.ndarray, places: np.ndarray, epoch: int) -> Batch:
-        boxes, flips = boxes_of(self.geometry, self.split.height[images], self.split.width[images], places, self.seed, epoch)
+        boxes, flips = boxes_of(
+            self.geometry,
+            self.split.height[images],
+            self.split.width[images],
+            places,
+            self.seed,
+            epoch,
+        )
         return Batch(images, self.split.label[images].astype(np.int64), boxes, flips)
 
 
@@ -158,7 +196,10 @@ def target_counts(stored: np.ndarray, sampling: str) -> np.ndarray:
 
 
 def _times(labels: np.ndarray, counts: np.ndarray, repeats: int) -> np.ndarray:
-    """How often each of the drawn images comes: `repeats` times, but the last of a class as often as its count leaves."""
+    """How often each of the drawn images comes:
+
+    `repeats` times, but the last of a class as often as its count leaves.
+    """
     times = np.full(len(labels), repeats)
     classes, reverse_first = np.unique(labels[::-1], return_index=True)
     last = len(labels) - 1 - reverse_first
@@ -167,7 +208,9 @@ def _times(labels: np.ndarray, counts: np.ndarray, repeats: int) -> np.ndarray:
 
 
 def shared_out(counts: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """counts (C,) int in proportion to shares (C, P), (C, P) int64; what rounding leaves goes to the largest remainders."""
+    """counts (C,) int in proportion to shares (C, P), (C, P) int64; what rounding leaves goes to
+    the largest remainders.
+    """
     exact = counts[:, None] * shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-300)
     parts = np.floor(exact + 1e-9).astype(np.int64)
     order = np.argsort(parts - exact, axis=1, kind="stable").argsort(axis=1, kind="stable")
@@ -175,9 +218,11 @@ def shared_out(counts: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 
 def draw_by_class(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """For each class c, counts[c] of its images: all of them as often as that goes, and a random part of them once more.
+    """For each class c, counts[c] of its images: all of them as often as that goes, and a random
+    part of them once more.
 
-    labels (n,) int, counts (C,) int64; returns (counts.sum(),) int64 indices into labels, ordered by image.
+    labels (n,) int, counts (C,) int64; returns (counts.sum(),) int64 indices into labels, ordered
+    by image.
     """
     stored = np.bincount(labels, minlength=len(counts))
     every, part = np.divmod(counts, np.maximum(stored, 1))
@@ -189,10 +234,16 @@ def draw_by_class(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generat
     return np.repeat(np.arange(len(labels)), repeats)
 
 
-def evaluation_batches(split: Split, geometry: Geometry, batch: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """Every image once, in stored order, every world-th to this rank; the last batch may be smaller."""
+def evaluation_batches(
+    split: Split, geometry: Geometry, batch: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """Every image once, in stored order, every world-th to this rank; the last batch may be
+    smaller.
+    """
     mine = np.arange(rank, len(split), world)
     for start in range(0, len(mine), batch):
         images = mine[start : start + batch]
-        boxes, flips = boxes_of(geometry, split.height[images], split.width[images], images, seed=0, epoch=0)
+        boxes, flips = boxes_of(
+            geometry, split.height[images], split.width[images], images, seed=0, epoch=0
+        )
         yield Batch(images, split.label[images].astype(np.int64), boxes, flips)

@@ -1,4 +1,6 @@
-"""Batches on their way to a GPU: copied on a stream of their own, one ahead, while the one before is computed on."""
+"""Batches on their way to a GPU: copied on a stream of their own, one ahead, while the one before
+is computed on.
+"""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,8 +10,12 @@ from torch import Tensor
 from fastlt.data.plan import Batch
 
 
-def staged(batches: Iterable[tuple[Batch, Tensor]], device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
-    """The same batches with their images on `device`; nothing changes on a CPU, nor for images that are there already."""
+def staged(
+    batches: Iterable[tuple[Batch, Tensor]], device: torch.device
+) -> Iterator[tuple[Batch, Tensor]]:
+    """The same batches with their images on `device`; nothing changes on a CPU, nor for images that
+    are there already.
+    """
     if device.type != "cuda":
         yield from batches
         return
@@ -33,5 +39,6 @@ def _sent(images: Tensor, device: torch.device, stream: torch.cuda.Stream) -> Te
 def _arrived(batch: Batch, images: Tensor, stream: torch.cuda.Stream) -> tuple[Batch, Tensor]:
     current = torch.cuda.current_stream(images.device)
     current.wait_stream(stream)
-    images.record_stream(current)  # its memory is not to be used again before the computation is through with it
+    # its memory is not to be used again before the computation is through with it
+    images.record_stream(current)
     return batch, images

@@ -12,9 +12,18 @@ from fastlt.decode.region import DAMAGED, examine
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 MAX_PIXELS = 178_956_970  # Pillow's own limit; more is taken for a decompression bomb
-Image.MAX_IMAGE_PIXELS = None  # the limit is checked here, as an error with a reason instead of a warning
+# the limit is checked here, as an error with a reason instead of a warning
+Image.MAX_IMAGE_PIXELS = None
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-FAILURES = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow raises on damaged bytes
+# what Pillow raises on damaged bytes
+FAILURES = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+)
+# from each EXIF orientation to upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -23,7 +32,7 @@ TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # from each EXIF orientation to upright
+}
 
 
 class BadImage(Exception):
@@ -35,8 +44,12 @@ def decode(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> np.ndarray
     return np.asarray(decode_pil(data, max_pixels))
 
 
-def decode_pil(data: bytes | memoryview, max_pixels: int = MAX_PIXELS, is_sound: bool = False) -> Image.Image:
-    """As `decode`, an RGB Pillow image: EXIF rotation applied, 16 bits scaled to 8, transparency laid over white.
+def decode_pil(
+    data: bytes | memoryview, max_pixels: int = MAX_PIXELS, is_sound: bool = False
+) -> Image.Image:
+    """As `decode`, an RGB Pillow image:
+
+    EXIF rotation applied, 16 bits scaled to 8, transparency laid over white.
 
     is_sound: known from before, which saves looking for damage that Pillow conceals.
     """
@@ -54,7 +67,9 @@ def load(image: Image.Image, data: bytes | memoryview, is_sound: bool = False) -
         image.load()
     except FAILURES as error:
         raise BadImage(f"cannot be decoded: {error}") from error
-    if image.format == "JPEG" and not is_sound and examine(data) == DAMAGED:  # which Pillow decodes to something
+    if (
+        image.format == "JPEG" and not is_sound and examine(data) == DAMAGED
+    ):  # which Pillow decodes to something
         raise BadImage("cannot be decoded: its JPEG code is damaged")
 
 
@@ -71,7 +86,9 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
     except FAILURES as error:
         raise BadImage(f"damaged header: {error}") from error
     if image.width * image.height > max_pixels:
-        raise BadImage(f"{image.width} x {image.height} pixels are more than the limit of {max_pixels}")
+        raise BadImage(
+            f"{image.width} x {image.height} pixels are more than the limit of {max_pixels}"
+        )
     return image
 
 
@@ -81,7 +98,9 @@ def orientation(image: Image.Image) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged metadata raise about anything and do not matter to the pixels, unlike in ImageOps.exif_transpose
+    # Damaged metadata raise about anything and do not matter to the pixels, unlike in
+    # ImageOps.exif_transpose.
+    except Exception:
         return 1
     return found if found in TURNS else 1
 
@@ -94,7 +113,9 @@ def upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB as a person would see it."""
     if image.mode in SIXTEEN_BIT:  # Pillow's own conversion clips at 255 instead of scaling
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(
+            (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+        ).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -102,7 +123,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fill_box(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> np.ndarray:
-    """The part `box` (top, left, height, width) of an upright RGB image as (size, size, 3) uint8; black beyond the edge.
+    """The part `box` (top, left, height, width) of an upright RGB image as (size, size, 3) uint8;
+    black beyond the edge.
 
     Shrinking averages over areas, enlarging is bilinear: what FFCV's INTER_AREA does.
     """

@@ -11,20 +11,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastlt.errors import UserError
 from fastlt.demo.procedural import write_demo_data
+from fastlt.errors import UserError
 
 MARK = ".fastlt-demo"  # so that only a folder that the demo made is ever replaced
 
 
 def run_demo(out: Path, console: Console) -> None:
-    """Data, pack, training without and with auxiliaries, evaluation and report in `out`; ends with a table.
+    """Data, pack, training without and with auxiliaries, evaluation and report in `out`; ends with
+    a table.
 
-    With auxiliaries an epoch has more images, so beside the two runs of equal epochs stands one without auxiliaries that sees as
-    many images as the one with them.
+    With auxiliaries an epoch has more images, so beside the two runs of equal epochs stands one
+    without auxiliaries that sees as many images as the one with them.
     """
     start_anew(out)
-    data, pack, plain, method, longer = (out / name for name in ("images", "pack", "without", "with", "without-longer"))
+    data, pack, plain, method, longer = (
+        out / name for name in ("images", "pack", "without", "with", "without-longer")
+    )
     with console.status("drawing images"):
         write_demo_data(data)
     images = [f"--{name}={data / name}" for name in ("target", "auxiliary", "val")]
@@ -32,23 +35,35 @@ def run_demo(out: Path, console: Console) -> None:
     call(console, "pack", *images, f"--pairs={data / 'pairs.csv'}", "--out", pack)
     call(console, "train", "demo", "--data", pack, "--out", plain, *alone)
     call(console, "train", "demo", "--data", pack, "--out", method)
-    epochs = round(result_of(plain)["epochs"] * result_of(method)["images"] / result_of(plain)["images"])
-    call(console, "train", "demo", "--data", pack, "--out", longer, *alone, f"train.epochs={epochs}")
+    epochs = round(
+        result_of(plain)["epochs"] * result_of(method)["images"] / result_of(plain)["images"]
+    )
+    call(
+        console, "train", "demo", "--data", pack, "--out", longer, *alone, f"train.epochs={epochs}"
+    )
     for run in (plain, method):
         call(console, "eval", run)
         call(console, "report", run)
-    console.print(comparison({"without auxiliaries": plain, "without, longer": longer, "with, silenced": method}))
+    console.print(
+        comparison(
+            {"without auxiliaries": plain, "without, longer": longer, "with, silenced": method}
+        )
+    )
     console.print(f"reports: {plain / 'report.html'}  {method / 'report.html'}", soft_wrap=True)
 
 
 def start_anew(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
-        raise UserError(f"{out} exists and is not from an earlier demo: name another folder with --out")
+        raise UserError(
+            f"{out} exists and is not from an earlier demo: name another folder with --out"
+        )
     shutil.rmtree(out, ignore_errors=True)
     try:
         out.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; name another folder with --out") from error
+        raise UserError(
+            f"cannot write to {out}: {error.strerror}; name another folder with --out"
+        ) from error
     (out / MARK).touch()
 
 
@@ -62,12 +77,26 @@ def call(console: Console, *arguments: str | Path) -> None:
 
 def comparison(runs: dict[str, Path]) -> Table:
     columns = ("top1", "many", "medium", "few")
-    table = Table("", "top-1", *columns[1:], "epochs", "images", "time", title="the last epoch of each run, in percent")
+    table = Table(
+        "",
+        "top-1",
+        *columns[1:],
+        "epochs",
+        "images",
+        "time",
+        title="the last epoch of each run, in percent",
+    )
     table.columns[0].no_wrap = True
     for name, run in runs.items():
         result = result_of(run)
         figures = ("-" if result[column] is None else f"{result[column]:.1f}" for column in columns)
-        table.add_row(name, *figures, str(result["epochs"]), f"{result['images']:,}", f"{result['seconds']:.0f} s")
+        table.add_row(
+            name,
+            *figures,
+            str(result["epochs"]),
+            f"{result['images']:,}",
+            f"{result['seconds']:.0f} s",
+        )
     return table
 
 

@@ -1,4 +1,6 @@
-"""`fastlt compare`: runs side by side, where their configurations differ, and whether the differences are more than chance."""
+"""`fastlt compare`: runs side by side, where their configurations differ, and whether the
+differences are more than chance.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,20 +14,32 @@ from scipy import stats
 
 from fastlt.config import MAY_CHANGE
 from fastlt.errors import UserError
-from fastlt.reports.run import Run, read_run
 from fastlt.evaluation.significance import holm
+from fastlt.reports.run import Run, read_run
 
 FIGURES = {
-    "top-1": "top1", "many": "many", "medium": "medium", "few": "few", "balanced": "balanced_accuracy",
-    "harmonic": "harmonic_mean", "ECE": "ece",
-}  # fmt: skip
+    "top-1": "top1",
+    "many": "many",
+    "medium": "medium",
+    "few": "few",
+    "balanced": "balanced_accuracy",
+    "harmonic": "harmonic_mean",
+    "ECE": "ece",
+}
 
 
 def compare(places: Sequence[Path], console: Console) -> None:
-    """The first run is what the others are held against. Raises UserError where one is no finished run."""
+    """The first run is what the others are held against.
+
+    Raises UserError where one is no finished run.
+    """
     if len(places) < 2:
         raise UserError("compare needs two runs at least: fastlt compare RUN RUN ...")
-    if twice := [place for place, times in Counter(Path(place).resolve() for place in places).items() if times > 1]:
+    if twice := [
+        place
+        for place, times in Counter(Path(place).resolve() for place in places).items()
+        if times > 1
+    ]:
         raise UserError(f"{twice[0]} is named twice")
     runs = [read_run(Path(place)) for place in places]
     names = shortest(places)
@@ -37,7 +51,9 @@ def compare(places: Sequence[Path], console: Console) -> None:
             table.add_row(key, *(escape(value) for value in values))
         console.print(unshortened(table))
     tests = [McNemar(runs[0], run) for run in runs[1:]]
-    corrected = holm({name: test.p for name, test in zip(names[1:], tests, strict=True) if test.p is not None})
+    corrected = holm(
+        {name: test.p for name, test in zip(names[1:], tests, strict=True) if test.p is not None}
+    )
     for name, test in zip(names[1:], tests, strict=True):
         told = verdict(test, names[0], name, corrected.get(name), len(corrected))
         console.print(told, highlight=False, markup=False, soft_wrap=True)
@@ -61,12 +77,22 @@ def shortest(places: Sequence[Path]) -> list[str]:
 
 
 def figures(runs: Sequence[Run], names: Sequence[str]) -> Table:
-    table = Table("run", *FIGURES, "epochs", title="last epoch, %; in brackets the difference to the first", title_justify="left")
+    table = Table(
+        "run",
+        *FIGURES,
+        "epochs",
+        title="last epoch, %; in brackets the difference to the first",
+        title_justify="left",
+    )
     for run, name in zip(runs, names, strict=True):
         cells = []
         for key in FIGURES.values():
             value, first = run.result.get(key), runs[0].result.get(key)
-            change = "" if run is runs[0] or value is None or first is None else f" ({value - first:+.1f})"
+            change = (
+                ""
+                if run is runs[0] or value is None or first is None
+                else f" ({value - first:+.1f})"
+            )
             cells.append("-" if value is None else f"{value:.1f}{change}")
         table.add_row(escape(name), *cells, str(run.result.get("epochs", "-")))
     return table
@@ -74,35 +100,53 @@ def figures(runs: Sequence[Run], names: Sequence[str]) -> Table:
 
 def settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Of those keys that are not the same everywhere."""
-    flat = [{f"{s}.{key}": str(v) for s, values in run.config.items() for key, v in values.items()} for run in runs]
+    flat = [
+        {f"{s}.{key}": str(v) for s, values in run.config.items() for key, v in values.items()}
+        for run in runs
+    ]
     keys = dict.fromkeys(key for of in flat for key in of)
     return {
         key: values
         for key in keys
         if key not in MAY_CHANGE and len(set(values := [of.get(key, "-") for of in flat])) > 1
-    }  # fmt: skip
+    }
 
 
 class McNemar:
-    """The exact test on the images that two runs were both evaluated on; p is None where those are not the same."""
+    """The exact test on the images that two runs were both evaluated on; p is None where those are
+    not the same.
+    """
 
     def __init__(self, one: Run, other: Run) -> None:
         a, b = one.predictions, other.predictions
-        same_images = a and b and np.array_equal(a["image"], b["image"]) and np.array_equal(a["label"], b["label"])
+        same_images = (
+            a
+            and b
+            and np.array_equal(a["image"], b["image"])
+            and np.array_equal(a["label"], b["label"])
+        )
         self.p: float | None = None
         if same_images and one.space.target_names == other.space.target_names:
             right, also = a["predicted"] == a["label"], b["predicted"] == b["label"]
             self.gained, self.lost = int((~right & also).sum()), int((right & ~also).sum())
-            self.p = stats.binomtest(self.gained, self.gained + self.lost).pvalue if self.gained + self.lost else 1.0
+            self.p = (
+                stats.binomtest(self.gained, self.gained + self.lost).pvalue
+                if self.gained + self.lost
+                else 1.0
+            )
 
 
 def verdict(test: McNemar, name: str, other_name: str, p: float | None, tests: int) -> str:
     """p: corrected for the number of tests."""
     if p is None:
-        return f"{name} and {other_name} were evaluated on other images or classes: no test of their difference"
+        return (
+            f"{name} and {other_name} were evaluated on other images or classes: no test of "
+            "their difference"
+        )
     sure = "more than chance" if p < 0.05 else "within chance"
     how = f"McNemar, p = {p:.2g}{f', corrected for {tests} tests (Holm)' if tests > 1 else ''}"
     return (
-        f"{other_name} has {test.gained:,} images right that {name} has wrong, and {test.lost:,} the other way round: {sure} "
+        f"{other_name} has {test.gained:,} images right that {name} has wrong, and {test.lost:,} "
+        f"the other way round: {sure} "
         f"on these images ({how}); other seeds may differ by more"
     )

@@ -13,19 +13,27 @@ from torch import Tensor, nn
 
 from fastlt.classes import ClassSpace
 from fastlt.config import Config, DataConfig, load_config
-from fastlt.data.geometry import Geometry
 from fastlt.data.augment import normalise
+from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
-from fastlt.packing.reader import Pack, Split, open_pack
 from fastlt.data.plan import Batch, evaluation_batches, target_counts
 from fastlt.errors import UserError
-from fastlt.models.export import load_exported
-from fastlt.utils.files import whole_file
-from fastlt.losses import log_prior as log_prior_of
 from fastlt.evaluation.metrics import Predictions, confusions, score
+from fastlt.evaluation.posthoc import (
+    METHODS,
+    Features,
+    applies,
+    apply,
+    check_methods,
+    choose,
+    set_aside,
+)
+from fastlt.losses import log_prior as log_prior_of
 from fastlt.models.classifier import Classifier
-from fastlt.evaluation.posthoc import METHODS, Features, applies, apply, check_methods, choose, set_aside
+from fastlt.models.export import load_exported
+from fastlt.packing.reader import Pack, Split, open_pack
 from fastlt.training.setup import choose_device, on_device
+from fastlt.utils.files import whole_file
 
 EVALUATION_BATCH = 256
 
@@ -35,14 +43,23 @@ def evaluation_geometry(config: DataConfig) -> Geometry:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, loader: Loader, batches: Iterable[Batch], config: DataConfig, space: ClassSpace, device: torch.device,
-            dtype: torch.dtype = torch.float32) -> Predictions:  # fmt: skip
+def predict(
+    model: nn.Module,
+    loader: Loader,
+    batches: Iterable[Batch],
+    config: DataConfig,
+    space: ClassSpace,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Predictions:
     """Runs the model over the batches in evaluation mode; the mode is put back afterwards."""
     was_training = model.training
     model.eval()
     rows: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor]] = []
     for batch, images in loader.iterate(batches):
-        x = normalise(images.to(device, non_blocking=True), config.mean, config.std, channels_last=True)
+        x = normalise(
+            images.to(device, non_blocking=True), config.mean, config.std, channels_last=True
+        )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(x)
         probabilities = logits[:, : space.num_targets].float().softmax(dim=1)
@@ -52,9 +69,11 @@ def predict(model: nn.Module, loader: Loader, batches: Iterable[Batch], config: 
         raise UserError("there is no validation image: pack one with --val")
     images, labels, confidence, predicted = zip(*rows, strict=True)
     return Predictions(
-        np.concatenate(images), np.concatenate(labels).astype(np.int32),
-        torch.cat(predicted).cpu().numpy().astype(np.int32), torch.cat(confidence).cpu().numpy(),
-    )  # fmt: skip
+        np.concatenate(images),
+        np.concatenate(labels).astype(np.int32),
+        torch.cat(predicted).cpu().numpy().astype(np.int32),
+        torch.cat(confidence).cpu().numpy(),
+    )
 
 
 def save_predictions(predictions: Predictions, path: Path) -> None:
@@ -74,7 +93,9 @@ class Opened(NamedTuple):
     dtype: torch.dtype
 
     def batches(self) -> Iterator[Batch]:
-        return evaluation_batches(self.pack.val, evaluation_geometry(self.config.data), EVALUATION_BATCH)
+        return evaluation_batches(
+            self.pack.val, evaluation_geometry(self.config.data), EVALUATION_BATCH
+        )
 
 
 @contextmanager
@@ -95,15 +116,22 @@ def opened(run: Path, pack: Path | str | None) -> Iterator[Opened]:
 
 
 def evaluate_run(run: Path, pack: Path | str | None = None) -> dict[str, Any]:
-    """`fastlt eval`: scores RUN/model.safetensors on the val split of its pack, or of another one with the same targets.
+    """`fastlt eval`: scores RUN/model.safetensors on the val split of its pack, or of another one
+    with the same targets.
 
-    Returns what `score` does and the confusions, and `best` where the images are those that the run was evaluated on. Groups are
-    by the run's own training images.
+    Returns what `score` does and the confusions, and `best` where the images are those that the run
+    was evaluated on. Groups are by the run's own training images.
     """
     with opened(run, pack) as it:
-        predictions = predict(it.model, it.loader, it.batches(), it.config.data, it.pack.space, it.device, it.dtype)
+        predictions = predict(
+            it.model, it.loader, it.batches(), it.config.data, it.pack.space, it.device, it.dtype
+        )
         result = score(predictions, it.space)
-    return {**result, "confusion": confusions(predictions), **({"best": best_of(run)} if pack is None else {})}
+    return {
+        **result,
+        "confusion": confusions(predictions),
+        **({"best": best_of(run)} if pack is None else {}),
+    }
 
 
 @torch.inference_mode()
@@ -112,7 +140,12 @@ def features_of(it: Opened) -> Features:
     it.model.eval()
     images, labels, values = [], [], []
     for batch, pixels in it.loader.iterate(it.batches()):
-        x = normalise(pixels.to(it.device, non_blocking=True), it.config.data.mean, it.config.data.std, channels_last=True)
+        x = normalise(
+            pixels.to(it.device, non_blocking=True),
+            it.config.data.mean,
+            it.config.data.std,
+            channels_last=True,
+        )
         with torch.autocast(it.device.type, it.dtype, enabled=it.dtype != torch.float32):
             values.append(it.model.backbone(x).float())
         images.append(batch.images)
@@ -123,16 +156,25 @@ def features_of(it: Opened) -> Features:
 
 
 def evaluate_post_hoc(
-    run: Path, methods: list[str], pack: Path | str | None, validation: Path | str | None, share: float, strength: float | None
+    run: Path,
+    methods: list[str],
+    pack: Path | str | None,
+    validation: Path | str | None,
+    share: float,
+    strength: float | None,
 ) -> dict[str, dict[str, Any]]:
-    """`fastlt eval --post-hoc`: what `score` says of the model as trained, and with each method, all on the same images.
+    """`fastlt eval --post-hoc`: what `score` says of the model as trained, and with each method,
+    all on the same images.
 
-    A method's strength, in its result, is chosen on the val split of the pack `validation`; without one, on `share` of the images
-    of each class, which are not scored then. strength: fixes it, and nothing is set aside. methods: names, or `all` alone, for
-    those that make a difference to the model.
+    A method's strength, in its result, is chosen on the val split of the pack `validation`; without
+    one, on `share` of the images of each class, which are not scored then. strength: fixes it, and
+    nothing is set aside. methods: names, or `all` alone, for those that make a difference to the
+    model.
     """
     with opened(run, pack) as it:
-        methods = [name for name in METHODS if applies(name, it.model)] if methods == ["all"] else methods
+        methods = (
+            [name for name in METHODS if applies(name, it.model)] if methods == ["all"] else methods
+        )
         check_methods(methods, it.model)
         tested = features_of(it)
         log_prior = target_log_prior(it).to(it.device)
@@ -140,7 +182,10 @@ def evaluate_post_hoc(
         if strength is None and validation is None:
             aside = set_aside(tested.label, share)
             if not aside.any():
-                raise UserError("no class has two validation images, so none can be set aside: name a pack with --validation")
+                raise UserError(
+                    "no class has two validation images, so none can be set aside: name a pack "
+                    "with --validation"
+                )
             chosen_on, tested = tested.take(aside), tested.take(~aside)
         elif strength is None:
             with opened(run, validation) as other:
@@ -149,14 +194,23 @@ def evaluate_post_hoc(
         results = {"as trained": score(apply(None, 0, it.model, tested, log_prior), it.space)}
         for name in methods:
             best = choose(name, it.model, chosen_on, log_prior) if strength is None else strength
-            results[name] = {"strength": best, **score(apply(name, best, it.model, tested, log_prior), it.space)}
+            results[name] = {
+                "strength": best,
+                **score(apply(name, best, it.model, tested, log_prior), it.space),
+            }
         for result in results.values():
-            result |= {"images": len(tested.label), "chosen_on": 0 if strength is not None else len(chosen_on.label)}
+            result |= {
+                "images": len(tested.label),
+                "chosen_on": 0 if strength is not None else len(chosen_on.label),
+            }
         return results
 
 
 def check_apart(chosen_on: Split, scored: Split, place: str) -> None:
-    """A strength that was chosen on the images that it is scored on would flatter. Bytes are read only of images of one size."""
+    """A strength that was chosen on the images that it is scored on would flatter.
+
+    Bytes are read only of images of one size.
+    """
     sizes = set(scored.size.tolist())
     if not sizes.intersection(chosen_on.size.tolist()):
         return
@@ -165,7 +219,8 @@ def check_apart(chosen_on: Split, scored: Split, place: str) -> None:
     shared = sum(hashlib.sha256(chosen_on.read(image)).digest() in known for image in alike)
     if shared:
         raise UserError(
-            f"{shared:,} of the {len(chosen_on):,} validation images of {place} are those that are scored: name another pack with "
+            f"{shared:,} of the {len(chosen_on):,} validation images of {place} are those that are "
+            "scored: name another pack with "
             "--validation, or set some aside with --share"
         )
 
@@ -173,7 +228,9 @@ def check_apart(chosen_on: Split, scored: Split, place: str) -> None:
 def target_log_prior(it: Opened) -> Tensor:
     """Of the targets, as they were sampled, (T,) float32."""
     stored = np.array(it.space.train_counts[: it.space.num_targets])
-    return log_prior_of(torch.from_numpy(target_counts(stored, it.config.data.target_sampling)), 1.0)
+    return log_prior_of(
+        torch.from_numpy(target_counts(stored, it.config.data.target_sampling)), 1.0
+    )
 
 
 def best_of(run: Path) -> dict[str, Any]:
@@ -182,17 +239,22 @@ def best_of(run: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["best"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: call `fastlt train` again, which goes on where it stopped") from error
+        raise UserError(
+            f"cannot read {path}: call `fastlt train` again, which goes on where it stopped"
+        ) from error
 
 
 def check_targets(names: list[str], pack: Pack) -> None:
     if names != pack.space.target_names:
         raise UserError(
-            f"the model was trained for other targets than those of {pack.path}: evaluate it on a pack of the same target classes"
+            f"the model was trained for other targets than those of {pack.path}: evaluate it on a "
+            "pack of the same target classes"
         )
 
 
 def run_config(run: Path) -> Config:
     if not (run / "config.toml").is_file():
-        raise UserError(f"there is no run at {run}: it has no config.toml; train one with `fastlt train`")
+        raise UserError(
+            f"there is no run at {run}: it has no config.toml; train one with `fastlt train`"
+        )
     return load_config(str(run / "config.toml"))

@@ -1,4 +1,4 @@
-"""From predictions to figures: all in percent; a group without classes or images is None, never 0."""
+"""From predictions to figures, all in percent; a group without classes or images is None."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,9 @@ def joined_predictions(parts: list[Predictions]) -> Predictions:
     """Of several ranks, in the order of the images."""
     if len(parts) == 1:
         return parts[0]
-    columns = {name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])}
+    columns = {
+        name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])
+    }
     order = np.argsort(columns["image"], kind="stable")
     return Predictions(**{name: values[order] for name, values in columns.items()})
 
@@ -51,7 +53,9 @@ def score(predictions: Predictions, space: ClassSpace) -> dict[str, Any]:
 def class_accuracies(predictions: Predictions, num_targets: int) -> np.ndarray:
     """Recall of each target as a share, (T,) float64; NaN where a class has no evaluated image."""
     total = np.bincount(predictions.label, minlength=num_targets)
-    right = np.bincount(predictions.label[predictions.predicted == predictions.label], minlength=num_targets)
+    right = np.bincount(
+        predictions.label[predictions.predicted == predictions.label], minlength=num_targets
+    )
     return np.divide(right, total, out=np.full(num_targets, np.nan), where=total > 0)
 
 
@@ -70,16 +74,23 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = ECE
 
 
 def confusions(predictions: Predictions) -> list[list[int]]:
-    """[true, predicted, count] of every confusion that happened, most frequent first: a sparse matrix."""
+    """[true, predicted, count] of every confusion that happened, most frequent first: a sparse
+    matrix.
+    """
     wrong = predictions.predicted != predictions.label
     pairs = np.stack([predictions.label[wrong], predictions.predicted[wrong]], axis=1)
     values, counts = np.unique(pairs, axis=0, return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    return [[int(true), int(predicted), int(count)] for (true, predicted), count in zip(values[order], counts[order], strict=True)]
+    return [
+        [int(true), int(predicted), int(count)]
+        for (true, predicted), count in zip(values[order], counts[order], strict=True)
+    ]
 
 
 def _group(per_class: np.ndarray, members: list[int]) -> dict[str, Any]:
-    """The mean over the group's classes that have evaluated images, as the long-tail papers report it."""
+    """The mean over the group's classes that have evaluated images, as the long-tail papers report
+    it.
+    """
     values = per_class[members]
     values = values[~np.isnan(values)]
     return {"classes": len(members), "accuracy": _percent(values.mean()) if len(values) else None}

@@ -1,7 +1,8 @@
-"""What a trained classifier can be made into without training, and how strongly: chosen on images that are then not scored.
+"""What a trained classifier can be made into without training, and how strongly: chosen on images
+that are then not scored.
 
-Each method maps what a head sees of an image to other logits. Strengths of one that may change who wins are chosen by balanced
-accuracy; of one that changes confidence alone, by the log-likelihood.
+Each method maps what a head sees of an image to other logits. Strengths of one that may change who
+wins are chosen by balanced accuracy; of one that changes confidence alone, by the log-likelihood.
 """
 
 from collections.abc import Callable
@@ -36,12 +37,16 @@ class Method(NamedTuple):
 
 
 def tau_norm(seen: Seen, tau: float) -> Tensor:
-    """Rows of the weight divided by their length to the power of tau, no bias (Kang et al. 2020, arXiv 1910.09217, section 4.2)."""
+    """Rows of the weight divided by their length to the power of tau, no bias (Kang et al. 2020,
+    arXiv 1910.09217, section 4.2).
+    """
     return seen.products / seen.rows**tau
 
 
 def logit_adjustment(seen: Seen, tau: float) -> Tensor:
-    """Less tau times the log of the class's share of the training images (Menon et al. 2021, arXiv 2007.07314, eq. 9)."""
+    """Less tau times the log of the class's share of the training images (Menon et al. 2021, arXiv
+    2007.07314, eq. 9).
+    """
     return seen.logits - tau * seen.log_prior
 
 
@@ -51,8 +56,12 @@ def cosine(seen: Seen, scale: float) -> Tensor:
 
 
 def angular(seen: Seen, scale: float) -> Tensor:
-    """By the angle itself (Wang and Yan 2022, arXiv 2212.01565): wins as the cosine does, with another confidence."""
-    return -scale * torch.acos((seen.products / (seen.features * seen.rows).clamp(min=1e-12)).clamp(-1, 1))
+    """By the angle itself (Wang and Yan 2022, arXiv 2212.01565): wins as the cosine does, with
+    another confidence.
+    """
+    return -scale * torch.acos(
+        (seen.products / (seen.features * seen.rows).clamp(min=1e-12)).clamp(-1, 1)
+    )
 
 
 SCALES = np.geomspace(1, 256, 33)
@@ -73,17 +82,25 @@ class Features(NamedTuple):
 
     def take(self, which: np.ndarray) -> "Features":
         """which (n,) bool."""
-        return Features(self.image[which], self.label[which], self.values[torch.from_numpy(which).to(self.values.device)])
+        return Features(
+            self.image[which],
+            self.label[which],
+            self.values[torch.from_numpy(which).to(self.values.device)],
+        )
 
 
 def check_methods(names: list[str], model: Classifier) -> None:
     for name in names:
         if name not in METHODS:
             raise UserError(
-                f"there is no post-hoc method '{name}'{did_you_mean(name, list(METHODS))}; methods: {', '.join(METHODS)}"
+                f"there is no post-hoc method '{name}'{did_you_mean(name, list(METHODS))}; "
+                f"methods: {', '.join(METHODS)}"
             )
         if not applies(name, model):
-            raise UserError(f"--post-hoc {name} changes nothing about a cosine head, whose rows all count as of one length")
+            raise UserError(
+                f"--post-hoc {name} changes nothing about a cosine head, whose rows all count as "
+                "of one length"
+            )
 
 
 def applies(name: str, model: Classifier) -> bool:
@@ -91,12 +108,16 @@ def applies(name: str, model: Classifier) -> bool:
 
 
 def set_aside(labels: np.ndarray, share: float) -> np.ndarray:
-    """Which of the images (n,) strengths are chosen on, bool: evenly from each class, at least one of those that have two."""
+    """Which of the images (n,) strengths are chosen on, bool: evenly from each class, at least one
+    of those that have two.
+    """
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         places = np.flatnonzero(labels == label)
         count = min(len(places) - 1, max(1, round(share * len(places))))
-        chosen[places[np.linspace(0, len(places) - 1, count).astype(int)] if count > 0 else []] = True
+        chosen[places[np.linspace(0, len(places) - 1, count).astype(int)] if count > 0 else []] = (
+            True
+        )
     return chosen
 
 
@@ -120,7 +141,9 @@ def choose(name: str, model: Classifier, found: Features, log_prior: Tensor) -> 
 
 
 @torch.inference_mode()
-def apply(name: str | None, strength: float, model: Classifier, found: Features, log_prior: Tensor) -> Predictions:
+def apply(
+    name: str | None, strength: float, model: Classifier, found: Features, log_prior: Tensor
+) -> Predictions:
     """name None: as trained."""
     parts = []
     for start in range(0, len(found.label), BLOCK):
@@ -128,7 +151,9 @@ def apply(name: str | None, strength: float, model: Classifier, found: Features,
         logits = seen.logits if name is None else METHODS[name].logits(seen, strength)
         parts.append([part.cpu().numpy() for part in logits.softmax(dim=1).max(dim=1)])
     confidence, predicted = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Predictions(found.image, found.label.astype(np.int32), predicted.astype(np.int32), confidence)
+    return Predictions(
+        found.image, found.label.astype(np.int32), predicted.astype(np.int32), confidence
+    )
 
 
 @torch.inference_mode()
@@ -136,4 +161,10 @@ def look(model: Classifier, features: Tensor, log_prior: Tensor) -> Seen:
     """features (n, D)."""
     weight = model.head.weight.float()
     products = features @ weight.T
-    return Seen(model.head(features).float(), products, features.norm(dim=1, keepdim=True), weight.norm(dim=1), log_prior)
+    return Seen(
+        model.head(features).float(),
+        products,
+        features.norm(dim=1, keepdim=True),
+        weight.norm(dim=1),
+        log_prior,
+    )

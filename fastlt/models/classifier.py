@@ -18,7 +18,9 @@ CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; the shortcut has no parameters (option A of arXiv 1512.03385: subsample, pad channels with zeros)."""
+    """Two 3x3 convolutions; the shortcut has no parameters (option A of arXiv 1512.03385:
+    subsample, pad channels with zeros).
+    """
 
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
@@ -31,12 +33,17 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.stride > 1 or self.padding:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+            x = F.pad(
+                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding)
+            )
         return F.relu(out + x)
 
 
 class CifarResNet(nn.Module):
-    """The CIFAR ResNet of 6n + 2 layers (arXiv 1512.03385, section 4.2): (N, 3, H, W) to (N, 64) features."""
+    """The CIFAR ResNet of 6n + 2 layers (arXiv 1512.03385, section 4.2):
+
+    (N, 3, H, W) to (N, 64) features.
+    """
 
     num_features = 64
 
@@ -47,7 +54,10 @@ class CifarResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
         stages = []
         for channels_in, channels, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
-            stages += [BasicBlock(channels_in if i == 0 else channels, channels, stride if i == 0 else 1) for i in range(blocks)]
+            stages += [
+                BasicBlock(channels_in if i == 0 else channels, channels, stride if i == 0 else 1)
+                for i in range(blocks)
+            ]
         self.stages = nn.Sequential(*stages)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -72,7 +82,9 @@ class LinearHead(nn.Module):
 
 
 class ScaledHead(LinearHead):
-    """A linear head with a learned factor per class: learnable weight scaling (arXiv 1910.09217, section 4.3)."""
+    """A linear head with a learned factor per class: learnable weight scaling (arXiv 1910.09217,
+    section 4.3).
+    """
 
     def __init__(self, features: int, classes: int, scale_alone: bool):
         super().__init__(features, classes)
@@ -89,8 +101,11 @@ class CosineHead(nn.Module):
 
     def __init__(self, features: int, classes: int, scale: float):
         super().__init__()
-        # Of length 1, as in the LDAM code: the length sets how far a step of the optimiser turns a row.
-        self.weight = nn.Parameter(F.normalize(torch.empty(classes, features).uniform_(-1, 1), dim=1))
+        # Of length 1, as in the LDAM code: the length sets how far a step of the optimiser turns a
+        # row.
+        self.weight = nn.Parameter(
+            F.normalize(torch.empty(classes, features).uniform_(-1, 1), dim=1)
+        )
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +129,9 @@ class Classifier(nn.Module):
 
 
 def build_model(config: ModelConfig, classes: int, size: int) -> Classifier:
-    """Raises UserError for a name that neither fastlt nor timm knows, and for weights that do not fit."""
+    """Raises UserError for a name that neither fastlt nor timm knows, and for weights that do not
+    fit.
+    """
     backbone = cifar_backbone(config) or timm_backbone(config, size)
     if config.checkpoint_activations:
         checkpoint_activations(backbone, config.name)
@@ -131,7 +148,9 @@ def checkpoint_activations(backbone: nn.Module, name: str) -> None:
     try:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"{name} cannot compute its activations anew: set model.checkpoint_activations=false") from error
+        raise UserError(
+            f"{name} cannot compute its activations anew: set model.checkpoint_activations=false"
+        ) from error
 
 
 def build_head(config: ModelConfig, features: int, classes: int) -> Head:
@@ -139,12 +158,18 @@ def build_head(config: ModelConfig, features: int, classes: int) -> Head:
         return ClassParallelLinear(features, classes, seed=int(torch.randint(2**31, ())))
     if config.head == "scaled":
         return ScaledHead(features, classes, config.scale_alone)
-    return CosineHead(features, classes, config.head_scale) if config.head == "cosine" else LinearHead(features, classes)
+    return (
+        CosineHead(features, classes, config.head_scale)
+        if config.head == "cosine"
+        else LinearHead(features, classes)
+    )
 
 
 @torch.no_grad()
 def whole_targets(model: Classifier, num_targets: int) -> Classifier:
-    """The model with a head of the targets alone, where each rank has but its own classes; all ranks have to ask together."""
+    """The model with a head of the targets alone, where each rank has but its own classes; all
+    ranks have to ask together.
+    """
     if not isinstance(model.head, ClassParallelLinear):
         return model
     parts = [[], []]  # type: list[list[Tensor]]
@@ -170,7 +195,9 @@ def cifar_backbone(config: ModelConfig) -> nn.Module | None:
     """The CIFAR ResNet of that name, or None."""
     depths = [depth for depth in CIFAR_DEPTHS if config.name == f"resnet{depth}"]
     if depths and config.pretrained:
-        raise UserError(f"there are no pretrained weights for {config.name}: set model.pretrained=false")
+        raise UserError(
+            f"there are no pretrained weights for {config.name}: set model.pretrained=false"
+        )
     if depths and config.drop_path:
         raise UserError(f"{config.name} has no drop path: set model.drop_path=0")
     return CifarResNet(depths[0]) if depths else None
@@ -184,7 +211,10 @@ def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"model {config.name} comes from timm, which is not installed: pip install 'fastlt[timm]'") from error
+        raise UserError(
+            f"model {config.name} comes from timm, which is not installed: pip install "
+            "'fastlt[timm]'"
+        ) from error
     if not timm.is_model(config.name):
         near = did_you_mean(config.name, timm.list_models())
         raise UserError(f"neither fastlt nor timm has a model '{config.name}'{near}")
@@ -193,15 +223,27 @@ def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
     if config.drop_path:
         options["drop_path_rate"] = config.drop_path
     try:
-        return timm.create_model(config.name, pretrained=config.pretrained and not config.weights, num_classes=0, **options)
+        return timm.create_model(
+            config.name,
+            pretrained=config.pretrained and not config.weights,
+            num_classes=0,
+            **options,
+        )
     except TypeError as error:
-        raise UserError(f"timm's {config.name} does not take {', '.join(options)}: set model.drop_path=0") from error
+        raise UserError(
+            f"timm's {config.name} does not take {', '.join(options)}: set model.drop_path=0"
+        ) from error
     except (OSError, RuntimeError) as error:
-        raise UserError(f"there are no pretrained weights of {config.name} to be had: give a file with model.weights=") from error
+        raise UserError(
+            f"there are no pretrained weights of {config.name} to be had: give a file with "
+            "model.weights="
+        ) from error
 
 
 def load_backbone(backbone: nn.Module, path: Path) -> None:
-    """Weights from a safetensors file, which must hold all of the backbone's; what else it holds is passed over."""
+    """Weights from a safetensors file, which must hold all of the backbone's; what else it holds is
+    passed over.
+    """
     weights = read_weights(path)
     own = backbone.state_dict()
     weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
@@ -211,32 +253,51 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
     wrong = [name for name in own if name in weights and weights[name].shape != own[name].shape]
     if missing or wrong:
         raise UserError(
-            f"{path} does not fit the model: {len(missing)} tensors are missing and {len(wrong)} have another shape; "
+            f"{path} does not fit the model: {len(missing)} tensors are missing and {len(wrong)} "
+            "have another shape; "
             f"the first is {(missing + wrong)[0]}"
         )
     backbone.load_state_dict({name: weights[name] for name in own})
 
 
 def of_size(pos_embed: Tensor, backbone: nn.Module) -> Tensor:
-    """Position embeddings (1, tokens, D) of a vision transformer, resampled where they are of images of another size."""
+    """Position embeddings (1, tokens, D) of a vision transformer, resampled where they are of
+    images of another size.
+    """
     if pos_embed.ndim != 3 or pos_embed.shape == backbone.pos_embed.shape:
         return pos_embed
     from timm.layers import resample_abs_pos_embed
 
-    # Prefix tokens, such as that of the class, may have positions of their own, or none, as the model was made.
-    prefix = 0 if getattr(backbone, "no_embed_class", False) else int(getattr(backbone, "num_prefix_tokens", 1))
+    # Prefix tokens, such as that of the class, may have positions of their own, or none, as the
+    # model was made.
+    prefix = (
+        0
+        if getattr(backbone, "no_embed_class", False)
+        else int(getattr(backbone, "num_prefix_tokens", 1))
+    )
     patches: Any = backbone.patch_embed
-    return resample_abs_pos_embed(pos_embed, new_size=list(patches.grid_size), num_prefix_tokens=prefix)
+    return resample_abs_pos_embed(
+        pos_embed, new_size=list(patches.grid_size), num_prefix_tokens=prefix
+    )
 
 
 def start_head(head: Head, path: Path) -> None:
-    """Copies the rows of `weight` in the file, (T, D) or (C, D), and of `bias`, into the first rows of the head. `head.weight`
-    and `head.bias`, as a trained model has them, will do as well."""
+    """Copies the rows of `weight` in the file, (T, D) or (C, D), and of `bias`, into the first rows
+    of the head. `head.weight` and `head.bias`, as a trained model has them, will do as well.
+    """
     found = {name.removeprefix("head."): tensor for name, tensor in read_weights(path).items()}
     rows, bias = found.get("weight"), found.get("bias")
-    if rows is None or rows.ndim != 2 or rows.shape[1] != head.weight.shape[1] or len(rows) > len(head.weight):
+    if (
+        rows is None
+        or rows.ndim != 2
+        or rows.shape[1] != head.weight.shape[1]
+        or len(rows) > len(head.weight)
+    ):
         shape = "no `weight`" if rows is None else f"a weight of shape {tuple(rows.shape)}"
-        raise UserError(f"{path} has {shape}; the head is {tuple(head.weight.shape)} and takes its first rows from it")
+        raise UserError(
+            f"{path} has {shape}; the head is {tuple(head.weight.shape)} and takes its first rows "
+            "from it"
+        )
     with torch.no_grad():
         head.weight[: len(rows)] = rows
         if bias is not None and isinstance(head, LinearHead):
@@ -255,4 +316,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the weights {path}: it must be a safetensors file ({error})") from error
+        raise UserError(
+            f"cannot read the weights {path}: it must be a safetensors file ({error})"
+        ) from error

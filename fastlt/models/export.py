@@ -8,29 +8,39 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastlt.training.checkpoint import copies, load_weights, write_tensors
 from fastlt.config import Config, ModelConfig
 from fastlt.errors import UserError
-from fastlt.utils.files import whole_file
 from fastlt.models.classifier import Classifier, ScaledHead, build_model
+from fastlt.training.checkpoint import copies, load_weights, write_tensors
+from fastlt.utils.files import whole_file
 
-MAX_DIFFERENCE = 1e-3  # of logits between torch and onnxruntime, relative to their largest magnitude
+# of logits between torch and onnxruntime, relative to their largest magnitude
+MAX_DIFFERENCE = 1e-3
 
 
 def targets_only(model: Classifier, num_targets: int) -> dict[str, Tensor]:
-    """The model's tensors with rows 0..T-1 of the head; the factors of a scaled head are worked into its rows."""
+    """The model's tensors with rows 0..T-1 of the head; the factors of a scaled head are worked
+    into its rows.
+    """
     tensors = copies(model.state_dict())
     if isinstance(model.head, ScaledHead):
         scale = tensors.pop("head.scale")
-        tensors["head.weight"], tensors["head.bias"] = tensors["head.weight"] * scale[:, None], tensors["head.bias"] * scale
+        tensors["head.weight"], tensors["head.bias"] = (
+            tensors["head.weight"] * scale[:, None],
+            tensors["head.bias"] * scale,
+        )
     for name in ("head.weight", "head.bias"):
         if name in tensors:
             tensors[name] = tensors[name][:num_targets].clone()
     return tensors
 
 
-def export_safetensors(model: Classifier, config: Config, target_names: list[str], path: Path) -> None:
-    """Weights, and as metadata all that is needed to build the model again: under one key, for their order would be random."""
+def export_safetensors(
+    model: Classifier, config: Config, target_names: list[str], path: Path
+) -> None:
+    """Weights, and as metadata all that is needed to build the model again: under one key, for
+    their order would be random.
+    """
     head = "cosine" if config.model.head == "cosine" else "linear"  # what the others come to
     description = {
         "model": {**config.model.model_dump(mode="json"), "head": head, "scale_alone": False},
@@ -38,7 +48,9 @@ def export_safetensors(model: Classifier, config: Config, target_names: list[str
         "classes": target_names,
     }
     with whole_file(path) as temporary:
-        write_tensors(temporary, targets_only(model, len(target_names)), {"fastlt": json.dumps(description)})
+        write_tensors(
+            temporary, targets_only(model, len(target_names)), {"fastlt": json.dumps(description)}
+        )
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -63,14 +75,19 @@ def find_metadata(path: Path) -> dict[str, Any] | None:
 def load_exported(path: Path) -> tuple[Classifier, list[str]]:
     """The model in evaluation mode on the CPU, and the names of its classes."""
     metadata = read_metadata(path)
-    architecture = ModelConfig(**{**metadata["model"], "pretrained": False, "weights": "", "head_weights": ""})
+    architecture = ModelConfig(
+        **{**metadata["model"], "pretrained": False, "weights": "", "head_weights": ""}
+    )
     model = build_model(architecture, len(metadata["classes"]), metadata["data"]["size"])
     load_weights(path, model)
     return model.eval(), metadata["classes"]
 
 
 class FromPixels(nn.Module):
-    """uint8 pixels to logits, so that nobody has to know mean and deviation: (N, H, W, 3) uint8 to (N, T) float32."""
+    """uint8 pixels to logits, so that nobody has to know mean and deviation:
+
+    (N, H, W, 3) uint8 to (N, T) float32.
+    """
 
     mean: Tensor
     std: Tensor
@@ -88,29 +105,39 @@ class FromPixels(nn.Module):
 def export_onnx(source: Path, path: Path) -> float:
     """RUN/model.safetensors to ONNX with a free batch size, checked against torch in onnxruntime.
 
-    Returns the largest difference of logits relative to their magnitude. Raises UserError where the two disagree.
+    Returns the largest difference of logits relative to their magnitude. Raises UserError where the
+    two disagree.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  torch's exporter imports it when called
     except ImportError as error:
-        raise UserError("ONNX export needs onnx, onnxscript and onnxruntime: pip install 'fastlt[onnx]'") from error
+        raise UserError(
+            "ONNX export needs onnx, onnxscript and onnxruntime: pip install 'fastlt[onnx]'"
+        ) from error
     model, _ = load_exported(source)
     data = read_metadata(source)["data"]
     whole = FromPixels(model, data["mean"], data["std"]).eval()
     pixels = torch.randint(
-        0, 256, (5, data["size"], data["size"], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        0,
+        256,
+        (5, data["size"], data["size"], 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
     )
     with whole_file(path) as temporary:
         write_onnx(whole, pixels[:2], temporary)
-        session = onnxruntime.InferenceSession(temporary.read_bytes(), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            temporary.read_bytes(), providers=["CPUExecutionProvider"]
+        )
         with torch.inference_mode():
             expected = whole(pixels)
         got = torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
         difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
         if difference > MAX_DIFFERENCE or not torch.equal(got.argmax(1), expected.argmax(1)):
             raise UserError(
-                f"the ONNX model gives other logits than torch (relative difference {difference:.1e}), so it was not kept"
+                "the ONNX model gives other logits than torch (relative difference "
+                f"{difference:.1e}), so it was not kept"
             )
     return difference
 
@@ -118,9 +145,14 @@ def export_onnx(source: Path, path: Path) -> float:
 def write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     batch = torch.export.Dim("batch", min=1)
     program = torch.onnx.export(
-        model, (example,), input_names=["pixels"], output_names=["logits"], dynamic_shapes={"pixels": {0: batch}},
-        dynamo=True, verbose=False,
-    )  # fmt: skip
+        model,
+        (example,),
+        input_names=["pixels"],
+        output_names=["logits"],
+        dynamic_shapes={"pixels": {0: batch}},
+        dynamo=True,
+        verbose=False,
+    )
     if program is None:
         raise UserError("torch could not export this model to ONNX")
     program.save(str(path), include_initializers=True, external_data=False)
@@ -134,7 +166,10 @@ def export_run(run: Path, to: Path) -> str:
     metadata = read_metadata(source)
     if to.suffix == ".onnx":
         difference = export_onnx(source, to)
-        return f"{len(metadata['classes'])} classes; onnxruntime predicts as torch does (logits within {difference:.1e}, relative)"
+        return (
+            f"{len(metadata['classes'])} classes; onnxruntime predicts as torch does (logits "
+            f"within {difference:.1e}, relative)"
+        )
     if to.suffix == ".safetensors":
         with whole_file(to) as temporary:
             temporary.write_bytes(source.read_bytes())

@@ -1,7 +1,8 @@
 """CIFAR-100 and the long-tailed tasks cut out of it.
 
-Two forms are read: the official python archive (`train`, `test`, `meta`), and one lossless WebP per class and split that holds
-the class's images one below the other (`train/00_apple.webp`, ..., with `meta.json`).
+Two forms are read: the official python archive (`train`, `test`, `meta`), and one lossless WebP per
+class and split that holds the class's images one below the other (`train/00_apple.webp`, ..., with
+`meta.json`).
 """
 
 import io
@@ -16,9 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastlt.packing.collection import Collection, ImageRef
 from fastlt.decode.images import BadImage, decode
 from fastlt.errors import UserError
+from fastlt.packing.collection import Collection, ImageRef
 
 SIDE = 32
 CLASSES, SUPERCLASSES = 100, 20
@@ -29,7 +30,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Cifar:
-    """Labels are the official ones: fine 0..99 and coarse 0..19, both in the order of their names."""
+    """Labels are the official ones: fine 0..99 and coarse 0..19, in the order of their names."""
 
     fine_names: list[str]
     coarse_names: list[str]
@@ -41,26 +42,40 @@ class Cifar:
         """The fine classes of a superclass, in official order."""
         return [fine for fine in range(CLASSES) if self.coarse[fine] == superclass]
 
-    def refs(self, split: str, fine: int, label: int, chosen: Sequence[int] | None = None) -> list[ImageRef]:
+    def refs(
+        self, split: str, fine: int, label: int, chosen: Sequence[int] | None = None
+    ) -> list[ImageRef]:
         """All images of a class, or the chosen ones, under the given label."""
         stored = self.train[fine] if split == "train" else self.test[fine]
         places = stored if chosen is None else [stored[i] for i in chosen]
-        return [ImageRef(f"{self.fine_names[fine]}/{split}_{part:05d}", label, path, part=part) for path, part in places]
+        return [
+            ImageRef(f"{self.fine_names[fine]}/{split}_{part:05d}", label, path, part=part)
+            for path, part in places
+        ]
 
 
-def read_cifar100(folder: Path, task: str, imbalance: float = 100, auxiliary: str | None = None) -> Collection:
+def read_cifar100(
+    folder: Path, task: str, imbalance: float = 100, auxiliary: str | None = None
+) -> Collection:
     """The collection of a task.
 
-    `cifar100-lt`: the protocol of LDAM-DRW (arXiv 1906.07413), 100 targets, no auxiliaries. `cifar100-siblings`: 20 targets, the
-    first 2 fine classes of superclasses 0..9; `auxiliary` says what is added: `siblings` (default), the other 3 fine classes of
-    the same superclass; `random`, 3 fine classes of superclass 10 + k for superclass k, as a control; or `none`.
-    Raises UserError where the folder is not CIFAR-100 or the task does not exist.
+    `cifar100-lt`: the protocol of LDAM-DRW (arXiv 1906.07413), 100 targets, no auxiliaries.
+    `cifar100-siblings`: 20 targets, the first 2 fine classes of superclasses 0..9; `auxiliary` says
+    what is added: `siblings` (default), the other 3 fine classes of the same superclass; `random`,
+    3 fine classes of superclass 10 + k for superclass k, as a control; or `none`. Raises UserError
+    where the folder is not CIFAR-100 or the task does not exist.
     """
     auxiliary = auxiliary or ("siblings" if task == "cifar100-siblings" else "none")
     if task not in TASKS or auxiliary not in AUXILIARIES:
-        raise UserError(f"there is no task '{task}' with auxiliaries '{auxiliary}': tasks are {TASKS}, auxiliaries {AUXILIARIES}")
+        raise UserError(
+            f"there is no task '{task}' with auxiliaries '{auxiliary}': tasks are {TASKS}, "
+            f"auxiliaries {AUXILIARIES}"
+        )
     if task == "cifar100-lt" and auxiliary != "none":
-        raise UserError(f"in cifar100-lt all classes are targets, so it has no '{auxiliary}' auxiliaries: use cifar100-siblings")
+        raise UserError(
+            f"in cifar100-lt all classes are targets, so it has no '{auxiliary}' auxiliaries: use "
+            "cifar100-siblings"
+        )
     cifar = open_cifar(folder)
     if task == "cifar100-lt":
         return _long_tail(cifar, imbalance)
@@ -70,17 +85,25 @@ def read_cifar100(folder: Path, task: str, imbalance: float = 100, auxiliary: st
 def tail_counts(largest: int, imbalance: float, classes: int) -> list[int]:
     """n_i = int(largest * mu ** (i / (classes - 1))) with mu = 1 / imbalance."""
     if imbalance < 1:
-        raise UserError(f"the imbalance is {imbalance}: it must be 1 or more, the largest class over the smallest")
+        raise UserError(
+            f"the imbalance is {imbalance}: it must be 1 or more, the largest class over the "
+            "smallest"
+        )
     counts = [int(largest * (1 / imbalance) ** (i / (classes - 1))) for i in range(classes)]
     if counts[-1] < 1:
-        raise UserError(f"an imbalance of {imbalance} leaves classes without images: it can be {largest} at most")
+        raise UserError(
+            f"an imbalance of {imbalance} leaves classes without images: it can be {largest} at "
+            "most"
+        )
     return counts
 
 
 def _long_tail(cifar: Cifar, imbalance: float) -> Collection:
     classes = range(CLASSES)
     train = _cut(cifar, classes, tail_counts(_largest(cifar), imbalance, CLASSES))
-    return Collection(cifar.fine_names, train, [ref for fine in classes for ref in cifar.refs("test", fine, fine)])
+    return Collection(
+        cifar.fine_names, train, [ref for fine in classes for ref in cifar.refs("test", fine, fine)]
+    )
 
 
 def _siblings(cifar: Cifar, imbalance: float, auxiliary: str) -> Collection:
@@ -94,11 +117,17 @@ def _siblings(cifar: Cifar, imbalance: float, auxiliary: str) -> Collection:
     )
     for k in range(10) if auxiliary != "none" else ():
         superclass = k if auxiliary == "siblings" else 10 + k
-        added = cifar.members(superclass)[2:] if auxiliary == "siblings" else cifar.members(superclass)[:3]
+        added = (
+            cifar.members(superclass)[2:]
+            if auxiliary == "siblings"
+            else cifar.members(superclass)[:3]
+        )
         for fine in added:
             label = len(targets) + len(collection.auxiliary_names)
             collection.auxiliary_names.append(cifar.fine_names[fine])
-            collection.origins[cifar.fine_names[fine]] = f"CIFAR-100, superclass {cifar.coarse_names[superclass]}"
+            collection.origins[cifar.fine_names[fine]] = (
+                f"CIFAR-100, superclass {cifar.coarse_names[superclass]}"
+            )
             collection.train += cifar.refs("train", fine, label)
             collection.pairs += [(2 * k, label), (2 * k + 1, label)]
     collection.pairs.sort()
@@ -110,7 +139,9 @@ def _largest(cifar: Cifar) -> int:
 
 
 def _cut(cifar: Cifar, classes: Sequence[int], counts: Sequence[int]) -> list[ImageRef]:
-    """Which images are kept is as in LDAM-DRW: numpy's legacy generator, seed 0, one shuffle per class in order."""
+    """Which images are kept is as in LDAM-DRW: numpy's legacy generator, seed 0, one shuffle per
+    class in order.
+    """
     rng = np.random.RandomState(SEED)
     train = []
     for label, (fine, count) in enumerate(zip(classes, counts, strict=True)):
@@ -128,13 +159,17 @@ def open_cifar(folder: Path) -> Cifar:
     if (folder / "meta.json").is_file():
         return _open_strips(folder)
     raise UserError(
-        f"{folder} is not CIFAR-100: it must hold the files train, test and meta of the official python archive, "
+        f"{folder} is not CIFAR-100: it must hold the files train, test and meta of the official "
+        "python archive, "
         "or meta.json with the folders train and test of WebP strips"
     )
 
 
 def png_bytes(path: str, part: int) -> bytes:
-    """One image as PNG, the same bytes every time. Raises BadImage where the strip cannot be decoded."""
+    """One image as PNG, the same bytes every time.
+
+    Raises BadImage where the strip cannot be decoded.
+    """
     pixels = _strip(path) if path.endswith(".webp") else _archive_pixels(path)
     buffer = io.BytesIO()
     Image.fromarray(pixels[part]).save(buffer, "PNG")
@@ -146,10 +181,16 @@ def _open_strips(folder: Path) -> Cifar:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         fine, coarse, table = meta["fine_names"], meta["coarse_names"], meta["fine_to_coarse"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'meta.json'} must hold fine_names, coarse_names and fine_to_coarse: {error!r}") from error
+        raise UserError(
+            f"{folder / 'meta.json'} must hold fine_names, coarse_names and fine_to_coarse: "
+            f"{error!r}"
+        ) from error
     _check_tables(folder, fine, coarse, table)
     strips = {
-        split: [[(str(strip), part) for part in range(_images_in(strip))] for strip in _strip_paths(folder / split, fine)]
+        split: [
+            [(str(strip), part) for part in range(_images_in(strip))]
+            for strip in _strip_paths(folder / split, fine)
+        ]
         for split in ("train", "test")
     }
     return Cifar(fine, coarse, table, strips["train"], strips["test"])
@@ -166,7 +207,10 @@ def _images_in(strip: Path) -> int:
     except OSError as error:
         raise UserError(f"cannot read the CIFAR-100 strip {strip}: {error}") from error
     if width != SIDE or height % SIDE:
-        raise UserError(f"the CIFAR-100 strip {strip} has {width} x {height} pixels: it must be 32 wide and a multiple of 32 high")
+        raise UserError(
+            f"the CIFAR-100 strip {strip} has {width} x {height} pixels: it must be 32 wide and a "
+            "multiple of 32 high"
+        )
     return height // SIDE
 
 
@@ -183,20 +227,34 @@ def _open_archive(folder: Path) -> Cifar:
     meta, train, test = (_unpickle(folder / name) for name in ("meta", "train", "test"))
     try:
         fine, coarse = _texts(meta["fine_label_names"]), _texts(meta["coarse_label_names"])
-        fine_labels, coarse_labels = np.asarray(train["fine_labels"]), np.asarray(train["coarse_labels"])
-        table = [int(coarse_labels[np.flatnonzero(fine_labels == label)[0]]) for label in range(CLASSES)]
+        fine_labels, coarse_labels = (
+            np.asarray(train["fine_labels"]),
+            np.asarray(train["coarse_labels"]),
+        )
+        table = [
+            int(coarse_labels[np.flatnonzero(fine_labels == label)[0]]) for label in range(CLASSES)
+        ]
         images = {
             name: [
-                [(str(folder / name), int(part)) for part in np.flatnonzero(np.asarray(content["fine_labels"]) == label)]
+                [
+                    (str(folder / name), int(part))
+                    for part in np.flatnonzero(np.asarray(content["fine_labels"]) == label)
+                ]
                 for label in range(CLASSES)
             ]
             for name, content in (("train", train), ("test", test))
         }
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder} does not hold the official CIFAR-100 archive: {error!r}") from error
+        raise UserError(
+            f"{folder} does not hold the official CIFAR-100 archive: {error!r}"
+        ) from error
     _check_tables(folder, fine, coarse, table)
     for name in ("train", "test"):
-        _check_pixels(folder / name, (train if name == "train" else test).get("data"), sum(map(len, images[name])))
+        _check_pixels(
+            folder / name,
+            (train if name == "train" else test).get("data"),
+            sum(map(len, images[name])),
+        )
     return Cifar(fine, coarse, table, images["train"], images["test"])
 
 
@@ -207,22 +265,34 @@ def _texts(names: list[str | bytes]) -> list[str]:
 def _check_tables(folder: Path, fine: Any, coarse: Any, table: Any) -> None:
     sizes_fit = len(fine) == len(table) == CLASSES and len(coarse) == SUPERCLASSES
     if not sizes_fit or any(table.count(k) != CLASSES // SUPERCLASSES for k in range(SUPERCLASSES)):
-        raise UserError(f"{folder} is not CIFAR-100: it must have 100 fine classes, 5 in each of 20 superclasses")
+        raise UserError(
+            f"{folder} is not CIFAR-100: it must have 100 fine classes, 5 in each of 20 "
+            "superclasses"
+        )
 
 
 def _check_pixels(file: Path, pixels: Any, images: int) -> None:
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (images, 3 * SIDE * SIDE):
-        raise UserError(f"{file} does not hold CIFAR-100 images: its data must be {images} rows of {3 * SIDE * SIDE} bytes")
+    if (
+        not isinstance(pixels, np.ndarray)
+        or pixels.dtype != np.uint8
+        or pixels.shape != (images, 3 * SIDE * SIDE)
+    ):
+        raise UserError(
+            f"{file} does not hold CIFAR-100 images: its data must be {images} rows of "
+            f"{3 * SIDE * SIDE} bytes"
+        )
 
 
 @lru_cache(maxsize=1)
 def _archive_pixels(path: str) -> np.ndarray:
     """(n, 32, 32, 3) uint8; stored as planes."""
-    return np.ascontiguousarray(_unpickle(Path(path))["data"].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
+    return np.ascontiguousarray(
+        _unpickle(Path(path))["data"].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
+    )
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Builds plain values and numpy arrays and nothing else, so a forged archive cannot run code."""
+    """Builds plain values and numpy arrays alone, so a forged archive cannot run code."""
 
     ALLOWED = (("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"))
 
@@ -241,7 +311,13 @@ def _unpickle(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # a damaged pickle raises about anything
-        raise UserError(f"{path} is not a file of the official CIFAR-100 archive: {error}") from error
+        raise UserError(
+            f"{path} is not a file of the official CIFAR-100 archive: {error}"
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a file of the official CIFAR-100 archive: it holds no dictionary")
-    return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
+        raise UserError(
+            f"{path} is not a file of the official CIFAR-100 archive: it holds no dictionary"
+        )
+    return {
+        key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()
+    }

@@ -1,4 +1,7 @@
-"""What a source hands to `fastlt pack`: classes, pairs, and where each image lies. Free of torch, as packing workers import it."""
+"""What a source hands to `fastlt pack`: classes, pairs, and where each image lies.
+
+Free of torch, as packing workers import it.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +28,8 @@ class Collection:
     val: list[ImageRef]
     auxiliary_names: list[str] = field(default_factory=list)
     pairs: list[tuple[int, int]] = field(default_factory=list)  # (target id, auxiliary id)
-    origins: dict[str, str] = field(default_factory=dict)  # auxiliary name -> where its images came from
-    curation: dict[str, Any] = field(default_factory=dict)  # the summary card of `fastlt curate`, if it made the auxiliaries
+    # auxiliary name -> where its images came from
+    origins: dict[str, str] = field(default_factory=dict)
+    # the summary card of `fastlt curate`, if it made the auxiliaries
+    curation: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

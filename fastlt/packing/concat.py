@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fastlt.classes import ClassSpace
-from fastlt.packing.reader import COLUMNS, Pack, Split
 from fastlt.errors import UserError
+from fastlt.packing.reader import COLUMNS, Pack, Split
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class MixedSplit(Split):
 def mix_packs(main: Pack, others: Mapping[str, Pack], weights: Mapping[str, float]) -> Pack:
     """main with the training images of the others; what is validated on is main's.
 
-    Others may bring auxiliary classes and pairs, but no target class that main lacks. Raises UserError where classes clash.
+    Others may bring auxiliary classes and pairs, but no target class that main lacks. Raises
+    UserError where classes clash.
     """
     space = main.space
     for name, other in others.items():
@@ -70,14 +71,28 @@ class MixedPack(Pack):
 def _merged(space: ClassSpace, other: ClassSpace, name: str) -> ClassSpace:
     """Without counts of the images, which are counted at the end."""
     if unknown := [target for target in other.target_names if target not in space.target_names]:
-        raise UserError(f"the pack {name} has a target class '{unknown[0]}' that the first lacks: mix packs of the same targets")
+        raise UserError(
+            f"the pack {name} has a target class '{unknown[0]}' that the first lacks: mix packs of "
+            "the same targets"
+        )
     for target in space.target_names:
         if target in other.auxiliary_names:
-            raise UserError(f"'{target}' is a target class, and an auxiliary one in the pack {name}: rename one of them")
-    added = [auxiliary for auxiliary in other.auxiliary_names if auxiliary not in space.auxiliary_names]
+            raise UserError(
+                f"'{target}' is a target class, and an auxiliary one in the pack {name}: rename "
+                "one of them"
+            )
+    added = [
+        auxiliary for auxiliary in other.auxiliary_names if auxiliary not in space.auxiliary_names
+    ]
     names = space.auxiliary_names + added
     places = {name: i for i, name in enumerate(space.target_names + names)}
-    pairs = {*space.pairs, *((places[other.names[target]], places[other.names[auxiliary]]) for target, auxiliary in other.pairs)}
+    pairs = {
+        *space.pairs,
+        *(
+            (places[other.names[target]], places[other.names[auxiliary]])
+            for target, auxiliary in other.pairs
+        ),
+    }
     return ClassSpace(
         target_names=space.target_names,
         auxiliary_names=names,
@@ -95,8 +110,16 @@ def _relabelled(other: Pack, space: ClassSpace) -> Split:
 
 
 def _joined(splits: list[Split], weights: tuple[float, ...]) -> MixedSplit:
-    columns: dict[str, Any] = {name: np.concatenate([getattr(split, name) for split in splits]) for name in COLUMNS}
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(split, name) for split in splits]) for name in COLUMNS
+    }
     first = np.cumsum([0, *(len(split.shards) for split in splits[:-1])])
-    columns["shard"] = np.concatenate([split.shard + start for split, start in zip(splits, first, strict=True)]).astype(np.int32)
-    shards = tuple(str((split.folder / shard).resolve()) for split in splits for shard in split.shards)
-    return MixedSplit(splits[0].name, splits[0].folder, shards, parts=tuple(splits), weights=weights, **columns)
+    columns["shard"] = np.concatenate(
+        [split.shard + start for split, start in zip(splits, first, strict=True)]
+    ).astype(np.int32)
+    shards = tuple(
+        str((split.folder / shard).resolve()) for split in splits for shard in split.shards
+    )
+    return MixedSplit(
+        splits[0].name, splits[0].folder, shards, parts=tuple(splits), weights=weights, **columns
+    )

@@ -9,10 +9,18 @@ from pathlib import Path
 
 from PIL import Image
 
+from fastlt.decode.images import (
+    FORMATS,
+    BadImage,
+    decode,
+    decode_pil,
+    load,
+    open_image,
+    orientation,
+)
+from fastlt.decode.region import transcode
 from fastlt.packing.cifar import png_bytes
 from fastlt.packing.collection import ImageRef
-from fastlt.decode.images import FORMATS, BadImage, decode, decode_pil, load, open_image, orientation
-from fastlt.decode.region import transcode
 
 DEFAULT_QUALITY = 95  # of JPEG, where images are shrunk and no quality is given
 
@@ -22,7 +30,8 @@ class ImageSettings:
     max_side: int  # pixels; larger images are shrunk and stored as JPEG; 0: none
     quality: int  # of JPEG; without max_side all images are stored so; 0: as they are
     max_pixels: int
-    transcode: bool = False  # JPEG losslessly, so that the region decoder can enter it in its middle
+    # JPEG losslessly, so that the region decoder can enter it in its middle
+    transcode: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +75,23 @@ def read_bytes(ref: ImageRef) -> bytes:
 
 
 def encode(data: bytes, settings: ImageSettings) -> tuple[bytes, str, int, int]:
-    """(bytes, extension, height, width) as stored. Every image is decoded, which is what finds truncation. Raises BadImage.
+    """(bytes, extension, height, width) as stored.
 
-    JPEG stays as it is, and so do PNG and WebP that are plain 8-bit grey or RGB and upright; the rest becomes RGB PNG, losslessly.
+    Every image is decoded, which is what finds truncation. Raises BadImage.
+
+    JPEG stays as it is, and so do PNG and WebP that are plain 8-bit grey or RGB and upright; the
+    rest becomes RGB PNG, losslessly.
     """
     image = open_image(data, settings.max_pixels)
     kind, (width, height) = image.format, image.size
-    reencoded = max(width, height) > settings.max_side if settings.max_side else settings.quality > 0
+    reencoded = (
+        max(width, height) > settings.max_side if settings.max_side else settings.quality > 0
+    )
     if reencoded:
         return _as_jpeg(decode_pil(data, settings.max_pixels), settings)
     if kind == "JPEG":
-        # At an eighth of the size the whole stream is still read, and truncation found, but the inverse DCT is saved.
+        # At an eighth of the size the whole stream is still read, and truncation found, but the
+        # inverse DCT is saved.
         image.draft(None, (max(1, width // 8), max(1, height // 8)))
     load(image, data)
     if kind == "JPEG" and orientation(image) >= 5:  # a quarter turn
@@ -88,16 +103,29 @@ def encode(data: bytes, settings: ImageSettings) -> tuple[bytes, str, int, int]:
 
 
 def transcoded(data: bytes) -> bytes:
-    """The same JPEG with restart markers; as it was where it cannot be rewritten, or where not every pixel would be the same."""
+    """The same JPEG with restart markers; as it was where it cannot be rewritten, or where not
+    every pixel would be the same.
+    """
     rewritten = transcode(data)
-    return rewritten if rewritten and (decode(rewritten, sys.maxsize) == decode(data, sys.maxsize)).all() else data
+    return (
+        rewritten
+        if rewritten and (decode(rewritten, sys.maxsize) == decode(data, sys.maxsize)).all()
+        else data
+    )
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
     """Every decoder makes the same of it."""
-    eight_bit = image.format != "PNG" or data[24] == 8  # the bit depth in IHDR, which always comes first
+    # the bit depth in IHDR, which always comes first
+    eight_bit = image.format != "PNG" or data[24] == 8
     still = not getattr(image, "is_animated", False)
-    return image.mode in ("L", "RGB") and "transparency" not in image.info and eight_bit and still and orientation(image) == 1
+    return (
+        image.mode in ("L", "RGB")
+        and "transparency" not in image.info
+        and eight_bit
+        and still
+        and orientation(image) == 1
+    )
 
 
 def _as_jpeg(image: Image.Image, settings: ImageSettings) -> tuple[bytes, str, int, int]:
@@ -105,7 +133,12 @@ def _as_jpeg(image: Image.Image, settings: ImageSettings) -> tuple[bytes, str, i
     if settings.max_side and longer > settings.max_side:
         width, height = (max(1, round(side * settings.max_side / longer)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return _saved(image, "JPEG", quality=settings.quality or DEFAULT_QUALITY), ".jpg", image.height, image.width
+    return (
+        _saved(image, "JPEG", quality=settings.quality or DEFAULT_QUALITY),
+        ".jpg",
+        image.height,
+        image.width,
+    )
 
 
 def _saved(image: Image.Image, kind: str, **options: int) -> bytes:

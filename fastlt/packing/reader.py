@@ -15,18 +15,28 @@ from PIL import Image
 
 from fastlt.classes import ClassSpace
 from fastlt.decode.images import BadImage, decode_pil
-from fastlt.packing.remote import TABLES, Remote, fetch_tables, is_remote
 from fastlt.errors import UserError
+from fastlt.packing.remote import TABLES, Remote, fetch_tables, is_remote
 
 FORMAT_VERSION = 1
 MAPPED_AT_ONCE = 4  # shards of a remote pack
 ATTEMPTS = 5
-COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int32, "label": np.int32, "height": np.int32, "width": np.int32}
+COLUMNS = {
+    "shard": np.int32,
+    "offset": np.int64,
+    "size": np.int32,
+    "label": np.int32,
+    "height": np.int32,
+    "width": np.int32,
+}
 
 
 @dataclass(frozen=True)
 class Split:
-    """The images of `train` or `val`. Every column has one entry per image; height and width are those of the upright image."""
+    """The images of `train` or `val`.
+
+    Every column has one entry per image; height and width are those of the upright image.
+    """
 
     name: str
     folder: Path
@@ -37,7 +47,8 @@ class Split:
     label: np.ndarray  # (n,) int32
     height: np.ndarray  # (n,) int32, pixels
     width: np.ndarray  # (n,) int32, pixels
-    remote: Remote | None = None  # where the shards come from, if they are not in `folder` from the start
+    # where the shards come from, if they are not in `folder` from the start
+    remote: Remote | None = None
     _maps: dict[int, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -50,17 +61,26 @@ class Split:
     def read(self, image: int) -> memoryview:
         """The encoded bytes of one image: a view of the mapped shard, no copy."""
         offset = int(self.offset[image])
-        return memoryview(self._map(int(self.shard[image])))[offset : offset + int(self.size[image])]
+        return memoryview(self._map(int(self.shard[image])))[
+            offset : offset + int(self.size[image])
+        ]
 
     def addresses(self, images: np.ndarray) -> tuple[np.ndarray, list[mmap.mmap]]:
-        """Where the encoded bytes of images (n,) lie in memory, (n,) uint64, for as long as the second result lives."""
+        """Where the encoded bytes of images (n,) lie in memory, (n,) uint64, for as long as the
+        second result lives.
+        """
         maps = {int(shard): self._map(int(shard)) for shard in np.unique(self.shard[images])}
-        starts = {shard: int(np.frombuffer(mapped, np.uint8).ctypes.data) for shard, mapped in maps.items()}
+        starts = {
+            shard: int(np.frombuffer(mapped, np.uint8).ctypes.data)
+            for shard, mapped in maps.items()
+        }
         first = np.array([starts[shard] for shard in self.shard[images].tolist()], np.uint64)
         return first + self.offset[images].astype(np.uint64), list(maps.values())
 
     def key(self, image: int) -> str:
-        """The image's key in its shard, as `tar tf` lists it: read from the tar header that stands before the bytes."""
+        """The image's key in its shard, as `tar tf` lists it: read from the tar header that stands
+        before the bytes.
+        """
         header = memoryview(self._map(int(self.shard[image])))
         start = int(self.offset[image]) - 512
         return bytes(header[start : start + 100]).split(b"\0", 1)[0].decode("utf-8", "replace")
@@ -73,12 +93,16 @@ class Split:
     def fetched(self, shard: int) -> Path:
         """The shard's local file. Raises UserError where it cannot be had."""
         name = self.shards[shard]
-        return self.folder / name if self.remote is None else self.remote.fetch(f"{self.name}/{name}")
+        return (
+            self.folder / name if self.remote is None else self.remote.fetch(f"{self.name}/{name}")
+        )
 
     def _map(self, shard: int) -> mmap.mmap:
         if shard not in self._maps:
             self._maps[shard] = self._mapped(shard)
-            if self.remote is not None and len(self._maps) > MAPPED_AT_ONCE:  # a mapped file takes its space until then
+            if (
+                self.remote is not None and len(self._maps) > MAPPED_AT_ONCE
+            ):  # a mapped file takes its space until then
                 del self._maps[next(iter(self._maps))]
         return self._maps[shard]
 
@@ -92,10 +116,16 @@ class Split:
                 if self.remote is None:
                     break
                 continue  # another process made room in the cache just now
-        raise UserError(f"{path} has vanished from the pack: copy the pack again, or raise data.cache_gb")
+        raise UserError(
+            f"{path} has vanished from the pack: copy the pack again, or raise data.cache_gb"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # a mapping cannot travel to a worker process; it is made anew there
+        # a mapping cannot travel to a worker process; it is made anew there
+        return {
+            **self.__dict__,
+            "_maps": {},
+        }
 
 
 @dataclass(frozen=True)
@@ -119,9 +149,11 @@ class Pack:
 
 
 def open_pack(path: Path | str, cache_bytes: int = 100 * 10**9) -> Pack:
-    """Opens what `fastlt pack` wrote; path may be an address, of whose shards cache_bytes at most are kept here.
+    """Opens what `fastlt pack` wrote; path may be an address, of whose shards cache_bytes at most
+    are kept here.
 
-    Raises UserError where it is no pack or one of another version, and where a file is missing or truncated.
+    Raises UserError where it is no pack or one of another version, and where a file is missing or
+    truncated.
     """
     url = str(path).rstrip("/") if is_remote(str(path)) else ""
     path = fetch_tables(url) if url else Path(path)
@@ -139,13 +171,24 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a pack: it has no readable manifest.json; make one with `fastlt pack`") from error
+        raise UserError(
+            f"{path} is not a pack: it has no readable manifest.json; make one with `fastlt pack`"
+        ) from error
     if not isinstance(manifest, dict) or "format_version" not in manifest:
-        raise UserError(f"{path} is not a pack: its manifest.json is of something else; make one with `fastlt pack`")
+        raise UserError(
+            f"{path} is not a pack: its manifest.json is of something else; make one with `fastlt "
+            "pack`"
+        )
     if manifest["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path} has pack format {manifest['format_version']}, this version reads {FORMAT_VERSION}: pack again")
+        raise UserError(
+            f"{path} has pack format {manifest['format_version']}, this version reads "
+            f"{FORMAT_VERSION}: pack again"
+        )
     if not all(isinstance(manifest.get(part), dict) for part in ("files", "shards")):
-        raise UserError(f"{path} is damaged: its manifest.json lists no files or shards; copy the pack again or pack again")
+        raise UserError(
+            f"{path} is damaged: its manifest.json lists no files or shards; copy the pack again "
+            "or pack again"
+        )
     return manifest
 
 
@@ -155,13 +198,19 @@ def _read_index(file: Path) -> dict[str, np.ndarray]:
             columns = {name: index[name] for name in index.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged ({error}): pack again, or copy it again") from error
-    if missing := [name for split in ("train", "val") for name in COLUMNS if f"{split}_{name}" not in columns]:
-        raise UserError(f"{file} is damaged: it has no column {missing[0]}; pack again, or copy it again")
+    if missing := [
+        name for split in ("train", "val") for name in COLUMNS if f"{split}_{name}" not in columns
+    ]:
+        raise UserError(
+            f"{file} is damaged: it has no column {missing[0]}; pack again, or copy it again"
+        )
     return columns
 
 
 def check_sizes(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
-    """The files are there with their full length: cheap enough for every start, and it finds truncation."""
+    """The files are there with their full length: cheap enough for every start, and it finds
+    truncation.
+    """
     for name, entry in manifest["files"].items():
         if name not in names:
             continue
@@ -170,20 +219,31 @@ def check_sizes(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> N
             raise UserError(f"{file} is missing from the pack: pack again, or copy it again")
         if file.stat().st_size != entry["size"]:
             found, wanted = file.stat().st_size, entry["size"]
-            raise UserError(f"{file} is damaged: it has {found} bytes, the manifest says {wanted}; copy it again")
+            raise UserError(
+                f"{file} is damaged: it has {found} bytes, the manifest says {wanted}; copy it "
+                "again"
+            )
 
 
 def identity(split: Split) -> str:
-    """Of the very images and their order, whatever their labels, as long as nobody writes others of the same sizes there."""
+    """Of the very images and their order, whatever their labels, as long as nobody writes others of
+    the same sizes there.
+    """
     used, shard = np.unique(split.shard, return_inverse=True)
-    told = hashlib.sha256(json.dumps([str(split.folder.resolve()), *(split.shards[i] for i in used.tolist())]).encode())
+    told = hashlib.sha256(
+        json.dumps(
+            [str(split.folder.resolve()), *(split.shards[i] for i in used.tolist())]
+        ).encode()
+    )
     for column in (shard.astype(np.int32), split.offset, split.size):
         told.update(column.tobytes())
     return told.hexdigest()[:24]
 
 
 def check_shards(split: Split) -> None:
-    """The shards are there and long enough for the index: for engines, which may be given a split that no manifest covers."""
+    """The shards are there and long enough for the index: for engines, which may be given a split
+    that no manifest covers.
+    """
     if split.remote is not None:  # each is checked when it comes
         return
     ends = np.zeros(len(split.shards), np.int64)
@@ -193,21 +253,36 @@ def check_shards(split: Split) -> None:
         if not file.is_file():
             raise UserError(f"{file} is missing from the pack: pack again, or copy it again")
         if file.stat().st_size < end:
-            raise UserError(f"{file} is damaged: it has {file.stat().st_size} bytes, the index needs {end}; copy it again")
+            raise UserError(
+                f"{file} is damaged: it has {file.stat().st_size} bytes, the index needs {end}; "
+                "copy it again"
+            )
 
 
 def picture(split: Split, image: int, is_sound: bool = False) -> Image.Image:
-    """One image, upright RGB. Raises UserError that names shard and key where it cannot be decoded. is_sound: as in decode_pil."""
+    """One image, upright RGB.
+
+    Raises UserError that names shard and key where it cannot be decoded. is_sound: as in
+    decode_pil.
+    """
     try:
-        found = decode_pil(split.read(image), sys.maxsize, is_sound)  # what is too large was left out by packing
+        # what is too large was left out by packing
+        found = decode_pil(split.read(image), sys.maxsize, is_sound)
     except (BadImage, OSError, ValueError) as error:
-        raise UserError(f"{split.where(image)}: {error}; the pack is damaged: copy it again or pack again") from error
+        raise UserError(
+            f"{split.where(image)}: {error}; the pack is damaged: copy it again or pack again"
+        ) from error
     if found.size != (split.width[image], split.height[image]):
         wanted = f"{split.width[image]} x {split.height[image]}"
-        raise UserError(f"{split.where(image)}: {found.width} x {found.height} pixels, the index says {wanted}: pack again")
+        raise UserError(
+            f"{split.where(image)}: {found.width} x {found.height} pixels, the index says "
+            f"{wanted}: pack again"
+        )
     return found
 
 
-def _split(path: Path, name: str, manifest: dict[str, Any], columns: dict[str, Any], remote: Remote | None) -> Split:
+def _split(
+    path: Path, name: str, manifest: dict[str, Any], columns: dict[str, Any], remote: Remote | None
+) -> Split:
     values = {column: columns[f"{name}_{column}"] for column in COLUMNS}
     return Split(name, path / name, tuple(manifest["shards"][name]), remote=remote, **values)

@@ -1,4 +1,6 @@
-"""A pack of some images of another one under other labels: tables of its own, and links to the other's shards."""
+"""A pack of some images of another one under other labels: tables of its own, and links to the
+other's shards.
+"""
 
 import json
 import os
@@ -10,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from fastlt.classes import ClassSpace
-from fastlt.packing.writer import entry_of
-from fastlt.packing.reader import COLUMNS, Pack
 from fastlt.errors import UserError
+from fastlt.packing.reader import COLUMNS, Pack
+from fastlt.packing.writer import entry_of
 from fastlt.utils.files import whole_file, whole_folder, write_text
 
 
@@ -25,7 +27,10 @@ class Selection:
 
 
 def derive_pack(pack: Pack, out: Path, names: list[str], train: Selection, val: Selection) -> Path:
-    """The targets `names`, without auxiliaries. Raises UserError where the pack is at an address, whose shards are not at hand."""
+    """The targets `names`, without auxiliaries.
+
+    Raises UserError where the pack is at an address, whose shards are not at hand.
+    """
     if pack.train.remote is not None:
         raise UserError("a pack at an address cannot be relabelled: copy it to this machine first")
     counts = [np.bincount(chosen.labels, minlength=len(names)).tolist() for chosen in (train, val)]
@@ -38,7 +43,11 @@ def derive_pack(pack: Pack, out: Path, names: list[str], train: Selection, val: 
                 (folder / split.name / shard).symlink_to(
                     os.path.relpath((split.folder / shard).resolve(), out.resolve() / split.name)
                 )
-            columns |= {f"{split.name}_{name}": getattr(split, name)[chosen.images] for name in COLUMNS if name != "label"}
+            columns |= {
+                f"{split.name}_{name}": getattr(split, name)[chosen.images]
+                for name in COLUMNS
+                if name != "label"
+            }
             columns[f"{split.name}_label"] = chosen.labels.astype(COLUMNS["label"])
         space.save(folder / "classes.json")
         with whole_file(folder / "index.npz") as temporary, temporary.open("wb") as file:
@@ -46,9 +55,18 @@ def derive_pack(pack: Pack, out: Path, names: list[str], train: Selection, val: 
         files = {name: entry for name, entry in pack.manifest["files"].items() if "/" in name}
         files |= {name: entry_of(folder / name) for name in ("classes.json", "index.npz")}
         manifest = pack.manifest | {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "derived_from": pack.id, "files": files,
-            "counts": {"train": len(train.images), "val": len(val.images), "targets": len(names), "auxiliaries": 0, "pairs": 0},
-            "skipped": [], "leaks": [],
-        }  # fmt: skip
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "derived_from": pack.id,
+            "files": files,
+            "counts": {
+                "train": len(train.images),
+                "val": len(val.images),
+                "targets": len(names),
+                "auxiliaries": 0,
+                "pairs": 0,
+            },
+            "skipped": [],
+            "leaks": [],
+        }
         write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return out

@@ -1,5 +1,7 @@
-"""Packs that lie elsewhere (https://, s3://, whatever fsspec reads): shards come when they are asked for, and stay on the local
-disk up to a bound, the least recently used going first. Processes share what is there. Every wait has an end."""
+"""Packs that lie elsewhere (https://, s3://, whatever fsspec reads): shards come when they are
+asked for, and stay on the local disk up to a bound, the least recently used going first. Processes
+share what is there. Every wait has an end.
+"""
 
 import errno
 import fcntl
@@ -43,7 +45,8 @@ class Remote:
     url: str
     folder: Path  # local
     limit: int  # bytes of shards that are kept
-    files: dict[str, dict[str, Any]]  # the manifest's: size and sha256 by name, such as train/train-000000.tar
+    # the manifest's: size and sha256 by name, such as train/train-000000.tar
+    files: dict[str, dict[str, Any]]
     _checked: list[bool] = field(default_factory=list, repr=False, compare=False)
 
     def fetch(self, name: str) -> Path:
@@ -52,7 +55,8 @@ class Remote:
         with _locked(self.folder / "locks" / name.replace("/", "-")):
             is_there = path.is_file() and path.stat().st_size == entry["size"]
             if not is_there or not self._checked:
-                self._make_room(entry["size"], path)  # the bound may have been lowered since the last run
+                # the bound may have been lowered since the last run
+                self._make_room(entry["size"], path)
                 self._checked.append(True)
             if not is_there:
                 download(f"{self.url}/{name}", path, entry)
@@ -61,7 +65,10 @@ class Remote:
 
     def _make_room(self, size: int, wanted: Path) -> None:
         if size > self.limit:
-            raise UserError(f"{wanted.name} has {size:,} bytes, the cache may hold {self.limit:,}: raise data.cache_gb")
+            raise UserError(
+                f"{wanted.name} has {size:,} bytes, the cache may hold {self.limit:,}: raise "
+                "data.cache_gb"
+            )
         with _locked(self.folder / "locks" / "room"):
             kept = sorted((p for p in self.folder.glob("*/*.tar") if p != wanted), key=_last_used)
             over = sum(_size(path) for path in kept) + size - self.limit
@@ -73,19 +80,25 @@ class Remote:
 
 
 def fetch_tables(url: str) -> Path:
-    """The local folder with the pack's tables, which are fetched anew: the pack may have changed."""
+    """The local folder of the pack's tables, fetched anew: the pack may have changed."""
     folder = cache_root() / hashlib.sha256(url.encode()).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the cache {folder} cannot be made ({error.strerror}): set FASTLT_CACHE to a folder that can") from error
+        raise UserError(
+            f"the cache {folder} cannot be made ({error.strerror}): set FASTLT_CACHE to a folder "
+            "that can"
+        ) from error
     for name in TABLES:
         download(f"{url}/{name}", folder / name, None)
     return folder
 
 
 def download(url: str, path: Path, entry: dict[str, Any] | None) -> None:
-    """url to path, whole or not at all; entry: the size and sha256 that it must have. Tried several times. Raises UserError."""
+    """url to path, whole or not at all; entry: the size and sha256 that it must have.
+
+    Tried several times. Raises UserError.
+    """
     reason: Any = None
     for attempt in range(ATTEMPTS):
         try:
@@ -93,17 +106,27 @@ def download(url: str, path: Path, entry: dict[str, Any] | None) -> None:
                 _stream(url, temporary, entry)
             return
         except (FileNotFoundError, PermissionError) as error:
-            raise UserError(f"{url} cannot be read ({type(error).__name__}): is the address right, and may you read it?") from error
+            raise UserError(
+                f"{url} cannot be read ({type(error).__name__}): is the address right, and may you "
+                "read it?"
+            ) from error
         except ImportError as error:
-            raise UserError(f"{url} needs a package that is not installed ({error}): pip install fastlt[remote]") from error
+            raise UserError(
+                f"{url} needs a package that is not installed ({error}): pip install fastlt[remote]"
+            ) from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"the disk with the cache {path.parent} is full: free some space, or set FASTLT_CACHE") from error
+                raise UserError(
+                    f"the disk with the cache {path.parent} is full: free some space, or set "
+                    "FASTLT_CACHE"
+                ) from error
             reason = error
         except Exception as error:  # every file system of fsspec has its own
             reason = error
         time.sleep(attempt)
-    raise UserError(f"{url} cannot be read after {ATTEMPTS} attempts: {str(reason) or type(reason).__name__}")
+    raise UserError(
+        f"{url} cannot be read after {ATTEMPTS} attempts: {str(reason) or type(reason).__name__}"
+    )
 
 
 def _stream(url: str, path: Path, entry: dict[str, Any] | None) -> None:
@@ -114,7 +137,9 @@ def _stream(url: str, path: Path, entry: dict[str, Any] | None) -> None:
             digest.update(block)
             size += len(block)
     if entry and (size, digest.hexdigest()) != (entry["size"], entry["sha256"]):
-        raise OSError(f"{size:,} bytes came that are not those of the manifest, which has {entry['size']:,}")
+        raise OSError(
+            f"{size:,} bytes came that are not those of the manifest, which has {entry['size']:,}"
+        )
 
 
 def _blocks(url: str) -> Iterator[bytes]:
@@ -148,7 +173,9 @@ def _read_blocks(url: str, blocks: "queue.Queue[Any]", stop: threading.Event) ->
     try:
         import fsspec
 
-        with fsspec.open(url, "rb", block_size=0 if url.startswith("http") else None).open() as file:
+        with fsspec.open(
+            url, "rb", block_size=0 if url.startswith("http") else None
+        ).open() as file:
             while (block := file.read(BLOCK)) and not stop.is_set():
                 put(block)
             put(b"")
@@ -167,7 +194,10 @@ def _locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError as error:
                 if time.monotonic() > until:
-                    raise UserError(f"another process has held {path} for {LOCK_PATIENCE} s: end it, or remove the file") from error
+                    raise UserError(
+                        f"another process has held {path} for {LOCK_PATIENCE} s: end it, or remove "
+                        "the file"
+                    ) from error
                 time.sleep(0.05)
         yield
 

@@ -1,4 +1,6 @@
-"""Writing WebDataset shards whose bytes depend on the images alone: no times, owners or machine in them."""
+"""Writing WebDataset shards whose bytes depend on the images alone: no times, owners or machine in
+them.
+"""
 
 import hashlib
 import os
@@ -13,11 +15,13 @@ from typing import Any, BinaryIO
 
 BLOCK = 512
 NAME_BYTES = 100  # of a USTAR header
-KEY_BYTES = NAME_BYTES - len(".webp") - len("-1234567890")  # room for the extension, and for a number where keys collide
+# room for the extension, and for a number where keys collide
+KEY_BYTES = NAME_BYTES - len(".webp") - len("-1234567890")
 
 
 class ShardWriter(AbstractContextManager["ShardWriter"]):
-    """Writes FOLDER/STEM-000000.tar and so on, each of at most `shard_size` bytes unless one image alone is larger.
+    """Writes FOLDER/STEM-000000.tar and so on, each of at most `shard_size` bytes unless one image
+    alone is larger.
 
     stem: by default the folder's name.
     """
@@ -26,11 +30,17 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         folder.mkdir(exist_ok=bool(stem))
         self.folder, self.stem = folder, stem or folder.name
         self.shard_size = shard_size
-        self.files: dict[str, dict[str, Any]] = {}  # file name -> size and sha256, as in the manifest
+        # file name -> size and sha256, as in the manifest
+        self.files: dict[str, dict[str, Any]] = {}
         self._file: BinaryIO | None = None
 
-    def add(self, key: str, extension: str, data: bytes, label: int | str, told: bytes = b"") -> tuple[int, int]:
-        """told: JSON of the image, for key.json. Returns (shard, offset of the image's bytes in it)."""
+    def add(
+        self, key: str, extension: str, data: bytes, label: int | str, told: bytes = b""
+    ) -> tuple[int, int]:
+        """told:
+
+        JSON of the image, for key.json. Returns (shard, offset of the image's bytes in it).
+        """
         sample = _member(key + extension, data) + _member(key + ".cls", str(label).encode())
         sample += _member(key + ".json", told) if told else b""
         if self._file is None or self._position + len(sample) + 2 * BLOCK > self.shard_size:
@@ -58,14 +68,24 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self.files[Path(self._file.name).name] = {"size": self._position, "sha256": self._sha256.hexdigest()}
+        self.files[Path(self._file.name).name] = {
+            "size": self._position,
+            "sha256": self._sha256.hexdigest(),
+        }
         self._file = None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             self._close()
         elif self._file is not None:
-            with suppress(OSError):  # a full disk says so once more when what is buffered is written
+            with suppress(
+                OSError
+            ):  # a full disk says so once more when what is buffered is written
                 self._file.close()
 
 
@@ -76,7 +96,9 @@ def _member(name: str, data: bytes) -> bytes:
 
 
 def member_keys(keys: Iterable[str]) -> list[str]:
-    """Unique keys that fit the header and that WebDataset takes: it ends a key at the first dot and skips `__name__`."""
+    """Unique keys that fit the header and that WebDataset takes: it ends a key at the first dot and
+    skips `__name__`.
+    """
     taken: set[str] = set()
     times: Counter[str] = Counter()
     result = []

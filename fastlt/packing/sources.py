@@ -1,4 +1,5 @@
-"""Where images come from: class folders, split files or WebDataset shards, read into one list of references per split.
+"""Where images come from: class folders, split files or WebDataset shards, read into one list of
+references per split.
 
 Nothing is decoded here.
 """
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastlt.classes import pair_ids
+from fastlt.decode.images import EXTENSIONS
+from fastlt.errors import UserError
 from fastlt.packing.cifar import read_cifar100
 from fastlt.packing.collection import Collection, ImageRef
-from fastlt.decode.images import EXTENSIONS
 from fastlt.packing.reader import open_pack
-from fastlt.errors import UserError
 
 __all__ = ["Collection", "ImageRef", "read_cifar100", "read_collection", "read_pairs"]
 
@@ -32,7 +33,8 @@ class Listing:
     refs: list[ImageRef]
     names: dict[int, str]  # by label; empty where the source does not tell
     numbered: bool = False  # labels are integers that the user chose, so target and val share them
-    left_out: Counter[str] = field(default_factory=Counter)  # files that are no images, by extension
+    # files that are no images, by extension
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def read_collection(
@@ -43,22 +45,41 @@ def read_collection(
     root: Path | None = None,
     class_names: Path | None = None,
 ) -> Collection:
-    """Each of target, auxiliary and val is a folder of class sub-folders, a split file (`relative/path label` per line, below
-    `root`, by default the split file's folder), or a .tar shard or a folder of them; target and val may also be a pack, of which
-    the targets are taken. `pairs` is a CSV with the header `target,auxiliary`; `class_names` names the integer labels of the
-    targets, one a line. Raises UserError on bad input.
+    """Each of target, auxiliary and val is a folder of class sub-folders, a split file
+    (`relative/path label` per line, below `root`, by default the split file's folder), or a .tar
+    shard or a folder of them; target and val may also be a pack, of which the targets are taken.
+    `pairs` is a CSV with the header `target,auxiliary`; `class_names` names the integer labels of
+    the targets, one a line. Raises UserError on bad input.
     """
     if auxiliary is not None and pairs is None:
-        raise UserError("--auxiliary needs --pairs: a CSV with the header 'target,auxiliary' that says which neighbours which")
+        raise UserError(
+            "--auxiliary needs --pairs: a CSV with the header 'target,auxiliary' that says which "
+            "neighbours which"
+        )
     if pairs is not None and auxiliary is None:
-        raise UserError("--pairs needs --auxiliary: the images of the auxiliary classes that it names")
+        raise UserError(
+            "--pairs needs --auxiliary: the images of the auxiliary classes that it names"
+        )
     given = _read_names(class_names) if class_names else []
-    targets = _list_pack(target, "train") if is_pack(target) else _list(target, root, limit=len(given) or None)
+    targets = (
+        _list_pack(target, "train")
+        if is_pack(target)
+        else _list(target, root, limit=len(given) or None)
+    )
     if given and not targets.numbered:
-        raise UserError(f"--class-names is for integer labels, but the classes of {target} have names already: leave it out")
+        raise UserError(
+            f"--class-names is for integer labels, but the classes of {target} have names already: "
+            "leave it out"
+        )
     target_names = _class_names(targets, given)
-    validation = _list_pack(val, "val") if is_pack(val) else _list(val, root, limit=len(target_names), may_be_empty=True)
-    collection = Collection(target_names, targets.refs, _as_targets(validation, targets, target_names))
+    validation = (
+        _list_pack(val, "val")
+        if is_pack(val)
+        else _list(val, root, limit=len(target_names), may_be_empty=True)
+    )
+    collection = Collection(
+        target_names, targets.refs, _as_targets(validation, targets, target_names)
+    )
     collection.warnings += _left_out(targets) + _left_out(validation)
     if auxiliary is not None and pairs is not None:
         _add_auxiliaries(collection, _list(auxiliary, root), pairs)
@@ -69,11 +90,16 @@ def _add_auxiliaries(collection: Collection, listing: Listing, pairs: Path) -> N
     names = _class_names(listing, [], prefix="auxiliary_")
     targets = set(collection.target_names)
     if shared := [name for name in names if name in targets]:
-        raise UserError(f"{listing.where}: the auxiliary class '{shared[0]}' is a target class as well: rename or remove it")
+        raise UserError(
+            f"{listing.where}: the auxiliary class '{shared[0]}' is a target class as well: rename "
+            "or remove it"
+        )
     first = len(collection.target_names)
     collection.auxiliary_names = names
     collection.pairs = pair_ids(read_pairs(pairs), collection.target_names, names, str(pairs))
-    collection.train = collection.train + [replace(ref, label=ref.label + first) for ref in listing.refs]
+    collection.train = collection.train + [
+        replace(ref, label=ref.label + first) for ref in listing.refs
+    ]
     collection.origins = dict.fromkeys(names, os.fsencode(listing.where).decode("utf-8", "replace"))
     _add_card(collection, listing.where / "card.json")
     collection.warnings += _left_out(listing)
@@ -86,9 +112,13 @@ def _add_card(collection: Collection, file: Path) -> None:
     try:
         card = json.loads(_read_text(file))
         origins = card.pop("origins")
-        collection.origins |= {name: origin for name, origin in origins.items() if name in collection.origins}
+        collection.origins |= {
+            name: origin for name, origin in origins.items() if name in collection.origins
+        }
     except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{file} is no summary of `fastlt curate` ({error!r}): remove it, or filter again") from error
+        raise UserError(
+            f"{file} is no summary of `fastlt curate` ({error!r}): remove it, or filter again"
+        ) from error
     collection.curation = card
 
 
@@ -101,9 +131,21 @@ def _list_pack(path: Path, name: str) -> Listing:
     pack = open_pack(path)
     split = pack.train if name == "train" else pack.val
     refs = [
-        ImageRef(split.key(image).rpartition(".")[0], label, str(split.folder / split.shards[shard]), offset, size)
+        ImageRef(
+            split.key(image).rpartition(".")[0],
+            label,
+            str(split.folder / split.shards[shard]),
+            offset,
+            size,
+        )
         for image, (label, shard, offset, size) in enumerate(
-            zip(split.label.tolist(), split.shard.tolist(), split.offset.tolist(), split.size.tolist(), strict=True)
+            zip(
+                split.label.tolist(),
+                split.shard.tolist(),
+                split.offset.tolist(),
+                split.size.tolist(),
+                strict=True,
+            )
         )
         if label < pack.space.num_targets
     ]
@@ -111,7 +153,10 @@ def _list_pack(path: Path, name: str) -> Listing:
 
 
 def read_pairs(file: Path) -> list[tuple[str, str]]:
-    """The (target, auxiliary) names of a pairs CSV; the first pair stands on line 2. Raises UserError naming file and line."""
+    """The (target, auxiliary) names of a pairs CSV; the first pair stands on line 2.
+
+    Raises UserError naming file and line.
+    """
     try:
         rows = list(csv.reader(_read_text(file).rstrip().splitlines()))
     except csv.Error as error:
@@ -120,15 +165,25 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
     if header[:2] != ["target", "auxiliary"]:
         raise UserError(f"{file}, line 1: the header must be 'target,auxiliary'")
     if len(rows) == 1:
-        raise UserError(f"{file} holds no pairs: every line after the header names a target and an auxiliary that neighbours it")
+        raise UserError(
+            f"{file} holds no pairs: every line after the header names a target and an auxiliary "
+            "that neighbours it"
+        )
     for line, row in enumerate(rows[1:], start=2):
         if len(row) != len(header) or not row[0].strip() or not row[1].strip():
-            raise UserError(f"{file}, line {line}: '{','.join(row)}' is not of the form '{','.join(header)}'")
+            raise UserError(
+                f"{file}, line {line}: '{','.join(row)}' is not of the form '{','.join(header)}'"
+            )
     return [(row[0].strip(), row[1].strip()) for row in rows[1:]]
 
 
-def _list(path: Path, root: Path | None, limit: int | None = None, may_be_empty: bool = False) -> Listing:
-    """`limit`: integer labels must be below it. `may_be_empty`: a class folder without images is allowed."""
+def _list(
+    path: Path, root: Path | None, limit: int | None = None, may_be_empty: bool = False
+) -> Listing:
+    """`limit`: integer labels must be below it.
+
+    `may_be_empty`: a class folder without images is allowed.
+    """
     if path.is_file() and path.suffix == ".tar":
         return _list_shards(path, [path], limit)
     if path.is_file():
@@ -141,7 +196,10 @@ def _list(path: Path, root: Path | None, limit: int | None = None, may_be_empty:
     if shards and not classes:
         return _list_shards(path, shards, limit)
     if not classes:
-        raise UserError(f"{path} has no class sub-folders and no .tar shards: give a folder with a sub-folder of images per class")
+        raise UserError(
+            f"{path} has no class sub-folders and no .tar shards: give a folder with a sub-folder "
+            "of images per class"
+        )
     return _list_class_folders(path, classes, may_be_empty)
 
 
@@ -150,7 +208,9 @@ def _list_class_folders(path: Path, classes: list[Path], may_be_empty: bool) -> 
     left_out: Counter[str] = Counter()
     for label, folder in enumerate(classes):
         if not _is_text(folder.name):
-            raise UserError(f"{path}: the name of class folder {folder.name!a} is not valid UTF-8: rename it")
+            raise UserError(
+                f"{path}: the name of class folder {folder.name!a} is not valid UTF-8: rename it"
+            )
         before = len(refs)
         for relative in _files_below(folder):
             stem, dot, extension = relative.rpartition(".")
@@ -159,8 +219,13 @@ def _list_class_folders(path: Path, classes: list[Path], may_be_empty: bool) -> 
             else:
                 left_out[Path(relative).suffix or "without extension"] += 1
         if len(refs) == before and not may_be_empty:
-            raise UserError(f"the class folder {folder} holds no images ({', '.join(EXTENSIONS)}): add some or remove it")
-    return Listing(path, refs, {label: folder.name for label, folder in enumerate(classes)}, left_out=left_out)
+            raise UserError(
+                f"the class folder {folder} holds no images ({', '.join(EXTENSIONS)}): add some or "
+                "remove it"
+            )
+    return Listing(
+        path, refs, {label: folder.name for label, folder in enumerate(classes)}, left_out=left_out
+    )
 
 
 def _files_below(folder: Path) -> Iterator[str]:
@@ -168,7 +233,9 @@ def _files_below(folder: Path) -> Iterator[str]:
     start = len(str(folder)) + 1
     for parent, folders, files in os.walk(folder, onerror=_cannot_list):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (f"{parent}/{name}"[start:] for name in sorted(files) if not name.startswith("."))
+        yield from (
+            f"{parent}/{name}"[start:] for name in sorted(files) if not name.startswith(".")
+        )
 
 
 def _list_split_file(file: Path, root: Path, limit: int | None) -> Listing:
@@ -177,13 +244,18 @@ def _list_split_file(file: Path, root: Path, limit: int | None) -> Listing:
     for number, line in enumerate(_read_text(file).splitlines(), start=1):
         if line.strip():
             relative, label = _split_line(line, f"{file}, line {number}", limit)
-            refs.append(ImageRef(relative.rpartition(".")[0] or relative, label, f"{root}/{relative}"))
+            refs.append(
+                ImageRef(relative.rpartition(".")[0] or relative, label, f"{root}/{relative}")
+            )
             lines.append(number)
     if not refs:
         raise UserError(f"{file} lists no images: every line must be 'relative/path label'")
     if missing := _first_missing(refs):
         index, path = missing
-        raise UserError(f"{file}, line {lines[index]}: there is no image {path}: paths are taken below --root, here {root}")
+        raise UserError(
+            f"{file}, line {lines[index]}: there is no image {path}: paths are taken below --root, "
+            f"here {root}"
+        )
     return Listing(file, refs, _parent_names(refs), numbered=True)
 
 
@@ -191,9 +263,15 @@ def _split_line(line: str, place: str, limit: int | None) -> tuple[str, int]:
     relative, label = ([*line.rsplit(maxsplit=1), ""])[:2]
     relative = relative.strip()
     if not re.fullmatch(r"-?[0-9]+", label):
-        raise UserError(f"{place}: '{line.strip()}' is not of the form 'relative/path label' with an integer label")
+        raise UserError(
+            f"{place}: '{line.strip()}' is not of the form 'relative/path label' with an integer "
+            "label"
+        )
     if relative.startswith("/") or ".." in relative.split("/"):
-        raise UserError(f"{place}: {relative} leaves the root folder: paths must be relative and stay below --root")
+        raise UserError(
+            f"{place}: {relative} leaves the root folder: paths must be relative and stay below "
+            "--root"
+        )
     return relative, _in_range(int(label), place, limit)
 
 
@@ -201,25 +279,32 @@ def _in_range(label: int, place: str, limit: int | None) -> int:
     if label < 0:
         raise UserError(f"{place}: label {label} is out of range: labels start at 0")
     if limit is not None and label >= limit:
-        raise UserError(f"{place}: label {label} is out of range: there are {limit} target classes, 0 to {limit - 1}")
+        raise UserError(
+            f"{place}: label {label} is out of range: there are {limit} target classes, 0 to "
+            f"{limit - 1}"
+        )
     return label
 
 
 def _first_missing(refs: Sequence[ImageRef]) -> tuple[int, str] | None:
-    """One directory listing per folder instead of one question per file: much faster on network storage."""
+    """One directory listing per folder instead of one question per file: much faster on network
+    storage.
+    """
     present: dict[str, set[str]] = {}
     for index, ref in enumerate(refs):
         parent, _, name = ref.path.rpartition("/")
         if parent not in present:
             folder = Path(parent)
-            present[parent] = {child.name for child in _children(folder)} if folder.is_dir() else set()
+            present[parent] = (
+                {child.name for child in _children(folder)} if folder.is_dir() else set()
+            )
         if name not in present[parent]:
             return index, ref.path
     return None
 
 
 def _parent_names(refs: Iterable[ImageRef]) -> dict[int, str]:
-    """Label -> name of the folder that its images lie in, or nothing where that is not one-to-one."""
+    """Label -> name of the folder of its images, or nothing where that is not one-to-one."""
     parents: dict[int, str] = {}
     for ref in refs:
         name = ref.path.split("/")[-2]
@@ -229,13 +314,15 @@ def _parent_names(refs: Iterable[ImageRef]) -> dict[int, str]:
 
 
 def _list_shards(where: Path, shards: list[Path], limit: int | None) -> Listing:
-    """Images with their `.cls`, an ASCII integer or a class name; only headers and labels are read."""
+    """Images with their `.cls`, an ASCII integer or a class name; pixels are not read."""
     found = [(shard, *sample) for shard in shards for sample in _samples(shard)]
     if not found:
         raise UserError(f"{where} holds no images ({', '.join(EXTENSIONS)})")
     numbered = all(re.fullmatch(r"-?[0-9]+", text) for *_, text in found)
     if numbered:
-        labels = [_in_range(int(text), f"{shard}, {key}.cls", limit) for shard, key, _, text in found]
+        labels = [
+            _in_range(int(text), f"{shard}, {key}.cls", limit) for shard, key, _, text in found
+        ]
         names = {}
     else:
         names = dict(enumerate(sorted({text for *_, text in found})))
@@ -268,9 +355,13 @@ def _samples(shard: Path) -> list[tuple[str, tarfile.TarInfo, str]]:
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("it is cut off or damaged")
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"cannot read the shard {shard} ({error}): it must be a whole, uncompressed tar file") from error
+        raise UserError(
+            f"cannot read the shard {shard} ({error}): it must be a whole, uncompressed tar file"
+        ) from error
     if unlabelled := next((key for key in images if key not in classes), None):
-        raise UserError(f"{shard}: the image {unlabelled} has no {unlabelled}.cls that names its class")
+        raise UserError(
+            f"{shard}: the image {unlabelled} has no {unlabelled}.cls that names its class"
+        )
     return [(key, image, classes[key]) for key, image in images.items()]
 
 
@@ -282,7 +373,10 @@ def _class_text(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> s
     except UnicodeDecodeError:
         text = ""
     if not text or not text.isprintable():
-        raise UserError(f"{shard}: {member.name} must hold a class as text, an integer or a name, not {data[:16]!r}")
+        raise UserError(
+            f"{shard}: {member.name} must hold a class as text, an integer or a name, not "
+            f"{data[:16]!r}"
+        )
     return text
 
 
@@ -290,11 +384,14 @@ def _class_names(listing: Listing, given: list[str], prefix: str = "") -> list[s
     """Names of the classes 0.., each of which must have an image."""
     labels = {ref.label for ref in listing.refs}
     count = len(given) or max(labels) + 1
-    for label in range(count):  # the first gap comes within len(labels) steps, however large the labels are
+    for label in range(
+        count
+    ):  # the first gap comes within len(labels) steps, however large the labels are
         if label not in labels:
             name = f" ('{given[label]}')" if given else ""
             raise UserError(
-                f"{listing.where}: class {label}{name} has no images: labels must run from 0 to {count - 1} with no gap"
+                f"{listing.where}: class {label}{name} has no images: labels must run from 0 to "
+                f"{count - 1} with no gap"
             )
     return given or [listing.names.get(label, f"{prefix}{label}") for label in range(count)]
 
@@ -308,14 +405,18 @@ def _as_targets(validation: Listing, targets: Listing, target_names: list[str]) 
         for label, name in validation.names.items():
             if known[label] != name and name in known.values():
                 raise UserError(
-                    f"{validation.where}: label {label} is '{name}' here but '{known[label]}' in {targets.where}: "
+                    f"{validation.where}: label {label} is '{name}' here but '{known[label]}' in "
+                    f"{targets.where}: "
                     "both must number the classes alike"
                 )
         return validation.refs
     ids = {name: label for label, name in enumerate(target_names)}
     for name in validation.names.values():
         if name not in ids:
-            raise UserError(f"{validation.where}: the validation class '{name}' is no class of the training set {targets.where}")
+            raise UserError(
+                f"{validation.where}: the validation class '{name}' is no class of the training "
+                f"set {targets.where}"
+            )
     return [replace(ref, label=ids[validation.names[ref.label]]) for ref in validation.refs]
 
 
@@ -323,7 +424,10 @@ def _left_out(listing: Listing) -> list[str]:
     if not listing.left_out:
         return []
     kinds = ", ".join(f"{times} x {kind}" for kind, times in listing.left_out.most_common(3))
-    return [f"{listing.where}: {listing.left_out.total()} files left out that are not {', '.join(EXTENSIONS)} ({kinds})"]
+    return [
+        f"{listing.where}: {listing.left_out.total()} files left out that are not "
+        f"{', '.join(EXTENSIONS)} ({kinds})"
+    ]
 
 
 def _read_names(file: Path) -> list[str]:
@@ -331,10 +435,19 @@ def _read_names(file: Path) -> list[str]:
     repeated = {name for name, times in Counter(names).items() if times > 1}
     for line, name in enumerate(names, start=1):
         if not name or name in repeated:
-            problem = f"the class name '{name}' stands there more than once" if name else "there is no class name"
-            raise UserError(f"{file}, line {line}: {problem}; every line names one class, in the order of the labels")
+            problem = (
+                f"the class name '{name}' stands there more than once"
+                if name
+                else "there is no class name"
+            )
+            raise UserError(
+                f"{file}, line {line}: {problem}; every line names one class, in the order of the "
+                "labels"
+            )
     if not names:
-        raise UserError(f"{file} holds no class names: every line names one class, in the order of the labels")
+        raise UserError(
+            f"{file} holds no class names: every line names one class, in the order of the labels"
+        )
     return names
 
 
@@ -344,7 +457,9 @@ def _read_text(file: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise UserError(
+            f"{file} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
 
 
 def _children(folder: Path) -> list[Path]:

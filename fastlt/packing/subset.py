@@ -1,6 +1,9 @@
-"""A view of a pack: some of its auxiliary classes alone. The tables are others, the shards and the images' numbers stay.
+"""A view of a pack: some of its auxiliary classes alone.
 
-The classes that are kept come first among the auxiliaries; those behind them have no image in any epoch, and no row in the head.
+The tables are others, the shards and the images' numbers stay.
+
+The classes that are kept come first among the auxiliaries; those behind them have no image in any
+epoch, and no row in the head.
 """
 
 from collections import defaultdict
@@ -10,17 +13,19 @@ import numpy as np
 
 from fastlt.classes import ClassSpace
 from fastlt.config import DataConfig
+from fastlt.errors import UserError
 from fastlt.packing.reader import Pack
 from fastlt.utils.embeddings import read_embeddings
-from fastlt.errors import UserError
 
 Pairs = list[tuple[int, int]]  # target id, auxiliary id
 
 
 def view(pack: Pack, data: DataConfig, seed: int) -> tuple[Pack, ClassSpace]:
-    """The pack with its auxiliaries in another order, and the class space of those that `data` asks for.
+    """The pack with its auxiliaries in another order, and the class space of those that `data` asks
+    for.
 
-    seed: of what is drawn at random. Raises UserError where vectors are missing, or no auxiliary is left.
+    seed: of what is drawn at random. Raises UserError where vectors are missing, or no auxiliary is
+    left.
     """
     if not data.auxiliary or data.neighbours == 0:
         return pack, pack.space.targets_only()
@@ -37,24 +42,39 @@ def view(pack: Pack, data: DataConfig, seed: int) -> tuple[Pack, ClassSpace]:
         kept = [kept[i] for i in sorted(drawn.tolist())]
     if space.num_auxiliaries and not kept:
         raise UserError(
-            "no auxiliary class is left: see data.neighbours, data.auxiliary_share and data.band, or data.auxiliary=false"
+            "no auxiliary class is left: see data.neighbours, data.auxiliary_share and data.band, "
+            "or data.auxiliary=false"
         )
     is_kept = set(kept)
     relation = [(target, auxiliary) for target, auxiliary in sorted(pairs) if auxiliary in is_kept]
     if data.pairs == "random":
         relation = random_pairs(relation, kept, rng)
-    return (pack, space) if len(kept) == space.num_auxiliaries and relation == space.pairs else reordered(pack, kept, relation)
+    return (
+        (pack, space)
+        if len(kept) == space.num_auxiliaries and relation == space.pairs
+        else reordered(pack, kept, relation)
+    )
 
 
 def nearest_first(space: ClassSpace, data: DataConfig) -> Pairs:
     """The pairs whose names' vectors have a cosine within the band, the most similar ones first."""
     vectors = read_embeddings(data.similarity)
-    cosines = {pair: vectors.similarity([space.names[pair[0]]], [space.names[pair[1]]]) for pair in space.pairs}
+    cosines = {
+        pair: vectors.similarity([space.names[pair[0]]], [space.names[pair[1]]])
+        for pair in space.pairs
+    }
     if missing := [pair for pair, cosine in cosines.items() if cosine is None]:
         target, auxiliary = (space.names[i] for i in missing[0])
-        raise UserError(f"{data.similarity} has no vectors for {len(missing):,} pairs, the first is ({target}, {auxiliary})")
+        raise UserError(
+            f"{data.similarity} has no vectors for {len(missing):,} pairs, the first is ({target}, "
+            f"{auxiliary})"
+        )
     low, high = data.band
-    known = [(pair, cosine) for pair, cosine in cosines.items() if cosine is not None and low <= cosine <= high]
+    known = [
+        (pair, cosine)
+        for pair, cosine in cosines.items()
+        if cosine is not None and low <= cosine <= high
+    ]
     return [pair for pair, cosine in sorted(known, key=lambda entry: -entry[1])]
 
 
@@ -70,14 +90,18 @@ def first_of_each(pairs: Pairs, most: int) -> set[int]:
 
 
 def random_pairs(pairs: Pairs, auxiliaries: list[int], rng: np.random.Generator) -> Pairs:
-    """As many for each target, but with auxiliaries that are none of its neighbours, as far as there are others."""
+    """As many for each target, but with auxiliaries that are none of its neighbours, as far as
+    there are others.
+    """
     own: defaultdict[int, list[int]] = defaultdict(list)
     for target, auxiliary in pairs:
         own[target].append(auxiliary)
     drawn = set()
     for target, neighbours in own.items():
         others = sorted(set(auxiliaries) - set(neighbours))
-        drawn |= {(target, others[i]) for i in rng.permutation(len(others))[: len(neighbours)].tolist()}
+        drawn |= {
+            (target, others[i]) for i in rng.permutation(len(others))[: len(neighbours)].tolist()
+        }
     return sorted(drawn)
 
 
@@ -89,13 +113,21 @@ def reordered(pack: Pack, kept: list[int], pairs: Pairs) -> tuple[Pack, ClassSpa
     names = [space.names[a] for a in order]
     kept_names = set(names[: len(kept)])
     counts = [space.train_counts[i] for i in [*range(first), *order]]
-    whole = space.model_copy(update={"auxiliary_names": names, "train_counts": counts, "pairs": renamed(space.pairs, place)})
+    whole = space.model_copy(
+        update={
+            "auxiliary_names": names,
+            "train_counts": counts,
+            "pairs": renamed(space.pairs, place),
+        }
+    )
     narrow = whole.model_copy(
         update={
             "auxiliary_names": names[: len(kept)],
             "train_counts": counts[: first + len(kept)],
             "pairs": renamed(pairs, place),
-            "origins": {name: origin for name, origin in space.origins.items() if name in kept_names},
+            "origins": {
+                name: origin for name, origin in space.origins.items() if name in kept_names
+            },
         }
     )
     train = replace(pack.train, label=place[pack.train.label])

@@ -1,4 +1,5 @@
-"""`fastlt pack`: a collection of images becomes the one folder that every loader reads; packed.py is the other end.
+"""`fastlt pack`: a collection of images becomes the one folder that every loader reads; packed.py
+is the other end.
 
 The shards depend on the collection and the options alone, not on the number of workers.
 """
@@ -20,16 +21,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastlt.classes import ClassSpace
-from fastlt.packing.collection import Collection, ImageRef
 from fastlt.decode.images import MAX_PIXELS
-from fastlt.utils.output import whole_output
-from fastlt.packing.reader import COLUMNS, FORMAT_VERSION, Split, check_sizes, read_manifest
-from fastlt.utils.pool import OrderedMap, cores, ordered_map
 from fastlt.decode.region import check_transcoder
-from fastlt.packing.shards import ShardWriter, member_keys
-from fastlt.packing.encode import ImageSettings, Stored, store_batch
 from fastlt.errors import UserError
+from fastlt.packing.collection import Collection, ImageRef
+from fastlt.packing.encode import ImageSettings, Stored, store_batch
+from fastlt.packing.reader import COLUMNS, FORMAT_VERSION, Split, check_sizes, read_manifest
+from fastlt.packing.shards import ShardWriter, member_keys
 from fastlt.utils.files import sha256_of, whole_file, write_text
+from fastlt.utils.output import whole_output
+from fastlt.utils.pool import OrderedMap, cores, ordered_map
 from fastlt.utils.progress import rated_progress
 
 BATCH = 16  # images that travel to a worker at a time
@@ -41,8 +42,10 @@ class PackOptions:
     out: Path
     workers: int = 0  # processes; 0: one per core
     max_side: int = 0  # pixels; larger images are shrunk and stored as JPEG; 0: none
-    quality: int = 0  # of JPEG; without max_side every image is stored so; 0: images stay as they are
-    transcode: bool = False  # rewrite JPEGs losslessly, with restart markers: crops of them are decoded faster
+    # of JPEG; without max_side every image is stored so; 0: images stay as they are
+    quality: int = 0
+    # rewrite JPEGs losslessly, with restart markers: crops of them are decoded faster
+    transcode: bool = False
     strict: bool = False  # stop at the first image that cannot be used
     drop_leaks: bool = False  # leave out training images that are in val as well
     beton: bool = False  # write the FFCV files too
@@ -58,7 +61,8 @@ class Packed:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # shard name -> size, sha256
     skipped: list[dict[str, str]] = field(default_factory=list)
     leaks: list[dict[str, Any]] = field(default_factory=list)
-    digests: dict[bytes, str] = field(default_factory=dict)  # of val: sha256 of the source -> key of the first such image
+    # of val: sha256 of the source -> key of the first such image
+    digests: dict[bytes, str] = field(default_factory=dict)
 
     def columns(self) -> dict[str, Any]:
         table = np.asarray(self.rows, dtype=np.int64).reshape(-1, len(COLUMNS))
@@ -66,10 +70,12 @@ class Packed:
 
 
 def write_pack(collection: Collection, options: PackOptions, console: Console) -> Path:
-    """Writes the pack, prints a summary, and returns the pack's folder. A pack is whole or not there.
+    """Writes the pack, prints a summary, and returns the pack's folder.
 
-    Raises UserError where the output exists, the disk is full, a class or all of val has no usable image left, a worker
-    dies, or, with `strict`, an image cannot be used.
+    A pack is whole or not there.
+
+    Raises UserError where the output exists, the disk is full, a class or all of val has no usable
+    image left, a worker dies, or, with `strict`, an image cannot be used.
     """
     _check(collection, options)
     start = time.perf_counter()
@@ -82,7 +88,10 @@ def write_pack(collection: Collection, options: PackOptions, console: Console) -
 
 
 def verify_pack(path: Path, console: Console | None = None) -> int:
-    """Reads every byte of the pack and compares it with the manifest. Returns the number of files; UserError names a bad one."""
+    """Reads every byte of the pack and compares it with the manifest.
+
+    Returns the number of files; UserError names a bad one.
+    """
     manifest = read_manifest(path)
     check_sizes(path, manifest, manifest["files"])
     files = manifest["files"]
@@ -92,21 +101,41 @@ def verify_pack(path: Path, console: Console | None = None) -> int:
             try:
                 matches = sha256_of(path / name) == entry["sha256"]
             except OSError as error:
-                raise UserError(f"cannot read {path / name}: {error.strerror}; copy the pack again or pack again") from error
+                raise UserError(
+                    f"cannot read {path / name}: {error.strerror}; copy the pack again or pack "
+                    "again"
+                ) from error
             if not matches:
-                raise UserError(f"{path / name} is damaged: its bytes do not match the manifest; copy the pack again or pack again")
+                raise UserError(
+                    f"{path / name} is damaged: its bytes do not match the manifest; copy the pack "
+                    "again or pack again"
+                )
             progress.advance(task, entry["size"])
     return len(files)
 
 
 def _check(collection: Collection, options: PackOptions) -> None:
     if not collection.train or not collection.val:
-        raise UserError(f"there are no images to pack: {len(collection.train)} for training, {len(collection.val)} for validation")
-    for name, least in (("workers", 0), ("max_side", 0), ("quality", 0), ("max_pixels", 1), ("shard_size", 1)):
+        raise UserError(
+            f"there are no images to pack: {len(collection.train)} for training, "
+            f"{len(collection.val)} for validation"
+        )
+    for name, least in (
+        ("workers", 0),
+        ("max_side", 0),
+        ("quality", 0),
+        ("max_pixels", 1),
+        ("shard_size", 1),
+    ):
         if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be {least} or more")
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be {least} or "
+                "more"
+            )
     if options.quality > 100:
-        raise UserError(f"--quality is {options.quality}: it must be 1 to 100, or 0 to leave images as they are")
+        raise UserError(
+            f"--quality is {options.quality}: it must be 1 to 100, or 0 to leave images as they are"
+        )
     if options.transcode:
         check_transcoder("--transcode")
     if options.beton:
@@ -122,21 +151,31 @@ def _write_images(
     keys = member_keys(ref.key for ref in collection.train + collection.val)
     train_keys, val_keys = keys[: len(collection.train)], keys[len(collection.train) :]
     names = collection.target_names + collection.auxiliary_names
-    with ordered_map(options.workers or cores()) as apply, rated_progress(console, "images/s") as progress:
+    with (
+        ordered_map(options.workers or cores()) as apply,
+        rated_progress(console, "images/s") as progress,
+    ):
         task = progress.add_task("packing", total=len(keys))
         val_results = _results(collection.val, options, apply, partial(progress.advance, task))
         val = _write_split(folder / "val", collection.val, val_keys, val_results, options, names)
         if not val.rows:
-            raise UserError(f"none of the validation images can be used; the first, {_described(val.skipped[0])}")
+            raise UserError(
+                "none of the validation images can be used; the first, "
+                f"{_described(val.skipped[0])}"
+            )
         train_results = _results(collection.train, options, apply, partial(progress.advance, task))
-        train = _write_split(folder / "train", collection.train, train_keys, train_results, options, names, val)
+        train = _write_split(
+            folder / "train", collection.train, train_keys, train_results, options, names, val
+        )
     return _class_space(collection, train, val), train, val
 
 
 def _results(
     refs: list[ImageRef], options: PackOptions, apply: OrderedMap, advance: Callable[[int], None]
 ) -> Iterator[Stored | str]:
-    settings = ImageSettings(options.max_side, options.quality, options.max_pixels, options.transcode)
+    settings = ImageSettings(
+        options.max_side, options.quality, options.max_pixels, options.transcode
+    )
     batches = (refs[start : start + BATCH] for start in range(0, len(refs), BATCH))
     for batch in apply(partial(store_batch, settings=settings), batches):
         advance(len(batch))
@@ -152,36 +191,52 @@ def _write_split(
     names: list[str],
     val: Packed | None = None,
 ) -> Packed:
-    """With `val` this is train: its images are compared with those of val, and every class must keep one."""
+    """With `val` this is train: its images are compared with those of val, and every class must
+    keep one.
+    """
     packed = Packed()
     left = Counter(ref.label for ref in refs)
     with ShardWriter(folder, options.shard_size) as shards:
         for ref, key, result in zip(refs, keys, results, strict=True):
             if isinstance(result, str):
                 cause = result
-                packed.skipped.append({"split": folder.name, "key": key, "path": ref.path, "reason": result})
+                packed.skipped.append(
+                    {"split": folder.name, "key": key, "path": ref.path, "reason": result}
+                )
                 if options.strict:
-                    raise UserError(f"{_described(packed.skipped[-1])}; mend or remove it, or pack without --strict to skip it")
+                    raise UserError(
+                        f"{_described(packed.skipped[-1])}; mend or remove it, or pack without "
+                        "--strict to skip it"
+                    )
             elif val and _is_dropped(key, result, packed, val, options):
                 cause = "it is a validation image too"
             else:
                 if val is None:
                     packed.digests.setdefault(result.digest, key)
                 shard, offset = shards.add(key, result.extension, result.data, ref.label)
-                packed.rows.append((shard, offset, len(result.data), ref.label, result.height, result.width))
+                packed.rows.append(
+                    (shard, offset, len(result.data), ref.label, result.height, result.width)
+                )
                 continue
             left[ref.label] -= 1
             if val and not left[ref.label]:
-                raise UserError(f"no training image of class '{names[ref.label]}' can be used; the last, {ref.path}: {cause}")
+                raise UserError(
+                    f"no training image of class '{names[ref.label]}' can be used; the last, "
+                    f"{ref.path}: {cause}"
+                )
     packed.files = shards.files
     return packed
 
 
-def _is_dropped(key: str, stored: Stored, packed: Packed, val: Packed, options: PackOptions) -> bool:
+def _is_dropped(
+    key: str, stored: Stored, packed: Packed, val: Packed, options: PackOptions
+) -> bool:
     """Notes a leak; whether the image is to be left out for it."""
     if stored.digest not in val.digests:
         return False
-    packed.leaks.append({"train": key, "val": val.digests[stored.digest], "dropped": options.drop_leaks})
+    packed.leaks.append(
+        {"train": key, "val": val.digests[stored.digest], "dropped": options.drop_leaks}
+    )
     return options.drop_leaks
 
 
@@ -190,7 +245,9 @@ def _class_space(collection: Collection, train: Packed, val: Packed) -> ClassSpa
     return ClassSpace(
         target_names=collection.target_names,
         auxiliary_names=collection.auxiliary_names,
-        train_counts=np.bincount(train.columns()["label"], minlength=targets + len(collection.auxiliary_names)).tolist(),
+        train_counts=np.bincount(
+            train.columns()["label"], minlength=targets + len(collection.auxiliary_names)
+        ).tolist(),
         val_counts=np.bincount(val.columns()["label"], minlength=targets).tolist(),
         pairs=collection.pairs,
         origins=collection.origins,
@@ -198,39 +255,72 @@ def _class_space(collection: Collection, train: Packed, val: Packed) -> ClassSpa
     )
 
 
-def _write_tables(options: PackOptions, folder: Path, space: ClassSpace, splits: dict[str, Packed], console: Console) -> None:
+def _write_tables(
+    options: PackOptions,
+    folder: Path,
+    space: ClassSpace,
+    splits: dict[str, Packed],
+    console: Console,
+) -> None:
     """classes.json, index.npz, the FFCV files where asked for, and the manifest last."""
     space.save(folder / "classes.json")
     columns: dict[str, Any] = {
-        f"{name}_{column}": values for name, packed in splits.items() for column, values in packed.columns().items()
+        f"{name}_{column}": values
+        for name, packed in splits.items()
+        for column, values in packed.columns().items()
     }
     with whole_file(folder / "index.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, **columns)
     if options.beton:
         _write_betons(options, folder, splits, console)
-    files = {f"{name}/{shard}": entry for name, packed in splits.items() for shard, entry in packed.files.items()}
+    files = {
+        f"{name}/{shard}": entry
+        for name, packed in splits.items()
+        for shard, entry in packed.files.items()
+    }
     files |= {path.name: entry_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    write_text(folder / "manifest.json", json.dumps(_manifest(options, space, splits, files), indent=1) + "\n")
+    write_text(
+        folder / "manifest.json",
+        json.dumps(_manifest(options, space, splits, files), indent=1) + "\n",
+    )
 
 
-def _write_betons(options: PackOptions, folder: Path, splits: dict[str, Packed], console: Console) -> None:
+def _write_betons(
+    options: PackOptions, folder: Path, splits: dict[str, Packed], console: Console
+) -> None:
     from fastlt.data.engines.ffcv.engine import write_beton
 
     with rated_progress(console, "images/s") as progress:
-        task = progress.add_task("writing .beton", total=sum(len(packed.rows) for packed in splits.values()))
+        task = progress.add_task(
+            "writing .beton", total=sum(len(packed.rows) for packed in splits.values())
+        )
         for name, packed in splits.items():
             split = Split(name, folder / name, tuple(packed.files), **packed.columns())
-            write_beton(split, folder / f"{name}.beton", options.workers or cores(), partial(progress.advance, task))
+            write_beton(
+                split,
+                folder / f"{name}.beton",
+                options.workers or cores(),
+                partial(progress.advance, task),
+            )
 
 
-def _manifest(options: PackOptions, space: ClassSpace, splits: dict[str, Packed], files: dict[str, Any]) -> dict[str, Any]:
-    counts = {"targets": space.num_targets, "auxiliaries": space.num_auxiliaries, "pairs": len(space.pairs)}
+def _manifest(
+    options: PackOptions, space: ClassSpace, splits: dict[str, Packed], files: dict[str, Any]
+) -> dict[str, Any]:
+    counts = {
+        "targets": space.num_targets,
+        "auxiliaries": space.num_auxiliaries,
+        "pairs": len(space.pairs),
+    }
     return {
         "format_version": FORMAT_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "fastlt": version("fastlt"),
         "counts": {name: len(packed.rows) for name, packed in splits.items()} | counts,
-        "images": {name: getattr(options, name) for name in ("max_side", "quality", "max_pixels", "transcode")},
+        "images": {
+            name: getattr(options, name)
+            for name in ("max_side", "quality", "max_pixels", "transcode")
+        },
         "files": files,
         "shards": {name: list(packed.files) for name, packed in splits.items()},
         "skipped": [entry for packed in splits.values() for entry in packed.skipped],
@@ -244,25 +334,41 @@ def entry_of(path: Path) -> dict[str, Any]:
 
 
 def _print_summary(
-    collection: Collection, options: PackOptions, space: ClassSpace, train: Packed, val: Packed, seconds: float, console: Console
+    collection: Collection,
+    options: PackOptions,
+    space: ClassSpace,
+    train: Packed,
+    val: Packed,
+    seconds: float,
+    console: Console,
 ) -> None:
     images = len(train.rows) + len(val.rows)
-    megabytes = sum(entry["size"] for packed in (train, val) for entry in packed.files.values()) / 1e6
+    megabytes = (
+        sum(entry["size"] for packed in (train, val) for entry in packed.files.values()) / 1e6
+    )
     skipped, leaks = val.skipped + train.skipped, train.leaks
     table = Table(title=f"pack {escape(str(options.out))}", show_header=False, title_justify="left")
     table.add_row("training images", f"{len(train.rows):,}")
     table.add_row("validation images", f"{len(val.rows):,}")
     table.add_row("target classes", f"{space.num_targets:,}: " + _groups(space))
     table.add_row(
-        "auxiliary classes", f"{space.num_auxiliaries:,} in {len(space.pairs):,} pairs" if space.num_auxiliaries else "none"
+        "auxiliary classes",
+        f"{space.num_auxiliaries:,} in {len(space.pairs):,} pairs"
+        if space.num_auxiliaries
+        else "none",
     )
     table.add_row("skipped images", f"{len(skipped):,}")
-    table.add_row("in train and val", f"{len(leaks):,}" + (" (left out of train)" if leaks and options.drop_leaks else ""))
+    table.add_row(
+        "in train and val",
+        f"{len(leaks):,}" + (" (left out of train)" if leaks and options.drop_leaks else ""),
+    )
     table.add_row("shards", f"{len(train.files) + len(val.files)}, {megabytes:,.1f} MB")
     table.add_row("time", f"{seconds:,.1f} s, {images / seconds:,.0f} images/s")
     console.print(table)
     for warning in _warnings(collection, options, space, skipped, leaks):
-        text = warning.encode("utf-8", "replace").decode()  # a file name need not be UTF-8, a terminal wants it
+        text = warning.encode(
+            "utf-8", "replace"
+        ).decode()  # a file name need not be UTF-8, a terminal wants it
         console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
@@ -271,19 +377,33 @@ def _groups(space: ClassSpace) -> str:
 
 
 def _warnings(
-    collection: Collection, options: PackOptions, space: ClassSpace, skipped: list[dict[str, str]], leaks: list[dict[str, Any]]
+    collection: Collection,
+    options: PackOptions,
+    space: ClassSpace,
+    skipped: list[dict[str, str]],
+    leaks: list[dict[str, Any]],
 ) -> Iterator[str]:
     yield from collection.warnings
-    if unseen := [name for name, count in zip(space.target_names, space.val_counts, strict=True) if not count]:
+    if unseen := [
+        name for name, count in zip(space.target_names, space.val_counts, strict=True) if not count
+    ]:
         yield f"{len(unseen)} target classes have no validation images: {_some(unseen)}"
     paired = {auxiliary for _, auxiliary in space.pairs}
-    if alone := [name for i, name in enumerate(space.auxiliary_names, space.num_targets) if i not in paired]:
+    if alone := [
+        name for i, name in enumerate(space.auxiliary_names, space.num_targets) if i not in paired
+    ]:
         yield f"{len(alone)} auxiliary classes neighbour no target: {_some(alone)}"
     if skipped:
-        yield f"{len(skipped)} images were skipped (all are in manifest.json): {_some([_described(e) for e in skipped], '; ')}"
+        yield (
+            f"{len(skipped)} images were skipped (all are in manifest.json): "
+            f"{_some([_described(e) for e in skipped], '; ')}"
+        )
     if leaks and not options.drop_leaks:
         pairs = _some([f"{leak['train']} = {leak['val']}" for leak in leaks])
-        yield f"{len(leaks)} training images are validation images too (--drop-leaks leaves them out): {pairs}"
+        yield (
+            f"{len(leaks)} training images are validation images too (--drop-leaks leaves them "
+            f"out): {pairs}"
+        )
 
 
 def _some(items: list[str], separator: str = ", ") -> str:

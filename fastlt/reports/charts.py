@@ -1,6 +1,8 @@
-"""Charts as inline SVG: matplotlib draws the shapes, the page's style sheet gives the colours, so light and dark both fit.
+"""Charts as inline SVG: matplotlib draws the shapes, the page's style sheet gives the colours, so
+light and dark both fit.
 
-Every chart is drawn twice, for a wide and for a narrow page: letters of an SVG that is scaled down to a telephone are too small.
+Every chart is drawn twice, for a wide and for a narrow page: letters of an SVG that is scaled down
+to a telephone are too small.
 """
 
 import io
@@ -19,21 +21,52 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 # CSS variable -> a colour that nothing else uses; `_svg` puts `var(--name)` in its place.
-COLOURS = {name: f"#fa57{i:02x}" for i, name in enumerate(("ink", "muted", "grid", "many", "medium", "few"), start=1)}
-LIGHT = dict(zip(COLOURS.values(), ("#191d22", "#59626d", "#dde1e6", "#0a5fae", "#0b7a5c", "#c03d0c"), strict=True))
-NAMED_UP_TO = 40  # with more classes there is no room for names, and dots with a running mean read better than bars
+COLOURS = {
+    name: f"#fa57{i:02x}"
+    for i, name in enumerate(("ink", "muted", "grid", "many", "medium", "few"), start=1)
+}
+LIGHT = dict(
+    zip(
+        COLOURS.values(),
+        ("#191d22", "#59626d", "#dde1e6", "#0a5fae", "#0b7a5c", "#c03d0c"),
+        strict=True,
+    )
+)
+# with more classes there is no room for names, and dots with a running mean read better than bars
+NAMED_UP_TO = 40
 LONGEST_NAME = 26  # characters; the tables give names in full
 
 STYLE = {
-    "svg.fonttype": "none", "font.family": "DejaVu Sans", "path.simplify": False, "font.size": 12, "figure.dpi": 72,
-    "axes.edgecolor": COLOURS["grid"], "axes.labelcolor": COLOURS["muted"], "text.color": COLOURS["ink"],
-    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 12, "axes.titlelocation": "left",
-    "axes.titlecolor": COLOURS["muted"], "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
-    "grid.color": COLOURS["grid"], "grid.linewidth": 0.8, "xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"],
-    "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
-    "axes.xmargin": 0.02, "lines.linewidth": 2, "lines.solid_capstyle": "round", "figure.facecolor": "none",
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "path.simplify": False,
+    "font.size": 12,
+    "figure.dpi": 72,
+    "axes.edgecolor": COLOURS["grid"],
+    "axes.labelcolor": COLOURS["muted"],
+    "text.color": COLOURS["ink"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": COLOURS["muted"],
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 0.8,
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "axes.xmargin": 0.02,
+    "lines.linewidth": 2,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "none",
     "axes.facecolor": "none",
-}  # fmt: skip
+}
 
 Names = Sequence[str]
 Floats = np.ndarray
@@ -48,34 +81,74 @@ def loss_curve(epochs: Sequence[int], losses: Sequence[float]) -> Markup:
         _line(axes, epochs, losses, "ink")
         _over_epochs(axes)
 
-    return chart(f"Training loss over {len(epochs)} epochs, last {losses[-1]:.3f}", draw, (500, 290), (350, 250))
+    return chart(
+        f"Training loss over {len(epochs)} epochs, last {losses[-1]:.3f}",
+        draw,
+        (500, 290),
+        (350, 250),
+    )
 
 
 def accuracy_curves(epochs: Sequence[int], curves: Mapping[str, Sequence[float | None]]) -> Markup:
-    """Top-1 and group accuracies (percent, None where not known) over the evaluated epochs (from 1)."""
-    shown = {name: values for name, values in curves.items() if any(value is not None for value in values)}
+    """Top-1 and group accuracies (percent, None where not known) over the evaluated epochs (from
+    1).
+    """
+    shown = {
+        name: values
+        for name, values in curves.items()
+        if any(value is not None for value in values)
+    }
 
     def draw(figure: Figure, narrow: bool) -> None:
         axes = figure.add_subplot(title="accuracy on the validation images, %")
         for name, values in shown.items():
-            _line(axes, epochs, [np.nan if value is None else value for value in values], "ink" if name == "top-1" else name)
+            _line(
+                axes,
+                epochs,
+                [np.nan if value is None else value for value in values],
+                "ink" if name == "top-1" else name,
+            )
         _over_epochs(axes)
         axes.set_ylim(0, 100)
-        ends = {name: [value for value in values if value is not None][-1] for name, values in shown.items()}
+        ends = {
+            name: [value for value in values if value is not None][-1]
+            for name, values in shown.items()
+        }
         for (name, _), y in zip(ends.items(), spread(list(ends.values()), 7.0), strict=True):
             colour = COLOURS["ink" if name == "top-1" else name]
-            axes.annotate(name, (1.02, y), xycoords=("axes fraction", "data"), color=colour, va="center", weight="bold")
+            axes.annotate(
+                name,
+                (1.02, y),
+                xycoords=("axes fraction", "data"),
+                color=colour,
+                va="center",
+                weight="bold",
+            )
 
-    last = ", ".join(f"{name} {values[-1]:.1f}" for name, values in shown.items() if values[-1] is not None)
+    last = ", ".join(
+        f"{name} {values[-1]:.1f}" for name, values in shown.items() if values[-1] is not None
+    )
     return chart(f"Accuracy over epochs; at the end {last} percent", draw, (500, 290), (350, 250))
 
 
-def class_accuracies(names: Names, counts: Sequence[int], values: Sequence[float | None], groups: Names) -> Markup:
-    """Accuracy per class (percent) over the classes in the given order, most frequent first, with training images below."""
+def class_accuracies(
+    names: Names, counts: Sequence[int], values: Sequence[float | None], groups: Names
+) -> Markup:
+    """Accuracy per class (percent) over the classes in the given order, most frequent first, with
+    training images below.
+    """
     accuracy = np.array([np.nan if value is None else value for value in values], dtype=float)
-    label = f"Accuracy of {len(names)} classes sorted by their training images, {max(counts)} to {min(counts)}"
+    label = (
+        f"Accuracy of {len(names)} classes sorted by their training images, {max(counts)} to "
+        f"{min(counts)}"
+    )
     if len(names) > NAMED_UP_TO:
-        return chart(label, lambda figure, narrow: _class_dots(figure, counts, accuracy, groups), (1060, 430), (350, 380))
+        return chart(
+            label,
+            lambda figure, narrow: _class_dots(figure, counts, accuracy, groups),
+            (1060, 430),
+            (350, 380),
+        )
 
     def draw(figure: Figure, narrow: bool) -> None:
         (_class_rows if narrow else _class_columns)(figure, names, counts, accuracy, groups)
@@ -98,11 +171,19 @@ def histogram(values: Sequence[int], what: str, of: str) -> Markup:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
-    return chart(f"Histogram: {of} by their number of {what}, {min(values)} to {max(values)}", draw, (420, 250), (350, 230))
+    return chart(
+        f"Histogram: {of} by their number of {what}, {min(values)} to {max(values)}",
+        draw,
+        (420, 250),
+        (350, 230),
+    )
 
 
 def chart(label: str, draw: Draw, wide: tuple[int, int], narrow: tuple[int, int]) -> Markup:
-    """Both drawings of one chart; sizes in CSS pixels. `label` is the text for those who cannot see it."""
+    """Both drawings of one chart; sizes in CSS pixels.
+
+    `label` is the text for those who cannot see it.
+    """
     drawn = [
         Markup('<div class="{}">{}</div>').format(name, _svg(label, draw, size, name == "narrow"))
         for name, size in (("wide", wide), ("narrow", narrow))
@@ -111,7 +192,9 @@ def chart(label: str, draw: Draw, wide: tuple[int, int], narrow: tuple[int, int]
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Moves values apart so that neighbours in size are at least `gap` from each other; the order stays."""
+    """Moves values apart so that neighbours in size are at least `gap` from each other; the order
+    stays.
+    """
     order = np.argsort(values, kind="stable")
     moved = np.asarray(values, dtype=float)[order]
     for i in range(1, len(moved)):
@@ -125,24 +208,50 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 def _class_columns(
-    figure: Figure, names: Sequence[str], counts: Sequence[int], accuracy: np.ndarray, groups: Sequence[str]
+    figure: Figure,
+    names: Sequence[str],
+    counts: Sequence[int],
+    accuracy: np.ndarray,
+    groups: Sequence[str],
 ) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.1))
     place, colours = np.arange(len(names)), [COLOURS[group] for group in groups]
     bars = top.bar(place, np.nan_to_num(accuracy), color=colours, width=0.78)
-    top.bar_label(bars, ["-" if np.isnan(value) else f"{value:.0f}" for value in accuracy], color=COLOURS["muted"], padding=2)
+    top.bar_label(
+        bars,
+        ["-" if np.isnan(value) else f"{value:.0f}" for value in accuracy],
+        color=COLOURS["muted"],
+        padding=2,
+    )
     _percent_axis(top)
     bottom.bar(place, counts, color=colours, width=0.78, alpha=0.55)
     _counts_axis(bottom, counts)
-    bottom.set_xticks(place, [shortened(name) for name in names], rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+    bottom.set_xticks(
+        place,
+        [shortened(name) for name in names],
+        rotation=45,
+        ha="right",
+        rotation_mode="anchor",
+        parse_math=False,
+    )
 
 
-def _class_rows(figure: Figure, names: Names, counts: Sequence[int], accuracy: Floats, groups: Names) -> None:
+def _class_rows(
+    figure: Figure, names: Names, counts: Sequence[int], accuracy: Floats, groups: Names
+) -> None:
     axes = figure.add_subplot(title="accuracy, % (training images)")
-    bars = axes.barh(np.arange(len(names)), np.nan_to_num(accuracy), color=[COLOURS[group] for group in groups], height=0.7)
+    bars = axes.barh(
+        np.arange(len(names)),
+        np.nan_to_num(accuracy),
+        color=[COLOURS[group] for group in groups],
+        height=0.7,
+    )
     shown = ["-" if np.isnan(value) else f"{value:.0f}" for value in accuracy]
     axes.bar_label(
-        bars, [f"{value} ({count})" for value, count in zip(shown, counts, strict=True)], color=COLOURS["muted"], padding=3
+        bars,
+        [f"{value} ({count})" for value, count in zip(shown, counts, strict=True)],
+        color=COLOURS["muted"],
+        padding=3,
     )
     axes.set_yticks(np.arange(len(names)), [shortened(name) for name in names], parse_math=False)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -157,10 +266,22 @@ def _class_dots(figure: Figure, counts: Sequence[int], accuracy: Floats, groups:
     rank = np.arange(1, len(counts) + 1)
     for group in ("many", "medium", "few"):
         mine = np.array([name == group for name in groups])
-        # One path of zero-length strokes with round ends: a tenth of the bytes of one marker element per class.
-        x, y = (np.stack([v[mine], v[mine], np.full(mine.sum(), np.nan)], axis=1).ravel() for v in (rank.astype(float), accuracy))
+        # One path of zero-length strokes with round ends: a tenth of the bytes of one marker
+        # element per class.
+        x, y = (
+            np.stack([v[mine], v[mine], np.full(mine.sum(), np.nan)], axis=1).ravel()
+            for v in (rank.astype(float), accuracy)
+        )
         top.plot(x, y, color=COLOURS[group], linewidth=4, alpha=0.6)
-        bottom.fill_between(rank, np.where(mine, counts, np.nan), 0.5, color=COLOURS[group], step="mid", alpha=0.5, linewidth=0)
+        bottom.fill_between(
+            rank,
+            np.where(mine, counts, np.nan),
+            0.5,
+            color=COLOURS[group],
+            step="mid",
+            alpha=0.5,
+            linewidth=0,
+        )
     width = max(5, len(counts) // 20)
     top.plot(*running_mean(rank, accuracy, width), color=COLOURS["ink"], linewidth=2.5)
     _percent_axis(top)
@@ -188,7 +309,9 @@ def _counts_axis(axes: Axes, counts: Sequence[int]) -> None:
     axes.set_title("training images (log)")
     axes.set_yscale("log")
     axes.set_ylim(0.7, max(counts) * 1.5)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else ""))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "")
+    )
 
 
 def _over_epochs(axes: Axes) -> None:
@@ -206,21 +329,32 @@ def shortened(name: str) -> str:
 
 
 def _svg(label: str, draw: Draw, size: tuple[int, int], narrow: bool) -> Markup:
-    # Paths are named by a hash with this salt: equal charts get equal names, different ones do not clash in one page.
+    # Paths are named by a hash with this salt: equal charts get equal names, different ones do not
+    # clash in one page.
     style: Any = {**STYLE, "svg.hashsalt": f"{label} {size}"}
     out = io.StringIO()
     with mpl.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has the letters that this font lacks
+        # the browser has the letters that this font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure, narrow)
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            out,
+            format="svg",
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     return Markup(_themed(out.getvalue(), label, size))
 
 
 def write_png(path: Path, draw: Draw, size: tuple[int, int]) -> None:
-    """For places without a style sheet: in the colours of the light page, twice as sharp as a screen needs."""
-    style: Any = {name: LIGHT.get(value, value) if isinstance(value, str) else value for name, value in STYLE.items()}
+    """For places without a style sheet: in the colours of the light page, twice as sharp as a
+    screen needs.
+    """
+    style: Any = {
+        name: LIGHT.get(value, value) if isinstance(value, str) else value
+        for name, value in STYLE.items()
+    }
     page = dict(COLOURS)
     COLOURS.update({name: LIGHT[colour] for name, colour in page.items()})
     try:
@@ -235,12 +369,18 @@ def write_png(path: Path, draw: Draw, size: tuple[int, int]) -> None:
 def _themed(svg: str, label: str, size: tuple[int, int]) -> str:
     """Inline SVG without prologue, fonts and fixed size, coloured by the page."""
     svg = svg[svg.index("<svg") :]
-    opening = f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(label)}" style="max-width:{size[0]}px">'
+    opening = (
+        f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(label)}" '
+        f'style="max-width:{size[0]}px">'
+    )
     svg = re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1)
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # figure_1, axes_1 ...: named anew in every chart, referred to by none
+    # figure_1, axes_1 ...: named anew in every chart, referred to by none
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", svg)
-    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]).replace("\n", ""), svg)
+    svg = re.sub(
+        r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]).replace("\n", ""), svg
+    )
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
     return re.sub(r">\s+<", "><", svg.replace("xlink:href", "href"))

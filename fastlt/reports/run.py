@@ -1,6 +1,8 @@
-"""`fastlt report`: one self-contained HTML page about a run: how good, for whom, and what it confuses.
+"""`fastlt report`: one self-contained HTML page about a run: how good, for whom, and what it
+confuses.
 
-The page is `templates/report.html`; here is what it shows: figures, tables and images, ready to print.
+The page is `templates/report.html`; here is what it shows: figures, tables and images, ready to
+print.
 """
 
 import json
@@ -16,12 +18,12 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fastlt.reports import charts
 from fastlt.classes import ClassSpace
-from fastlt.packing.reader import Pack, Split, open_pack
-from fastlt.utils.thumbnail import thumbnail
 from fastlt.errors import UserError
+from fastlt.packing.reader import Pack, Split, open_pack
+from fastlt.reports import charts
 from fastlt.utils.files import write_text
+from fastlt.utils.thumbnail import thumbnail
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,7 +57,9 @@ class Run:
     @cached_property
     def by_frequency(self) -> list[int]:
         """Target ids, most training images first."""
-        return sorted(range(self.space.num_targets), key=lambda target: -self.space.train_counts[target])
+        return sorted(
+            range(self.space.num_targets), key=lambda target: -self.space.train_counts[target]
+        )
 
     @cached_property
     def per_class(self) -> list[float | None]:
@@ -68,11 +72,16 @@ class Run:
     @cached_property
     def confusion(self) -> list[tuple[int, int, int]]:
         """(true, predicted, count), off the diagonal, most frequent first."""
-        return sorted((tuple(entry) for entry in self.result.get("confusion", [])), key=lambda entry: -entry[2])
+        return sorted(
+            (tuple(entry) for entry in self.result.get("confusion", [])),
+            key=lambda entry: -entry[2],
+        )
 
 
 class Relation:
-    """The class graph as the page needs it: who neighbours whom, and which targets share an auxiliary."""
+    """The class graph as the page needs it: who neighbours whom, and which targets share an
+    auxiliary.
+    """
 
     def __init__(self, space: ClassSpace):
         self.space = space
@@ -84,7 +93,11 @@ class Relation:
 
     def shared(self, first: int, second: int) -> list[str]:
         """Names of the auxiliaries that neighbour both targets."""
-        return [self.space.names[auxiliary] for auxiliary in self.neighbours[first] if auxiliary in self.neighbours[second]]
+        return [
+            self.space.names[auxiliary]
+            for auxiliary in self.neighbours[first]
+            if auxiliary in self.neighbours[second]
+        ]
 
     @cached_property
     def siblings(self) -> set[tuple[int, int]]:
@@ -108,12 +121,15 @@ class Relation:
 
 
 def write_report(run: Path, *, pack: Path | None = None) -> Path:
-    """Writes RUN/report.html, one page without any reference to a file or a network, and returns its path.
+    """Writes RUN/report.html, one page without any reference to a file or a network, and returns
+    its path.
 
-    `pack` is where the sample images are; without it the pack that the run was trained on, and no images where that is gone.
+    `pack` is where the sample images are; without it the pack that the run was trained on, and no
+    images where that is gone.
 
     Raises:
-        UserError: `run` is not a finished run, one of its files is damaged, or `pack` is not a pack of the same targets.
+        UserError: `run` is not a finished run, one of its files is damaged, or `pack` has other
+            targets.
     """
     content = read_run(Path(run))
     opened, absent = find_pack(content, pack)
@@ -127,12 +143,27 @@ def read_run(path: Path) -> Run:
         raise UserError(f"there is no run at {path}: train one with `fastlt train`")
     if not (path / "result.json").is_file():
         if (path / "config.toml").is_file():
-            raise UserError(f"the run {path} has no result.json yet: let its training end, the same command goes on with it")
-        raise UserError(f"{path} is not a run, it has no result.json: name the folder that `fastlt train --out` wrote")
-    result = _json(path / "result.json", (path / "result.json").read_text(encoding="utf-8", errors="replace"))
+            raise UserError(
+                f"the run {path} has no result.json yet: let its training end, the same command "
+                "goes on with it"
+            )
+        raise UserError(
+            f"{path} is not a run, it has no result.json: name the folder that `fastlt train "
+            "--out` wrote"
+        )
+    result = _json(
+        path / "result.json", (path / "result.json").read_text(encoding="utf-8", errors="replace")
+    )
     if not isinstance(result, dict) or result.get("top1") is None:
         raise UserError(f"{path / 'result.json'} names no top1: it is not the result of a run")
-    return Run(path, _config(path), result, _epochs(path), ClassSpace.load(path / "classes.json"), _predictions(path))
+    return Run(
+        path,
+        _config(path),
+        result,
+        _epochs(path),
+        ClassSpace.load(path / "classes.json"),
+        _predictions(path),
+    )
 
 
 def _json(path: Path, text: str) -> Any:
@@ -152,7 +183,9 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _epochs(path: Path) -> list[dict[str, Any]]:
     file = path / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    lines = (
+        file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    )
     return [_json(file, line) for line in lines if line.strip()]
 
 
@@ -168,14 +201,20 @@ def _predictions(path: Path) -> dict[str, np.ndarray]:
 
 
 def find_pack(run: Run, path: Path | None) -> tuple[Pack | None, str]:
-    """The pack with the sample images, or None and a sentence that says why not. A pack that was named must be right."""
+    """The pack with the sample images, or None and a sentence that says why not.
+
+    A pack that was named must be right.
+    """
     where = path or run.config.get("data", {}).get("pack")
     if not where:
         return None, "The configuration names no pack, so there are no sample images."
     try:
         pack = open_pack(where)
         if pack.space.target_names != run.space.target_names:
-            raise UserError(f"the pack {where} has other target classes than the run {run.path}: name the pack it was trained on")
+            raise UserError(
+                f"the pack {where} has other target classes than the run {run.path}: name the pack "
+                "it was trained on"
+            )
     except UserError as error:
         if path is not None:
             raise
@@ -187,20 +226,48 @@ def render(run: Run, pack: Pack | None, absent: str = "") -> str:
     """The page as text."""
     space = run.space if run.space.pairs or pack is None else pack.space
     relation = Relation(space)
-    return environment().get_template("report.html").render(
-        run=run, title=run.path.resolve().name, space=run.space, result=run.result,
-        group_names=GROUPS, group_rows=group_rows(run), story=story(run),
-        curves=curves(run), class_chart=class_chart(run), class_rows=class_rows(run, relation), extremes=extremes(run),
-        graph=graph_summary(run, relation), errors=error_summary(run, relation), matrix=matrix(run, relation),
-        group_flow=group_flow(run), absent=absent, samples=samples(run, relation, pack), mistakes=mistakes(run, relation, pack),
-    )  # fmt: skip
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            run=run,
+            title=run.path.resolve().name,
+            space=run.space,
+            result=run.result,
+            group_names=GROUPS,
+            group_rows=group_rows(run),
+            story=story(run),
+            curves=curves(run),
+            class_chart=class_chart(run),
+            class_rows=class_rows(run, relation),
+            extremes=extremes(run),
+            graph=graph_summary(run, relation),
+            errors=error_summary(run, relation),
+            matrix=matrix(run, relation),
+            group_flow=group_flow(run),
+            absent=absent,
+            samples=samples(run, relation, pack),
+            mistakes=mistakes(run, relation, pack),
+        )
+    )
 
 
 def environment() -> Environment:
     """The templates, with the filters that all of them use."""
     templates = FileSystemLoader(TEMPLATES)
-    found = Environment(loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    found.filters |= {"percent": percent, "number": number, "duration": duration, "value": config_value}
+    found = Environment(
+        loader=templates,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {
+        "percent": percent,
+        "number": number,
+        "duration": duration,
+        "value": config_value,
+    }
     return found
 
 
@@ -208,21 +275,53 @@ def environment() -> Environment:
 
 
 def group_rows(run: Run) -> list[dict[str, Any]]:
-    """All targets, then many, medium and few: classes, training images, last and best accuracy; None where there is no class."""
+    """All targets, then many, medium and few: classes, training images, last and best accuracy;
+    None where there is no class.
+    """
     counts, best = run.space.train_counts, run.result.get("best") or {}
-    rows = [_group_row("all", "every class", range(run.space.num_targets), counts, run.result["top1"], best.get("top1"))]
+    rows = [
+        _group_row(
+            "all",
+            "every class",
+            range(run.space.num_targets),
+            counts,
+            run.result["top1"],
+            best.get("top1"),
+        )
+    ]
     for name, members in run.space.groups().items():
-        rows.append(_group_row(name, f"{GROUPS[name]} images", members, counts, run.result.get(name), best.get(name)))
+        rows.append(
+            _group_row(
+                name,
+                f"{GROUPS[name]} images",
+                members,
+                counts,
+                run.result.get(name),
+                best.get(name),
+            )
+        )
     return rows
 
 
 def _group_row(
-    name: str, what: str, members: Sequence[int], counts: list[int], accuracy: float | None, best: float | None
+    name: str,
+    what: str,
+    members: Sequence[int],
+    counts: list[int],
+    accuracy: float | None,
+    best: float | None,
 ) -> dict[str, Any]:
     if not members:
         accuracy = best = None
     images = sum(counts[target] for target in members)
-    return {"name": name, "what": what, "classes": len(members), "images": images, "accuracy": accuracy, "best": best}
+    return {
+        "name": name,
+        "what": what,
+        "classes": len(members),
+        "images": images,
+        "accuracy": accuracy,
+        "best": best,
+    }
 
 
 def story(run: Run) -> str:
@@ -230,13 +329,17 @@ def story(run: Run) -> str:
     shares = {name: run.result.get(name) for name, members in run.space.groups().items() if members}
     known = [(name, share) for name, share in shares.items() if share is not None]
     if len(known) < 2:
-        return "All classes are of one frequency group, so there is no gap between common and rare ones."
+        return (
+            "All classes are of one frequency group, so there is no gap between common and rare "
+            "ones."
+        )
     (common, high), (rare, low) = known[0], known[-1]
     words = {"many": "common", "medium": "middling", "few": "rare"}
     gap = abs(high - low)
     order = "fewer" if high >= low else "more"
     return (
-        f"Of 100 images of {words[rare]} classes ({GROUPS[rare]} training images) {low:.0f} are recognised, "
+        f"Of 100 images of {words[rare]} classes ({GROUPS[rare]} training images) {low:.0f} are "
+        "recognised, "
         f"{gap:.0f} {order} than of {words[common]} ones ({GROUPS[common]})."
     )
 
@@ -244,7 +347,9 @@ def story(run: Run) -> str:
 def curves(run: Run) -> list[Markup]:
     """Loss and accuracy over epochs, as far as metrics.jsonl tells."""
     drawn = []
-    if losses := [(line["epoch"] + 1, line["loss"]) for line in run.epochs if line.get("loss") is not None]:
+    if losses := [
+        (line["epoch"] + 1, line["loss"]) for line in run.epochs if line.get("loss") is not None
+    ]:
         drawn.append(charts.loss_curve(*zip(*losses, strict=True)))
     if evaluated := [line for line in run.epochs if line.get("top1") is not None]:
         names = {"top-1": "top1", "many": "many", "medium": "medium", "few": "few"}
@@ -258,20 +363,26 @@ def class_chart(run: Run) -> Markup | None:
         return None
     pick = run.by_frequency
     return charts.class_accuracies(
-        [run.space.target_names[target] for target in pick], [run.space.train_counts[target] for target in pick],
-        [run.per_class[target] for target in pick], [run.groups[target] for target in pick],
-    )  # fmt: skip
+        [run.space.target_names[target] for target in pick],
+        [run.space.train_counts[target] for target in pick],
+        [run.per_class[target] for target in pick],
+        [run.groups[target] for target in pick],
+    )
 
 
 def class_rows(run: Run, relation: Relation) -> list[dict[str, Any]]:
     """Every target, most frequent first."""
     return [
         {
-            "name": run.space.target_names[target], "group": run.groups[target], "train": run.space.train_counts[target],
-            "val": run.space.val_counts[target], "accuracy": run.per_class[target], "neighbours": len(relation.neighbours[target]),
+            "name": run.space.target_names[target],
+            "group": run.groups[target],
+            "train": run.space.train_counts[target],
+            "val": run.space.val_counts[target],
+            "accuracy": run.per_class[target],
+            "neighbours": len(relation.neighbours[target]),
         }
         for target in run.by_frequency
-    ]  # fmt: skip
+    ]
 
 
 def extremes(run: Run) -> dict[str, list[tuple[str, int, float]]]:
@@ -291,58 +402,98 @@ def graph_summary(run: Run, relation: Relation) -> dict[str, Any] | None:
     if not space.pairs:
         return None
     sizes = [len(found) for found in relation.neighbours.values()]
-    lonely = [space.target_names[target] for target, found in relation.neighbours.items() if not found]
+    lonely = [
+        space.target_names[target] for target, found in relation.neighbours.items() if not found
+    ]
     loss = run.config.get("loss", {})
     return {
-        "trained": bool(run.space.pairs), "pairs": len(space.pairs),
-        "targets": space.num_targets, "auxiliaries": space.num_auxiliaries,
-        "minimum": min(sizes), "median": float(np.median(sizes)), "maximum": max(sizes), "lonely": lonely,
-        "several": sum(len(owners) > 1 for owners in relation.owners.values()), "siblings": len(relation.siblings) // 2,
-        "images": sum(space.train_counts[space.num_targets :]), "budget": run.config.get("data", {}).get("budget"),
-        "loss": loss.get("name"), "silence": loss.get("silence"), "directions": loss.get("directions"),
-        "chart": charts.histogram(sizes, "auxiliaries", "targets"), "curation": space.curation,
+        "trained": bool(run.space.pairs),
+        "pairs": len(space.pairs),
+        "targets": space.num_targets,
+        "auxiliaries": space.num_auxiliaries,
+        "minimum": min(sizes),
+        "median": float(np.median(sizes)),
+        "maximum": max(sizes),
+        "lonely": lonely,
+        "several": sum(len(owners) > 1 for owners in relation.owners.values()),
+        "siblings": len(relation.siblings) // 2,
+        "images": sum(space.train_counts[space.num_targets :]),
+        "budget": run.config.get("data", {}).get("budget"),
+        "loss": loss.get("name"),
+        "silence": loss.get("silence"),
+        "directions": loss.get("directions"),
+        "chart": charts.histogram(sizes, "auxiliaries", "targets"),
+        "curation": space.curation,
         "rows": [
-            (space.target_names[target], [space.names[auxiliary] for auxiliary in relation.neighbours[target]])
+            (
+                space.target_names[target],
+                [space.names[auxiliary] for auxiliary in relation.neighbours[target]],
+            )
             for target in run.by_frequency
         ],
-    }  # fmt: skip
+    }
 
 
 def error_summary(run: Run, relation: Relation) -> dict[str, Any]:
-    """The most frequent confusions, and how many of all errors fall between targets that share an auxiliary."""
+    """The most frequent confusions, and how many of all errors fall between targets that share an
+    auxiliary.
+    """
     total = sum(count for _, _, count in run.confusion)
-    between = sum(count for true, predicted, count in run.confusion if (true, predicted) in relation.siblings)
+    between = sum(
+        count for true, predicted, count in run.confusion if (true, predicted) in relation.siblings
+    )
     ordered_pairs = run.space.num_targets * (run.space.num_targets - 1)
     return {
         "total": total,
         "between": between,
         "share": 100 * between / total if total else None,
         "chance": 100 * len(relation.siblings) / ordered_pairs if ordered_pairs else None,
-        "rows": [_confusion_row(run, relation, *entry) for entry in run.confusion[:SHOWN_CONFUSIONS]],
+        "rows": [
+            _confusion_row(run, relation, *entry) for entry in run.confusion[:SHOWN_CONFUSIONS]
+        ],
         "kinds": len(run.confusion),
     }
 
 
-def _confusion_row(run: Run, relation: Relation, true: int, predicted: int, count: int) -> dict[str, Any]:
+def _confusion_row(
+    run: Run, relation: Relation, true: int, predicted: int, count: int
+) -> dict[str, Any]:
     images, names = run.space.val_counts[true], run.space.target_names
     return {
-        "true": names[true], "predicted": names[predicted], "count": count, "share": 100 * count / images if images else None,
-        "shared": relation.shared(true, predicted), "true_group": run.groups[true], "predicted_group": run.groups[predicted],
-    }  # fmt: skip
+        "true": names[true],
+        "predicted": names[predicted],
+        "count": count,
+        "share": 100 * count / images if images else None,
+        "shared": relation.shared(true, predicted),
+        "true_group": run.groups[true],
+        "predicted_group": run.groups[predicted],
+    }
 
 
 def matrix(run: Run, relation: Relation) -> list[dict[str, Any]]:
-    """The confusion matrix in percent of each true class, kin beside kin; empty where there are too many targets for it."""
+    """The confusion matrix in percent of each true class, kin beside kin; empty where there are too
+    many targets for it.
+    """
     if run.space.num_targets > MATRIX_UP_TO or not run.confusion:
         return []
     order = relation.kin(run.by_frequency)
-    shares = {(true, predicted): 100 * count / max(1, run.space.val_counts[true]) for true, predicted, count in run.confusion}
-    shares |= {(target, target): value for target, value in enumerate(run.per_class) if value is not None}
+    shares = {
+        (true, predicted): 100 * count / max(1, run.space.val_counts[true])
+        for true, predicted, count in run.confusion
+    }
+    shares |= {
+        (target, target): value for target, value in enumerate(run.per_class) if value is not None
+    }
     return [
         {
             "name": run.space.target_names[true],
             "cells": [
-                {"share": shares.get((true, p), 0.0), "same": true == p, "sibling": (true, p) in relation.siblings} for p in order
+                {
+                    "share": shares.get((true, p), 0.0),
+                    "same": true == p,
+                    "sibling": (true, p) in relation.siblings,
+                }
+                for p in order
             ],
         }
         for true in order
@@ -350,10 +501,14 @@ def matrix(run: Run, relation: Relation) -> list[dict[str, Any]]:
 
 
 def group_flow(run: Run) -> list[dict[str, Any]]:
-    """Where the images of each group end up: right, or wrongly in many, medium or few; percent of the group's images."""
+    """Where the images of each group end up: right, or wrongly in many, medium or few; percent of
+    the group's images.
+    """
     rows = []
     for name in GROUPS:
-        images = sum(run.space.val_counts[target] for target, group in enumerate(run.groups) if group == name)
+        images = sum(
+            run.space.val_counts[target] for target, group in enumerate(run.groups) if group == name
+        )
         wrong: Counter[str] = Counter()
         for true, predicted, count in run.confusion:
             if run.groups[true] == name:
@@ -368,10 +523,14 @@ def group_flow(run: Run) -> list[dict[str, Any]]:
 
 
 def samples(run: Run, relation: Relation, pack: Pack | None) -> list[dict[str, Any]]:
-    """The worst, the rarest and the most common classes with some of their training images and of their neighbours'."""
+    """The worst, the rarest and the most common classes with some of their training images and of
+    their neighbours'.
+    """
     if pack is None:
         return []
-    ranked = sorted((value, target) for target, value in enumerate(run.per_class) if value is not None)
+    ranked = sorted(
+        (value, target) for target, value in enumerate(run.per_class) if value is not None
+    )
     picks = {target: "worst" for _, target in ranked[:3]}
     for target in run.by_frequency[:-4:-1]:
         picks.setdefault(target, "rarest")
@@ -381,7 +540,8 @@ def samples(run: Run, relation: Relation, pack: Pack | None) -> list[dict[str, A
 
 
 def _sample(run: Run, relation: Relation, pack: Pack, target: int, why: str) -> dict[str, Any]:
-    # The run's graph and the pack's may differ (another subset of auxiliaries): names are what they have in common.
+    # The run's graph and the pack's may differ (another subset of auxiliaries): names are what they
+    # have in common.
     ids = {name: i for i, name in enumerate(pack.space.names)}
     trained_on = relation.neighbours[target][:SHOWN_NEIGHBOURS] if run.space.pairs else []
     neighbours = [relation.space.names[auxiliary] for auxiliary in trained_on]
@@ -391,7 +551,9 @@ def _sample(run: Run, relation: Relation, pack: Pack, target: int, why: str) -> 
         "group": run.groups[target],
         "count": run.space.train_counts[target],
         "accuracy": run.per_class[target],
-        "images": thumbnails(pack.train, _spread_over(np.flatnonzero(pack.train.label == target), SHOWN_IMAGES)),
+        "images": thumbnails(
+            pack.train, _spread_over(np.flatnonzero(pack.train.label == target), SHOWN_IMAGES)
+        ),
         "neighbours": [
             (name, uri)
             for name in neighbours
@@ -402,7 +564,11 @@ def _sample(run: Run, relation: Relation, pack: Pack, target: int, why: str) -> 
 
 
 def _spread_over(values: np.ndarray, most: int) -> np.ndarray:
-    return values[np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).astype(int))] if len(values) else values
+    return (
+        values[np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).astype(int))]
+        if len(values)
+        else values
+    )
 
 
 def mistakes(run: Run, relation: Relation, pack: Pack | None) -> list[dict[str, Any]]:
@@ -418,16 +584,28 @@ def mistakes(run: Run, relation: Relation, pack: Pack | None) -> list[dict[str, 
             break
     names = run.space.target_names
     return [
-        {"true": names[true], "predicted": names[predicted], "confidence": 100 * float(found["confidence"][i]),
-         "sibling": (true, predicted) in relation.siblings, "image": uri}
-        for (true, predicted), i in chosen.items() for uri in thumbnails(pack.val, [int(found["image"][i])])
-    ]  # fmt: skip
+        {
+            "true": names[true],
+            "predicted": names[predicted],
+            "confidence": 100 * float(found["confidence"][i]),
+            "sibling": (true, predicted) in relation.siblings,
+            "image": uri,
+        }
+        for (true, predicted), i in chosen.items()
+        for uri in thumbnails(pack.val, [int(found["image"][i])])
+    ]
 
 
 def _same_images(predictions: dict[str, np.ndarray], split: Split) -> bool:
-    """Whether the predictions were made on this split: its labels are those that were predicted against."""
+    """Whether the predictions were made on this split: its labels are those that were predicted
+    against.
+    """
     image = predictions["image"]
-    return len(image) > 0 and int(image.max()) < len(split) and bool((split.label[image] == predictions["label"]).all())
+    return (
+        len(image) > 0
+        and int(image.max()) < len(split)
+        and bool((split.label[image] == predictions["label"]).all())
+    )
 
 
 def thumbnails(split: Split, images: Iterable[int]) -> list[str]:
@@ -451,7 +629,13 @@ def duration(seconds: float | None) -> str:
         return "-"
     hours, rest = divmod(round(seconds), 3600)
     minutes, seconds = divmod(rest, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {seconds} s"
+        if minutes
+        else f"{seconds} s"
+    )
 
 
 def config_value(value: Any) -> str:

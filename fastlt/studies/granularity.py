@@ -1,7 +1,9 @@
-"""`fastlt granularity`: how fine the classes of a pack are, told by features alone, without a training.
+"""`fastlt granularity`: how fine the classes of a pack are, told by features alone, without a
+training.
 
-Of each class the medoid stands for it: the image nearest to all the others. A class is fine where other classes' medoids are as
-near to its images as its own (ranking with medoids, after Cui et al. 2019, arXiv 1912.10154: 0 is the finest, 1 the coarsest).
+Of each class the medoid stands for it: the image nearest to all the others. A class is fine where
+other classes' medoids are as near to its images as its own (ranking with medoids, after Cui et al.
+2019, arXiv 1912.10154: 0 is the finest, 1 the coarsest).
 """
 
 import json
@@ -17,10 +19,10 @@ from rich.table import Table
 from fastlt.classes import ClassSpace
 from fastlt.curate.features import extract, open_backbone
 from fastlt.curate.settings import FilterConfig
-from fastlt.packing.reader import open_pack
 from fastlt.errors import UserError
-from fastlt.utils.files import write_text
+from fastlt.packing.reader import open_pack
 from fastlt.studies.hierarchy import Level, read_hierarchy
+from fastlt.utils.files import write_text
 from fastlt.utils.progress import rated_progress
 
 SHOWN = 12  # pairs of targets
@@ -31,7 +33,9 @@ class Score(NamedTuple):
     """Of a set of features under one labelling; distances are 1 - cosine."""
 
     classes: int
-    granularity: float  # 1, the coarsest: every image is nearest to its own class' medoid; 0.5: labels say nothing; 0, the finest
+    # 1, the coarsest: every image is nearest to its own class' medoid; 0.5: labels say nothing; 0,
+    # the finest
+    granularity: float
     within: float  # of an image to its class' medoid, mean over classes
     between: float  # of a class' medoid to the nearest other one, mean over classes
 
@@ -42,12 +46,16 @@ class Score(NamedTuple):
 
 
 class Between(NamedTuple):
-    """Two targets that are near to each other, and the auxiliary that lies between them, if one does."""
+    """Two targets that are near to each other, and the auxiliary that lies between them, if one
+    does.
+    """
 
     target: str
     nearest: str
     distance: float  # of their medoids
-    confused: float  # share of their images that are nearer to the other's medoid than to their own, mean over the two
+    # share of their images that are nearer to the other's medoid than to their own, mean over the
+    # two
+    confused: float
     auxiliary: str
     to_both: tuple[float, float] | None
 
@@ -73,7 +81,7 @@ def score(features: np.ndarray, labels: np.ndarray) -> Score:
 
 
 def medoids(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(classes, D) float32: of each class the image whose sum of cosines to the class is highest."""
+    """(classes, D) float32: of each class the image of the highest sum of cosines to it."""
     found = []
     for label in range(int(labels.max()) + 1):
         members = features[labels == label].astype(np.float32)
@@ -82,7 +90,9 @@ def medoids(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def structure(features: np.ndarray, labels: np.ndarray, space: ClassSpace) -> list[Between]:
-    """Of each target with images the nearest other one, the nearest pairs first; labels (n,) are ids of the class space."""
+    """Of each target with images the nearest other one, the nearest pairs first; labels (n,) are
+    ids of the class space.
+    """
     present = np.unique(labels)
     centres = medoids(features, np.searchsorted(present, labels))
     targets = np.flatnonzero(present < space.num_targets)
@@ -93,11 +103,20 @@ def structure(features: np.ndarray, labels: np.ndarray, space: ClassSpace) -> li
         pairs.add(tuple(sorted((target, int(others[distance[target, others].argmin()])))))
     found = []
     for first, second in sorted(pairs):
-        strayed = [nearer(features[labels == present[a]], centres[a], centres[b]) for a, b in ((first, second), (second, first))]
+        strayed = [
+            nearer(features[labels == present[a]], centres[a], centres[b])
+            for a, b in ((first, second), (second, first))
+        ]
         between = in_the_middle(distance, first, second, len(targets))
-        auxiliary, to_both = ("", None) if between is None else (space.names[int(present[between[0]])], between[1])
+        auxiliary, to_both = (
+            ("", None) if between is None else (space.names[int(present[between[0]])], between[1])
+        )
         one, other = (space.names[int(present[i])] for i in (first, second))
-        found.append(Between(one, other, float(distance[first, second]), sum(strayed) / 2, auxiliary, to_both))
+        found.append(
+            Between(
+                one, other, float(distance[first, second]), sum(strayed) / 2, auxiliary, to_both
+            )
+        )
     return sorted(found, key=lambda pair: pair.distance)
 
 
@@ -106,9 +125,12 @@ def nearer(features: np.ndarray, own: np.ndarray, other: np.ndarray) -> float:
     return float((features.astype(np.float32) @ (other - own) > 0).mean())
 
 
-def in_the_middle(distance: np.ndarray, first: int, second: int, targets: int) -> tuple[int, tuple[float, float]] | None:
-    """The auxiliary class that is nearest to both of two targets, if it is nearer to each than they are to each other, and its
-    distances. distance (classes, classes), targets first."""
+def in_the_middle(
+    distance: np.ndarray, first: int, second: int, targets: int
+) -> tuple[int, tuple[float, float]] | None:
+    """The auxiliary class that is nearest to both of two targets, if it is nearer to each than they
+    are to each other, and its distances. distance (classes, classes), targets first.
+    """
     worst = np.maximum(distance[first, targets:], distance[second, targets:])
     if not len(worst) or worst.min() >= distance[first, second]:
         return None
@@ -116,8 +138,12 @@ def in_the_middle(distance: np.ndarray, first: int, second: int, targets: int) -
     return middle, (float(distance[first, middle]), float(distance[second, middle]))
 
 
-def labellings(labels: np.ndarray, space: ClassSpace, levels: Mapping[str, Level]) -> dict[str, np.ndarray]:
-    """Of the targets' images: labels (n,) of the pack's own first, then by the groups of each level."""
+def labellings(
+    labels: np.ndarray, space: ClassSpace, levels: Mapping[str, Level]
+) -> dict[str, np.ndarray]:
+    """Of the targets' images: labels (n,) of the pack's own first, then by the groups of each
+    level.
+    """
     found = {"targets": labels}
     for name, level in levels.items():
         ids = {group: i for i, group in enumerate(sorted(set(level.values())))}
@@ -125,27 +151,40 @@ def labellings(labels: np.ndarray, space: ClassSpace, levels: Mapping[str, Level
     return found
 
 
-def run_granularity(place: str, settings: FilterConfig, hierarchy: str, out: Path | None, console: Console) -> None:
-    """place: a pack, of whose training images the features are made; hierarchy: as read_hierarchy takes it, or "". Raises
-    UserError."""
+def run_granularity(
+    place: str, settings: FilterConfig, hierarchy: str, out: Path | None, console: Console
+) -> None:
+    """place: a pack, of whose training images the features are made; hierarchy: as read_hierarchy
+    takes it, or "". Raises UserError.
+    """
     pack = open_pack(place)
     space, split = pack.space, pack.train
     levels = read_hierarchy(hierarchy, space.target_names) if hierarchy else {}
     try:
         backbone = open_backbone(settings)
     except UserError as error:
-        raise UserError(str(error).replace("filter.weights=", "--weights ").replace("filter.", "--")) from error
+        raise UserError(
+            str(error).replace("filter.weights=", "--weights ").replace("filter.", "--")
+        ) from error
     with rated_progress(console, "images/s", transient=True) as bar:
         task = bar.add_task("looking at images", total=len(split))
-        features = extract(backbone, split, settings.batch, settings.workers, lambda done: bar.advance(task, done))
+        features = extract(
+            backbone, split, settings.batch, settings.workers, lambda done: bar.advance(task, done)
+        )
     of_targets = split.label < space.num_targets
-    scores = {name: score(features[of_targets], of) for name, of in labellings(split.label[of_targets], space, levels).items()}
+    scores = {
+        name: score(features[of_targets], of)
+        for name, of in labellings(split.label[of_targets], space, levels).items()
+    }
     if space.num_auxiliaries:
         scores["targets and auxiliaries"] = score(features, split.label)
     pairs = structure(features, split.label, space)
     show(scores, pairs, space, console)
     if out is not None:
-        write_text(out, json.dumps(as_json(scores, pairs, backbone.name), ensure_ascii=False, indent=1) + "\n")
+        write_text(
+            out,
+            json.dumps(as_json(scores, pairs, backbone.name), ensure_ascii=False, indent=1) + "\n",
+        )
         console.print(f"written to {out}", highlight=False, soft_wrap=True)
 
 
@@ -154,34 +193,76 @@ def as_json(scores: Mapping[str, Score], pairs: Sequence[Between], backbone: str
     return {"backbone": backbone, "scores": told, "nearest": [pair._asdict() for pair in pairs]}
 
 
-def show(scores: Mapping[str, Score], pairs: Sequence[Between], space: ClassSpace, console: Console) -> None:
-    table = Table("classes", "", "granularity", "within", "between", "within / between", title_justify="left",
-                  title="how fine the classes are (distances are 1 - cosine)")  # fmt: skip
+def show(
+    scores: Mapping[str, Score], pairs: Sequence[Between], space: ClassSpace, console: Console
+) -> None:
+    table = Table(
+        "classes",
+        "",
+        "granularity",
+        "within",
+        "between",
+        "within / between",
+        title_justify="left",
+        title="how fine the classes are (distances are 1 - cosine)",
+    )
     for name, of in scores.items():
-        table.add_row(name, f"{of.classes:,}", f"{of.granularity:.4f}", f"{of.within:.3f}", f"{of.between:.3f}", f"{of.ratio:.2f}")
+        table.add_row(
+            name,
+            f"{of.classes:,}",
+            f"{of.granularity:.4f}",
+            f"{of.within:.3f}",
+            f"{of.between:.3f}",
+            f"{of.ratio:.2f}",
+        )
     console.print(table)
     console.print(reading(scores), highlight=False, soft_wrap=True)
     near = Table(
-        "target", "nearest target", "distance", "confused", "between them", title="the nearest targets", title_justify="left"
+        "target",
+        "nearest target",
+        "distance",
+        "confused",
+        "between them",
+        title="the nearest targets",
+        title_justify="left",
     )
     for pair in pairs[:SHOWN]:
-        between = f"{escape(pair.auxiliary)} ({pair.to_both[0]:.3f}, {pair.to_both[1]:.3f})" if pair.to_both else "-"
-        near.add_row(escape(pair.target), escape(pair.nearest), f"{pair.distance:.3f}", f"{pair.confused:.1%}", between)
+        between = (
+            f"{escape(pair.auxiliary)} ({pair.to_both[0]:.3f}, {pair.to_both[1]:.3f})"
+            if pair.to_both
+            else "-"
+        )
+        near.add_row(
+            escape(pair.target),
+            escape(pair.nearest),
+            f"{pair.distance:.3f}",
+            f"{pair.confused:.1%}",
+            between,
+        )
     console.print(near)
     if space.num_auxiliaries:
         filled = sum(pair.to_both is not None for pair in pairs)
-        console.print(f"an auxiliary class lies between {filled:,} of {len(pairs):,} pairs of nearest targets", highlight=False)
+        console.print(
+            f"an auxiliary class lies between {filled:,} of {len(pairs):,} pairs of nearest "
+            "targets",
+            highlight=False,
+        )
 
 
 def reading(scores: Mapping[str, Score]) -> str:
     """What the figures mean for auxiliaries."""
     own, wide = scores["targets"], scores.get("targets and auxiliaries")
     told = (
-        f"An image has {1 - own.granularity:.1%} of the other classes' medoids nearer than its own. Granularity is 1 where classes "
-        "lie well apart, 0.5 where labels say nothing: the coarser, the more there is to gain from auxiliaries. It is by these "
+        f"An image has {1 - own.granularity:.1%} of the other classes' medoids nearer than its "
+        "own. Granularity is 1 where classes "
+        "lie well apart, 0.5 where labels say nothing: the coarser, the more there is to gain from "
+        "auxiliaries. It is by these "
         "features: compare packs by one backbone, and none that was trained on either."
     )
     if wide is None:
         return told
     change = "finer" if wide.granularity < own.granularity else "no finer"
-    return f"{told} With the pack's auxiliaries the label space is {change}: {own.granularity:.4f} -> {wide.granularity:.4f}."
+    return (
+        f"{told} With the pack's auxiliaries the label space is {change}: {own.granularity:.4f} "
+        f"-> {wide.granularity:.4f}."
+    )

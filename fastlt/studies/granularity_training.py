@@ -1,9 +1,10 @@
-"""`fastlt granularity train`: does a long tail hurt less where classes are finer? The quantitative study of the paper, on any pack
-with a hierarchy over its classes.
+"""`fastlt granularity train`: does a long tail hurt less where classes are finer? The quantitative
+study of the paper, on any pack with a hierarchy over its classes.
 
-Each level is trained on a balanced and on a long-tailed set, all of as many images. With the number of classes fixed, they are
-drawn from all parents, one each, up to all children of a few; and the parents themselves, each with the images of its children.
-With the parents fixed, the same few are told apart as parents, or by their children.
+Each level is trained on a balanced and on a long-tailed set, all of as many images. With the number
+of classes fixed, they are drawn from all parents, one each, up to all children of a few; and the
+parents themselves, each with the images of its children. With the parents fixed, the same few are
+told apart as parents, or by their children.
 """
 
 import json
@@ -16,16 +17,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fastlt.packing.relabel import Selection, derive_pack
-from fastlt.packing.reader import Pack, Split, open_pack
 from fastlt.errors import UserError
-from fastlt.utils.files import write_text
+from fastlt.packing.reader import Pack, Split, open_pack
+from fastlt.packing.relabel import Selection, derive_pack
 from fastlt.studies.hierarchy import most_families, read_hierarchy
 from fastlt.studies.repeated import GROUPS, Control, spread, train_all
+from fastlt.utils.files import write_text
 from fastlt.utils.results_file import append_rows, check_file
 
 KINDS = ("balanced", "long-tailed")
-SPOKEN = {"pack": "another pack", "families": "another hierarchy", "imbalance": "another imbalance", "images": "other draws"}
+SPOKEN = {
+    "pack": "another pack",
+    "families": "another hierarchy",
+    "imbalance": "another imbalance",
+    "images": "other draws",
+}
 LARGEST = 500  # training images that are used of a class at most
 
 
@@ -51,9 +57,14 @@ def run_granularity_study(asked: Asked, csv: Path | None, console: Console) -> N
     if csv is not None:
         check_file(csv)
     controls = controls_of(open_pack(asked.pack), asked)
-    rows = [told(row) for row in train_all("cifar100-siblings", controls, asked.out, 1, asked.parallel, console)]
+    rows = [
+        told(row)
+        for row in train_all("cifar100-siblings", controls, asked.out, 1, asked.parallel, console)
+    ]
     for fixed in ("classes", "parents"):
-        console.print(table([row for row in rows if row["level"].startswith(f"fixed {fixed}")], fixed))
+        console.print(
+            table([row for row in rows if row["level"].startswith(f"fixed {fixed}")], fixed)
+        )
     if csv is not None:
         append_rows(csv, rows)
         console.print(f"added to {csv}")
@@ -62,22 +73,38 @@ def run_granularity_study(asked: Asked, csv: Path | None, console: Console) -> N
 def controls_of(pack: Pack, asked: Asked) -> dict[str, Control]:
     """The trainings of the study, whose packs are made where they are not there yet."""
     families = most_families(read_hierarchy(asked.hierarchy, pack.space.target_names))
-    drawn = [levels(pack, families, np.random.default_rng([draw, 2])) for draw in range(asked.draws)]
+    drawn = [
+        levels(pack, families, np.random.default_rng([draw, 2])) for draw in range(asked.draws)
+    ]
     total = min(most_images(pack, level, asked.imbalance) for found in drawn for level in found)
     if total < 2 * (most := max(len(level.classes) for level in drawn[0])):
-        raise UserError(f"{asked.pack} has too few images: a long tail of {most} classes would have {total:,} training images")
-    check_study(asked.out, {"pack": pack.id, "families": families, "imbalance": asked.imbalance, "images": total})
+        raise UserError(
+            f"{asked.pack} has too few images: a long tail of {most} classes would have {total:,} "
+            "training images"
+        )
+    check_study(
+        asked.out,
+        {"pack": pack.id, "families": families, "imbalance": asked.imbalance, "images": total},
+    )
     controls = {}
     for draw, found in enumerate(drawn):
         for level in found:
             for kind, place in packs_of(pack, level, draw, total, asked).items():
-                settings = ["loss.name=ce", "data.auxiliary=false", f"train.seed={draw}", *asked.settings]
+                settings = [
+                    "loss.name=ce",
+                    "data.auxiliary=false",
+                    f"train.seed={draw}",
+                    *asked.settings,
+                ]
                 controls[f"{level.name} | {kind} | {draw}"] = Control(place, settings)
     return controls
 
 
 def check_study(out: Path, wanted: dict[str, Any]) -> None:
-    """What is trained in --out is kept in study.json. Raises UserError where that is another study, or none."""
+    """What is trained in --out is kept in study.json.
+
+    Raises UserError where that is another study, or none.
+    """
     if out.is_dir() and any(out.iterdir()) and not (out / "study.json").is_file():
         raise UserError(f"{out} holds other things than a study: choose another --out")
     try:
@@ -86,7 +113,9 @@ def check_study(out: Path, wanted: dict[str, Any]) -> None:
         write_text(out / "study.json", json.dumps(wanted, ensure_ascii=False, indent=1) + "\n")
         return
     if changed := [name for name in wanted if kept.get(name) != wanted[name]]:
-        raise UserError(f"{out} holds a study with {SPOKEN[changed[0]]}: choose another --out, or remove it")
+        raise UserError(
+            f"{out} holds a study with {SPOKEN[changed[0]]}: choose another --out, or remove it"
+        )
 
 
 def levels(pack: Pack, families: Mapping[str, list[str]], rng: np.random.Generator) -> list[Level]:
@@ -94,7 +123,9 @@ def levels(pack: Pack, families: Mapping[str, list[str]], rng: np.random.Generat
     ids = {name: target for target, name in enumerate(pack.space.target_names)}
     children = {name: [ids[member] for member in members] for name, members in families.items()}
     if (count := len(children)) < 4:
-        raise UserError(f"the hierarchy has {count} parents of two classes or more: the study needs 4")
+        raise UserError(
+            f"the hierarchy has {count} parents of two classes or more: the study needs 4"
+        )
     names, each = list(children), min(map(len, children.values()))
     order = rng.permutation(count).tolist()
     found = [Level("fixed classes: parents", {name: children[name] for name in names})]
@@ -105,7 +136,12 @@ def levels(pack: Pack, families: Mapping[str, list[str]], rng: np.random.Generat
         found.append(Level(f"fixed classes: {part} of a parent", single))
     few = [names[i] for i in order[: max(2, count // each)]]
     found.append(Level("fixed parents: parents", {name: children[name] for name in few}))
-    found.append(Level("fixed parents: children", {pack.space.target_names[t]: [t] for name in few for t in children[name]}))
+    found.append(
+        Level(
+            "fixed parents: children",
+            {pack.space.target_names[t]: [t] for name in few for t in children[name]},
+        )
+    )
     return found
 
 
@@ -116,7 +152,10 @@ def divisors(count: int, most: int) -> list[int]:
 def most_images(pack: Pack, level: Level, imbalance: float) -> int:
     """Of a long tail over the level's classes, whichever of them is the most frequent."""
     counts = pack.space.train_counts
-    fewest = min(sum(min(LARGEST, counts[target]) for target in targets) for targets in level.classes.values())
+    fewest = min(
+        sum(min(LARGEST, counts[target]) for target in targets)
+        for targets in level.classes.values()
+    )
     return math.floor(fewest * tail_shares(imbalance, len(level.classes)).sum())
 
 
@@ -127,8 +166,12 @@ def packs_of(pack: Pack, level: Level, draw: int, total: int, asked: Asked) -> d
     rank = rng.permutation(len(names))
     tail = tail_counts(total, asked.imbalance, len(names))
     val = take(pack.val, level, [10**9] * len(names), rng)
-    for kind, counts in zip(KINDS, (spread_evenly(total, len(names)), [tail[i] for i in rank]), strict=True):
-        place = asked.out / "packs" / f"{level.name.replace(':', '').replace(' ', '-')}-{kind}-{draw}"
+    for kind, counts in zip(
+        KINDS, (spread_evenly(total, len(names)), [tail[i] for i in rank]), strict=True
+    ):
+        place = (
+            asked.out / "packs" / f"{level.name.replace(':', '').replace(' ', '-')}-{kind}-{draw}"
+        )
         if not place.is_dir():
             place.parent.mkdir(parents=True, exist_ok=True)
             derive_pack(pack, place, names, take(pack.train, level, counts, rng), val)
@@ -142,7 +185,9 @@ def tail_shares(imbalance: float, classes: int) -> np.ndarray:
 
 
 def tail_counts(total: int, imbalance: float, classes: int) -> list[int]:
-    """A long tail of `total` images, one a class at least; the most frequent class makes up for what was rounded."""
+    """A long tail of `total` images, one a class at least; the most frequent class makes up for
+    what was rounded.
+    """
     shares = tail_shares(imbalance, classes)
     counts = np.maximum(1, np.rint(total * shares / shares.sum())).astype(int)
     counts[0] += total - counts.sum()
@@ -166,19 +211,30 @@ def take(split: Split, level: Level, counts: Sequence[int], rng: np.random.Gener
 
 def told(row: dict[str, Any]) -> dict[str, Any]:
     level, kind, draw = row["control"].split(" | ")
-    return {"level": level, "kind": kind, "draw": int(draw), **{key: value for key, value in row.items() if key != "control"}}
+    return {
+        "level": level,
+        "kind": kind,
+        "draw": int(draw),
+        **{key: value for key, value in row.items() if key != "control"},
+    }
 
 
 def table(rows: Sequence[dict[str, Any]], fixed: str) -> Table:
     """The gaps of each level, mean and standard deviation over draws."""
     title = f"the number of {fixed} fixed: accuracy in percent, coarse levels first"
-    result = Table("level", *KINDS, "balanced - long-tailed", "many - few", title=title, title_justify="left")
+    result = Table(
+        "level", *KINDS, "balanced - long-tailed", "many - few", title=title, title_justify="left"
+    )
     for level in dict.fromkeys(row["level"] for row in rows):
-        of = {kind: {row["draw"]: row for row in rows if (row["level"], row["kind"]) == (level, kind)} for kind in KINDS}
+        of = {
+            kind: {row["draw"]: row for row in rows if (row["level"], row["kind"]) == (level, kind)}
+            for kind in KINDS
+        }
         draws = sorted(of["balanced"].keys() & of["long-tailed"].keys())
         gaps = [of["balanced"][d]["top1"] - of["long-tailed"][d]["top1"] for d in draws]
         tails = [
-            row["many"] - row["few"] if None not in (row["many"], row["few"]) else math.nan for row in of["long-tailed"].values()
+            row["many"] - row["few"] if None not in (row["many"], row["few"]) else math.nan
+            for row in of["long-tailed"].values()
         ]
         known: list[float | None] = [gap for gap in tails if not math.isnan(gap)]
         tops = [spread([of[kind][d][GROUPS[0]] for d in draws]) for kind in KINDS]

@@ -9,15 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastlt.curate.wordnet import WordNet, read_wordnet
-from fastlt.packing.cifar import open_cifar
 from fastlt.errors import UserError
+from fastlt.packing.cifar import open_cifar
 
 Level = dict[str, str]  # class -> group
 
 
 def read_hierarchy(place: str, names: Sequence[str]) -> dict[str, Level]:
-    """place: a CSV with the columns class,parent, cifar100:DIR, wordnet:FOLDER or wn:LEXICON. Raises UserError where a class has
-    no group, or nothing is grouped."""
+    """place: a CSV with the columns class,parent, cifar100:DIR, wordnet:FOLDER or wn:LEXICON.
+
+    Raises UserError where a class has no group, or nothing is grouped.
+    """
     kind, _, rest = place.partition(":")
     if kind == "cifar100" and rest:
         return {"superclasses": of_cifar(Path(rest), names)}
@@ -35,10 +37,17 @@ def of_csv(file: Path, names: Sequence[str]) -> dict[str, Level]:
     except (OSError, csv.Error) as error:
         raise UserError(f"cannot read the hierarchy {file}: {error}") from error
     if not rows:
-        raise UserError(f"the hierarchy {file} has no rows; the header is class,parent, and each row names a class")
+        raise UserError(
+            f"the hierarchy {file} has no rows; the header is class,parent, and each row names a "
+            "class"
+        )
     if not {"class", "parent"} <= rows[0].keys():
-        raise UserError(f"{file}, line 1: the header must be class,parent; further columns are coarser levels")
-    if twice := [name for name, times in Counter(row.get("class") for row in rows).items() if times > 1]:
+        raise UserError(
+            f"{file}, line 1: the header must be class,parent; further columns are coarser levels"
+        )
+    if twice := [
+        name for name, times in Counter(row.get("class") for row in rows).items() if times > 1
+    ]:
         raise UserError(f"{file} has '{twice[0]}' more than once: a class has one parent")
     found = {}
     for level in [name for name in rows[0] if name not in ("class", None)]:
@@ -52,27 +61,44 @@ def of_csv(file: Path, names: Sequence[str]) -> dict[str, Level]:
 
 def of_cifar(folder: Path, names: Sequence[str]) -> Level:
     cifar = open_cifar(folder)
-    groups = {fine: cifar.coarse_names[coarse] for fine, coarse in zip(cifar.fine_names, cifar.coarse, strict=True)}
+    groups = {
+        fine: cifar.coarse_names[coarse]
+        for fine, coarse in zip(cifar.fine_names, cifar.coarse, strict=True)
+    }
     if missing := [name for name in names if name not in groups]:
-        raise UserError(f"'{missing[0]}' is no class of CIFAR-100: use a CSV with the columns class,parent")
+        raise UserError(
+            f"'{missing[0]}' is no class of CIFAR-100: use a CSV with the columns class,parent"
+        )
     return {name: groups[name] for name in names}
 
 
 def of_wordnet(wordnet: WordNet, names: Sequence[str]) -> dict[str, Level]:
-    """The tree cut at each depth: what is less deep, or unknown to WordNet, stands for itself. Cuts that join nothing, join all,
-    or are like the one before are left out."""
+    """The tree cut at each depth: what is less deep, or unknown to WordNet, stands for itself.
+
+    Cuts that join nothing, join all, or are like the one before are left out.
+    """
     synsets = {name: wordnet.find(name) for name in names}
     if not any(synsets.values()):
-        raise UserError(f"WordNet knows none of the classes, not even '{names[0]}': use a CSV with the columns class,parent")
+        raise UserError(
+            f"WordNet knows none of the classes, not even '{names[0]}': use a CSV with the columns "
+            "class,parent"
+        )
     paths = {name: way_down(wordnet, synset) if synset else [] for name, synset in synsets.items()}
     levels: dict[str, Level] = {}
     for depth in range(max(map(len, paths.values())) - 1, -1, -1):
-        groups = {name: path[depth] if depth < len(path) else path[-1] if path else name for name, path in paths.items()}
+        groups = {
+            name: path[depth] if depth < len(path) else path[-1] if path else name
+            for name, path in paths.items()
+        }
         distinct = len(set(groups.values()))
-        if 1 < distinct < len(names) and all(distinct != len(set(level.values())) for level in levels.values()):
+        if 1 < distinct < len(names) and all(
+            distinct != len(set(level.values())) for level in levels.values()
+        ):
             levels[f"WordNet to depth {depth}"] = in_words(wordnet, groups)
     if not levels:
-        raise UserError("WordNet groups none of the classes: use a CSV with the columns class,parent")
+        raise UserError(
+            "WordNet groups none of the classes: use a CSV with the columns class,parent"
+        )
     return levels
 
 
@@ -86,19 +112,29 @@ def way_down(wordnet: WordNet, synset: str) -> list[str]:
 
 def in_words(wordnet: WordNet, groups: Mapping[str, str]) -> Level:
     """Groups by name, and by id too where two have the same name."""
-    words = {group: wordnet.lemmas[group][0] if group in wordnet.lemmas else group for group in groups.values()}
+    words = {
+        group: wordnet.lemmas[group][0] if group in wordnet.lemmas else group
+        for group in groups.values()
+    }
     times = Counter(words.values())
-    return {name: words[group] if times[words[group]] == 1 else f"{words[group]} ({group})" for name, group in groups.items()}
+    return {
+        name: words[group] if times[words[group]] == 1 else f"{words[group]} ({group})"
+        for name, group in groups.items()
+    }
 
 
 def most_families(levels: Mapping[str, Level]) -> dict[str, list[str]]:
-    """Of the level with most groups of several classes, the finest such one: these groups and their classes, both sorted."""
+    """Of the level with most groups of several classes, the finest such one: these groups and their
+    classes, both sorted.
+    """
     found: dict[str, list[str]] = {}
     for level in levels.values():
         groups: dict[str, list[str]] = {}
         for name, group in level.items():
             groups.setdefault(group, []).append(name)
-        families = {group: sorted(members) for group, members in sorted(groups.items()) if len(members) > 1}
+        families = {
+            group: sorted(members) for group, members in sorted(groups.items()) if len(members) > 1
+        }
         if len(families) > len(found):
             found = families
     return found

@@ -1,4 +1,6 @@
-"""The user's own command, `fastlt train`, over several controls and seeds: what comparisons of accuracy share."""
+"""The user's own command, `fastlt train`, over several controls and seeds: what comparisons of
+accuracy share.
+"""
 
 import json
 import os
@@ -15,13 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from fastlt.config import load_config
-from fastlt.utils.pool import cores
 from fastlt.errors import UserError
 from fastlt.methods.presets import method_settings
+from fastlt.utils.pool import cores
 
 LOOK_EVERY = 1.0  # seconds
 GROUPS = ("top1", "many", "medium", "few")
@@ -35,12 +44,17 @@ class Control:
 
 
 def train_all(
-    recipe: str, controls: Mapping[str, Control], out: Path, seeds: int, parallel: int, console: Console
+    recipe: str,
+    controls: Mapping[str, Control],
+    out: Path,
+    seeds: int,
+    parallel: int,
+    console: Console,
 ) -> list[dict[str, Any]]:
     """The figures of each control's runs, a row a run; `parallel` runs at a time share the cores.
 
-    A run that is in `out` is read, one that stopped goes on. Where one fails no other is begun, those under way are saved, and
-    UserError is raised.
+    A run that is in `out` is read, one that stopped goes on. Where one fails no other is begun,
+    those under way are saved, and UserError is raised.
     """
     jobs = [(name, seed) for seed in range(seeds) for name in controls]
     threads = str(max(1, cores() // parallel))
@@ -51,7 +65,11 @@ def train_all(
     def run(job: tuple[str, int]) -> dict[str, Any]:
         name, seed = job
         with runner.stopping_all_if_it_fails():
-            return {"control": name, "seed": seed, **_train(recipe, controls[name], places[job], seed, runner)}
+            return {
+                "control": name,
+                "seed": seed,
+                **_train(recipe, controls[name], places[job], seed, runner),
+            }
 
     with ended_by_sigterm(), ThreadPoolExecutor(parallel) as pool:
         waiting = [pool.submit(run, job) for job in jobs]
@@ -59,7 +77,8 @@ def train_all(
         try:
             watch(waiting, list(places.values()), total, console)
         except BaseException as error:
-            runner.stop(tell=not isinstance(error, KeyboardInterrupt))  # which a terminal sends to the trainings too
+            # which a terminal sends to the trainings too
+            runner.stop(tell=not isinstance(error, KeyboardInterrupt))
             pool.shutdown(cancel_futures=True)
             if runner.failure is not None and isinstance(error, UserError):
                 raise runner.failure from None
@@ -71,7 +90,10 @@ class Runner:
     """Commands of fastlt in processes that end before this one does."""
 
     def __init__(self, threads: str = "0") -> None:
-        self.environment = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads != "0" else {})}
+        self.environment = {
+            **os.environ,
+            **({"OMP_NUM_THREADS": threads} if threads != "0" else {}),
+        }
         self._running: set[subprocess.Popen[str]] = set()
         self._stopped = False
         self.failure: BaseException | None = None  # the first, for which the others were ended
@@ -83,13 +105,22 @@ class Runner:
             if self._stopped:
                 raise UserError("another run has failed")
             command = [sys.executable, "-m", "fastlt", *arguments]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=self.environment)
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=self.environment,
+            )
             self._running.add(process)
         _, said = process.communicate()
         with self._lock:
             self._running.discard(process)
         if process.returncode:
-            raise UserError(f"`fastlt {' '.join(arguments)}` ended with code {process.returncode}: {said.strip()[-500:]}")
+            raise UserError(
+                f"`fastlt {' '.join(arguments)}` ended with code {process.returncode}: "
+                f"{said.strip()[-500:]}"
+            )
 
     def stop(self, tell: bool, because: BaseException | None = None) -> None:
         """tell: those under way, which save and end."""
@@ -127,8 +158,12 @@ def epochs_of(recipe: str, control: Control) -> int:
     return load_config(recipe, control.settings, method_settings(control.method, None)).train.epochs
 
 
-def watch(waiting: list[Future[dict[str, Any]]], runs: list[Path], total: int, console: Console) -> None:
-    """A bar over the epochs of all runs, until they have ended or one has failed, whose error is raised."""
+def watch(
+    waiting: list[Future[dict[str, Any]]], runs: list[Path], total: int, console: Console
+) -> None:
+    """A bar over the epochs of all runs, until they have ended or one has failed, whose error is
+    raised.
+    """
     columns: list[str | ProgressColumn] = [
         "training",
         BarColumn(),
@@ -154,23 +189,53 @@ def epochs_done(run: Path) -> int:
 
 
 def folder_name(control: str, seed: int) -> str:
-    return "".join(c if c.isalnum() or c == "." else "-" for c in control).strip("-").replace("--", "-") + f"-seed{seed}"
+    return (
+        "".join(c if c.isalnum() or c == "." else "-" for c in control)
+        .strip("-")
+        .replace("--", "-")
+        + f"-seed{seed}"
+    )
 
 
 def _train(recipe: str, control: Control, run: Path, seed: int, runner: Runner) -> dict[str, Any]:
     method = ["--method", control.method] if control.method else []
-    options = ["--data", str(control.pack), "--out", str(run), *method, f"train.seed={seed}", *control.settings]
+    options = [
+        "--data",
+        str(control.pack),
+        "--out",
+        str(run),
+        *method,
+        f"train.seed={seed}",
+        *control.settings,
+    ]
     runner.run("train", recipe, *options)
     if not (run / "result.json").is_file():
-        raise UserError(f"the run in {run} was stopped before its end: the same command goes on from there")
+        raise UserError(
+            f"the run in {run} was stopped before its end: the same command goes on from there"
+        )
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    figures = {name: result[name] for name in (*GROUPS, "balanced_accuracy", "harmonic_mean", "ece")}
-    figures |= {"epochs": result["epochs"], "images": result["images"], "best_top1": result["best"]["top1"]}
-    return {**figures, "seconds": round(result["seconds"], 1), "settings": " ".join([*method, *control.settings])}
+    figures = {
+        name: result[name] for name in (*GROUPS, "balanced_accuracy", "harmonic_mean", "ece")
+    }
+    figures |= {
+        "epochs": result["epochs"],
+        "images": result["images"],
+        "best_top1": result["best"]["top1"],
+    }
+    return {
+        **figures,
+        "seconds": round(result["seconds"], 1),
+        "settings": " ".join([*method, *control.settings]),
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    result = Table("", "all", *GROUPS[1:], title="accuracy of the last epoch in percent, mean ± standard deviation over seeds")
+    result = Table(
+        "",
+        "all",
+        *GROUPS[1:],
+        title="accuracy of the last epoch in percent, mean ± standard deviation over seeds",
+    )
     for name in dict.fromkeys(row["control"] for row in rows):
         runs = [row for row in rows if row["control"] == name]
         result.add_row(name, *(spread([row[group] for row in runs]) for group in GROUPS))

@@ -1,6 +1,8 @@
-"""Published figures under their own protocol, and the controls of our own claim: the user's own commands, over seeds.
+"""Published figures under their own protocol, and the controls of our own claim: the user's own
+commands, over seeds.
 
-Runs stay in --out: one that stopped goes on when this is called again, and one that has finished is not run again.
+Runs stay in --out: one that stopped goes on when this is called again, and one that has finished is
+not run again.
 """
 
 from collections.abc import Callable
@@ -31,7 +33,11 @@ CIFAR100_LT = {  # worst first; CIFAR-100-LT at imbalance 100, ResNet-32, 200 ep
 }
 SIBLINGS: dict[str, tuple[str, list[str]]] = {  # name -> auxiliary set of the pack, settings
     "no auxiliaries": ("none", ["loss.name=balanced-ce"]),
-    "no auxiliaries, as many images": ("none", ["loss.name=balanced-ce", "train.epochs=66"]),  # 40 * 3,795 / 2,295
+    # 40 * 3,795 / 2,295
+    "no auxiliaries, as many images": (
+        "none",
+        ["loss.name=balanced-ce", "train.epochs=66"],
+    ),
     "random auxiliaries": ("random", []),
     "neighbours, unsilenced (1)": ("siblings", ["loss.silence=1"]),
     "neighbours, silenced (0.1)": ("siblings", ["loss.silence=0.1"]),
@@ -51,7 +57,10 @@ class Asked(NamedTuple):
 def run_reproduce(task: str, asked: Asked, csv: Path | None, console: Console) -> None:
     """`fastlt reproduce`."""
     if task not in TASKS:
-        raise UserError(f"there is nothing to reproduce by the name '{task}'{did_you_mean(task, list(TASKS))}: {', '.join(TASKS)}")
+        raise UserError(
+            f"there is nothing to reproduce by the name '{task}'{did_you_mean(task, list(TASKS))}: "
+            f"{', '.join(TASKS)}"
+        )
     if csv is not None:
         check_file(csv)
     rows = TASKS[task](asked, console)
@@ -65,27 +74,47 @@ def cifar100_lt(asked: Asked, console: Console) -> list[dict[str, Any]]:
     protocol = load_config("cifar100-lt")
     epochs = asked.epochs or protocol.train.epochs
     settings = [*shortened(epochs, protocol.train.epochs), *asked.settings]
-    controls = {name: Control(pack, settings, published.method) for name, published in CIFAR100_LT.items()}
+    controls = {
+        name: Control(pack, settings, published.method) for name, published in CIFAR100_LT.items()
+    }
     rows = train_all("cifar100-lt", controls, asked.out, asked.seeds, asked.parallel, console)
     changed = epochs != protocol.train.epochs or bool(asked.settings)
-    console.print(beside_published(rows, changed, f"CIFAR-100-LT, imbalance 100: top-1 in percent, {epochs} epochs"))
-    console.print("published: the best test epoch; ours: the last, and the best one beside it", highlight=False)
+    console.print(
+        beside_published(
+            rows, changed, f"CIFAR-100-LT, imbalance 100: top-1 in percent, {epochs} epochs"
+        )
+    )
+    console.print(
+        "published: the best test epoch; ours: the last, and the best one beside it",
+        highlight=False,
+    )
     if changed:
-        console.print("the protocol was changed, so the bounds do not apply; the order may", highlight=False)
+        console.print(
+            "the protocol was changed, so the bounds do not apply; the order may", highlight=False
+        )
     console.print(order(rows), highlight=False)
     return rows
 
 
 def siblings(asked: Asked, console: Console) -> list[dict[str, Any]]:
-    packs = {kind: packed("cifar100-siblings", kind, asked) for kind in dict.fromkeys(kind for kind, _ in SIBLINGS.values())}
+    packs = {
+        kind: packed("cifar100-siblings", kind, asked)
+        for kind in dict.fromkeys(kind for kind, _ in SIBLINGS.values())
+    }
     last = [f"train.epochs={asked.epochs}"] if asked.epochs else []
-    controls = {name: Control(packs[kind], [*extra, *last, *asked.settings]) for name, (kind, extra) in SIBLINGS.items()}
+    controls = {
+        name: Control(packs[kind], [*extra, *last, *asked.settings])
+        for name, (kind, extra) in SIBLINGS.items()
+    }
     rows = train_all("cifar100-siblings", controls, asked.out, asked.seeds, asked.parallel, console)
     console.print(table(rows))
     return rows
 
 
-TASKS: dict[str, Callable[[Asked, Console], list[dict[str, Any]]]] = {"cifar100-lt": cifar100_lt, "cifar100-siblings": siblings}
+TASKS: dict[str, Callable[[Asked, Console], list[dict[str, Any]]]] = {
+    "cifar100-lt": cifar100_lt,
+    "cifar100-siblings": siblings,
+}
 
 
 def packed(task: str, kind: str, asked: Asked) -> Path:
@@ -100,10 +129,17 @@ def shortened(epochs: int, whole: int) -> list[str]:
     if epochs == whole:
         return []
     schedule = load_config("cifar100-lt").schedule
-    steps = {max(1, round(int(epoch) * epochs / whole)): factor for epoch, factor in schedule.steps.items()}
+    steps = {
+        max(1, round(int(epoch) * epochs / whole)): factor
+        for epoch, factor in schedule.steps.items()
+    }
     table = ", ".join(f"{epoch} = {factor!r}" for epoch, factor in steps.items())
     warmup = schedule.warmup_epochs * epochs / whole
-    return [f"train.epochs={epochs}", f"schedule.warmup_epochs={warmup:g}", f"schedule.steps={{{table}}}"]
+    return [
+        f"train.epochs={epochs}",
+        f"schedule.warmup_epochs={warmup:g}",
+        f"schedule.steps={{{table}}}",
+    ]
 
 
 def beside_published(rows: list[dict[str, Any]], changed: bool, title: str) -> Table:
@@ -114,7 +150,9 @@ def beside_published(rows: list[dict[str, Any]], changed: bool, title: str) -> T
         best = spread([row["best_top1"] for row in runs])
         verdict = "" if changed else place_of(mean_top1(rows, name), published)
         groups = [spread([row[group] for row in runs]) for group in GROUPS]
-        result.add_row(name, f"{published.low:g}..{published.high:g}", groups[0], best, *groups[1:], verdict)
+        result.add_row(
+            name, f"{published.low:g}..{published.high:g}", groups[0], best, *groups[1:], verdict
+        )
     return result
 
 

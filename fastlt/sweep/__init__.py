@@ -1,1 +1,4 @@
-"""Many trainings that answer one question: which auxiliaries, how many, how strongly silenced. On Ray Tune."""
+"""Many trainings that answer one question: which auxiliaries, how many, how strongly silenced.
+
+On Ray Tune.
+"""

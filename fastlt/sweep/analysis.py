@@ -1,4 +1,6 @@
-"""What a sweep says: means over seeds, effects of each axis, differences to the baseline, and what it cost."""
+"""What a sweep says: means over seeds, effects of each axis, differences to the baseline, and what
+it cost.
+"""
 
 import csv
 import math
@@ -32,7 +34,9 @@ class Difference(NamedTuple):
     """To the baseline, seed by seed."""
 
     mean: float
-    p: float | None  # two-sided paired t-test, corrected for the number of points (Holm); None of fewer than two seeds
+    # two-sided paired t-test, corrected for the number of points (Holm); None of fewer than two
+    # seeds
+    p: float | None
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class Study:
 
     @cached_property
     def measured(self) -> list[Row]:
-        """What was stopped early has no figures that could be compared with those of whole trainings."""
+        """What was stopped early has no figures that could be compared with those of whole
+        trainings.
+        """
         return [row for row in self.rows if row["status"] == "finished" and row["top1"] is not None]
 
     @cached_property
@@ -62,18 +68,33 @@ class Study:
     @cached_property
     def ranked(self) -> list[Level]:
         """Best first, by what the sweep was to raise; what is not known last."""
-        means = {level: self.spread(rows, self.sweep.search.metric).mean for level, rows in self.points.items()}
+        means = {
+            level: self.spread(rows, self.sweep.search.metric).mean
+            for level, rows in self.points.items()
+        }
         return sorted(self.points, key=lambda level: (math.isnan(means[level]), -means[level]))
 
     @cached_property
     def baseline(self) -> Level | None:
-        """The point that the sweep names, axes that it does not name at their first value; None where it was not measured, or a
-        search is not told one."""
+        """The point that the sweep names, axes that it does not name at their first value; None
+        where it was not measured, or a search is not told one.
+        """
         if not self.sweep.baseline and self.sweep.search.kind != "grid":
             return None
-        wanted = {name: str(plain(value)) for name, value in self.sweep.baseline.items() if name in self.axes}
-        fitting = [level for level in self.points if wanted.items() <= dict(zip(self.axes, level, strict=True)).items()]
-        places = {level: [self.values(name).index(v) for name, v in zip(self.axes, level, strict=True)] for level in fitting}
+        wanted = {
+            name: str(plain(value))
+            for name, value in self.sweep.baseline.items()
+            if name in self.axes
+        }
+        fitting = [
+            level
+            for level in self.points
+            if wanted.items() <= dict(zip(self.axes, level, strict=True)).items()
+        ]
+        places = {
+            level: [self.values(name).index(v) for name, v in zip(self.axes, level, strict=True)]
+            for level in fitting
+        }
         return min(fitting, key=lambda level: places[level], default=None)
 
     def values(self, axis: str) -> list[str]:
@@ -94,12 +115,19 @@ class Study:
         means = [sum(values) / len(values) for values in by_seed.values()]
         if not means:
             return Spread(math.nan, None, 0)
-        return Spread(float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1 else None, len(means))
+        return Spread(
+            float(np.mean(means)),
+            float(np.std(means, ddof=1)) if len(means) > 1 else None,
+            len(means),
+        )
 
     def effect(self, axis: str) -> dict[str, dict[str, Spread]]:
         """Of each value of an axis each figure, all other axes averaged."""
         return {
-            value: {figure: self.spread([r for r in self.measured if str(r[axis]) == value], figure) for figure in METRICS}
+            value: {
+                figure: self.spread([r for r in self.measured if str(r[axis]) == value], figure)
+                for figure in METRICS
+            }
             for value in self.values(axis)
         }
 
@@ -111,8 +139,9 @@ class Study:
 
     @cached_property
     def by_size(self) -> list[str]:
-        """The axes with several values, those of the largest effects first, and ranges last: of each of their values there is one
-        trial."""
+        """The axes with several values, those of the largest effects first, and ranges last: of
+        each of their values there is one trial.
+        """
         several = [axis for axis in self.axes if len(self.values(axis)) > 1]
         return sorted(several, key=lambda axis: (self.is_range(axis), -self.size(axis)))
 
@@ -136,7 +165,10 @@ class Study:
 
     def is_baseline(self, level: Level) -> bool:
         """Also what only differs from it in ways that do not matter: the very runs."""
-        runs, own = ({row["run"] for row in self.points[of]} if of is not None else set() for of in (self.baseline, level))
+        runs, own = (
+            {row["run"] for row in self.points[of]} if of is not None else set()
+            for of in (self.baseline, level)
+        )
         return runs == own
 
     def cost(self) -> dict[str, float]:
@@ -145,9 +177,11 @@ class Study:
         resources = self.sweep.resources
         seconds = sum(row["seconds"] for row in runs.values())
         return {
-            "runs": len(runs), "images": sum(row["images"] or 0 for row in runs.values()),
-            "gpu_hours": seconds / 3600 * resources.gpus, "cpu_hours": seconds / 3600 * resources.cpus,
-        }  # fmt: skip
+            "runs": len(runs),
+            "images": sum(row["images"] or 0 for row in runs.values()),
+            "gpu_hours": seconds / 3600 * resources.gpus,
+            "cpu_hours": seconds / 3600 * resources.cpus,
+        }
 
 
 def read_study(out: Path) -> Study:
@@ -157,23 +191,43 @@ def read_study(out: Path) -> Study:
         with (out / "results.csv").open(encoding="utf-8", newline="") as file:
             rows = [numbered(row) for row in csv.DictReader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{out} has no results yet: go on with it by `fastlt sweep --resume`") from error
-    if missing := [name for name in (*sweep.axes, *METRICS, "run", "status") if rows and name not in rows[0]]:
-        raise UserError(f"{out / 'results.csv'} has no column {missing[0]}: call `fastlt sweep --resume` again")
+        raise UserError(
+            f"{out} has no results yet: go on with it by `fastlt sweep --resume`"
+        ) from error
+    if missing := [
+        name for name in (*sweep.axes, *METRICS, "run", "status") if rows and name not in rows[0]
+    ]:
+        raise UserError(
+            f"{out / 'results.csv'} has no column {missing[0]}: call `fastlt sweep --resume` again"
+        )
     study = Study(out, sweep, rows)
     if not study.measured:
-        raise UserError(f"no trial of {out} has a result: {out / 'results.csv'} says why; `fastlt sweep --resume` goes on with it")
+        raise UserError(
+            f"no trial of {out} has a result: {out / 'results.csv'} says why; `fastlt sweep "
+            "--resume` goes on with it"
+        )
     return study
 
 
 def numbered(row: dict[str, str]) -> Row:
     told: Row = dict(row)
-    for name in (*METRICS, "balanced_accuracy", "harmonic_mean", "ece", "epochs", "images", "seconds"):
+    for name in (
+        *METRICS,
+        "balanced_accuracy",
+        "harmonic_mean",
+        "ece",
+        "epochs",
+        "images",
+        "seconds",
+    ):
         told[name] = float(row[name]) if row.get(name) else None
     return told
 
 
 def paired(rows: Sequence[Row], others: Sequence[Row], figure: str) -> np.ndarray:
     """Differences of the seeds that both have."""
-    of, to = ({row["seed"]: row[figure] for row in each if row[figure] is not None} for each in (rows, others))
+    of, to = (
+        {row["seed"]: row[figure] for row in each if row[figure] is not None}
+        for each in (rows, others)
+    )
     return np.array([of[seed] - to[seed] for seed in of if seed in to])

@@ -1,4 +1,5 @@
-"""RUN/trial.json: by which source and on which node a trial was trained, how often it was begun, and how long it took.
+"""RUN/trial.json: by which source and on which node a trial was trained, how often it was begun,
+and how long it took.
 
 What a killed attempt did after its last epoch is not counted.
 """
@@ -26,7 +27,13 @@ class Attempt:
         self.note()
 
     def note(self) -> None:
-        write_text(self.path, json.dumps({**self.told, "seconds": round(self.seconds + time.monotonic() - self.began, 2)}) + "\n")
+        write_text(
+            self.path,
+            json.dumps(
+                {**self.told, "seconds": round(self.seconds + time.monotonic() - self.began, 2)}
+            )
+            + "\n",
+        )
 
 
 def read_attempts(run: Path) -> dict[str, Any]:
@@ -44,7 +51,10 @@ def commit() -> str:
     here = Path(__file__).parent
     try:
         told = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

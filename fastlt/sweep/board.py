@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fastlt.config import load_config
-from fastlt.packing.reader import open_pack
 from fastlt.errors import UserError
-from fastlt.utils.files import write_text
-from fastlt.utils.lock import LOCK
+from fastlt.packing.reader import open_pack
 from fastlt.sweep.results import Row, outcome, read_row, run_of
 from fastlt.sweep.spec import Sweep, Values, values_of
 from fastlt.sweep.trial import Trial, absolute, make_trial, trained
+from fastlt.utils.files import write_text
+from fastlt.utils.lock import LOCK
 
 BEFORE_IT_BEGINS = {LOCK, "runs", "packs.json"}  # what a sweep that was refused may leave
 
@@ -28,7 +28,8 @@ class Board:
     more: Sequence[str]
     here: Path = field(default_factory=Path.cwd)  # where files that settings name are looked for
     trials: list[Trial] = field(default_factory=list)
-    first: dict[str, str] = field(default_factory=dict)  # key of a run -> the trial that it is named after
+    # key of a run -> the trial that it is named after
+    first: dict[str, str] = field(default_factory=dict)
     finished: dict[str, Row] = field(default_factory=dict)  # by the name of the trial
 
     def trial(self, values: Values) -> Trial:
@@ -51,7 +52,10 @@ class Board:
         return trial
 
     def write_down(self) -> None:
-        write_text(self.out / "trials.jsonl", "".join(json.dumps(trial.values) + "\n" for trial in self.trials))
+        write_text(
+            self.out / "trials.jsonl",
+            "".join(json.dumps(trial.values) + "\n" for trial in self.trials),
+        )
 
     def run(self, trial: Trial) -> Path:
         return run_of(self.out, trial, self.first)
@@ -85,7 +89,7 @@ def known_points(board: Board) -> Iterator[Values]:
 
 
 def check_runs(board: Board) -> None:
-    """What is there already was trained as the sweep now says. Raises UserError where it was not."""
+    """UserError where what is there already was trained otherwise than the sweep now says."""
     for trial in board.trials:
         kept = board.run(trial) / "config.toml"
         if not kept.is_file():
@@ -93,27 +97,54 @@ def check_runs(board: Board) -> None:
         before, now = trained(load_config(str(kept))), trained(trial.config)
         if changed := [key for key in now if before.get(key) != now[key]]:
             what = f"{changed[0]} = {before.get(changed[0])!r}, not {now[changed[0]]!r}"
-            raise UserError(f"{kept.parent} was trained with other settings ({what}): choose another --out, or remove it")
+            raise UserError(
+                f"{kept.parent} was trained with other settings ({what}): choose another --out, or "
+                "remove it"
+            )
 
 
 def check_folder(out: Path, resume: bool) -> None:
     """Raises UserError where DIR holds another sweep, or what is none."""
     if (out / "runs").is_dir() and any((out / "runs").iterdir()):
         if not resume:
-            raise UserError(f"{out} holds a sweep already: go on with it by --resume, or choose another --out")
-    elif out.is_dir() and not (out / "sweep.toml").is_file() and {path.name for path in out.iterdir()} - BEFORE_IT_BEGINS:
+            raise UserError(
+                f"{out} holds a sweep already: go on with it by --resume, or choose another --out"
+            )
+    elif (
+        out.is_dir()
+        and not (out / "sweep.toml").is_file()
+        and {path.name for path in out.iterdir()} - BEFORE_IT_BEGINS
+    ):
         raise UserError(f"{out} holds other things than a sweep: choose another --out")
 
 
 def check_packs(board: Board) -> None:
-    """The packs are there, and are those that earlier trials were trained on: DIR/packs.json tells. Raises UserError."""
-    axis = next((axis for name, axis in board.sweep.axes.items() if name in ("pack", "data.pack")), None)
-    places = [board.pack] if axis is None else [str(place) for place in axis] if isinstance(axis, list) else []
+    """The packs are there, and are those that earlier trials were trained on:
+
+    DIR/packs.json tells. Raises UserError.
+    """
+    axis = next(
+        (axis for name, axis in board.sweep.axes.items() if name in ("pack", "data.pack")), None
+    )
+    places = (
+        [board.pack]
+        if axis is None
+        else [str(place) for place in axis]
+        if isinstance(axis, list)
+        else []
+    )
     now = {place if axis is not None else "": open_pack(absolute(place)).id for place in places}
     file = board.out / "packs.json"
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and any((board.out / "runs").iterdir()) else {}
+    kept = (
+        json.loads(file.read_text(encoding="utf-8"))
+        if file.is_file() and any((board.out / "runs").iterdir())
+        else {}
+    )
     if changed := [place for place, pack in now.items() if kept.get(place, pack) != pack]:
-        raise UserError(f"{board.out} was trained on another pack than {changed[0] or board.pack}: choose another --out")
+        raise UserError(
+            f"{board.out} was trained on another pack than {changed[0] or board.pack}: choose "
+            "another --out"
+        )
     write_text(file, json.dumps({**kept, **now}, indent=1) + "\n")
 
 

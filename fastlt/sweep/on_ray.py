@@ -15,30 +15,42 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from fastlt.utils.pool import cores
 from fastlt.errors import UserError, extra
-from fastlt.utils.files import write_text
-from fastlt.utils.signals import SIGNALS
 from fastlt.sweep.board import Board
 from fastlt.sweep.results import ENDED, WHY, note_failure, outcome, write_results
 from fastlt.sweep.spec import Range, Sweep, Values
 from fastlt.sweep.trial import Trial
 from fastlt.sweep.worker import train_trial
+from fastlt.utils.files import write_text
+from fastlt.utils.pool import cores
+from fastlt.utils.signals import SIGNALS
 
-# Ray's tables of progress, its files of results and its way to stop, which ours stand for; and a warning on its future.
+# Ray's tables of progress, its files of results and its way to stop, which ours stand for; and a
+# warning on its future.
 QUIET = {
-    "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}  # fmt: skip
+}
 ANSWERS_WITHIN = 10  # seconds
 
 
 @contextmanager
 def quiet_ray(address: str | None, sweep: Sweep) -> Iterator[Any]:
-    """Ray, started here or joined at the address, and without its own words; yields ray.tune. Raises UserError where there is
-    none, or no machine of it can hold a trial."""
+    """Ray, started here or joined at the address, and without its own words; yields ray.tune.
+
+    Raises UserError where there is none, or no machine of it can hold a trial.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     with extra("sweep"):
@@ -48,10 +60,17 @@ def quiet_ray(address: str | None, sweep: Sweep) -> Iterator[Any]:
         check_answers(address)
     here: dict[str, Any] = {} if address else {"num_cpus": cores(), "include_dashboard": False}
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
+        ray.init(
+            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **here
+        )
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        secret = "; where it has a secret, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if address else ""
-        raise UserError(f"cannot reach Ray{f' at {address}' if address else ''}: {str(error).splitlines()[0]}{secret}") from error
+        secret = (
+            "; where it has a secret, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if address else ""
+        )
+        raise UserError(
+            f"cannot reach Ray{f' at {address}' if address else ''}: "
+            f"{str(error).splitlines()[0]}{secret}"
+        ) from error
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what becomes of trials is told by us
     try:
         check_room(ray.nodes(), sweep)
@@ -67,12 +86,16 @@ def check_answers(address: str) -> None:
     if address == "auto" or "://" in address:
         return
     if not host or not port.isdigit():
-        raise UserError(f"--address {address}: it must be HOST:PORT, or auto for a cluster that this machine is part of")
+        raise UserError(
+            f"--address {address}: it must be HOST:PORT, or auto for a cluster that this machine "
+            "is part of"
+        )
     try:
         socket.create_connection((host, int(port)), timeout=ANSWERS_WITHIN).close()
     except OSError as error:
         raise UserError(
-            f"nobody answers at {address} ({error}): `ray start --head --port={port}` there begins a cluster"
+            f"nobody answers at {address} ({error}): `ray start --head --port={port}` there begins "
+            "a cluster"
         ) from error
 
 
@@ -83,7 +106,8 @@ def check_room(nodes: Sequence[dict[str, Any]], sweep: Sweep) -> None:
     if not any(all(of.get(name, 0) >= amount for name, amount in wanted.items()) for of in have):
         told = "; ".join(f"{of.get('CPU', 0):g} cores and {of.get('GPU', 0):g} GPUs" for of in have)
         raise UserError(
-            f"a trial asks for {wanted['CPU']:g} cores and {wanted['GPU']:g} GPUs, which no machine has ({told}): see [resources]"
+            f"a trial asks for {wanted['CPU']:g} cores and {wanted['GPU']:g} GPUs, which no "
+            f"machine has ({told}): see [resources]"
         )
 
 
@@ -106,7 +130,9 @@ def interrupted_by_signals() -> Iterator[None]:
 
 
 def follow(board: Board, tune: Any, drawn: dict[str, Any], total: int, console: Console) -> None:
-    """Until these trials have ended, with a bar over them and results.csv up to date. drawn: how Ray comes by them."""
+    """Until these trials have ended, with a bar over them and results.csv up to date. drawn: how
+    Ray comes by them.
+    """
     for trial in board.left():
         (board.run(trial) / WHY).unlink(missing_ok=True)  # it gets another chance
     own = board.out / "ray"  # what matters lies in the runs, so it is made anew each time
@@ -120,20 +146,31 @@ def follow(board: Board, tune: Any, drawn: dict[str, Any], total: int, console: 
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
-        watch = make_watch(board, tune, partial(bar.update, bar.add_task("", total=total)), bar.console)
+    with Progress(
+        *columns, TextColumn("{task.description}"), console=console, transient=True
+    ) as bar:
+        watch = make_watch(
+            board, tune, partial(bar.update, bar.add_task("", total=total)), bar.console
+        )
         tuner = tune.Tuner(
             tune.with_resources(partial(train_trial, board), resources_of(board.sweep)),
             param_space=drawn.pop("param_space", {}),
             tune_config=tune.TuneConfig(
-                metric=search.metric, mode="max", max_concurrent_trials=resources.parallel or None, reuse_actors=True,
-                scheduler=scheduler_of(board), **drawn,
+                metric=search.metric,
+                mode="max",
+                max_concurrent_trials=resources.parallel or None,
+                reuse_actors=True,
+                scheduler=scheduler_of(board),
+                **drawn,
             ),
             run_config=tune.RunConfig(
-                name="tune", storage_path=str(own), verbose=0, callbacks=[watch],
+                name="tune",
+                storage_path=str(own),
+                verbose=0,
+                callbacks=[watch],
                 failure_config=tune.FailureConfig(max_failures=resources.retries),
             ),
-        )  # fmt: skip
+        )
         tuner.fit()
     shutil.rmtree(own, ignore_errors=True)
 
@@ -143,7 +180,10 @@ def one_of_each(trials: Sequence[Trial], tune: Any) -> dict[str, Any]:
 
 
 def resources_of(sweep: Sweep) -> dict[str, float]:
-    return {"cpu": sweep.resources.cpus, **({"gpu": sweep.resources.gpus} if sweep.resources.gpus else {})}
+    return {
+        "cpu": sweep.resources.cpus,
+        **({"gpu": sweep.resources.gpus} if sweep.resources.gpus else {}),
+    }
 
 
 def scheduler_of(board: Board) -> Any:
@@ -154,7 +194,11 @@ def scheduler_of(board: Board) -> Any:
     from ray.tune.schedulers import ASHAScheduler
 
     some_trial = board.trials[0] if board.trials else board.trial({})
-    most = max(some_trial.config.train.epochs, *(trial.config.train.epochs for trial in board.trials), search.grace)
+    most = max(
+        some_trial.config.train.epochs,
+        *(trial.config.train.epochs for trial in board.trials),
+        search.grace,
+    )
     return ASHAScheduler(time_attr="epoch", max_t=most + 1, grace_period=search.grace)
 
 
@@ -174,16 +218,30 @@ def optuna_search(board: Board) -> Any:
         else of.FloatDistribution(axis.low, axis.high, log=axis.log)
         for name, axis in board.sweep.axes.items()
     }
-    ended = [(numbered(board.sweep, trial.values), board.row(trial)[search.metric]) for trial in board.trials]
+    ended = [
+        (numbered(board.sweep, trial.values), board.row(trial)[search.metric])
+        for trial in board.trials
+    ]
     seen = [(values, figure) for values, figure in ended if figure is not None]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    told: dict[str, Any] = {"points_to_evaluate": [v for v, _ in seen], "evaluated_rewards": [f for _, f in seen]} if seen else {}
-    return OptunaSearch(space, metric=search.metric, mode="max", seed=search.seed + len(seen), **told)
+    told: dict[str, Any] = (
+        {"points_to_evaluate": [v for v, _ in seen], "evaluated_rewards": [f for _, f in seen]}
+        if seen
+        else {}
+    )
+    return OptunaSearch(
+        space, metric=search.metric, mode="max", seed=search.seed + len(seen), **told
+    )
 
 
 def numbered(sweep: Sweep, values: Values) -> Values:
     """Values of lists as their number."""
-    return {name: v if isinstance(sweep.axes[name], Range) else sweep.axes[name].index(v) for name, v in values.items()}  # type: ignore[union-attr]
+    return {name: place_of(sweep.axes[name], value) for name, value in values.items()}
+
+
+def place_of(axis: list[Any] | Range, value: Any) -> Any:
+    """Return the place of a value in a list of values; the value itself of a range."""
+    return value if isinstance(axis, Range) else axis.index(value)
 
 
 def make_watch(board: Board, tune: Any, update: Any, console: Console) -> Any:
@@ -194,7 +252,8 @@ def make_watch(board: Board, tune: Any, update: Any, console: Console) -> Any:
             self.board, self.update, self.console = board, update, console
 
         def __getstate__(self) -> dict[str, Any]:
-            return {}  # Ray writes it down for resuming by its own means, and a screen cannot be written down
+            # Ray writes it down for resuming by its own means, and a screen cannot be written down
+            return {}
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             self.board.begin(trial.config)
@@ -203,7 +262,9 @@ def make_watch(board: Board, tune: Any, update: Any, console: Console) -> Any:
             name = escape(self.board.run(self.board.begin(trial.config)).name)
             self._say(f"the process of {name} died: it goes on from its checkpoint")
 
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        def on_trial_complete(
+            self, iteration: int, trials: list[Any], trial: Any, **_: Any
+        ) -> None:
             run = self.board.run(self.board.begin(trial.config))
             if self.board.sweep.search.stop_early and outcome(run)[1] not in ("finished", "failed"):
                 write_text(run / ENDED, "")

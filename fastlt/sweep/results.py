@@ -1,4 +1,6 @@
-"""What has become of the trials, read from their folders: one row a point, in DIR/results.csv and results.parquet."""
+"""What has become of the trials, read from their folders: one row a point, in DIR/results.csv and
+results.parquet.
+"""
 
 import csv
 import json
@@ -7,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastlt.utils.files import whole_file, write_text
 from fastlt.sweep.attempt import read_attempts
 from fastlt.sweep.trial import Trial
+from fastlt.utils.files import whole_file, write_text
 
 Row = dict[str, Any]
 FIGURES = ("top1", "many", "medium", "few", "balanced_accuracy", "harmonic_mean", "ece")
@@ -29,7 +31,9 @@ def read_row(run: Path, trial: Trial, cpus: float, gpus: float) -> Row:
     row |= {name: result.get(name) for name in (*FIGURES, "epochs", "images")}
     held = read_attempts(run)
     row["seconds"] = seconds = held.get("seconds")
-    row["gpu_hours"], row["cpu_hours"] = (None if seconds is None else round(seconds / 3600 * of, 4) for of in (gpus, cpus))
+    row["gpu_hours"], row["cpu_hours"] = (
+        None if seconds is None else round(seconds / 3600 * of, 4) for of in (gpus, cpus)
+    )
     row |= {name: held.get(name) for name in ("attempts", "node", "commit")}
     return {**row, "settings": json.dumps(list(trial.settings)), "fastlt": version("fastlt")}
 
@@ -72,7 +76,10 @@ def plain(value: Any) -> Any:
 def write_results(out: Path, rows: Sequence[Row]) -> None:
     """Replaced as a whole, each time."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with whole_file(out / "results.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with (
+        whole_file(out / "results.csv") as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
         table = csv.DictWriter(file, columns)
         table.writeheader()
         table.writerows(rows)
@@ -82,7 +89,10 @@ def write_results(out: Path, rows: Sequence[Row]) -> None:
     except ImportError:
         return
     text = {name for name in columns if any(isinstance(row.get(name), str) for row in rows)}
-    values = {name: [as_text(row.get(name)) if name in text else row.get(name) for row in rows] for name in columns}
+    values = {
+        name: [as_text(row.get(name)) if name in text else row.get(name) for row in rows]
+        for name in columns
+    }
     with whole_file(out / "results.parquet") as temporary:
         pyarrow.parquet.write_table(pyarrow.table(values), temporary)
 

@@ -1,4 +1,6 @@
-"""`fastlt sweep`: the trials on Ray Tune. What is known of them lies in DIR alone, so that a killed sweep goes on from there.
+"""`fastlt sweep`: the trials on Ray Tune.
+
+What is known of them lies in DIR alone, so that a killed sweep goes on from there.
 
 DIR/sweep.toml       what was asked for
 DIR/trials.jsonl     the points that are known; those of a search are added as they are drawn
@@ -19,20 +21,28 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastlt.errors import UserError
-from fastlt.utils.files import write_text
-from fastlt.utils.lock import alone_in
-from fastlt.utils.signals import Stopped
 from fastlt.sweep.board import Board, check_folder, check_packs, check_runs, known_points, left_out
 from fastlt.sweep.on_ray import follow, one_of_each, optuna_search, quiet_ray
 from fastlt.sweep.results import Row, write_results
 from fastlt.sweep.spec import METRICS, Sweep, axes_but_seeds, read_sweep
 from fastlt.sweep.trial import check_axes, points, short
+from fastlt.utils.files import write_text
+from fastlt.utils.lock import alone_in
+from fastlt.utils.signals import Stopped
 
 
 def run_sweep(
-    file: Path, pack: str, out: Path, more: Sequence[str], address: str | None, resume: bool, console: Console
+    file: Path,
+    pack: str,
+    out: Path,
+    more: Sequence[str],
+    address: str | None,
+    resume: bool,
+    console: Console,
 ) -> list[Row]:
-    """Raises UserError where the sweep is wrong, or DIR holds another one; Stopped where SIGTERM or Ctrl-C ended it."""
+    """Raises UserError where the sweep is wrong, or DIR holds another one; Stopped where SIGTERM or
+    Ctrl-C ended it.
+    """
     sweep, out = read_sweep(file), out.resolve()
     board = Board(sweep, pack, out, list(more))
     check_axes(sweep, pack, more)
@@ -50,7 +60,9 @@ def run_sweep(
             train_all(board, address, console)
         except KeyboardInterrupt as error:
             write_results(out, board.rows())
-            raise Stopped(f"stopped: call the same command with --resume to go on with {out}") from error
+            raise Stopped(
+                f"stopped: call the same command with --resume to go on with {out}"
+            ) from error
         rows = board.rows()
         write_results(out, rows)
         if not board.left():
@@ -70,12 +82,20 @@ def train_all(board: Board, address: str | None, console: Console) -> None:
         if left:  # of a search that was killed, what it had begun
             follow(board, tune, {"param_space": one_of_each(left, tune)}, len(left), console)
         if to_draw > 0:
-            follow(board, tune, {"search_alg": optuna_search(board), "num_samples": to_draw}, to_draw, console)
+            follow(
+                board,
+                tune,
+                {"search_alg": optuna_search(board), "num_samples": to_draw},
+                to_draw,
+                console,
+            )
 
 
 def still_to_draw(board: Board) -> int:
     """Trials that Optuna is to choose."""
-    return board.sweep.search.trials - len(board.trials) if board.sweep.search.kind == "optuna" else 0
+    return (
+        board.sweep.search.trials - len(board.trials) if board.sweep.search.kind == "optuna" else 0
+    )
 
 
 def tell_plan(board: Board, console: Console) -> None:
@@ -88,10 +108,12 @@ def tell_plan(board: Board, console: Console) -> None:
     console.print(told, highlight=False)
     if others := left_out(board):
         console.print(
-            f"[yellow]note:[/] {counted(others, 'finished run')} in {escape(str(board.out / 'runs'))} "
+            f"[yellow]note:[/] {counted(others, 'finished run')} in "
+            f"{escape(str(board.out / 'runs'))} "
             "belong to no point of this sweep: they stay there, and are in no table",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def counted(number: int, what: str) -> str:
@@ -101,13 +123,24 @@ def counted(number: int, what: str) -> str:
 def show(rows: Sequence[Row], sweep: Sweep, console: Console) -> None:
     status = Counter({row["run"]: row["status"] for row in rows}.values())
     console.print(", ".join(f"{times} {name}" for name, times in status.items()), highlight=False)
-    measured = [row for row in rows if row["status"] == "finished" and row[sweep.search.metric] is not None]
+    measured = [
+        row for row in rows if row["status"] == "finished" and row[sweep.search.metric] is not None
+    ]
     axes = axes_but_seeds(sweep)
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in measured:
         groups.setdefault(tuple(row[name] for name in axes), []).append(row)
-    table = Table(*axes, "runs", *METRICS, title=f"the best by {sweep.search.metric}, mean over seeds", title_justify="left")
-    ranked = sorted(groups.items(), key=lambda entry: -statistics.mean(row[sweep.search.metric] for row in entry[1]))
+    table = Table(
+        *axes,
+        "runs",
+        *METRICS,
+        title=f"the best by {sweep.search.metric}, mean over seeds",
+        title_justify="left",
+    )
+    ranked = sorted(
+        groups.items(),
+        key=lambda entry: -statistics.mean(row[sweep.search.metric] for row in entry[1]),
+    )
     for point, members in ranked[:10]:
         figures = [over_seeds(members, name) for name in METRICS]
         table.add_row(*(escape(short(value)) for value in point), str(len(members)), *figures)

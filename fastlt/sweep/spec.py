@@ -1,4 +1,6 @@
-"""SWEEP.toml: what all trials share, the axes along which they differ, and how trials are chosen and placed."""
+"""SWEEP.toml: what all trials share, the axes along which they differ, and how trials are chosen
+and placed.
+"""
 
 import re
 import sys
@@ -19,9 +21,16 @@ else:
 
 # What one asks for, and the key of the configuration that it is.
 SHORT = {
-    "neighbours": "data.neighbours", "images": "data.budget", "share": "data.auxiliary_share", "ratio": "data.auxiliary_ratio",
-    "band": "data.band", "silence": "loss.silence", "directions": "loss.directions", "pack": "data.pack", "seed": "train.seed",
-}  # fmt: skip
+    "neighbours": "data.neighbours",
+    "images": "data.budget",
+    "share": "data.auxiliary_share",
+    "ratio": "data.auxiliary_ratio",
+    "band": "data.band",
+    "silence": "loss.silence",
+    "directions": "loss.directions",
+    "pack": "data.pack",
+    "seed": "train.seed",
+}
 CONTROLS: dict[str, dict[str, Any]] = {
     "neighbours": {"data.auxiliary": True, "data.pairs": "given"},
     "random": {"data.auxiliary": True, "data.pairs": "random"},
@@ -43,7 +52,10 @@ class Range(Section):
     @model_validator(mode="after")
     def _ascends(self) -> "Range":
         if not self.low < self.high or (self.log and self.low <= 0):
-            raise ValueError(f"low = {self.low:g} must be less than high = {self.high:g}, and above 0 where log is true")
+            raise ValueError(
+                f"low = {self.low:g} must be less than high = {self.high:g}, and above 0 where log "
+                "is true"
+            )
         return self
 
     def draw(self, rng: np.random.Generator) -> float | int:
@@ -88,13 +100,21 @@ class Sweep(Section):
     def _fits_together(self) -> "Sweep":
         ranges = [name for name, axis in self.axes.items() if isinstance(axis, Range)]
         if self.search.kind == "grid" and ranges:
-            raise ValueError(f"the axis {ranges[0]} is a range: list its values, or set search.kind to random or optuna")
+            raise ValueError(
+                f"the axis {ranges[0]} is a range: list its values, or set search.kind to random "
+                "or optuna"
+            )
         if self.search.kind != "grid" and not self.search.trials:
-            raise ValueError(f"search.kind = {self.search.kind} needs search.trials, how many there are to be")
+            raise ValueError(
+                f"search.kind = {self.search.kind} needs search.trials, how many there are to be"
+            )
         if empty := [name for name, axis in self.axes.items() if axis == []]:
             raise ValueError(f"the axis {empty[0]} has no values")
         if unknown := [name for name in self.baseline if name not in self.axes]:
-            raise ValueError(f"the baseline names '{unknown[0]}'{did_you_mean(unknown[0], list(self.axes))}, which is no axis")
+            raise ValueError(
+                f"the baseline names '{unknown[0]}'{did_you_mean(unknown[0], list(self.axes))}, "
+                "which is no axis"
+            )
         return self
 
 
@@ -118,9 +138,14 @@ def read_sweep(file: Path) -> Sweep:
 def in_words(error: ValidationError) -> str:
     """The first thing that is wrong. An axis is a list or a range, of which pydantic names both."""
     first = next((e for e in error.errors() if e["type"] != "list_type"), error.errors()[0])
-    place = ".".join(str(part) for part in first["loc"] if re.fullmatch(r"[\w.]+", str(part)) and part != "Range")
+    place = ".".join(
+        str(part) for part in first["loc"] if re.fullmatch(r"[\w.]+", str(part)) and part != "Range"
+    )
     if first["type"] in ("model_type", "dict_type", "list_type") and place.startswith("axes."):
-        return f"{place}: an axis is a list of values, or a range such as {{low = 0.01, high = 1, log = true}}"
+        return (
+            f"{place}: an axis is a list of values, or a range such as {{low = 0.01, high = 1, "
+            f"log = true}}"
+        )
     return f"{place}{': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
 
 
@@ -141,7 +166,9 @@ def settings_of(values: Values) -> dict[str, Any]:
     for axis, value in values.items():
         if axis == "control":
             if value not in CONTROLS:
-                raise UserError(f"the axis control has '{value}': it may be one of {', '.join(CONTROLS)}")
+                raise UserError(
+                    f"the axis control has '{value}': it may be one of {', '.join(CONTROLS)}"
+                )
             settings |= CONTROLS[value]
         else:
             settings[SHORT.get(axis, axis)] = value
@@ -158,7 +185,10 @@ def choose(rng: np.random.Generator, axis: Axis) -> Any:
 
 
 def values_of(sweep: Sweep, suggested: dict[str, Any]) -> Values:
-    """Of what Ray suggests, where it has no values of its own: of a list the number of the value."""
+    """The value that Ray suggests, or, where it suggests a place in a list, the value there."""
     if "values" in suggested:
         return suggested["values"]
-    return {name: suggested[name] if isinstance(axis, Range) else axis[suggested[name]] for name, axis in sweep.axes.items()}
+    return {
+        name: suggested[name] if isinstance(axis, Range) else axis[suggested[name]]
+        for name, axis in sweep.axes.items()
+    }

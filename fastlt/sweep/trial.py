@@ -1,6 +1,7 @@
 """A trial: one point of a sweep, its configuration, and the RUN folder it is trained in.
 
-What two points differ in may not matter: without auxiliary classes nothing is silenced, however strongly. Such points are one run.
+What two points differ in may not matter: without auxiliary classes nothing is silenced, however
+strongly. Such points are one run.
 """
 
 import hashlib
@@ -15,17 +16,27 @@ from typing import Any
 import numpy as np
 
 from fastlt.config import MAY_CHANGE, Config, flat, load_config
-from fastlt.packing.remote import is_remote
 from fastlt.errors import UserError
 from fastlt.methods.presets import method_settings
+from fastlt.packing.remote import is_remote
 from fastlt.sweep.spec import SHORT, Axis, Sweep, Values, choose, settings_of
 
 LONGEST_NAME = 100  # characters of a folder
 # What no run without auxiliary classes depends on.
 OF_AUXILIARIES = (
-    "loss.silence", "loss.directions", "loss.few_shot_below", "data.auxiliary", "data.neighbours", "data.auxiliary_share",
-    "data.similarity", "data.band", "data.pairs", "data.budget", "data.budgets", "data.auxiliary_ratio",
-)  # fmt: skip
+    "loss.silence",
+    "loss.directions",
+    "loss.few_shot_below",
+    "data.auxiliary",
+    "data.neighbours",
+    "data.auxiliary_share",
+    "data.similarity",
+    "data.band",
+    "data.pairs",
+    "data.budget",
+    "data.budgets",
+    "data.auxiliary_ratio",
+)
 
 
 @dataclass(frozen=True)
@@ -49,24 +60,32 @@ class Trial:
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def make_trial(sweep: Sweep, pack: str, values: Values, more: Sequence[str] = (), shared: Path | None = None) -> Trial:
-    """more: settings of the command line, on top of the sweep's. shared: a folder for what all trials decode. Raises UserError
-    that names the setting."""
+def make_trial(
+    sweep: Sweep, pack: str, values: Values, more: Sequence[str] = (), shared: Path | None = None
+) -> Trial:
+    """more: settings of the command line, on top of the sweep's. shared: a folder for what all
+    trials decode. Raises UserError that names the setting.
+    """
     own = settings_of(values)
     if isinstance(own.get("data.pack"), str):
         own["data.pack"] = absolute(own["data.pack"])
     given = [as_setting(key, value) for key, value in sweep.settings.items()]
     given += [*more, *(as_setting(key, value) for key, value in own.items())]
-    settings = tuple({setting.partition("=")[0]: setting for setting in given}.values())  # the last of each key
+    # the last of each key
+    settings = tuple({setting.partition("=")[0]: setting for setting in given}.values())
     place = [] if "data.pack" in own else [as_setting("data.pack", pack)]
-    how = [f"train.threads={max(1, round(sweep.resources.cpus))}", *([as_setting("data.shared", str(shared))] if shared else [])]
+    how = [
+        f"train.threads={max(1, round(sweep.resources.cpus))}",
+        *([as_setting("data.shared", str(shared))] if shared else []),
+    ]
     method = method_settings(sweep.method or None, None)
     config = load_config(sweep.recipe, [*place, *how, *settings], method)
     if has_no_auxiliaries(config) and config.loss.name == "neighbor-silencing":
+        # there is nothing to be silenced, and a run that is to silence nothing is refused
         settings = (
             *(s for s in settings if not s.startswith("loss.silence=")),
             "loss.silence=1",
-        )  # there is nothing to be silenced, and a run that is to silence nothing is refused
+        )
         config = load_config(sweep.recipe, [*place, *how, *settings], method)
     return Trial(values, settings, config)
 
@@ -77,7 +96,9 @@ def absolute(place: str) -> str:
 
 
 def trained(config: Config) -> dict[str, Any]:
-    """Of a configuration, by `section.key`, all that what is trained depends on, but for the place of the pack."""
+    """Of a configuration, by `section.key`, all that what is trained depends on, but for the place
+    of the pack.
+    """
     left_out = {*MAY_CHANGE, *(OF_AUXILIARIES if has_no_auxiliaries(config) else ())}
     return {key: value for key, value in flat(config).items() if key not in left_out}
 
@@ -92,7 +113,13 @@ def as_setting(key: str, value: Any) -> str:
 
 def toml_of(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(str(key))} = {toml_of(entry)}" for key, entry in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(
+                f"{json.dumps(str(key))} = {toml_of(entry)}" for key, entry in value.items()
+            )
+            + "}"
+        )
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(toml_of, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
@@ -114,13 +141,14 @@ def points(sweep: Sweep) -> list[Values]:
 
 
 def name_of(values: Values) -> str:
-    """Of the folder: what the trial is, and a number where that is too long, or does not tell all."""
+    """The folder's name: what the trial is, with a hash where that is too long or not all."""
     told = ",".join(f"{axis.rpartition('.')[2]}={short(value)}" for axis, value in values.items())
     name = re.sub(r"[^A-Za-z0-9=,.+-]+", "-", told).strip("-.")
     tells_all = name == told and all(short(value) == str(value) for value in values.values())
     if len(name) <= LONGEST_NAME and tells_all:
         return name
-    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return f"{name[: LONGEST_NAME - 9]}-{digest[:8]}"
 
 
 def short(value: Any) -> str:
@@ -136,16 +164,27 @@ def check_axes(sweep: Sweep, pack: str, more: Sequence[str]) -> None:
     for name in sweep.axes:
         if name not in SHORT and "." not in name and name != "control":
             known = ", ".join([*SHORT, "control"])
-            raise UserError(f"there is no axis '{name}': it is one of {known}, or any key of the configuration such as optim.lr")
+            raise UserError(
+                f"there is no axis '{name}': it is one of {known}, or any key of the configuration "
+                "such as optim.lr"
+            )
         check_axis(sweep, pack, name, more)
-    keys = [(key, name) for name, axis in sweep.axes.items() for key in settings_of({name: first_of(axis)})]
+    keys = [
+        (key, name)
+        for name, axis in sweep.axes.items()
+        for key in settings_of({name: first_of(axis)})
+    ]
     for key, name in keys:
         if others := [other for also, other in keys if also == key and other != name]:
-            raise UserError(f"the axes {name} and {others[0]} both set {key}: leave one of them out")
+            raise UserError(
+                f"the axes {name} and {others[0]} both set {key}: leave one of them out"
+            )
     for name, value in sweep.baseline.items():
         axis = sweep.axes[name]
         if isinstance(axis, list) and value not in axis:
-            raise UserError(f"the baseline has {name} = {value!r}, which is none of the axis' values")
+            raise UserError(
+                f"the baseline has {name} = {value!r}, which is none of the axis' values"
+            )
 
 
 def check_axis(sweep: Sweep, pack: str, name: str, more: Sequence[str]) -> None:
@@ -155,7 +194,9 @@ def check_axis(sweep: Sweep, pack: str, name: str, more: Sequence[str]) -> None:
             make_trial(sweep, pack, {name: value}, more)
         except UserError as error:
             whole = (
-                "; a range of whole numbers has `whole = true`" if not isinstance(axis, list) and "integer" in str(error) else ""
+                "; a range of whole numbers has `whole = true`"
+                if not isinstance(axis, list) and "integer" in str(error)
+                else ""
             )
             raise UserError(f"{error}{whole}") from error
 

@@ -30,9 +30,12 @@ def train_trial(board: Board, suggested: dict[str, Any]) -> None:
 
     def tell(record: dict[str, Any]) -> None:
         attempt.note()
-        is_last = record["epoch"] + 1 == trial.config.train.epochs  # that comes with the result, and is not to be ended early
+        # that comes with the result, and is not to be ended early
+        is_last = record["epoch"] + 1 == trial.config.train.epochs
         if board.sweep.search.stop_early and "top1" in record and not is_last:
-            tune.report({"epoch": record["epoch"] + 1, **{name: record[name] or 0.0 for name in METRICS}})
+            tune.report(
+                {"epoch": record["epoch"] + 1, **{name: record[name] or 0.0 for name in METRICS}}
+            )
 
     try:
         with (run / "log.txt").open("a", encoding="utf-8") as log:
@@ -48,7 +51,9 @@ def train_trial(board: Board, suggested: dict[str, Any]) -> None:
 
 
 def give_memory_back() -> None:
-    """glibc keeps what a trial has freed, in a heap of the trial's thread that the next one does not use: it would add up."""
+    """glibc keeps what a trial has freed, in a heap of the trial's thread that the next one does
+    not use: it would add up.
+    """
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,7 +1,10 @@
-"""Checkpoints: a folder per step with safetensors and JSON, whole or not there. Loading a foreign one never runs code.
+"""Checkpoints: a folder per step with safetensors and JSON, whole or not there.
 
-RUN/checkpoints/step-00001234/  model.safetensors  optimizer.safetensors  [ema.safetensors]  state.json  SHA256SUMS
-                                head/*.safetensors, where the classes are shared out over ranks: any number of them can load it
+Loading a foreign one never runs code.
+
+RUN/checkpoints/step-00001234/
+    model.safetensors  optimizer.safetensors  [ema.safetensors]  state.json  SHA256SUMS
+    head/*.safetensors, where the classes are split over ranks: any number of ranks can load it
 """
 
 import errno
@@ -22,8 +25,8 @@ from torch.optim import Optimizer
 
 from fastlt.classes import ClassSpace
 from fastlt.errors import UserError
-from fastlt.utils.files import flush_to_disk, sha256_of, whole_folder
 from fastlt.models.classifier import Classifier
+from fastlt.utils.files import flush_to_disk, sha256_of, whole_folder
 from fastlt_kernels import ClassParallelLinear
 
 Snapshot = dict[str, dict[str, Tensor]]  # tensors on the CPU, by file
@@ -32,15 +35,23 @@ SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 
 def class_space_id(space: ClassSpace) -> str:
     """Two runs with the same id give the same meaning to every row of the classifier."""
-    return hashlib.sha256(json.dumps([space.target_names, space.auxiliary_names]).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps([space.target_names, space.auxiliary_names]).encode()
+    ).hexdigest()[:16]
 
 
 # --- writing
 
 
 def snapshot(model: nn.Module, optimizer: Optimizer, ema: nn.Module | None) -> Snapshot:
-    """Copies, so that training can go on while they are written. What is sharded over ranks is left out: see `write_head`."""
-    tensors = {"model.safetensors": model.state_dict(), "optimizer.safetensors": optimizer_tensors(optimizer, model)}
+    """Copies, so that training can go on while they are written.
+
+    What is sharded over ranks is left out: see `write_head`.
+    """
+    tensors = {
+        "model.safetensors": model.state_dict(),
+        "optimizer.safetensors": optimizer_tensors(optimizer, model),
+    }
     if ema is not None:
         tensors["ema.safetensors"] = ema.state_dict()
     return {file: copies(part) for file, part in tensors.items()}
@@ -56,9 +67,15 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """`index.name` -> tensor for every state tensor of what is not sharded, parameters counted through the groups."""
+    """`index.name` -> tensor for every state tensor of what is not sharded, parameters counted
+    through the groups.
+    """
     head = getattr(model, "head", None)
-    sharded = {id(parameter) for parameter in head.parameters()} if isinstance(head, ClassParallelLinear) else set()
+    sharded = (
+        {id(parameter) for parameter in head.parameters()}
+        if isinstance(head, ClassParallelLinear)
+        else set()
+    )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {
         f"{i}.{name}": torch.as_tensor(value)
@@ -69,7 +86,9 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
 
 
 def head_tensors(model: Classifier, optimizer: Optimizer, ema: Classifier | None) -> dict[str, Any]:
-    """DTensors over the memory of a class-parallel head, its average and the optimiser's buffers; empty for other heads."""
+    """DTensors over the memory of a class-parallel head, its average and the optimiser's buffers;
+    empty for other heads.
+    """
     if not isinstance(model.head, ClassParallelLinear):
         return {}
     found = {}
@@ -79,7 +98,10 @@ def head_tensors(model: Classifier, optimizer: Optimizer, ema: Classifier | None
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 found[f"{name}.{kind}"] = model.head.sharded(value)
     if ema is not None and isinstance(ema.head, ClassParallelLinear):
-        found |= {f"ema.{name}": ema.head.sharded(parameter) for name, parameter in ema.head.named_parameters()}
+        found |= {
+            f"ema.{name}": ema.head.sharded(parameter)
+            for name, parameter in ema.head.named_parameters()
+        }
     return found
 
 
@@ -88,7 +110,9 @@ def write_head(folder: Path, tensors: dict[str, Any]) -> None:
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    checkpoint.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    checkpoint.save(
+        tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    )
 
 
 def load_head(folder: Path, tensors: dict[str, Any]) -> None:
@@ -99,15 +123,25 @@ def load_head(folder: Path, tensors: dict[str, Any]) -> None:
     try:
         checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
     except (CheckpointException, OSError, ValueError) as error:
-        raise UserError(f"{folder} does not fit the model of this configuration: use another RUN folder") from error
+        raise UserError(
+            f"{folder} does not fit the model of this configuration: use another RUN folder"
+        ) from error
 
 
 def path_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def write_checkpoint(run: Path, step: int, tensors: Snapshot, state: dict[str, Any], keep: int, head: Path | None = None) -> None:
-    """`state` is what else the run needs to go on, as JSON; head: a folder with the head, which is moved into the checkpoint.
+def write_checkpoint(
+    run: Path,
+    step: int,
+    tensors: Snapshot,
+    state: dict[str, Any],
+    keep: int,
+    head: Path | None = None,
+) -> None:
+    """`state` is what else the run needs to go on, as JSON; head: a folder with the head, which is
+    moved into the checkpoint.
 
     Older checkpoints beyond `keep` are removed afterwards.
 
@@ -123,7 +157,9 @@ def write_checkpoint(run: Path, step: int, tensors: Snapshot, state: dict[str, A
             write_tensors(folder / name, part)
         (folder / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
         files = sorted(file for file in folder.rglob("*") if file.is_file())
-        sums = "".join(f"{sha256_of(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
+        sums = "".join(
+            f"{sha256_of(file)}  {file.relative_to(folder).as_posix()}\n" for file in files
+        )
         (folder / SUMS).write_text(sums, encoding="utf-8")
         for file in [*files, folder / SUMS]:
             flush_to_disk(file)
@@ -131,7 +167,9 @@ def write_checkpoint(run: Path, step: int, tensors: Snapshot, state: dict[str, A
         shutil.rmtree(old)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Raises OSError, as others do, where safetensors raises an error of its own."""
     try:
         save_file(tensors, path, metadata)
@@ -147,7 +185,15 @@ class Writer:
         self._pool = ThreadPoolExecutor(1, "fastlt-checkpoint")
         self._last: Future[None] | None = None
 
-    def write(self, run: Path, step: int, tensors: Snapshot, state: dict[str, Any], keep: int, head: Path | None = None) -> None:
+    def write(
+        self,
+        run: Path,
+        step: int,
+        tensors: Snapshot,
+        state: dict[str, Any],
+        keep: int,
+        head: Path | None = None,
+    ) -> None:
         """As write_checkpoint; tensors and state are not to be changed afterwards."""
         self.wait()
         self._last = self._pool.submit(write_checkpoint, run, step, tensors, state, keep, head)
@@ -181,7 +227,11 @@ def damage(checkpoint: Path) -> str | None:
     try:
         lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
         listed = {line.partition("  ")[2] for line in lines}
-        found = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()} - {SUMS}
+        found = {
+            path.relative_to(checkpoint).as_posix()
+            for path in checkpoint.rglob("*")
+            if path.is_file()
+        } - {SUMS}
         if unlisted := sorted(found - listed):
             return f"{SUMS} does not list {unlisted[0]}"
         for line in lines:
@@ -198,23 +248,37 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         return {key: state[key] for key in ("step", "class_space", "pack", "at", "loss_scale")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint} is no readable checkpoint: remove it to go on from the one before") from error
+        raise UserError(
+            f"{checkpoint} is no readable checkpoint: remove it to go on from the one before"
+        ) from error
 
 
 def check_pack(checkpoint: Path, state: dict[str, Any], space: ClassSpace, pack_id: str) -> None:
-    """Another class space gives the rows of the classifier another meaning; other images or pairs, the order and the prior."""
+    """Another class space gives the rows of the classifier another meaning; other images or pairs,
+    the order and the prior.
+    """
     if state["class_space"] == class_space_id(space) and state["pack"] != pack_id:
         raise UserError(
-            f"the pack has changed since {checkpoint} was written: use the pack it was trained on, or another RUN folder"
+            f"the pack has changed since {checkpoint} was written: use the pack it was trained on, "
+            "or another RUN folder"
         )
     if state["class_space"] != class_space_id(space):
         raise UserError(
-            f"{checkpoint} belongs to another class space than the pack: use the pack it was trained on, or another RUN folder"
+            f"{checkpoint} belongs to another class space than the pack: use the pack it was "
+            "trained on, or another RUN folder"
         )
 
 
-def load_checkpoint(checkpoint: Path, model: Classifier, optimizer: Optimizer | None = None, ema: Classifier | None = None) -> None:
-    """Fills model, optimiser and averaged weights in place. Raises UserError where the tensors do not fit."""
+def load_checkpoint(
+    checkpoint: Path,
+    model: Classifier,
+    optimizer: Optimizer | None = None,
+    ema: Classifier | None = None,
+) -> None:
+    """Fills model, optimiser and averaged weights in place.
+
+    Raises UserError where the tensors do not fit.
+    """
     load_weights(checkpoint / "model.safetensors", model)
     if optimizer is not None:
         fill_optimizer(optimizer, read_tensors(checkpoint / "optimizer.safetensors"))
@@ -231,18 +295,25 @@ def load_weights(path: Path, model: nn.Module) -> None:
         if unexpected or any(not name.startswith("head.") for name in missing):
             raise RuntimeError(f"{len(missing)} tensors are missing, {len(unexpected)} unknown")
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit the model of this configuration: use another RUN folder") from error
+        raise UserError(
+            f"{path} does not fit the model of this configuration: use another RUN folder"
+        ) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises OSError or its own, undocumented, types
-        raise UserError(f"{path} is missing or damaged: remove its folder to go on from the checkpoint before ({error})") from error
+        raise UserError(
+            f"{path} is missing or damaged: remove its folder to go on from the checkpoint before "
+            f"({error})"
+        ) from error
 
 
 def fill_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """State tensors take the memory format of their parameter: load_state_dict would leave channels_last behind."""
+    """State tensors take the memory format of their parameter: load_state_dict would leave
+    channels_last behind.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)

@@ -1,4 +1,6 @@
-"""Several processes that train one model: who is who, what they tell each other, and how they are started."""
+"""Several processes that train one model: who is who, what they tell each other, and how they are
+started.
+"""
 
 import gc
 import os
@@ -15,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastlt.utils.pool import cores
 from fastlt.errors import UserError
+from fastlt.utils.pool import cores
 
 PATIENCE = timedelta(minutes=30)  # of a rank for the others, which may evaluate or write meanwhile
 STOP_PATIENCE = 600  # seconds that a process may take to save when it is asked to stop
@@ -78,14 +80,23 @@ def is_first() -> bool:
 
 @contextmanager
 def joined(with_group: bool) -> Iterator[Ranks]:
-    """Joins the processes that torchrun has started. with_group: alone, too, a process group is made."""
-    started = "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    """Joins the processes that torchrun has started. with_group: alone, too, a process group is
+    made.
+    """
+    started = (
+        "TORCHELASTIC_RUN_ID" in os.environ
+        or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    )
     if not (started or with_group) or dist.is_initialized():
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if started:
-        ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
+        ranks = Ranks(
+            int(os.environ["RANK"]),
+            int(os.environ["WORLD_SIZE"]),
+            int(os.environ.get("LOCAL_RANK", 0)),
+        )
         dist.init_process_group(backend, timeout=PATIENCE)
     else:
         ranks = ALONE
@@ -98,17 +109,23 @@ def joined(with_group: bool) -> Iterator[Ranks]:
 
 
 def leave() -> None:
-    """Destroys the process group. Its threads need Python's lock to let go of the last tensors, and whoever destroys the group
-    holds that lock while it waits for them: so they get their time before, and DDP, which holds on to the group, goes first."""
+    """Destroys the process group.
+
+    Its threads need Python's lock to let go of the last tensors, and whoever destroys the group
+    holds that lock while it waits for them: so they get their time before, and DDP, which holds on
+    to the group, goes first.
+    """
     gc.collect()
     time.sleep(LAST_TENSORS)
     dist.destroy_process_group()
 
 
 def launch(arguments: Sequence[str], processes: int, restarts: int) -> None:
-    """Runs `python -m fastlt ARGUMENTS` in as many processes on this machine by torch's elastic launcher.
+    """Runs `python -m fastlt ARGUMENTS` in as many processes on this machine by torch's elastic
+    launcher.
 
-    All are started again, up to `restarts` times, where one dies; not for bad input, which ends this process with code 2.
+    All are started again, up to `restarts` times, where one dies; not for bad input, which ends
+    this process with code 2.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -117,9 +134,15 @@ def launch(arguments: Sequence[str], processes: int, restarts: int) -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_PATIENCE))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, monitor_interval=0.2, run_id=secrets.token_hex(8),
-    )  # fmt: skip
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+        run_id=secrets.token_hex(8),
+    )
     for left in reversed(range(restarts + 1)):
         try:
             elastic_launch(config, sys.executable)("-m", "fastlt", *arguments)
@@ -133,6 +156,11 @@ def launch(arguments: Sequence[str], processes: int, restarts: int) -> None:
             _, first = error.get_first_failure()  # the others were ended for its sake
             if not left:
                 raise UserError(
-                    f"a process of the training has died again (exit code {first.exitcode}): see its output above"
+                    f"a process of the training has died again (exit code {first.exitcode}): see "
+                    "its output above"
                 ) from error
-            print(f"a process has died (exit code {first.exitcode}): all are started again, {left} times at most", flush=True)
+            print(
+                f"a process has died (exit code {first.exitcode}): all are started again, {left} "
+                "times at most",
+                flush=True,
+            )

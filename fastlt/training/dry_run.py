@@ -1,7 +1,8 @@
 """`fastlt train --dry-run`: what a run would take, from a few of its own steps. Nothing is written.
 
-Memory is counted, not guessed: parameters and the optimiser's state as they are, and what the forward pass of an image keeps for
-the backward pass. Speed is measured on batches that the loader feeds, as large as a few seconds and the memory allow.
+Memory is counted, not guessed: parameters and the optimiser's state as they are, and what the
+forward pass of an image keeps for the backward pass. Speed is measured on batches that the loader
+feeds, as large as a few seconds and the memory allow.
 """
 
 import itertools
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from fastlt.config import Config
 from fastlt.data.prefetch import staged
-from fastlt.training.distributed import joined
 from fastlt.errors import UserError
 from fastlt.models.classifier import cifar_backbone
-from fastlt.training.setup import Trainer, grow, introduce, prepare
+from fastlt.training.distributed import joined
 from fastlt.training.loop import forward_of, make_input, open_packs, set_modes, train_step
+from fastlt.training.setup import Trainer, grow, introduce, prepare
 
 PROBED = 2  # images of the first look; batch norm needs as many
 STEP_SECONDS = 2.0  # the batch that is measured takes about as long
@@ -55,9 +56,14 @@ class Speed(NamedTuple):
 
 
 def dry_run(config: Config, processes: int, console: Console) -> None:
-    """processes: those that would share the batch, each on a GPU as fast as this machine's; the run itself is of one."""
+    """processes: those that would share the batch, each on a GPU as fast as this machine's; the run
+    itself is of one.
+    """
     if config.data.batch % processes:
-        raise UserError(f"data.batch={config.data.batch} cannot be shared equally by {processes} processes: choose a multiple")
+        raise UserError(
+            f"data.batch={config.data.batch} cannot be shared equally by {processes} processes: "
+            "choose a multiple"
+        )
     with joined(config.model.head == "class-parallel"), console.status("measuring a few steps"):
         trainer = prepare(config, Path(os.devnull), open_packs(config.data))
         try:
@@ -86,14 +92,26 @@ def measure(trainer: Trainer, batch: int) -> tuple[Memory, Speed]:
 
 
 def probe(trainer: Trainer, images: int) -> tuple[int, float]:
-    """Of random images: the bytes that the forward pass of one keeps, and the seconds that one takes forward and backward."""
+    """Of random images: the bytes that the forward pass of one keeps, and the seconds that one
+    takes forward and backward.
+    """
     size = trainer.plan.geometry.size
     pixels = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8)
     labels = torch.arange(images) % trainer.space.num_classes
-    made = make_input(trainer.config, pixels, labels, torch.Generator().manual_seed(0), trainer.device, trainer.dtype)
+    made = make_input(
+        trainer.config,
+        pixels,
+        labels,
+        torch.Generator().manual_seed(0),
+        trainer.device,
+        trainer.dtype,
+    )
     forward = forward_of(trainer, trainer.at.epoch)
     kept: dict[int, int] = {}
-    known = {tensor.untyped_storage().data_ptr() for tensor in [*trainer.model.parameters(), *trainer.model.buffers()]}
+    known = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in [*trainer.model.parameters(), *trainer.model.buffers()]
+    }
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -106,7 +124,9 @@ def probe(trainer: Trainer, images: int) -> tuple[int, float]:
         began = time.perf_counter()
         with (
             torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
-            torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32),
+            torch.autocast(
+                trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32
+            ),
         ):
             kept.clear()
             loss = forward(*made).loss
@@ -119,10 +139,14 @@ def probe(trainer: Trainer, images: int) -> tuple[int, float]:
 
 def memory_of(trainer: Trainer, per_image: int) -> Memory:
     parameters = list(trainer.model.parameters())
-    states = [state for group in trainer.updater.optimizer.state.values() for state in group.values()]
+    states = [
+        state for group in trainer.updater.optimizer.state.values() for state in group.values()
+    ]
     averaged = list(trainer.ema.model.parameters()) if trainer.ema is not None else []
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return Memory(size_of(parameters), size_of(trained), size_of(states), size_of(averaged), per_image)
+    return Memory(
+        size_of(parameters), size_of(trained), size_of(states), size_of(averaged), per_image
+    )
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -137,7 +161,11 @@ def memory_bytes(device: torch.device) -> int:
 
 def timed(trainer: Trainer, batch: int) -> Speed:
     """The trainer's own steps, on batches of this size that the loader feeds."""
-    trainer.plan, trainer.forward = replace(trainer.plan, batch=batch, drop_last=True), None  # compiled for such batches
+    # compiled for such batches
+    trainer.plan, trainer.forward = (
+        replace(trainer.plan, batch=batch, drop_last=True),
+        None,
+    )
     steps = own_steps(trainer)
     for _ in itertools.islice(steps, WARM_UP):
         pass
@@ -156,9 +184,14 @@ def own_steps(trainer: Trainer) -> Iterator[None]:
     forward = forward_of(trainer, trainer.at.epoch)
     while True:
         trainer.at.step_in_epoch = 0
-        for batch, pixels in staged(trainer.train_loader.iterate(trainer.plan.epoch(trainer.at.epoch)), trainer.device):
+        for batch, pixels in staged(
+            trainer.train_loader.iterate(trainer.plan.epoch(trainer.at.epoch)), trainer.device
+        ):
             train_step(trainer, forward, batch, pixels)
-            trainer.at.step, trainer.at.step_in_epoch = trainer.at.step + 1, trainer.at.step_in_epoch + 1
+            trainer.at.step, trainer.at.step_in_epoch = (
+                trainer.at.step + 1,
+                trainer.at.step_in_epoch + 1,
+            )
             yield
 
 
@@ -168,25 +201,45 @@ def wait_for(device: torch.device) -> None:
 
 
 def estimate(
-    config: Config, processes: int, whole: tuple[int, int], memory: Memory, speed: Speed, device: torch.device
+    config: Config,
+    processes: int,
+    whole: tuple[int, int],
+    memory: Memory,
+    speed: Speed,
+    device: torch.device,
 ) -> dict[str, str]:
     """In words, by what it is about."""
     steps, images = whole
-    images = min(images, steps * config.data.batch)  # what is dropped at the end of an epoch takes no time
+    # what is dropped at the end of an epoch takes no time
+    images = min(images, steps * config.data.batch)
     epochs, share = config.train.epochs, config.data.batch // processes
     need, have = memory.at(share), memory_bytes(device)
     hours = epochs * images / (speed.images_per_second * processes) / 3600
-    parts = {"weights": memory.weights, "gradients": memory.gradients, "optimiser": memory.optimiser, "average": memory.averaged}
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimiser": memory.optimiser,
+        "average": memory.averaged,
+    }
     listed = ", ".join(f"{name} {in_words(part)}" for name, part in parts.items() if part)
-    advice = "lower data.batch" + ("" if cifar_backbone(config.model) else " or set model.checkpoint_activations=true")
-    batches = f" ({steps:,} batches, {config.optim.accumulate} to a step)" if config.optim.accumulate > 1 else ""
+    advice = "lower data.batch" + (
+        "" if cifar_backbone(config.model) else " or set model.checkpoint_activations=true"
+    )
+    batches = (
+        f" ({steps:,} batches, {config.optim.accumulate} to a step)"
+        if config.optim.accumulate > 1
+        else ""
+    )
     updates = -(-steps // config.optim.accumulate)
     each = f"each of {processes} processes" if processes > 1 else "one process"
     return {
-        "memory": f"{in_words(need)} of {each}: {listed}, and {share:,} images of {in_words(memory.per_image)}; "
-        f"this machine's {device.type} has {in_words(have)}" + (f": TOO LITTLE, {advice}" if need > have else ""),
+        "memory": f"{in_words(need)} of {each}: {listed}, and {share:,} images of "
+        f"{in_words(memory.per_image)}; "
+        f"this machine's {device.type} has {in_words(have)}"
+        + (f": TOO LITTLE, {advice}" if need > have else ""),
         "steps": f"{updates:,} an epoch{batches}, {epochs * updates:,} in {epochs:,} epochs",
-        "speed": f"{speed.images_per_second:,.1f} images/s, measured over {speed.steps} steps of {speed.batch} loaded images",
+        "speed": f"{speed.images_per_second:,.1f} images/s, measured over {speed.steps} steps of "
+        f"{speed.batch} loaded images",
         "time": (f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes")
         + " of training"
         + (f", if {processes} processes are {processes} times as fast" if processes > 1 else ""),

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastlt.packing.reader import Split
 from fastlt.errors import UserError
+from fastlt.packing.reader import Split
 from fastlt.utils.files import write_text
 
 
@@ -21,10 +21,15 @@ class Begun(NamedTuple):
 
 
 class Guard:
-    """most: steps in a row; listed: the file that names their images. Looks come late: no step has to wait for the device."""
+    """most: steps in a row; listed: the file that names their images.
+
+    Looks come late: no step has to wait for the device.
+    """
 
     def __init__(self, models: list[nn.Module], most: int, listed: Path, split: Split) -> None:
-        self._buffers = [buffer for model in models for buffer in model.buffers() if buffer.is_floating_point()]
+        self._buffers = [
+            buffer for model in models for buffer in model.buffers() if buffer.is_floating_point()
+        ]
         self._most, self._listed, self._split = most, listed, split
         self._group: list[np.ndarray] = []
         self._begun: list[Begun] = []
@@ -40,14 +45,18 @@ class Guard:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """The batch-norm statistics as they are: a batch that is not finite would spoil them for good."""
+        """The batch-norm statistics as they are: a batch that is not finite would spoil them for
+        good.
+        """
         self._good = [buffer.clone() for buffer in self._buffers]
 
     @torch.no_grad()
     def look(self, is_finite: list[bool], in_row: int, where: str) -> tuple[int, int]:
-        """is_finite: of the optimiser steps since the last look; in_row: how many were skipped right before them.
+        """is_finite: of the optimiser steps since the last look; in_row: how many were skipped
+        right before them.
 
-        Returns how many were skipped, and how many of them in a row at the end. Raises UserError at too many in a row.
+        Returns how many were skipped, and how many of them in a row at the end. Raises UserError at
+        too many in a row.
         """
         begun, self._begun = self._begun, []
         for step, finite in zip(begun, is_finite, strict=True):
@@ -65,9 +74,14 @@ class Guard:
         return is_finite.count(False), in_row
 
     def _give_up(self, in_row: int, where: str) -> None:
-        lines = [f"step {step}: {self._split.where(image)}" for step, images in self._skipped for image in images.tolist()]
+        lines = [
+            f"step {step}: {self._split.where(image)}"
+            for step, images in self._skipped
+            for image in images.tolist()
+        ]
         write_text(self._listed, "\n".join(lines) + "\n")
         raise UserError(
-            f"the gradient was not finite in {in_row} steps in a row, up to {where}: lower optim.lr or set optim.clip=1; "
+            f"the gradient was not finite in {in_row} steps in a row, up to {where}: lower "
+            "optim.lr or set optim.clip=1; "
             f"{self._listed} names the images of these steps"
         )

@@ -15,11 +15,20 @@ from fastlt.models.classifier import CifarResNet, Classifier
 
 def build_optimizer(config: OptimConfig, model: Classifier, batch: int) -> Optimizer:
     """Each group carries `base_lr`; the schedule multiplies it."""
-    lr = config.lr * batch * config.accumulate / config.lr_base_batch if config.lr_base_batch else config.lr
+    lr = (
+        config.lr * batch * config.accumulate / config.lr_base_batch
+        if config.lr_base_batch
+        else config.lr
+    )
     groups = parameter_groups(config, model)
     if config.name == "sgd":
         optimizer: Optimizer = SGD(
-            groups, lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov, fused=True
+            groups,
+            lr,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+            fused=True,
         )
     else:
         optimizer = AdamW(groups, lr, config.betas, weight_decay=config.weight_decay, fused=True)
@@ -29,12 +38,15 @@ def build_optimizer(config: OptimConfig, model: Classifier, batch: int) -> Optim
 
 
 def parameter_groups(config: OptimConfig, model: Classifier) -> list[dict]:
-    """SGD decays everything, as the CIFAR and ImageNet-LT protocols do; AdamW spares biases, norms and what timm names (position
-    embeddings, class tokens). With layer decay a layer's rate is the smaller, the deeper it lies below the head (BEiT, arXiv
-    2106.08254), and the same are spared.
+    """SGD decays everything, as the CIFAR and ImageNet-LT protocols do; AdamW spares biases, norms
+    and what timm names (position embeddings, class tokens). With layer decay a layer's rate is the
+    smaller, the deeper it lies below the head (BEiT, arXiv 2106.08254), and the same are spared.
     """
     if config.layer_decay < 1:
-        return [*_layer_decay_groups(config, model.backbone), *_decay_groups(model.head, config.weight_decay)]
+        return [
+            *_layer_decay_groups(config, model.backbone),
+            *_decay_groups(model.head, config.weight_decay),
+        ]
     if config.name == "sgd":
         return [{"params": list(model.parameters())}]
     return _decay_groups(model, config.weight_decay)
@@ -46,7 +58,10 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (others if parameter.ndim <= 1 or name in spared else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -58,13 +73,18 @@ def spared_names(backbone: nn.Module, prefix: str = "") -> set[str]:
 
 def _layer_decay_groups(config: OptimConfig, backbone: nn.Module) -> list[dict]:
     if isinstance(backbone, CifarResNet):
-        raise UserError("optim.layer_decay is for timm backbones: set it to 1 for the CIFAR ResNets")
+        raise UserError(
+            "optim.layer_decay is for timm backbones: set it to 1 for the CIFAR ResNets"
+        )
     from timm.optim import param_groups_layer_decay  # present: the backbone came from timm
 
     spared = tuple(spared_names(backbone))
-    groups = param_groups_layer_decay(backbone, config.weight_decay, spared, layer_decay=config.layer_decay)
+    groups = param_groups_layer_decay(
+        backbone, config.weight_decay, spared, layer_decay=config.layer_decay
+    )
     for group in groups:
-        group["lr_scale"] *= config.layer_decay  # timm gives the topmost layer it sees 1, but here the head lies above it
+        # timm gives the topmost layer it sees 1, but here the head lies above it
+        group["lr_scale"] *= config.layer_decay
     return groups
 
 
@@ -78,7 +98,9 @@ def _cosine(config: ScheduleConfig, epochs: int) -> Callable[[float], float]:
         if epoch < config.warmup_epochs:
             return epoch / config.warmup_epochs
         progress = (epoch - config.warmup_epochs) / max(1e-9, epochs - config.warmup_epochs)
-        return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return config.final_lr + (1 - config.final_lr) * 0.5 * (
+            1 + math.cos(math.pi * min(1.0, progress))
+        )
 
     return factor
 
@@ -97,11 +119,17 @@ def _step(config: ScheduleConfig, epochs: int) -> Callable[[float], float]:
 
 
 def _one_cycle(config: ScheduleConfig, epochs: int) -> Callable[[float], float]:
-    """Up from 1/25 over the first 30 %, down to almost nothing, both as a half cosine (as torch's OneCycleLR)."""
+    """Up from 1/25 over the first 30 %, down to almost nothing, both as a half cosine (as torch's
+    OneCycleLR).
+    """
 
     def factor(epoch: float) -> float:
         peak = 0.3 * epochs
-        start, end, progress = (1 / 25, 1.0, epoch / peak) if epoch < peak else (1.0, 1 / 250_000, (epoch - peak) / (epochs - peak))
+        start, end, progress = (
+            (1 / 25, 1.0, epoch / peak)
+            if epoch < peak
+            else (1.0, 1 / 250_000, (epoch - peak) / (epochs - peak))
+        )
         return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return factor
@@ -115,7 +143,8 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
 class Averaged:
     """Exponential moving average of weights and batch-norm statistics, which belong together.
 
-    The decay warms up as (1 + n) / (10 + n) over the steps n, or the first, random weights would linger.
+    The decay warms up as (1 + n) / (10 + n) over the steps n, or the first, random weights would
+    linger.
     """
 
     def __init__(self, model: Classifier, decay: float):
@@ -124,11 +153,15 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, model: nn.Module, steps: int) -> None:
-        """steps: optimiser steps so far, from the caller, so that it needs no state of its own and no wait for the device."""
+        """steps: optimiser steps so far, from the caller, so that it needs no state of its own and
+        no wait for the device.
+        """
         weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
         mine, theirs = ([*net.parameters(), *net.buffers()] for net in (self.model, model))
         smooth = [i for i, tensor in enumerate(mine) if tensor.is_floating_point()]
-        torch._foreach_lerp_([mine[i] for i in smooth], [theirs[i].detach() for i in smooth], weight)
+        torch._foreach_lerp_(
+            [mine[i] for i in smooth], [theirs[i].detach() for i in smooth], weight
+        )
         for i in set(range(len(mine))) - set(smooth):
             mine[i].copy_(theirs[i])
 

@@ -9,24 +9,24 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fastlt.training.checkpoint import Writer
 from fastlt.classes import ClassSpace
 from fastlt.config import Config, DataConfig
 from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
-from fastlt.packing.reader import Pack
 from fastlt.data.plan import Plan, Sampling, spread_budget
-from fastlt.utils.pool import cores
-from fastlt.training.distributed import ALONE, Ranks
 from fastlt.errors import UserError
-from fastlt.models.export import find_metadata
-from fastlt.training.nonfinite import Guard
 from fastlt.losses import Step, silencing_graph
 from fastlt.models.classifier import Classifier, build_model, weights_file
-from fastlt.training.optim import Averaged, averaged, build_optimizer, lr_factor
-from fastlt.utils.signals import StopRequest
-from fastlt.training.step import MaxNorm, Updater
+from fastlt.models.export import find_metadata
+from fastlt.packing.reader import Pack
 from fastlt.packing.subset import view
+from fastlt.training.checkpoint import Writer
+from fastlt.training.distributed import ALONE, Ranks
+from fastlt.training.nonfinite import Guard
+from fastlt.training.optim import Averaged, averaged, build_optimizer, lr_factor
+from fastlt.training.step import MaxNorm, Updater
+from fastlt.utils.pool import cores
+from fastlt.utils.signals import StopRequest
 from fastlt_kernels import ClassParallelLinear
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -41,7 +41,8 @@ class Progressed:
     step: int = 0
     loss_sum: float = 0.0  # of this epoch so far
     summed: int = 0  # steps in it: those whose loss was finite
-    correct: float = 0.0  # target images of this epoch so far that the model got right while it trained
+    # target images of this epoch so far that the model got right while it trained
+    correct: float = 0.0
     counted: float = 0.0
     seconds: float = 0.0  # of training, over all starts
     images: int = 0
@@ -49,7 +50,8 @@ class Progressed:
     skipped_before: int = 0  # of them, before this epoch
     skipped_in_row: int = 0
     best: dict[str, Any] = field(default_factory=dict)
-    damaged: list[int] = field(default_factory=list)  # training images that could not be decoded, and were replaced
+    # training images that could not be decoded, and were replaced
+    damaged: list[int] = field(default_factory=list)
 
 
 class Phase(NamedTuple):
@@ -91,7 +93,8 @@ def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trai
     plan = build_plan(config, pack, space, size_at(data, 0), ranks)
     if plan.steps_per_epoch == 0:
         raise UserError(
-            f"an epoch has {plan.images_per_epoch} images, less than one batch of {config.data.batch}: set data.batch lower"
+            f"an epoch has {plan.images_per_epoch} images, less than one batch of "
+            f"{config.data.batch}: set data.batch lower"
         )
     check_head_weights(config, space)
     torch.manual_seed(config.train.seed)
@@ -101,16 +104,35 @@ def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trai
     check_sizes(model, config, device)
     ema = averaged(config.optim, model)
     sharded = list(model.head.parameters()) if isinstance(model.head, ClassParallelLinear) else []
-    max_norm = MaxNorm(model.head.weight, config.optim.max_norm) if config.optim.max_norm < 1 else None
+    max_norm = (
+        MaxNorm(model.head.weight, config.optim.max_norm) if config.optim.max_norm < 1 else None
+    )
     optimizer = build_optimizer(config.optim, model, data.batch)
     updater = Updater(optimizer, config.optim.clip, dtype == torch.float16, sharded, max_norm)
     listed = run / ("nonfinite.txt" if ranks.is_first else f"nonfinite-rank{ranks.rank}.txt")
-    guard = Guard([model, *([ema.model] if ema else [])], config.train.max_skipped, listed, pack.train)
+    guard = Guard(
+        [model, *([ema.model] if ema else [])], config.train.max_skipped, listed, pack.train
+    )
     return Trainer(
-        config, run, pack, space, ranks, plan, device, dtype,
-        train_loader(data, pack, device, plan.geometry.size), val_loader(data, pack, device),
-        model, ema, updater, guard, lr_factor(config.schedule, config.train.epochs), Progressed(), Writer(), StopRequest(),
-    )  # fmt: skip
+        config,
+        run,
+        pack,
+        space,
+        ranks,
+        plan,
+        device,
+        dtype,
+        train_loader(data, pack, device, plan.geometry.size),
+        val_loader(data, pack, device),
+        model,
+        ema,
+        updater,
+        guard,
+        lr_factor(config.schedule, config.train.epochs),
+        Progressed(),
+        Writer(),
+        StopRequest(),
+    )
 
 
 def check_head_weights(config: Config, space: ClassSpace) -> None:
@@ -122,9 +144,15 @@ def check_head_weights(config: Config, space: ClassSpace) -> None:
     if told is None:
         return
     if told["classes"] != space.target_names:
-        raise UserError(f"{path} was trained for other targets than those of {config.data.pack}: begin with a run of the same ones")
+        raise UserError(
+            f"{path} was trained for other targets than those of {config.data.pack}: begin with a "
+            "run of the same ones"
+        )
     if (told["model"]["head"] == "cosine") != (config.model.head == "cosine"):
-        raise UserError(f"{path} has a {told['model']['head']} head, which is no start for model.head={config.model.head}")
+        raise UserError(
+            f"{path} has a {told['model']['head']} head, which is no start for "
+            f"model.head={config.model.head}"
+        )
 
 
 def check_sizes(model: Classifier, config: Config, device: torch.device) -> None:
@@ -137,7 +165,10 @@ def check_sizes(model: Classifier, config: Config, device: torch.device) -> None
             model.eval()(torch.zeros(1, 3, side, side, device=device))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{config.model.name} does not take images of {side} pixels ({reason}): set data.start_size=0") from error
+        raise UserError(
+            f"{config.model.name} does not take images of {side} pixels ({reason}): set "
+            "data.start_size=0"
+        ) from error
 
 
 def grow(trainer: Trainer) -> None:
@@ -151,17 +182,35 @@ def grow(trainer: Trainer) -> None:
 
 def train_loader(data: DataConfig, pack: Pack, device: torch.device, size: int) -> Loader:
     return Loader(
-        pack.train, size, data.engine, data.workers, pack.betons("train"), decode=data.decode, strict=data.strict,
-        device=device, prefetch=data.prefetch, hw_decoder_load=data.hw_decoder_load, shared=shared_by(data),
-    )  # fmt: skip
+        pack.train,
+        size,
+        data.engine,
+        data.workers,
+        pack.betons("train"),
+        decode=data.decode,
+        strict=data.strict,
+        device=device,
+        prefetch=data.prefetch,
+        hw_decoder_load=data.hw_decoder_load,
+        shared=shared_by(data),
+    )
 
 
 def val_loader(data: DataConfig, pack: Pack, device: torch.device) -> Loader:
-    """Decodes exactly, so that a figure does not depend on the machine; but for the dali engine, which cannot."""
+    """Decodes exactly, so that a figure does not depend on the machine; but for the dali engine,
+    which cannot.
+    """
     decode = "region" if data.engine == "dali" else "exact"
     return Loader(
-        pack.val, data.size, data.engine, data.workers, pack.betons("val"), decode=decode, device=device, shared=shared_by(data)
-    )  # fmt: skip
+        pack.val,
+        data.size,
+        data.engine,
+        data.workers,
+        pack.betons("val"),
+        decode=decode,
+        device=device,
+        shared=shared_by(data),
+    )
 
 
 def shared_by(data: DataConfig) -> Path | None:
@@ -179,7 +228,9 @@ def choose_device(config: Config, local: int = 0) -> tuple[torch.device, torch.d
         torch.backends.cudnn.allow_tf32 = config.train.tf32
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    return device, PRECISIONS[config.train.precision if config.train.precision != "auto" else best_precision(device)]
+    return device, PRECISIONS[
+        config.train.precision if config.train.precision != "auto" else best_precision(device)
+    ]
 
 
 def best_precision(device: torch.device) -> str:
@@ -190,10 +241,14 @@ def best_precision(device: torch.device) -> str:
 
 def find_device(name: str) -> torch.device:
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        )
         torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"train.device={name}, but torch finds no such device here: set train.device=auto") from error
+        raise UserError(
+            f"train.device={name}, but torch finds no such device here: set train.device=auto"
+        ) from error
     return device
 
 
@@ -209,20 +264,44 @@ def on_device(model: Classifier, config: Config, device: torch.device) -> Classi
     return model.to(memory_format=torch.channels_last) if config.train.channels_last else model  # type: ignore[call-overload]
 
 
-def build_plan(config: Config, pack: Pack, space: ClassSpace, size: int | None = None, ranks: Ranks = ALONE) -> Plan:
-    """The training order, for images of `size` pixels a side: by default those of the last epoch. space: of what is trained, the
-    first of the pack's classes."""
+def build_plan(
+    config: Config, pack: Pack, space: ClassSpace, size: int | None = None, ranks: Ranks = ALONE
+) -> Plan:
+    """The training order, for images of `size` pixels a side: by default those of the last epoch.
+    space: of what is trained, the first of the pack's classes.
+    """
     data, unused = config.data, pack.space.num_auxiliaries - space.num_auxiliaries
-    geometry = Geometry(data.crop, size or data.size, data.flip, data.scale, data.ratio, data.padding, data.eval_resize)
-    sampling = Sampling(data.target_sampling, (*budgets_of(data, space), *[0] * unused), data.repeats)
+    geometry = Geometry(
+        data.crop,
+        size or data.size,
+        data.flip,
+        data.scale,
+        data.ratio,
+        data.padding,
+        data.eval_resize,
+    )
+    sampling = Sampling(
+        data.target_sampling, (*budgets_of(data, space), *[0] * unused), data.repeats
+    )
     return Plan(
-        pack.train, pack.space.num_targets, pack.space.num_classes, geometry, sampling, data.batch, config.train.seed,
-        data.drop_last, ranks.rank, ranks.world, window_of(data, pack),
-    )  # fmt: skip
+        pack.train,
+        pack.space.num_targets,
+        pack.space.num_classes,
+        geometry,
+        sampling,
+        data.batch,
+        config.train.seed,
+        data.drop_last,
+        ranks.rank,
+        ranks.world,
+        window_of(data, pack),
+    )
 
 
 def window_of(data: DataConfig, pack: Pack) -> int:
-    """Half of the cache, where it cannot hold all shards: the other half is for those that come next."""
+    """Half of the cache, where it cannot hold all shards: the other half is for those that come
+    next.
+    """
     remote = pack.train.remote
     if remote is None or sum(entry["size"] for entry in remote.files.values()) <= remote.limit:
         return 0
@@ -233,25 +312,34 @@ def budgets_of(data: DataConfig, space: ClassSpace) -> tuple[int, ...]:
     """Images of each auxiliary class in an epoch."""
     stored = np.array(space.train_counts)
     if data.auxiliary_ratio:
-        return spread_budget(round(data.auxiliary_ratio * stored[: space.num_targets].sum()), stored[space.num_targets :])
+        return spread_budget(
+            round(data.auxiliary_ratio * stored[: space.num_targets].sum()),
+            stored[space.num_targets :],
+        )
     if unknown := [name for name in data.budgets if name not in space.auxiliary_names]:
-        raise UserError(f"data.budgets names '{unknown[0]}', but the pack has no such auxiliary class")
+        raise UserError(
+            f"data.budgets names '{unknown[0]}', but the pack has no such auxiliary class"
+        )
     return tuple(data.budgets.get(name, data.budget) for name in space.auxiliary_names)
 
 
 def size_at(data: DataConfig, epoch: int) -> int:
-    """Pixels a side: growing from start_size to size over the ramp, in steps of 32 (of 4 where images are smaller than 96)."""
+    """Pixels a side: growing from start_size to size over the ramp, in steps of 32 (of 4 where
+    images are smaller than 96).
+    """
     if not data.start_size:
         return data.size
     first, last = data.ramp
     share = min(1.0, max(0.0, (epoch - first) / (last - first)))
     step = 32 if data.start_size >= 96 else 4
     size = data.start_size + share * (data.size - data.start_size)
-    return data.size if share == 1 else min(data.size, max(data.start_size, round(size / step) * step))
+    return (
+        data.size if share == 1 else min(data.size, max(data.start_size, round(size / step) * step))
+    )
 
 
 def introduce(trainer: Trainer, console: Console) -> None:
-    """What is about to be trained, before the first step: errors in the set-up should be seen here."""
+    """Print what is about to be trained, before the first step: set-up errors show here."""
     config, space, plan = trainer.config, trainer.space, trainer.plan
     graph = silencing_graph(config.loss, space)
     groups = ", ".join(f"{len(members)} {name}" for name, members in space.groups().items())
@@ -259,15 +347,20 @@ def introduce(trainer: Trainer, console: Console) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     optimiser = f"{config.optim.name}, {config.schedule.name} schedule"
     silenced = (
-        "nothing" if graph is None else f"{graph.num_pairs:,} pairs ({config.loss.directions}), lambda_s = {config.loss.silence:g}"
+        "nothing"
+        if graph is None
+        else f"{graph.num_pairs:,} pairs ({config.loss.directions}), lambda_s = "
+        f"{config.loss.silence:g}"
     )
     several = f"{trainer.ranks.world} processes on " if trainer.ranks.world > 1 else ""
     lines = {
-        "classes": f"{space.num_targets:,} targets ({groups}) + {space.num_auxiliaries:,} auxiliaries",
+        "classes": f"{space.num_targets:,} targets ({groups}) + {space.num_auxiliaries:,} "
+        "auxiliaries",
         "silenced": silenced,
         "images": f"{plan.images_per_epoch:,} an epoch, of which {auxiliary_images:,} auxiliary; "
         f"{plan.steps_per_epoch:,} steps of {config.data.batch}",
-        "model": f"{config.model.name}, {parameters:.2f} M parameters; loss {config.loss.name}; {optimiser}",
+        "model": f"{config.model.name}, {parameters:.2f} M parameters; loss {config.loss.name}; "
+        f"{optimiser}",
         "machine": f"{several}{trainer.device.type}, {str(trainer.dtype).removeprefix('torch.')}, "
         f"loader {trainer.train_loader.engine_name}, {trainer.train_loader.decode} decode",
     }
@@ -283,8 +376,17 @@ def notes(config: Config) -> Iterator[str]:
         yield f"not reached in {config.train.epochs} epochs: {', '.join(late)}"
     starts_somewhere = config.model.pretrained or config.model.weights
     if config.schedule.head_only_epochs >= config.train.epochs and not starts_somewhere:
-        yield f"the backbone stays as random as it starts: schedule.head_only_epochs={config.schedule.head_only_epochs}"
+        yield (
+            "the backbone stays as random as it starts: "
+            f"schedule.head_only_epochs={config.schedule.head_only_epochs}"
+        )
     if config.model.scale_alone and not config.model.head_weights:
-        yield "the rows of the head stay as random as they start: model.scale_alone without model.head_weights"
+        yield (
+            "the rows of the head stay as random as they start: model.scale_alone without "
+            "model.head_weights"
+        )
     if config.data.workers > cores():
-        yield f"data.workers={config.data.workers}, but there are {cores()} cores: fewer may be faster"
+        yield (
+            f"data.workers={config.data.workers}, but there are {cores()} cores: fewer may be "
+            "faster"
+        )

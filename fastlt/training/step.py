@@ -1,4 +1,7 @@
-"""From gradients to weights: loss scale, clipping, and no step where a gradient is not finite. Nothing waits for the device."""
+"""From gradients to weights: loss scale, clipping, and no step where a gradient is not finite.
+
+Nothing waits for the device.
+"""
 
 from collections.abc import Sequence
 
@@ -12,8 +15,10 @@ GROWS_AFTER = 2000  # steps in a row without overflow
 
 
 class MaxNorm:
-    """Rows of a head's weight (C, D) are cut back to a length that lies `share` of the way from the shortest to the longest row
-    that it starts with (Alshammari et al. 2022, arXiv 2203.14197, section 3.3)."""
+    """Rows of a head's weight (C, D) are cut back to a length that lies `share` of the way from the
+    shortest to the longest row that it starts with (Alshammari et al. 2022, arXiv 2203.14197,
+    section 3.3).
+    """
 
     def __init__(self, weight: Tensor, share: float) -> None:
         self.weight = weight
@@ -27,40 +32,57 @@ class MaxNorm:
 
 
 class Updater:
-    """clip: the largest norm of the gradient; 0: any. scales: for float16, whose range gradients would leave. sharded: parameters
-    of which each rank has its own part."""
+    """clip: the largest norm of the gradient; 0: any. scales: for float16, whose range gradients
+    would leave. sharded: parameters of which each rank has its own part.
+    """
 
     def __init__(
-        self, optimizer: Optimizer, clip: float, scales: bool, sharded: Sequence[Tensor] = (), max_norm: MaxNorm | None = None
+        self,
+        optimizer: Optimizer,
+        clip: float,
+        scales: bool,
+        sharded: Sequence[Tensor] = (),
+        max_norm: MaxNorm | None = None,
     ) -> None:
         self.max_norm = max_norm
         self.optimizer, self.clip, self.scales = optimizer, clip, scales
         self._sharded = {id(parameter) for parameter in sharded}
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
         device = self.parameters[0].device
         self.scale = torch.full((), FIRST_SCALE if scales else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
         self._start()
 
     def _start(self) -> None:
-        """The optimiser's state at zero, where it begins anyway: a first step that is skipped would leave a momentum to chance,
-        and what is loaded from a checkpoint needs a place."""
+        """The optimiser's state at zero, where it begins anyway: a first step that is skipped would
+        leave a momentum to chance, and what is loaded from a checkpoint needs a place.
+        """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
                 if isinstance(self.optimizer, AdamW):
                     state["step"] = torch.zeros((), device=parameter.device)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                    state["exp_avg"], state["exp_avg_sq"] = (
+                        torch.zeros_like(parameter),
+                        torch.zeros_like(parameter),
+                    )
                 elif group["momentum"]:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Gradients of `scale` times the loss, which are used up, to a step. Returns their norm, (); not finite: skipped."""
+        """Gradients of `scale` times the loss, which are used up, to a step.
+
+        Returns their norm, (); not finite: skipped.
+        """
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = self._norm() / self.scale
         if self.clip or self.scales:
-            factor = (self.clip / (norm + 1e-6)).clamp(max=1) if self.clip else torch.ones_like(norm)
+            factor = (
+                (self.clip / (norm + 1e-6)).clamp(max=1) if self.clip else torch.ones_like(norm)
+            )
             torch._foreach_mul_(gradients, factor / self.scale)
         overflow = (~torch.isfinite(norm)).float()
         self.optimizer.grad_scale, self.optimizer.found_inf = None, overflow  # type: ignore[attr-defined]
@@ -76,11 +98,18 @@ class Updater:
         """The same on every rank."""
         moving = [parameter for parameter in self.parameters if parameter.grad is not None]
         everywhere = [parameter.grad for parameter in moving if id(parameter) not in self._sharded]
-        norm = torch.nn.utils.get_total_norm([gradient for gradient in everywhere if gradient is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [gradient for gradient in everywhere if gradient is not None]
+        )
         if not self._sharded:
             return norm
         here = [parameter.grad for parameter in moving if id(parameter) in self._sharded]
-        square = torch.nn.utils.get_total_norm([gradient for gradient in here if gradient is not None]).to(self.scale.device) ** 2
+        square = (
+            torch.nn.utils.get_total_norm(
+                [gradient for gradient in here if gradient is not None]
+            ).to(self.scale.device)
+            ** 2
+        )
         dist.all_reduce(square)
         return (norm.to(self.scale.device) ** 2 + square).sqrt()
 

@@ -16,17 +16,23 @@ LOCK = ".lock"
 
 @contextmanager
 def alone_in(folder: Path, who: str) -> Iterator[None]:
-    """Raises UserError where another process is there, or the folder cannot be made. who: as in "another training"."""
+    """Raises UserError where another process is there, or the folder cannot be made. who: as in
+    "another training".
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("w")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; choose another --out"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{who} is at work in {folder}: wait for it, or choose another --out") from error
+            raise UserError(
+                f"{who} is at work in {folder}: wait for it, or choose another --out"
+            ) from error
         try:
             yield
         finally:

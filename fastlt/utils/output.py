@@ -1,4 +1,6 @@
-"""A folder that takes long to write: whole at the end, or not there at all, whatever stops the writing."""
+"""A folder that takes long to write: whole at the end, or not there at all, whatever stops the
+writing.
+"""
 
 import errno
 import fcntl
@@ -18,10 +20,11 @@ from fastlt.utils.files import whole_folder
 
 @contextmanager
 def whole_output(out: Path) -> Iterator[Path]:
-    """Yields a hidden folder that becomes `out` if the block ends well; an error, Ctrl-C or SIGTERM removes it.
+    """Yields a hidden folder that becomes `out` if the block ends well; an error, Ctrl-C or SIGTERM
+    removes it.
 
-    What an earlier writer that was killed outright left behind is removed first. UserError where `out` exists, another process
-    writes it now, or it cannot be written (full disk, no permission).
+    What an earlier writer that was killed outright left behind is removed first. UserError where
+    `out` exists, another process writes it now, or it cannot be written (full disk, no permission).
     """
     with _disk_errors(out), _terminable():
         place = out.resolve()
@@ -38,19 +41,24 @@ def whole_output(out: Path) -> Iterator[Path]:
 def _remove_stale(place: Path, out: Path) -> None:
     if not place.parent.is_dir():
         return
-    name = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}\.partial")  # as files.sibling makes them
+    # as files.sibling makes them
+    name = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}\.partial")
     for folder in place.parent.iterdir():
         if name.fullmatch(folder.name) and folder.is_dir():
             try:
                 with _claimed(folder):
                     shutil.rmtree(folder)
             except BlockingIOError as error:
-                raise UserError(f"another process is writing {out} now: wait for it or choose another --out") from error
+                raise UserError(
+                    f"another process is writing {out} now: wait for it or choose another --out"
+                ) from error
 
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """A lock that ends with this process, however it ends: that tells a live writer's folder from a dead one's."""
+    """A lock that ends with this process, however it ends: that tells a live writer's folder from a
+    dead one's.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -66,7 +74,9 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises SystemExit instead of ending the process on the spot, so that what is half written is removed."""
+    """SIGTERM raises SystemExit instead of ending the process on the spot, so that what is half
+    written is removed.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -89,5 +99,8 @@ def _disk_errors(out: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full, so {out} was not written: free some space or choose another --out") from error
+            raise UserError(
+                f"the disk is full, so {out} was not written: free some space or choose another "
+                "--out"
+            ) from error
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error

@@ -26,12 +26,17 @@ def cores() -> int:
 
 @contextmanager
 def ordered_map(workers: int) -> Iterator[OrderedMap]:
-    """Yields a `map` that runs in `workers` processes; with one it runs here. UserError where a process dies."""
+    """Yields a `map` that runs in `workers` processes; with one it runs here.
+
+    UserError where a process dies.
+    """
     if workers == 1:
         yield map
         return
     # Not fork: a fork of a process that has threads (torch, a progress bar) can hang.
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    executor = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
     try:
         yield lambda function, items: _in_order(executor, AHEAD * workers, function, items)
     finally:
@@ -39,7 +44,10 @@ def ordered_map(workers: int) -> Iterator[OrderedMap]:
 
 
 def _in_order(
-    executor: ProcessPoolExecutor, window: int, function: Callable[[Item], Result], items: Iterable[Item]
+    executor: ProcessPoolExecutor,
+    window: int,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
 ) -> Iterator[Result]:
     pending: deque[Future[Result]] = deque()
     try:
@@ -50,11 +58,14 @@ def _in_order(
         while pending:
             yield pending.popleft().result()
     except (BrokenProcessPool, MemoryError) as error:
-        raise UserError("a worker process died or ran out of memory: try again with fewer --workers") from error
+        raise UserError(
+            "a worker process died or ran out of memory: try again with fewer --workers"
+        ) from error
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone decides what follows
+    # Ctrl-C reaches the whole group; the parent alone decides what follows
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

@@ -1,7 +1,15 @@
 """The bar of long work: how far, how fast, how long still."""
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 
@@ -17,10 +25,19 @@ class Rate(ProgressColumn):
         return Text(f"{speed:,.{0 if speed >= 10 else 1}f} {self.unit}" if speed else "")
 
 
-def rated_progress(console: Console | None, unit: str, scale: float = 1.0, transient: bool = False) -> Progress:
+def rated_progress(
+    console: Console | None, unit: str, scale: float = 1.0, transient: bool = False
+) -> Progress:
     """A task's field `note`, if it has one, stands at the end."""
-    columns = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), Rate(unit, scale), TimeRemainingColumn()]
-    hidden = transient and console is not None and not console.is_terminal  # where it would leave nothing but empty lines
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        Rate(unit, scale),
+        TimeRemainingColumn(),
+    ]
+    # where it would leave nothing but empty lines
+    hidden = transient and console is not None and not console.is_terminal
     return Progress(*columns, Note(), console=console, transient=transient, disable=hidden)
 
 

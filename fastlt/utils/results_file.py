@@ -26,11 +26,16 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def command(program: str) -> str:
-    """The command line as somebody else can type it: of absolute paths the last part alone, for the rest is this machine's."""
+    """The command line as somebody else can type it: of absolute paths the last part alone, for the
+    rest is this machine's.
+    """
     return f"{program} " + shlex.join(map(_of_no_machine, sys.argv[1:]))
 
 
@@ -41,21 +46,29 @@ def _of_no_machine(word: str) -> str:
 
 
 def check_place(path: Path, columns: tuple[str, ...]) -> None:
-    """Before minutes are spent: the folder can be made, its files written, and the one there has the columns of this benchmark."""
+    """Before minutes are spent: the folder can be made, its files written, and the one there has
+    the columns of this benchmark.
+    """
     picture = path.with_suffix(".png")
     if picture.is_dir():
-        raise UserError(f"cannot write to {picture} (it is a folder): name another folder with --out")
+        raise UserError(
+            f"cannot write to {picture} (it is a folder): name another folder with --out"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8"):
             pass
         header = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     except OSError as error:
-        raise UserError(f"cannot write to {path} ({error.strerror}): name another folder with --out") from error
+        raise UserError(
+            f"cannot write to {path} ({error.strerror}): name another folder with --out"
+        ) from error
     if not header:
         path.unlink()
     elif not header.startswith(",".join(columns) + ","):
-        raise UserError(f"{path} has other columns than this benchmark writes: name another folder with --out")
+        raise UserError(
+            f"{path} has other columns than this benchmark writes: name another folder with --out"
+        )
 
 
 def check_file(path: Path) -> None:
@@ -66,7 +79,9 @@ def check_file(path: Path) -> None:
         with path.open("a", encoding="utf-8"):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to {path} ({error.strerror}): name another file with --csv") from error
+        raise UserError(
+            f"cannot write to {path} ({error.strerror}): name another file with --csv"
+        ) from error
     if is_new:
         path.unlink()
 
@@ -74,9 +89,12 @@ def check_file(path: Path) -> None:
 def append_rows(path: Path, rows: list[dict[str, Any]], program: str = "fastlt") -> None:
     """Adds rows under the header that the file has; a file of other columns is refused."""
     context = {
-        "machine": machine(), "torch": torch.__version__, "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "command": command(program),
-    }  # fmt: skip
+        "machine": machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "command": command(program),
+    }
     rows = [{**row, **context} for row in rows]
     fresh = not path.exists()
     if not fresh and path.read_text(encoding="utf-8").splitlines()[0].split(",") != list(rows[0]):

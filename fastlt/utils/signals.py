@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run ends its step, saves, and can go on. A second signal stops it at once."""
+"""SIGTERM and Ctrl-C: a run ends its step, saves, and can go on. A second one stops it."""
 
 import signal
 import threading
@@ -33,7 +33,9 @@ def stop_on_signals(console: Console) -> Iterator[StopRequest]:
         if request.made:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         request.made = True
-        console.print("\nstopping: the step is finished and saved; once more stops at once", highlight=False)
+        console.print(
+            "\nstopping: the step is finished and saved; once more stops at once", highlight=False
+        )
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:

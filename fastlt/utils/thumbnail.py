@@ -12,7 +12,8 @@ def thumbnail(encoded: bytes) -> str:
     """A data URI of a small, square JPEG; empty where the image cannot be decoded."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # a JPEG is decoded at a fraction of its size
+            # a JPEG is decoded at a fraction of its size
+            image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
             small = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError):
         return ""

@@ -1,8 +1,10 @@
-"""Lets torchvision import beside a CPU build of torch, which its published wheels (built for CUDA) refuse.
+"""Lets torchvision import beside a CPU build of torch, which its published wheels (built for CUDA)
+refuse.
 
-torchvision registers fake kernels for operators that its native library defines; where that library cannot load, the import
-fails with "operator torchvision::nms does not exist". Declaring the operators first is enough for transforms.v2 and for timm.
-The operators themselves (detection, image decoding) stay absent.
+torchvision registers fake kernels for operators that its native library defines; where that library
+cannot load, the import fails with "operator torchvision::nms does not exist". Declaring the
+operators first is enough for transforms.v2 and for timm. The operators themselves (detection, image
+decoding) stay absent.
 """
 
 import importlib.util
@@ -15,19 +17,36 @@ import torch
 from fastlt.errors import UserError
 
 OPERATORS = (
-    "nms", "qnms", "roi_align", "_roi_align_backward", "ps_roi_align", "_ps_roi_align_backward", "roi_pool",
-    "_roi_pool_backward", "ps_roi_pool", "_ps_roi_pool_backward", "qroi_align", "deform_conv2d", "_deform_conv2d_backward",
-)  # fmt: skip
+    "nms",
+    "qnms",
+    "roi_align",
+    "_roi_align_backward",
+    "ps_roi_align",
+    "_ps_roi_align_backward",
+    "roi_pool",
+    "_roi_pool_backward",
+    "ps_roi_pool",
+    "_ps_roi_pool_backward",
+    "qroi_align",
+    "deform_conv2d",
+    "_deform_conv2d_backward",
+)
 
 
 @lru_cache(maxsize=1)
 def make_importable() -> torch.library.Library | None:
-    """Call before the first import of torchvision or timm. Returns the library of declarations, kept alive by the cache."""
+    """Call before the first import of torchvision or timm.
+
+    Returns the library of declarations, kept alive by the cache.
+    """
     if "torchvision" in sys.modules:
         return None
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
-        raise UserError("torchvision is not installed, and timm models and RandAugment need it: pip install 'fastlt[timm]'")
+        raise UserError(
+            "torchvision is not installed, and timm models and RandAugment need it: pip install "
+            "'fastlt[timm]'"
+        )
     if _native_operators_load(Path(spec.origin).parent):
         return None
     library = torch.library.Library("torchvision", "DEF")

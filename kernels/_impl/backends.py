@@ -1,4 +1,6 @@
-"""Which implementation runs: the Triton kernels on a GPU, or in Triton's interpreter where that was asked for; torch elsewhere."""
+"""Which implementation runs: the Triton kernels on a GPU, or in Triton's interpreter where that was
+asked for; torch elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton settles this when it defines a kernel, so it is asked once
+# Triton settles this when it defines a kernel, so it is asked once
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose_backend(backend: str, matrix: Tensor, count: int) -> str:
@@ -26,10 +29,15 @@ def choose_backend(backend: str, matrix: Tensor, count: int) -> str:
 
 
 def is_transformed() -> bool:
-    """Whether this runs under torch.func (grad, vmap, jvp) or forward-mode differentiation, which the fast paths do not know."""
+    """Whether this runs under torch.func (grad, vmap, jvp) or forward-mode differentiation, which
+    the fast paths do not know.
+    """
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _obstacle(matrix: Tensor) -> str:
@@ -38,5 +46,8 @@ def _obstacle(matrix: Tensor) -> str:
     if not HAS_TRITON:
         return "needs the triton package, which is not installed"
     if not matrix.is_cuda and not INTERPRETED:
-        return f"needs a GPU (or TRITON_INTERPRET=1 in the environment before Python starts), and the input is on {matrix.device}"
+        return (
+            "needs a GPU (or TRITON_INTERPRET=1 in the environment before Python starts), and "
+            f"the input is on {matrix.device}"
+        )
     return ""

@@ -1,7 +1,8 @@
 """Every argument check of the losses, in one place: a ValueError that names the argument.
 
-Shapes and dtypes are always checked. Values (ids in range, a usable prior) cost a device synchronisation, so they are
-checked on CPU tensors, and elsewhere only with FASTLT_KERNELS_DEBUG=1; never while torch.compile or torch.func is tracing.
+Shapes and dtypes are always checked. Values (ids in range, a usable prior) cost a device
+synchronisation, so they are checked on CPU tensors, and elsewhere only with FASTLT_KERNELS_DEBUG=1;
+never while torch.compile or torch.func is tracing.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastlt_kernels._impl.backends import is_transformed
-from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels._impl.labels import IGNORE_INDEX
+from fastlt_kernels.graph import ClassGraph
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -26,14 +27,18 @@ def check_matrix(name: str, matrix: Tensor, shape: str) -> None:
     if matrix.ndim != 2:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(matrix.shape)}")
     if matrix.dtype not in LOGIT_DTYPES:
-        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {matrix.dtype}")
+        raise ValueError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {matrix.dtype}"
+        )
 
 
 def check_linear(features: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
     """The rest, once features is known to be a matrix."""
     check_matrix("weight", weight, "(C, D)")
     if weight.shape[1] != features.shape[1]:
-        raise ValueError(f"weight must have the {features.shape[1]} columns of features, got {weight.shape[1]}")
+        raise ValueError(
+            f"weight must have the {features.shape[1]} columns of features, got {weight.shape[1]}"
+        )
     _check_linear_dtype("weight", weight, features, autocast)
     if bias is None:
         return
@@ -108,9 +113,15 @@ def check_integer(name: str, value: Any) -> None:
 
 def _check_linear_dtype(name: str, tensor: Tensor, features: Tensor, autocast: bool) -> None:
     # Autocast leaves float64 alone, so there the dtypes must still agree.
-    lowered = autocast and torch.float64 not in (tensor.dtype, features.dtype) and tensor.dtype in LOGIT_DTYPES
+    lowered = (
+        autocast
+        and torch.float64 not in (tensor.dtype, features.dtype)
+        and tensor.dtype in LOGIT_DTYPES
+    )
     if tensor.dtype != features.dtype and not lowered:
-        raise ValueError(f"{name} must have the dtype of features, {features.dtype}, got {tensor.dtype}")
+        raise ValueError(
+            f"{name} must have the dtype of features, {features.dtype}, got {tensor.dtype}"
+        )
     _check_device(name, tensor, features.device)
 
 
@@ -132,7 +143,9 @@ def _check_options(silence: float, label_smoothing: float, reduction: str, backe
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
 
 
-def _check_labels(name: str, labels: Tensor, rows: int, classes: int, device: torch.device, values: bool) -> None:
+def _check_labels(
+    name: str, labels: Tensor, rows: int, classes: int, device: torch.device, values: bool
+) -> None:
     _check_tensor(name, labels)
     if labels.shape != (rows,):
         raise ValueError(f"{name} must have shape ({rows},), got {tuple(labels.shape)}")
@@ -144,7 +157,10 @@ def _check_labels(name: str, labels: Tensor, rows: int, classes: int, device: to
     counted = labels.long()  # not uint8, in which -100 is 156
     counted = counted[counted != IGNORE_INDEX]
     if counted.numel() and not (counted.min() >= 0 and counted.max() < classes):
-        raise ValueError(f"{name} must be in 0..{classes - 1} (or -100), got {int(counted.min())}..{int(counted.max())}")
+        raise ValueError(
+            f"{name} must be in 0..{classes - 1} (or -100), got "
+            f"{int(counted.min())}..{int(counted.max())}"
+        )
 
 
 def _check_graph(graph: ClassGraph | None, classes: int, device: torch.device) -> None:
@@ -155,31 +171,53 @@ def _check_graph(graph: ClassGraph | None, classes: int, device: torch.device) -
     if graph.num_classes != classes:
         raise ValueError(f"graph has {graph.num_classes} classes, the logits have {classes}")
     if graph.indptr.device != device:
-        raise ValueError(f"graph is on {graph.indptr.device}, the logits on {device}: move it with graph.to(device)")
+        raise ValueError(
+            f"graph is on {graph.indptr.device}, the logits on {device}: move it with "
+            "graph.to(device)"
+        )
 
 
-def _check_log_prior(log_prior: Tensor | None, classes: int, device: torch.device, label_smoothing: float, values: bool) -> None:
+def _check_log_prior(
+    log_prior: Tensor | None,
+    classes: int,
+    device: torch.device,
+    label_smoothing: float,
+    values: bool,
+) -> None:
     if log_prior is None:
         return
     _check_tensor("log_prior", log_prior)
     if log_prior.shape != (classes,) or log_prior.dtype not in LOGIT_DTYPES:
-        raise ValueError(f"log_prior must have shape ({classes},) and hold floats, got {tuple(log_prior.shape)} {log_prior.dtype}")
+        raise ValueError(
+            f"log_prior must have shape ({classes},) and hold floats, got {tuple(log_prior.shape)} "
+            f"{log_prior.dtype}"
+        )
     _check_device("log_prior", log_prior, device)
     if not values:
         return
     if not (log_prior < torch.inf).all():
         raise ValueError("log_prior must hold no NaN and no +inf")
     if label_smoothing > 0 and (log_prior == -torch.inf).any():
-        raise ValueError("log_prior of -inf (a class that never occurs) has no finite loss with label_smoothing")
+        raise ValueError(
+            "log_prior of -inf (a class that never occurs) has no finite loss with label_smoothing"
+        )
 
 
-def _check_mix(target_b: Tensor | None, mix: float | Tensor | None, rows: int, device: torch.device, values: bool) -> None:
+def _check_mix(
+    target_b: Tensor | None,
+    mix: float | Tensor | None,
+    rows: int,
+    device: torch.device,
+    values: bool,
+) -> None:
     if (target_b is None) != (mix is None):
         missing, given = ("mix", "target_b") if mix is None else ("target_b", "mix")
         raise ValueError(f"{missing} is missing: {given} was given, and mixed labels need both")
     if isinstance(mix, Tensor):
         if mix.ndim > 0 and mix.shape != (rows,):
-            raise ValueError(f"mix must be a scalar or have shape ({rows},), got {tuple(mix.shape)}")
+            raise ValueError(
+                f"mix must be a scalar or have shape ({rows},), got {tuple(mix.shape)}"
+            )
         if not mix.is_floating_point():
             raise ValueError(f"mix must hold floats, got {mix.dtype}")
         if mix.ndim > 0:

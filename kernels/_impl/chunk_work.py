@@ -1,4 +1,6 @@
-"""The steps of one chunk of rows in the linear loss: logits, their gradient in place, and what that adds to the gradients."""
+"""The steps of one chunk of rows in the linear loss: logits, their gradient in place, and what that
+adds to the gradients.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class ChunkWork:
         tiles = list(slices(self.tile.weight.shape[0], self.plan.classes))
         if len(tiles) == 1 and any(self.wanted):
             return self._in_one_go(part, features, rows, tiles[0])
-        terms = merge_terms([self.backend.row_terms(self.tile.logits(features, t), t.start, rows) for t in tiles])
+        terms = merge_terms(
+            [self.backend.row_terms(self.tile.logits(features, t), t.start, rows) for t in tiles]
+        )
         if any(self.wanted):
             of_features = self._sum_of_features(features)
             for classes in tiles:
@@ -69,7 +73,11 @@ class ChunkWork:
 
     def _sum_of_features(self, features: Tensor) -> Tensor | None:
         """Zeros for the features' gradient, where it is a sum over classes."""
-        return features.new_zeros(features.shape, dtype=self.rows.shares.dtype) if self.wanted[0] else None
+        return (
+            features.new_zeros(features.shape, dtype=self.rows.shares.dtype)
+            if self.wanted[0]
+            else None
+        )
 
     def _keep(self, part: slice, of_features: Tensor | None) -> None:
         if of_features is not None:

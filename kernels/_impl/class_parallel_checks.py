@@ -1,4 +1,6 @@
-"""What only the class-parallel loss can get wrong: a ValueError on every rank, where one alone would leave the others waiting."""
+"""What only the class-parallel loss can get wrong: a ValueError on every rank, where one alone
+would leave the others waiting.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastlt_kernels._impl.checks import check_integer, check_number, should_check_values
-from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels._impl.shards import Group, gather, length
+from fastlt_kernels.graph import ClassGraph
 
 
 def place_in(group: Group) -> tuple[int, int]:
-    """Rank and world size. Raises RuntimeError without a process group, ValueError outside of this one."""
+    """Rank and world size.
+
+    Raises RuntimeError without a process group, ValueError outside of this one.
+    """
     if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError("a class-parallel classifier needs torch.distributed: call init_process_group first")
+        raise RuntimeError(
+            "a class-parallel classifier needs torch.distributed: call init_process_group first"
+        )
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError("group does not contain this process")
@@ -24,9 +31,10 @@ def place_in(group: Group) -> tuple[int, int]:
 def check_shard(weight: Tensor, classes: int, shard: slice, rank: int, world: int) -> None:
     if weight.shape[0] != length(shard):
         raise ValueError(
-            f"weight must have {length(shard)} rows, the part of {classes} classes that rank {rank} of {world} has, "
+            f"weight must have {length(shard)} rows, the part of {classes} classes that rank "
+            f"{rank} of {world} has, "
             f"got {weight.shape[0]}"
-        )  # fmt: skip
+        )
 
 
 def check_classes(num_classes: int) -> None:
@@ -35,7 +43,12 @@ def check_classes(num_classes: int) -> None:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
 
 
-def check_sampling(sample_rate: float, generator: torch.Generator | None, graph: ClassGraph | None, num_predicted: int) -> None:
+def check_sampling(
+    sample_rate: float,
+    generator: torch.Generator | None,
+    graph: ClassGraph | None,
+    num_predicted: int,
+) -> None:
     check_number("sample_rate", sample_rate)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}")
@@ -44,15 +57,25 @@ def check_sampling(sample_rate: float, generator: torch.Generator | None, graph:
     if sample_rate < 1 and graph is None:
         raise ValueError("sample_rate below 1 needs a graph, which says what the targets are")
     if sample_rate < 1 and graph is not None and num_predicted > graph.num_targets:
-        raise ValueError(f"num_targets must be at most the graph's {graph.num_targets} where auxiliaries are sampled")
+        raise ValueError(
+            f"num_targets must be at most the graph's {graph.num_targets} where auxiliaries are "
+            "sampled"
+        )
 
 
 def check_alike(
-    features: Tensor, target_b: Tensor | None, wanted: bool, reduction: str, error: ValueError | None, group: Group
-) -> None:  # fmt: skip
-    """Raises ValueError on every rank where one has a wrong argument, or they differ in what must be alike.
+    features: Tensor,
+    target_b: Tensor | None,
+    wanted: bool,
+    reduction: str,
+    error: ValueError | None,
+    group: Group,
+) -> None:
+    """Raises ValueError on every rank where one has a wrong argument, or they differ in what must
+    be alike.
 
-    The ranks would wait for each other for ever. It costs an exchange and a synchronisation, as other checks of values do.
+    The ranks would wait for each other for ever. It costs an exchange and a synchronisation, as
+    other checks of values do.
     """
     if not should_check_values(features.device):
         return
@@ -70,7 +93,16 @@ def check_alike(
     wrong = [rank for rank, theirs in enumerate(ranks) if theirs[-1]]
     if wrong:
         raise ValueError(f"rank {wrong[0]} was given a wrong argument, and says which")
-    names = "the number of features' rows", "the width of features", "target_b", "whether features need a gradient", "reduction"
+    names = (
+        "the number of features' rows",
+        "the width of features",
+        "target_b",
+        "whether features need a gradient",
+        "reduction",
+    )
     for name, values in zip(names, zip(*ranks, strict=True), strict=False):
         if len(set(values)) > 1:
-            raise ValueError(f"{name} must be the same on every rank, got {[int(v) for v in values]} on ranks 0..{len(ranks) - 1}")
+            raise ValueError(
+                f"{name} must be the same on every rank, got {[int(v) for v in values]} on ranks "
+                f"0..{len(ranks) - 1}"
+            )

@@ -1,8 +1,10 @@
-"""Sampled negatives for the class-parallel loss: all that a batch must see of a shard, and some of its auxiliaries.
+"""Sampled negatives for the class-parallel loss: all that a batch must see of a shard, and some of
+its auxiliaries.
 
-After Partial FC (arXiv 2203.15565), which samples all classes but the batch's own. Here targets are few and always in, and
-so is what the batch's labels silence. Two things differ: each sampled auxiliary stands for those that were not drawn, and
-all sizes are known before the labels are, so that no device has to be waited for.
+After Partial FC (arXiv 2203.15565), which samples all classes but the batch's own. Here targets are
+few and always in, and so is what the batch's labels silence. Two things differ: each sampled
+auxiliary stands for those that were not drawn, and all sizes are known before the labels are, so
+that no device has to be waited for.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlt_kernels.graph import ClassGraph, padded_neighbours
 from fastlt_kernels._impl.rows import Rows
 from fastlt_kernels._impl.shards import length, shard_of
+from fastlt_kernels.graph import ClassGraph, padded_neighbours
 
-BEYOND = torch.iinfo(torch.int32).max  # above every position, and where the kernels end a row themselves
+BEYOND = torch.iinfo(
+    torch.int32
+).max  # above every position, and where the kernels end a row themselves
 
 
 class Sample(NamedTuple):
@@ -25,11 +29,15 @@ class Sample(NamedTuple):
 
     classes: Tensor  # (k,) int64, ascending, counted from the shard's first
     positions: Tensor  # (c,) int64, where a class is in `classes`; -1: not drawn
-    correction: Tensor  # (k,), added to a drawn class's logit in the sum: log of how many it stands for
+    correction: (
+        Tensor  # (k,), added to a drawn class's logit in the sum: log of how many it stands for
+    )
 
 
 def sample_size(shard: slice, graph: ClassGraph, sample_rate: float, labels: int) -> int:
-    """k, for a batch with that many labels: what they may force, the sampled share, and so one at least beyond the forced."""
+    """k, for a batch with that many labels: what they may force, the sampled share, and so one at
+    least beyond the forced.
+    """
     targets = _targets(shard, graph)
     auxiliaries = length(shard) - targets
     # A target label forces its neighbours, an auxiliary one itself, its neighbours being targets.
@@ -37,15 +45,28 @@ def sample_size(shard: slice, graph: ClassGraph, sample_rate: float, labels: int
     return targets + max(math.ceil(sample_rate * auxiliaries), forced)
 
 
-def sampled_classes(num_classes: int, world: int, graph: ClassGraph, sample_rate: float, labels: int) -> int:
+def sampled_classes(
+    num_classes: int, world: int, graph: ClassGraph, sample_rate: float, labels: int
+) -> int:
     """How many all ranks draw together."""
-    return sum(sample_size(shard_of(num_classes, rank, world), graph, sample_rate, labels) for rank in range(world))
+    return sum(
+        sample_size(shard_of(num_classes, rank, world), graph, sample_rate, labels)
+        for rank in range(world)
+    )
 
 
 def draw(
-    labels: Tensor, graph: ClassGraph, shard: slice, sample_rate: float, generator: torch.Generator | None, dtype: torch.dtype
+    labels: Tensor,
+    graph: ClassGraph,
+    shard: slice,
+    sample_rate: float,
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
 ) -> Sample:
-    """For the labels (L, N) of all ranks. Forced: the targets, the labels and their neighbours; the rest uniformly."""
+    """For the labels (L, N) of all ranks.
+
+    Forced: the targets, the labels and their neighbours; the rest uniformly.
+    """
     size = sample_size(shard, graph, sample_rate, labels.numel())
     forced = _forced(labels, graph, shard)
     scores = torch.rand(length(shard), device=labels.device, generator=generator)
@@ -54,23 +75,35 @@ def draw(
     positions[classes] = torch.arange(size, device=labels.device)
     number = forced.sum().to(dtype)
     stands_for = torch.log((len(forced) - number) / (size - number))
-    return Sample(classes, positions, torch.where(forced[classes], torch.zeros_like(stands_for), stands_for))
+    return Sample(
+        classes, positions, torch.where(forced[classes], torch.zeros_like(stands_for), stands_for)
+    )
 
 
 def rows_in_sample(rows: Rows, sample: Sample, graph: ClassGraph, shard: slice) -> Rows:
-    """The rows with positions in the sample for class ids; one that is not there is outside of every tile."""
+    """The rows with positions in the sample for class ids; one that is not there is outside of
+    every tile.
+    """
     prior = sample.correction
     if rows.log_prior is not None:
         prior = prior + rows.log_prior[shard][sample.classes]
     # The targets are all in the sample, and first.
     predicted = min(max(rows.num_predicted - shard.start, 0), _targets(shard, graph))
-    rows = rows._replace(labels=_positions(rows.labels, sample, shard, -1), log_prior=prior, num_predicted=predicted)
+    rows = rows._replace(
+        labels=_positions(rows.labels, sample, shard, -1), log_prior=prior, num_predicted=predicted
+    )
     if rows.graph_rows is None or rows.indptr is None or rows.indices is None:
         return rows
-    ids, real = padded_neighbours(rows.indptr, rows.indices, rows.max_degree, rows.graph_rows.flatten())
+    ids, real = padded_neighbours(
+        rows.indptr, rows.indices, rows.max_degree, rows.graph_rows.flatten()
+    )
     silenced = _positions(ids, sample, shard, BEYOND).masked_fill_(~real, BEYOND).sort(dim=1).values
     each = torch.arange(len(silenced) + 1, device=ids.device)
-    return rows._replace(graph_rows=each[:-1].view(rows.labels.shape), indptr=each * rows.max_degree, indices=silenced.flatten())
+    return rows._replace(
+        graph_rows=each[:-1].view(rows.labels.shape),
+        indptr=each * rows.max_degree,
+        indices=silenced.flatten(),
+    )
 
 
 def _targets(shard: slice, graph: ClassGraph) -> int:
@@ -80,10 +113,12 @@ def _targets(shard: slice, graph: ClassGraph) -> int:
 
 def _forced(labels: Tensor, graph: ClassGraph, shard: slice) -> Tensor:
     """(c,) bool."""
-    ids, _ = padded_neighbours(graph.indptr, graph.indices, graph.max_degree, labels.flatten())  # padded with the label
+    # padded with the label
+    ids, _ = padded_neighbours(graph.indptr, graph.indices, graph.max_degree, labels.flatten())
     local = torch.cat([labels.flatten(), ids.flatten()]) - shard.start
     count = length(shard)
-    forced = torch.zeros(count + 1, dtype=torch.bool, device=labels.device)  # the last is for other shards' classes
+    # the last is for other shards' classes
+    forced = torch.zeros(count + 1, dtype=torch.bool, device=labels.device)
     forced[torch.where((local >= 0) & (local < count), local, count)] = True
     forced[: _targets(shard, graph)] = True
     return forced[:count]

@@ -1,4 +1,6 @@
-"""One label per row, or two with their shares (mixup, cutmix), in one form: the loss is linear in the labels."""
+"""One label per row, or two with their shares (mixup, cutmix), in one form: the loss is linear in
+the labels.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,11 @@ from torch import Tensor
 IGNORE_INDEX = -100  # PyTorch's own: a label that has no loss and does not count in the mean
 
 
-def stack_labels(target: Tensor, target_b: Tensor | None, mix: float | Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Labels (L, N) int64 and their shares (L, N) of the given dtype, which sum to 1 over L = 1 or 2.
+def stack_labels(
+    target: Tensor, target_b: Tensor | None, mix: float | Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Labels (L, N) int64 and their shares (L, N) of the given dtype, which sum to 1 over L = 1 or
+    2.
 
     An ignored label has share 0, and stands as class 0 so that it can be looked up.
     """
@@ -19,24 +24,36 @@ def stack_labels(target: Tensor, target_b: Tensor | None, mix: float | Tensor | 
     else:
         # A product, not torch.full: under torch.compile, full makes a new graph for every number.
         if isinstance(mix, Tensor):
-            # A scalar on the CPU goes into the product as it is: moved to a GPU, it would be waited for.
-            mix = mix.detach().to(dtype) if mix.ndim == 0 and mix.is_cpu else mix.detach().to(target.device, dtype)
+            # A scalar on the CPU goes into the product as it is: moved to a GPU, it would be waited
+            # for.
+            mix = (
+                mix.detach().to(dtype)
+                if mix.ndim == 0 and mix.is_cpu
+                else mix.detach().to(target.device, dtype)
+            )
         share = whole * mix
-        labels, shares = torch.stack([target.long(), target_b.long()]), torch.stack([share, 1 - share])
+        labels, shares = (
+            torch.stack([target.long(), target_b.long()]),
+            torch.stack([share, 1 - share]),
+        )
     ignored = labels == IGNORE_INDEX
     return labels.masked_fill(ignored, 0), shares.masked_fill(ignored, 0)
 
 
 def counted_rows(shares: Tensor) -> Tensor:
-    """What "mean" divides by, (): the rows that are not ignored; 1 where all are, so that their mean is 0."""
+    """What "mean" divides by, (): the rows that are not ignored; 1 where all are, so that their
+    mean is 0.
+    """
     count = shares.sum()
     return torch.where(count > 0, count, torch.ones_like(count))
 
 
 def divided(shares: Tensor, reduction: str, product: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Shares (L, N) with the mean's divisor in, and what is left to divide the summed loss by, if anything.
+    """Shares (L, N) with the mean's divisor in, and what is left to divide the summed loss by, if
+    anything.
 
-    In half precision gradients divided by the rows would vanish before a loss scale lifts them: there the division is last.
+    In half precision gradients divided by the rows would vanish before a loss scale lifts them:
+    there the division is last.
     """
     if reduction != "mean":
         return shares, None

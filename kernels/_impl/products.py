@@ -1,4 +1,6 @@
-"""The matrix products of the linear loss: their dtypes, and sums that are wider than what is multiplied."""
+"""The matrix products of the linear loss: their dtypes, and sums that are wider than what is
+multiplied.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,19 @@ def is_autocast(features: Tensor) -> bool:
 
 def product_dtype(features: Tensor, autocast: bool) -> torch.dtype:
     device = features.device.type
-    dtype = torch.get_autocast_dtype(device) if autocast and features.dtype != torch.float64 else features.dtype
+    dtype = (
+        torch.get_autocast_dtype(device)
+        if autocast and features.dtype != torch.float64
+        else features.dtype
+    )
     # Measured on AVX-512: fp16 products take 4 to 60 times as long as fp32 ones, and can overflow.
     return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a gradient is kept in between forward and backward: halves could overflow before the loss scale is known."""
+    """What a gradient is kept in between forward and backward: halves could overflow before the
+    loss scale is known.
+    """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -32,11 +40,14 @@ def logits_of(features: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
-    """total (+)= left @ right, summed in the dtype of total, which may be wider than theirs; `fresh`: total is overwritten."""
+    """total (+)= left @ right, summed in the dtype of total, which may be wider than theirs;
+    `fresh`: total is overwritten.
+    """
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, beta=0 if fresh else 1, out=total)
     elif total.is_cuda and total.dtype == torch.float32:
-        # The product leaves the multiplier's fp32 registers as it is: a half could overflow, a bfloat16 would round.
+        # The product leaves the multiplier's fp32 registers as it is: a half could overflow, a
+        # bfloat16 would round.
         torch.addmm(total, left, right, out_dtype=total.dtype, beta=0 if fresh else 1, out=total)
     elif fresh:
         total.copy_(left @ right)

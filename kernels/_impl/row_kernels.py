@@ -1,16 +1,20 @@
-"""The Triton kernels: rows of logits to their terms and their gradient, with prior and silencing, in fp32 inside.
+"""The Triton kernels: rows of logits to their terms and their gradient, with prior and silencing,
+in fp32 inside.
 
-A program has one row, or a part of one, and goes over its classes in blocks of columns. Where a whole row is one block it stays
-in registers: read once, written once. Longer rows are gone over twice, by one program or, where there are few rows, by several
-that never wait for each other. Within a program no thread waits for another either until the end: each keeps a log-sum-exp of
-its own columns.
+A program has one row, or a part of one, and goes over its classes in blocks of columns. Where a
+whole row is one block it stays in registers: read once, written once. Longer rows are gone over
+twice, by one program or, where there are few rows, by several that never wait for each other.
+Within a program no thread waits for another either until the end: each keeps a log-sum-exp of its
+own columns.
 
-The silenced classes of a label are a row of the class graph, ascending, so they are met one by one on the way: a block compares
-its columns with those that lie in it, mostly none. No mask over rows and classes is ever made.
+The silenced classes of a label are a row of the class graph, ascending, so they are met one by one
+on the way: a block compares its columns with those that lie in it, mostly none. No mask over rows
+and classes is ever made.
 
-Offsets of rows are 64 bits wide: 16k rows of 1M classes are more than 2^31 logits. Names: L labels per row (1 or 2; a and b), BLOCK
-columns in LANEs that one thread reads at once, `first` the class of column 0, `part` one of several programs of a row, `width` the
-columns that memory has, of which those from `classes` on mean nothing. Strides and `width` are in units of ALIGNED columns.
+Offsets of rows are 64 bits wide: 16k rows of 1M classes are more than 2^31 logits. Names: L labels
+per row (1 or 2; a and b), BLOCK columns in LANEs that one thread reads at once, `first` the class
+of column 0, `part` one of several programs of a row, `width` the columns that memory has, of which
+those from `classes` on mean nothing. Strides and `width` are in units of ALIGNED columns.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that the difference of two maxima is never NaN
+# finite, so that the difference of two maxima is never NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 NEVER = tl.constexpr(2147483647)  # above every class
 
 
@@ -39,7 +44,7 @@ def _column_of(label, first):
 
 @triton.jit
 def _silenced_range(indptr, indices, graph_rows, label_row, begin_class, steps):
-    """The places in `indices` of the label's silenced classes from begin_class on, and their end."""
+    """The place in `indices` of the label's silenced classes from begin_class on, and the end."""
     graph_row = tl.load(graph_rows + label_row)
     slot, end = tl.load(indptr + graph_row), tl.load(indptr + graph_row + 1)
     high = end
@@ -54,12 +59,17 @@ def _silenced_range(indptr, indices, graph_rows, label_row, begin_class, steps):
 @triton.jit
 def _column_at(indices, slot, end, first):
     """The column of the silenced class at that place; NEVER after the last."""
-    return tl.where(slot < end, tl.minimum(tl.load(indices + slot, mask=slot < end, other=0) - first, NEVER), NEVER).to(tl.int32)
+    return tl.where(
+        slot < end,
+        tl.minimum(tl.load(indices + slot, mask=slot < end, other=0) - first, NEVER),
+        NEVER,
+    ).to(tl.int32)
 
 
 @triton.jit
 def _silenced(base, indices, slot, end, first, columns, stop, log_silence, smoothing):
-    """base with its silenced columns below `stop` lowered, which columns are not silenced, and the place of the next one.
+    """base with its silenced columns below `stop` lowered, which columns are not silenced, and the
+    place of the next one.
 
     The latter tile is made only where labels are smoothed.
     """
@@ -81,7 +91,9 @@ def _silenced(base, indices, slot, end, first, columns, stop, log_silence, smoot
 
 @triton.jit
 def _block(logits, log_prior, first, columns, stop, MASKED: tl.constexpr):
-    """The logits of a row at these columns, and the same plus prior, fp32; -inf from `stop` on, where they are masked."""
+    """The logits of a row at these columns, and the same plus prior, fp32; -inf from `stop` on,
+    where they are masked.
+    """
     if MASKED:
         inside = columns < stop
         read = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
@@ -110,11 +122,15 @@ def _store_label_logit(logits, log_prior, labels, label_logits, label_row, class
 
 @triton.jit
 def _best_of(read, start, first, num_predicted, best_logit, best, BLOCK: tl.constexpr):
-    """The running best over the predicted classes, with a block's logits taken in; the first of equals."""
+    """The running best over the predicted classes, with a block's logits taken in; the first of
+    equals.
+    """
     classes = start + first + tl.arange(0, BLOCK)
     considered = tl.where(classes < num_predicted, tl.reshape(read, (BLOCK,)), float("-inf"))
     here, where = tl.max(considered, axis=0, return_indices=True)
-    return tl.maximum(here, best_logit), tl.where(here > best_logit, where.to(tl.int64) + start + first, best)
+    return tl.maximum(here, best_logit), tl.where(
+        here > best_logit, where.to(tl.int64) + start + first, best
+    )
 
 
 # ---- log-sum-exp, of each thread's own columns
@@ -165,47 +181,89 @@ def _label_of(labels, shares, smoothing, label_row, first, label_smoothing):
 
 @triton.jit
 def _whole_row_of_label(
-    base, columns, log_prior, labels, shares, smoothing, graph_rows, indptr, indices,
-    log_sums, logit_sums, label_row, classes, log_silence, label_smoothing, BLOCK: tl.constexpr,
-):  # fmt: skip
+    base,
+    columns,
+    log_prior,
+    labels,
+    shares,
+    smoothing,
+    graph_rows,
+    indptr,
+    indices,
+    log_sums,
+    logit_sums,
+    label_row,
+    classes,
+    log_silence,
+    label_smoothing,
+    BLOCK: tl.constexpr,
+):
     """Stores the terms of one label, and returns its part of the gradient."""
     slot, end = 0, 0
     if indices is not None:
         slot, end = _silenced_range(indptr, indices, graph_rows, label_row, 0, 0)
-    values, unsilenced, _ = _silenced(base, indices, slot, end, 0, columns, BLOCK, log_silence, smoothing)
+    values, unsilenced, _ = _silenced(
+        base, indices, slot, end, 0, columns, BLOCK, log_silence, smoothing
+    )
     highest = tl.maximum(tl.max(values), LOWEST)
     exponentials = tl.exp(values - highest)
     total = tl.sum(exponentials)
     tl.store(log_sums + label_row, highest + tl.log(total))
-    column, share, mass, spread = _label_of(labels, shares, smoothing, label_row, 0, label_smoothing)
+    column, share, mass, spread = _label_of(
+        labels, shares, smoothing, label_row, 0, label_smoothing
+    )
     gradient = tl.where(share != 0, exponentials * (share / total), 0.0)
     if smoothing is not None:
-        tl.store(logit_sums + label_row, tl.sum(tl.where(unsilenced & (columns < classes), base, 0.0)))
+        tl.store(
+            logit_sums + label_row, tl.sum(tl.where(unsilenced & (columns < classes), base, 0.0))
+        )
         gradient -= tl.where(unsilenced, spread, 0.0)
     return gradient - tl.where(columns == column, mass, 0.0)
 
 
 @triton.jit
 def whole_rows(
-    logits, stride,  # (n, C), rows contiguous
-    out, out_stride,  # (n, C) the gradient, may be logits
+    logits,
+    stride,  # (n, C), rows contiguous
+    out,
+    out_stride,  # (n, C) the gradient, may be logits
     log_prior,  # fp32, (C,) and readable up to the tile's width; or None
-    labels, shares, smoothing,  # (L, n) int64; fp32; fp32 or None
-    graph_rows, indptr, indices,  # (L, n) int64, CSR; or None
-    log_sums, label_logits, logit_sums,  # (L, n) fp32, written
-    best_logits, bests,  # (n,) fp32 and int64, written; or None
-    rows, classes, width, num_predicted, log_silence, label_smoothing,
-    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+    labels,
+    shares,
+    smoothing,  # (L, n) int64; fp32; fp32 or None
+    graph_rows,
+    indptr,
+    indices,  # (L, n) int64, CSR; or None
+    log_sums,
+    label_logits,
+    logit_sums,  # (L, n) fp32, written
+    best_logits,
+    bests,  # (n,) fp32 and int64, written; or None
+    rows,
+    classes,
+    width,
+    num_predicted,
+    log_silence,
+    label_smoothing,
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Rows that fit into one block: terms and gradient."""
     stride, out_stride, width = stride * ALIGNED, out_stride * ALIGNED, width * ALIGNED
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     columns = _columns(0, BLOCK, LANE)
     read, base = _block(logits, log_prior, 0, columns, width, True)
-    read, base = tl.where(columns < classes, read, float("-inf")), tl.where(columns < classes, base, float("-inf"))
+    read, base = (
+        tl.where(columns < classes, read, float("-inf")),
+        tl.where(columns < classes, base, float("-inf")),
+    )
     if bests is not None:
-        best_logit, best = _best_of(read, 0, 0, num_predicted, float("-inf"), tl.zeros((), tl.int64), BLOCK)
+        best_logit, best = _best_of(
+            read, 0, 0, num_predicted, float("-inf"), tl.zeros((), tl.int64), BLOCK
+        )
         tl.store(best_logits + row, best_logit)
         tl.store(bests + row, best)
     for which in tl.static_range(LABELS):
@@ -213,12 +271,30 @@ def whole_rows(
     gradient = tl.zeros((BLOCK // LANE, LANE), tl.float32)
     for which in tl.static_range(LABELS):
         gradient += _whole_row_of_label(
-            base, columns, log_prior, labels, shares, smoothing, graph_rows, indptr, indices,
-            log_sums, logit_sums, which * rows + row, classes, log_silence, label_smoothing, BLOCK,
-        )  # fmt: skip
+            base,
+            columns,
+            log_prior,
+            labels,
+            shares,
+            smoothing,
+            graph_rows,
+            indptr,
+            indices,
+            log_sums,
+            logit_sums,
+            which * rows + row,
+            classes,
+            log_silence,
+            label_smoothing,
+            BLOCK,
+        )
     # Where out is logits, other warps may still have to read the label's logit.
     tl.debug_barrier()
-    tl.store(out + row.to(tl.int64) * out_stride + columns, gradient.to(out.dtype.element_ty), mask=columns < width)
+    tl.store(
+        out + row.to(tl.int64) * out_stride + columns,
+        gradient.to(out.dtype.element_ty),
+        mask=columns < width,
+    )
 
 
 # ---- long rows
@@ -226,20 +302,47 @@ def whole_rows(
 
 @triton.jit
 def _scan_block(
-    logits, log_prior, smoothing, indices, bests, start, stop, first, num_predicted, log_silence,
-    slot_a, end_a, peak_a, weight_a, sum_a, slot_b, end_b, peak_b, weight_b, sum_b, best_logit, best,
-    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    logits,
+    log_prior,
+    smoothing,
+    indices,
+    bests,
+    start,
+    stop,
+    first,
+    num_predicted,
+    log_silence,
+    slot_a,
+    end_a,
+    peak_a,
+    weight_a,
+    sum_a,
+    slot_b,
+    end_b,
+    peak_b,
+    weight_b,
+    sum_b,
+    best_logit,
+    best,
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     columns = _columns(start, BLOCK, LANE)
     read, base = _block(logits, log_prior, first, columns, stop, MASKED)
     if bests is not None and start + first < num_predicted:
         best_logit, best = _best_of(read, start, first, num_predicted, best_logit, best, BLOCK)
-    values, unsilenced, slot_a = _silenced(base, indices, slot_a, end_a, first, columns, start + BLOCK, log_silence, smoothing)
+    values, unsilenced, slot_a = _silenced(
+        base, indices, slot_a, end_a, first, columns, start + BLOCK, log_silence, smoothing
+    )
     peak_a, weight_a = _taken_in(peak_a, weight_a, values)
     if smoothing is not None:
         sum_a += tl.sum(tl.where(unsilenced & (columns < stop), base, 0.0), axis=1)
     if LABELS == 2:
-        values, unsilenced, slot_b = _silenced(base, indices, slot_b, end_b, first, columns, start + BLOCK, log_silence, smoothing)
+        values, unsilenced, slot_b = _silenced(
+            base, indices, slot_b, end_b, first, columns, start + BLOCK, log_silence, smoothing
+        )
         peak_b, weight_b = _taken_in(peak_b, weight_b, values)
         if smoothing is not None:
             sum_b += tl.sum(tl.where(unsilenced & (columns < stop), base, 0.0), axis=1)
@@ -248,29 +351,103 @@ def _scan_block(
 
 @triton.jit
 def _scan(
-    logits, log_prior, smoothing, indices, slot_a, end_a, slot_b, end_b,
-    log_sums, logit_sums, best_logits, bests, part,
-    row, rows, begin, stop, first, num_predicted, log_silence,
-    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """Terms over the columns begin..stop - 1, stored as those of this part; returns the log-sum-exp for each label."""
-    peak_a, weight_a = tl.full((BLOCK // LANE,), LOWEST, tl.float32), tl.zeros((BLOCK // LANE,), tl.float32)
+    logits,
+    log_prior,
+    smoothing,
+    indices,
+    slot_a,
+    end_a,
+    slot_b,
+    end_b,
+    log_sums,
+    logit_sums,
+    best_logits,
+    bests,
+    part,
+    row,
+    rows,
+    begin,
+    stop,
+    first,
+    num_predicted,
+    log_silence,
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+):
+    """Terms over the columns begin..stop - 1, stored as those of this part; returns the log-sum-exp
+    for each label.
+    """
+    peak_a, weight_a = (
+        tl.full((BLOCK // LANE,), LOWEST, tl.float32),
+        tl.zeros((BLOCK // LANE,), tl.float32),
+    )
     peak_b, weight_b = peak_a, weight_a
     sum_a, sum_b = weight_a, weight_a
     best_logit, best = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.int64)
     full = begin + tl.maximum(stop - begin, 0) // BLOCK * BLOCK
     for start in range(begin, full, BLOCK):
-        slot_a, peak_a, weight_a, sum_a, slot_b, peak_b, weight_b, sum_b, best_logit, best = _scan_block(
-            logits, log_prior, smoothing, indices, bests, start, stop, first, num_predicted, log_silence,
-            slot_a, end_a, peak_a, weight_a, sum_a, slot_b, end_b, peak_b, weight_b, sum_b, best_logit, best,
-            LABELS, BLOCK, LANE, False,
-        )  # fmt: skip
+        slot_a, peak_a, weight_a, sum_a, slot_b, peak_b, weight_b, sum_b, best_logit, best = (
+            _scan_block(
+                logits,
+                log_prior,
+                smoothing,
+                indices,
+                bests,
+                start,
+                stop,
+                first,
+                num_predicted,
+                log_silence,
+                slot_a,
+                end_a,
+                peak_a,
+                weight_a,
+                sum_a,
+                slot_b,
+                end_b,
+                peak_b,
+                weight_b,
+                sum_b,
+                best_logit,
+                best,
+                LABELS,
+                BLOCK,
+                LANE,
+                False,
+            )
+        )
     if full < stop:
-        slot_a, peak_a, weight_a, sum_a, slot_b, peak_b, weight_b, sum_b, best_logit, best = _scan_block(
-            logits, log_prior, smoothing, indices, bests, full, stop, first, num_predicted, log_silence,
-            slot_a, end_a, peak_a, weight_a, sum_a, slot_b, end_b, peak_b, weight_b, sum_b, best_logit, best,
-            LABELS, BLOCK, LANE, True,
-        )  # fmt: skip
+        slot_a, peak_a, weight_a, sum_a, slot_b, peak_b, weight_b, sum_b, best_logit, best = (
+            _scan_block(
+                logits,
+                log_prior,
+                smoothing,
+                indices,
+                bests,
+                full,
+                stop,
+                first,
+                num_predicted,
+                log_silence,
+                slot_a,
+                end_a,
+                peak_a,
+                weight_a,
+                sum_a,
+                slot_b,
+                end_b,
+                peak_b,
+                weight_b,
+                sum_b,
+                best_logit,
+                best,
+                LABELS,
+                BLOCK,
+                LANE,
+                True,
+            )
+        )
     part_row = part.to(tl.int64) * rows + row
     place = part.to(tl.int64) * LABELS * rows + row
     log_sum_a = _log_sum_of(peak_a, weight_a)
@@ -291,18 +468,45 @@ def _scan(
 
 @triton.jit
 def _gradient_block(
-    logits, out, log_prior, smoothing, indices, start, stop, first, log_silence,
-    slot_a, end_a, log_sum_a, column_a, share_a, mass_a, spread_a,
-    slot_b, end_b, log_sum_b, column_b, share_b, mass_b, spread_b,
-    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    logits,
+    out,
+    log_prior,
+    smoothing,
+    indices,
+    start,
+    stop,
+    first,
+    log_silence,
+    slot_a,
+    end_a,
+    log_sum_a,
+    column_a,
+    share_a,
+    mass_a,
+    spread_a,
+    slot_b,
+    end_b,
+    log_sum_b,
+    column_b,
+    share_b,
+    mass_b,
+    spread_b,
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     columns = _columns(start, BLOCK, LANE)
     _, base = _block(logits, log_prior, first, columns, stop, MASKED)
-    values, unsilenced, slot_a = _silenced(base, indices, slot_a, end_a, first, columns, start + BLOCK, log_silence, smoothing)
+    values, unsilenced, slot_a = _silenced(
+        base, indices, slot_a, end_a, first, columns, start + BLOCK, log_silence, smoothing
+    )
     gradient = _gradient_of(values, log_sum_a, share_a, unsilenced, spread_a, smoothing)
     gradient = _less_label(gradient, columns, column_a, start, start + BLOCK, mass_a)
     if LABELS == 2:
-        values, unsilenced, slot_b = _silenced(base, indices, slot_b, end_b, first, columns, start + BLOCK, log_silence, smoothing)
+        values, unsilenced, slot_b = _silenced(
+            base, indices, slot_b, end_b, first, columns, start + BLOCK, log_silence, smoothing
+        )
         gradient += _gradient_of(values, log_sum_b, share_b, unsilenced, spread_b, smoothing)
         gradient = _less_label(gradient, columns, column_b, start, start + BLOCK, mass_b)
     if MASKED:
@@ -314,32 +518,106 @@ def _gradient_block(
 
 @triton.jit
 def _write_gradient(
-    logits, out, log_prior, labels, shares, smoothing, indices, slot_a, end_a, slot_b, end_b, log_sum_a, log_sum_b,
-    row, rows, begin, stop, first, log_silence, label_smoothing,
-    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
+    logits,
+    out,
+    log_prior,
+    labels,
+    shares,
+    smoothing,
+    indices,
+    slot_a,
+    end_a,
+    slot_b,
+    end_b,
+    log_sum_a,
+    log_sum_b,
+    row,
+    rows,
+    begin,
+    stop,
+    first,
+    log_silence,
+    label_smoothing,
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+):
     """The gradient at the columns begin..stop - 1; the log-sum-exps are over all classes."""
-    column_a, share_a, mass_a, spread_a = _label_of(labels, shares, smoothing, row, first, label_smoothing)
+    column_a, share_a, mass_a, spread_a = _label_of(
+        labels, shares, smoothing, row, first, label_smoothing
+    )
     column_b, share_b, mass_b, spread_b = column_a, share_a, mass_a, spread_a
     if LABELS == 2:
-        column_b, share_b, mass_b, spread_b = _label_of(labels, shares, smoothing, rows + row, first, label_smoothing)
+        column_b, share_b, mass_b, spread_b = _label_of(
+            labels, shares, smoothing, rows + row, first, label_smoothing
+        )
     full = begin + tl.maximum(stop - begin, 0) // BLOCK * BLOCK
     for start in range(begin, full, BLOCK):
         slot_a, slot_b = _gradient_block(
-            logits, out, log_prior, smoothing, indices, start, stop, first, log_silence,
-            slot_a, end_a, log_sum_a, column_a, share_a, mass_a, spread_a,
-            slot_b, end_b, log_sum_b, column_b, share_b, mass_b, spread_b, LABELS, BLOCK, LANE, False,
-        )  # fmt: skip
+            logits,
+            out,
+            log_prior,
+            smoothing,
+            indices,
+            start,
+            stop,
+            first,
+            log_silence,
+            slot_a,
+            end_a,
+            log_sum_a,
+            column_a,
+            share_a,
+            mass_a,
+            spread_a,
+            slot_b,
+            end_b,
+            log_sum_b,
+            column_b,
+            share_b,
+            mass_b,
+            spread_b,
+            LABELS,
+            BLOCK,
+            LANE,
+            False,
+        )
     if full < stop:
         _gradient_block(
-            logits, out, log_prior, smoothing, indices, full, stop, first, log_silence,
-            slot_a, end_a, log_sum_a, column_a, share_a, mass_a, spread_a,
-            slot_b, end_b, log_sum_b, column_b, share_b, mass_b, spread_b, LABELS, BLOCK, LANE, True,
-        )  # fmt: skip
+            logits,
+            out,
+            log_prior,
+            smoothing,
+            indices,
+            full,
+            stop,
+            first,
+            log_silence,
+            slot_a,
+            end_a,
+            log_sum_a,
+            column_a,
+            share_a,
+            mass_a,
+            spread_a,
+            slot_b,
+            end_b,
+            log_sum_b,
+            column_b,
+            share_b,
+            mass_b,
+            spread_b,
+            LABELS,
+            BLOCK,
+            LANE,
+            True,
+        )
 
 
 @triton.jit
-def _silenced_ranges(indptr, indices, graph_rows, row, rows, begin_class, steps, LABELS: tl.constexpr):
+def _silenced_ranges(
+    indptr, indices, graph_rows, row, rows, begin_class, steps, LABELS: tl.constexpr
+):
     """_silenced_range of both labels; of one twice where there is one."""
     slot_a, end_a = _silenced_range(indptr, indices, graph_rows, row, begin_class, steps)
     slot_b, end_b = slot_a, end_a
@@ -350,11 +628,32 @@ def _silenced_ranges(indptr, indices, graph_rows, row, rows, begin_class, steps,
 
 @triton.jit
 def long_rows(
-    logits, stride, out, out_stride, log_prior, labels, shares, smoothing, graph_rows, indptr, indices,
-    log_sums, label_logits, logit_sums, best_logits, bests,
-    rows, classes, num_predicted, log_silence, label_smoothing,
-    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+    logits,
+    stride,
+    out,
+    out_stride,
+    log_prior,
+    labels,
+    shares,
+    smoothing,
+    graph_rows,
+    indptr,
+    indices,
+    log_sums,
+    label_logits,
+    logit_sums,
+    best_logits,
+    bests,
+    rows,
+    classes,
+    num_predicted,
+    log_silence,
+    label_smoothing,
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """As `whole_rows`, for rows of several blocks: the second time they come from the cache."""
     stride, out_stride = stride * ALIGNED, out_stride * ALIGNED
     row = tl.program_id(0)
@@ -363,28 +662,90 @@ def long_rows(
         _store_label_logit(logits, log_prior, labels, label_logits, which * rows + row, classes, 0)
     slot_a, end_a, slot_b, end_b = 0, 0, 0, 0
     if indices is not None:  # column 0 is class 0: nothing has to be searched
-        slot_a, end_a, slot_b, end_b = _silenced_ranges(indptr, indices, graph_rows, row, rows, 0, 0, LABELS)
+        slot_a, end_a, slot_b, end_b = _silenced_ranges(
+            indptr, indices, graph_rows, row, rows, 0, 0, LABELS
+        )
     log_sum_a, log_sum_b = _scan(
-        logits, log_prior, smoothing, indices, slot_a, end_a, slot_b, end_b,
-        log_sums, logit_sums, best_logits, bests, tl.program_id(1),
-        row, rows, 0, classes, 0, num_predicted, log_silence, LABELS, BLOCK, LANE,
-    )  # fmt: skip
+        logits,
+        log_prior,
+        smoothing,
+        indices,
+        slot_a,
+        end_a,
+        slot_b,
+        end_b,
+        log_sums,
+        logit_sums,
+        best_logits,
+        bests,
+        tl.program_id(1),
+        row,
+        rows,
+        0,
+        classes,
+        0,
+        num_predicted,
+        log_silence,
+        LABELS,
+        BLOCK,
+        LANE,
+    )
     # Where out is logits, every warp must have read the labels' logits before any warp writes.
     tl.debug_barrier()
     _write_gradient(
-        logits, out + row.to(tl.int64) * out_stride, log_prior, labels, shares, smoothing, indices,
-        slot_a, end_a, slot_b, end_b, log_sum_a, log_sum_b,
-        row, rows, 0, classes, 0, log_silence, label_smoothing, LABELS, BLOCK, LANE,
-    )  # fmt: skip
+        logits,
+        out + row.to(tl.int64) * out_stride,
+        log_prior,
+        labels,
+        shares,
+        smoothing,
+        indices,
+        slot_a,
+        end_a,
+        slot_b,
+        end_b,
+        log_sum_a,
+        log_sum_b,
+        row,
+        rows,
+        0,
+        classes,
+        0,
+        log_silence,
+        label_smoothing,
+        LABELS,
+        BLOCK,
+        LANE,
+    )
 
 
 @triton.jit
 def part_terms(
-    logits, stride, log_prior, labels, smoothing, graph_rows, indptr, indices,
-    log_sums, label_logits, logit_sums, best_logits, bests,  # the first, third, fourth and fifth once per part
-    rows, classes, first, span, num_predicted, log_silence, steps,
-    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+    logits,
+    stride,
+    log_prior,
+    labels,
+    smoothing,
+    graph_rows,
+    indptr,
+    indices,
+    log_sums,
+    label_logits,
+    logit_sums,
+    best_logits,
+    bests,  # the first, third, fourth and fifth once per part
+    rows,
+    classes,
+    first,
+    span,
+    num_predicted,
+    log_silence,
+    steps,
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Terms of a part of each row, `span` columns of a tile whose column 0 is class `first`."""
     stride = stride * ALIGNED
     row, part = tl.program_id(0), tl.program_id(1)
@@ -392,23 +753,67 @@ def part_terms(
     begin = part * span
     if part == 0:
         for which in tl.static_range(LABELS):
-            _store_label_logit(logits, log_prior, labels, label_logits, which * rows + row, classes, first)
+            _store_label_logit(
+                logits, log_prior, labels, label_logits, which * rows + row, classes, first
+            )
     slot_a, end_a, slot_b, end_b = 0, 0, 0, 0
     if indices is not None:
-        slot_a, end_a, slot_b, end_b = _silenced_ranges(indptr, indices, graph_rows, row, rows, first + begin, steps, LABELS)
+        slot_a, end_a, slot_b, end_b = _silenced_ranges(
+            indptr, indices, graph_rows, row, rows, first + begin, steps, LABELS
+        )
     _scan(
-        logits, log_prior, smoothing, indices, slot_a, end_a, slot_b, end_b,
-        log_sums, logit_sums, best_logits, bests, part,
-        row, rows, begin, tl.minimum(begin + span, classes), first, num_predicted, log_silence, LABELS, BLOCK, LANE,
-    )  # fmt: skip
+        logits,
+        log_prior,
+        smoothing,
+        indices,
+        slot_a,
+        end_a,
+        slot_b,
+        end_b,
+        log_sums,
+        logit_sums,
+        best_logits,
+        bests,
+        part,
+        row,
+        rows,
+        begin,
+        tl.minimum(begin + span, classes),
+        first,
+        num_predicted,
+        log_silence,
+        LABELS,
+        BLOCK,
+        LANE,
+    )
 
 
 @triton.jit
 def part_gradient(
-    logits, stride, out, out_stride, log_prior, labels, shares, smoothing, graph_rows, indptr, indices, log_sums,
-    rows, classes, first, span, log_silence, label_smoothing, steps,
-    LABELS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+    logits,
+    stride,
+    out,
+    out_stride,
+    log_prior,
+    labels,
+    shares,
+    smoothing,
+    graph_rows,
+    indptr,
+    indices,
+    log_sums,
+    rows,
+    classes,
+    first,
+    span,
+    log_silence,
+    label_smoothing,
+    steps,
+    LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """The gradient of a part of each row; log_sums (L, n) are over all classes."""
     stride, out_stride = stride * ALIGNED, out_stride * ALIGNED
     row = tl.program_id(0)
@@ -419,12 +824,34 @@ def part_gradient(
         log_sum_b = tl.load(log_sums + rows + row)
     slot_a, end_a, slot_b, end_b = 0, 0, 0, 0
     if indices is not None:
-        slot_a, end_a, slot_b, end_b = _silenced_ranges(indptr, indices, graph_rows, row, rows, first + begin, steps, LABELS)
+        slot_a, end_a, slot_b, end_b = _silenced_ranges(
+            indptr, indices, graph_rows, row, rows, first + begin, steps, LABELS
+        )
     _write_gradient(
-        logits + row.to(tl.int64) * stride, out + row.to(tl.int64) * out_stride, log_prior, labels, shares, smoothing, indices,
-        slot_a, end_a, slot_b, end_b, log_sum_a, log_sum_b,
-        row, rows, begin, tl.minimum(begin + span, classes), first, log_silence, label_smoothing, LABELS, BLOCK, LANE,
-    )  # fmt: skip
+        logits + row.to(tl.int64) * stride,
+        out + row.to(tl.int64) * out_stride,
+        log_prior,
+        labels,
+        shares,
+        smoothing,
+        indices,
+        slot_a,
+        end_a,
+        slot_b,
+        end_b,
+        log_sum_a,
+        log_sum_b,
+        row,
+        rows,
+        begin,
+        tl.minimum(begin + span, classes),
+        first,
+        log_silence,
+        label_smoothing,
+        LABELS,
+        BLOCK,
+        LANE,
+    )
 
 
 @triton.jit

@@ -1,12 +1,14 @@
-"""What a tile of logits says about its rows, and how tiles are put together: the parts that all the fast paths share.
+"""What a tile of logits says about its rows, and how tiles are put together: the parts that all the
+fast paths share.
 
-A tile is some rows by some neighbouring classes: all of them, or a slice of a million, or the shard of one rank. Its
-terms are small. Merged over all tiles of a row they give the loss, and the log-sum-exp that each tile needs to turn its
-logits into their gradient. `torch_rows` and `triton_rows` compute them, with the same three functions:
+A tile is some rows by some neighbouring classes: all of them, or a slice of a million, or the shard
+of one rank. Its terms are small. Merged over all tiles of a row they give the loss, and the
+log-sum-exp that each tile needs to turn its logits into their gradient. `torch_rows` and
+`triton_rows` compute them, with the same three functions:
 
     row_terms(logits, first, rows)                       what the tile says
-    row_gradient(logits, first, rows, log_sum, out)      d loss / d logits, once log_sum is known over all classes
-    row_loss_and_gradient(logits, rows, out)             both in one go, where the tile holds all classes
+    row_gradient(logits, first, rows, log_sum, out)      d loss / d logits, given log_sum
+    row_loss_and_gradient(logits, rows, out)             both, where the tile holds all classes
 """
 
 from __future__ import annotations
@@ -27,13 +29,15 @@ class Rows(NamedTuple):
     shares: Tensor  # (L, n) fp32 or fp64, what each label's loss counts
     log_prior: Tensor | None  # (C,) as shares
     smoothing: Tensor | None  # (L, n) as shares, label smoothing's mass on each unsilenced class
-    graph_rows: Tensor | None  # (L, n) int64, the row of the CSR matrix that holds the silenced classes, ascending
+    # (L, n) int64, the row of the CSR matrix that holds the silenced classes, ascending
+    graph_rows: Tensor | None
     indptr: Tensor | None
     indices: Tensor | None
     max_degree: int
     silence: float
     label_smoothing: float
-    num_predicted: int  # the prediction is the best of the classes 0..num_predicted - 1 by logit; 0: none is made
+    # the prediction is the best of the classes 0..num_predicted - 1 by logit; 0: none is made
+    num_predicted: int
 
     def part(self, rows: slice) -> Rows:
         """The same for some of the rows."""
@@ -50,7 +54,8 @@ class Terms(NamedTuple):
 
     log_sum: Tensor  # (L, n), log-sum-exp over the tile's classes
     label_logit: Tensor  # (L, n), logit plus prior of the label; -inf where it is in another tile
-    logit_sum: Tensor | None  # (L, n), sum of logits plus prior over the unsilenced classes; only where labels are smoothed
+    # (L, n), sum of logits plus prior over the unsilenced classes; only where labels are smoothed
+    logit_sum: Tensor | None
     best_logit: Tensor | None  # (n,), of the predicted classes; -inf where none is in the tile
     best: Tensor | None  # (n,) int64, which class that is
 
@@ -67,7 +72,8 @@ def describe_rows(
 ) -> Rows:
     """The rows of labels and shares (L, n); silencing that changes nothing is left out."""
     silencing = graph if graph is not None and graph.max_degree > 0 and silence < 1 else None
-    # Where values are not looked at, a label out of range gives an infinite loss, and no reading outside of the graph.
+    # Where values are not looked at, a label out of range gives an infinite loss, and no reading
+    # outside of the graph.
     graph_rows = None if silencing is None else labels.clamp(0, silencing.num_classes - 1)
     smoothing = None
     if label_smoothing > 0:
@@ -91,7 +97,9 @@ def describe_rows(
 
 
 def merge_terms(tiles: list[Terms]) -> Terms:
-    """The terms of all the tiles of the same rows as those of one tile; of equal best logits the first tile's counts."""
+    """The terms of all the tiles of the same rows as those of one tile; of equal best logits the
+    first tile's counts.
+    """
     if len(tiles) == 1:
         return tiles[0]
     best_logit = best = None
@@ -111,7 +119,10 @@ def join_terms(blocks: list[Terms]) -> Terms:
     """The terms of blocks of rows, over the same classes, as those of all the rows."""
     if len(blocks) == 1:
         return blocks[0]
-    joined = [torch.cat(parts, dim=-1) if parts[0] is not None else None for parts in zip(*blocks, strict=True)]
+    joined = [
+        torch.cat(parts, dim=-1) if parts[0] is not None else None
+        for parts in zip(*blocks, strict=True)
+    ]
     log_sum, label_logit, logit_sum, best_logit, best = joined
     assert log_sum is not None and label_logit is not None
     return Terms(log_sum, label_logit, logit_sum, best_logit, best)
@@ -122,7 +133,7 @@ def _stack(parts: list[Tensor | None]) -> Tensor:
 
 
 def losses_of(terms: Terms, rows: Rows) -> Tensor:
-    """(n,): sum over labels of share * (log_sum - expected logit), from the terms over all classes."""
+    """(n,): sum over labels of share * (log_sum - expected logit), from all classes' terms."""
     expected = (1 - rows.label_smoothing) * terms.label_logit
     if rows.smoothing is not None and terms.logit_sum is not None:
         expected = expected + rows.smoothing * terms.logit_sum

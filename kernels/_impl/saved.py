@@ -1,4 +1,6 @@
-"""What the forward keeps for the backward, and gradients that are made already and only have to be scaled."""
+"""What the forward keeps for the backward, and gradients that are made already and only have to be
+scaled.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +21,36 @@ def save_mixed(ctx: Any, values: Sequence[Any]) -> None:
 
 def saved_mixed(ctx: Any) -> list[Any]:
     """What `save_mixed` saved."""
-    return [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+    return [
+        other if tensor is None else tensor
+        for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)
+    ]
 
 
 def refuse_twice(name: str) -> None:
-    """For the backward: with create_graph its gradient would be wanted, and it would silently count as a constant."""
+    """For the backward: with create_graph its gradient would be wanted, and it would silently count
+    as a constant.
+    """
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{name} is differentiable once: use neighbor_silencing_loss(..., backend='torch')")
+        raise RuntimeError(
+            f"{name} is differentiable once: use neighbor_silencing_loss(..., backend='torch')"
+        )
 
 
 def scaled(saved: Tensor, grad_loss: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """saved * grad_loss (), in dtype.
 
-    When the graph is not kept, nobody needs `saved` any more: it is scaled in place, and where the scale is 1 (a plain
-    loss.backward()) its memory is not even touched. Else, a second backward will want it as it is.
+    When the graph is not kept, nobody needs `saved` any more: it is scaled in place, and where the
+    scale is 1 (a plain loss.backward()) its memory is not even touched. Else, a second backward
+    will want it as it is.
     """
     dtype = dtype or saved.dtype
     if _is_batched(grad_loss):
         return (saved * grad_loss).to(dtype)
     if dtype == saved.dtype and _is_ours_alone(saved):
         return _scaled_in_place(saved, grad_loss)
-    # Of one dimension at least, or it would be rounded to saved's type first, and a loss scale of 65536 is infinite in half.
+    # Of one dimension at least, or it would be rounded to saved's type first, and a loss scale of
+    # 65536 is infinite in half.
     return torch.mul(saved, grad_loss.reshape(1), out=torch.empty_like(saved, dtype=dtype))
 
 
@@ -52,10 +63,14 @@ def _scaled_in_place(saved: Tensor, scale: Tensor) -> Tensor:
 
 
 def _is_ours_alone(saved: Tensor) -> bool:
-    """Whether this is a real tensor, outside torch.compile's tracing, in a backward after which the graph is gone."""
+    """Whether this is a real tensor, outside torch.compile's tracing, in a backward after which the
+    graph is gone.
+    """
     if type(saved) is not Tensor or not saved.is_contiguous() or torch.compiler.is_compiling():
         return False
-    if not saved.is_cpu and not (saved.is_cuda and HAS_TRITON and saved.dtype != torch.float64):  # the kernel computes in fp32
+    if not saved.is_cpu and not (
+        saved.is_cuda and HAS_TRITON and saved.dtype != torch.float64
+    ):  # the kernel computes in fp32
         return False
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps_graph is not None and not keeps_graph()

@@ -1,4 +1,6 @@
-"""The classifier cut over ranks by class: which classes a rank has, what it exchanges, and its part of the loss."""
+"""The classifier cut over ranks by class: which classes a rank has, what it exchanges, and its part
+of the loss.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ Group: TypeAlias = "dist.ProcessGroup | None"  # None: all processes
 
 
 def shard_of(num_classes: int, rank: int, world: int) -> slice:
-    """The classes of a rank: torch.chunk's and DTensor's cut, of which the last may be shorter or empty."""
+    """The classes of a rank: torch.chunk's and DTensor's cut, of which the last may be shorter or
+    empty.
+    """
     size = -(-num_classes // world)
     return slice(min(rank * size, num_classes), min((rank + 1) * size, num_classes))
 
@@ -46,9 +50,11 @@ def gather_labels(labels: Tensor, shares: Tensor, group: Group) -> tuple[Tensor,
 
 
 def reduce_terms(terms: Terms, group: Group) -> Terms:
-    """The terms of all ranks' classes, from those of this rank's, in one exchange of a few numbers a row.
+    """The terms of all ranks' classes, from those of this rank's, in one exchange of a few numbers
+    a row.
 
-    A log-sum-exp says as much as a maximum and a sum. The best class is an integer in the bits of a float.
+    A log-sum-exp says as much as a maximum and a sum. The best class is an integer in the bits of a
+    float.
     """
     dtype = terms.log_sum.dtype
     parts = [terms.log_sum, terms.label_logit]
@@ -76,7 +82,9 @@ class Scattering:
 
     def __init__(self, partial: Tensor, group: Group) -> None:
         self.partial = partial.contiguous()  # must live until the exchange is over
-        self.own = partial.new_empty(partial.shape[0] // dist.get_world_size(group), *partial.shape[1:])
+        self.own = partial.new_empty(
+            partial.shape[0] // dist.get_world_size(group), *partial.shape[1:]
+        )
         collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         self.work = collective(self.own, self.partial, group=group, async_op=True)
 
@@ -95,9 +103,11 @@ class ShardGradients(NamedTuple):
 
 
 class ShardWork:
-    """All N rows by this rank's classes: their terms, and then, with what all ranks say, the gradients.
+    """All N rows by this rank's classes: their terms, and then, with what all ranks say, the
+    gradients.
 
-    Logits that are one tile are made once. Else each tile of some rows by some classes is made for both.
+    Logits that are one tile are made once. Else each tile of some rows by some classes is made for
+    both.
     """
 
     def __init__(
@@ -125,21 +135,30 @@ class ShardWork:
             return _no_terms(self.rows)
         return join_terms([self._terms_of(part) for part in self._row_parts()])
 
-    def gradients(self, log_sum: Tensor, wanted: Sequence[bool], scatter: Callable[[Tensor], Scattering]) -> ShardGradients:
+    def gradients(
+        self, log_sum: Tensor, wanted: Sequence[bool], scatter: Callable[[Tensor], Scattering]
+    ) -> ShardGradients:
         """log_sum (L, N) is over all ranks' classes; wanted: of features, weight, bias.
 
-        The sum of the features' gradient over ranks goes on while the last tile's part of the weight's is made.
+        The sum of the features' gradient over ranks goes on while the last tile's part of the
+        weight's is made.
         """
         count, width = self.features.shape
         total = self.rows.shares.dtype
         several = self.features.shape[0] > self.plan.rows
         of_weight, of_bias = (
             self.features.new_empty(shape, dtype=total if several else kept) if want else None
-            for shape, kept, want in zip(((self.classes, width), (self.classes,)), self.kept, wanted[1:], strict=True)
+            for shape, kept, want in zip(
+                ((self.classes, width), (self.classes,)), self.kept, wanted[1:], strict=True
+            )
         )
         of_features = self.features.new_zeros(count, width, dtype=total) if wanted[0] else None
         scattering = None
-        pieces = [(part, tile) for part in self._row_parts() for tile in self._tiles()] if self.classes else []
+        pieces = (
+            [(part, tile) for part in self._row_parts() for tile in self._tiles()]
+            if self.classes
+            else []
+        )
         for part, classes in pieces:
             gradient = self._gradient(part, classes, log_sum)
             if of_features is not None:
@@ -166,7 +185,12 @@ class ShardWork:
 
     def _terms_of(self, part: slice) -> Terms:
         rows = self.rows.part(part)
-        return merge_terms([self.backend.row_terms(self._logits(part, t), self.first + t.start, rows) for t in self._tiles()])
+        return merge_terms(
+            [
+                self.backend.row_terms(self._logits(part, t), self.first + t.start, rows)
+                for t in self._tiles()
+            ]
+        )
 
     def _logits(self, part: slice, classes: slice) -> Tensor:
         """(n, c), in the one buffer."""
@@ -179,12 +203,18 @@ class ShardWork:
         """(n, c) d loss / d logits, where the logits were."""
         logits = self._logits(part, classes)
         self.held = None
-        self.backend.row_gradient(logits, self.first + classes.start, self.rows.part(part), log_sum[:, part], logits)
+        self.backend.row_gradient(
+            logits, self.first + classes.start, self.rows.part(part), log_sum[:, part], logits
+        )
         return logits
 
 
-def _plan(features: Tensor, weight: Tensor, rows: Rows, chunk_bytes: int, backend: str, gradients: bool) -> Chunking:
-    """As in one process, but logits that fit as a whole stay one tile: they wait for the other ranks' terms."""
+def _plan(
+    features: Tensor, weight: Tensor, rows: Rows, chunk_bytes: int, backend: str, gradients: bool
+) -> Chunking:
+    """As in one process, but logits that fit as a whole stay one tile: they wait for the other
+    ranks' terms.
+    """
     count, width = features.shape
     classes = weight.shape[0]
     plan = plan_chunks(

@@ -1,4 +1,6 @@
-"""A tile of logits, some rows by some classes, and the matrix products that make it and use its gradient."""
+"""A tile of logits, some rows by some classes, and the matrix products that make it and use its
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,21 @@ from fastlt_kernels._impl.products import add_product_, logits_of
 
 
 class Tile:
-    """One buffer, in which the logits of one tile after another are made and become their own gradient.
+    """One buffer, in which the logits of one tile after another are made and become their own
+    gradient.
 
     Its rows start at aligned addresses, and what is behind a row's last class belongs to the tile.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, plan: Chunking) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, plan: Chunking
+    ) -> None:
         self.weight = weight.to(dtype) if plan.cast_weight_once else weight  # (C, D)
         self.bias = bias  # (C,)
         self.step = plan.products
-        self.buffer = weight.new_empty(plan.rows, -(-plan.classes // ALIGNED) * ALIGNED, dtype=dtype)
+        self.buffer = weight.new_empty(
+            plan.rows, -(-plan.classes // ALIGNED) * ALIGNED, dtype=dtype
+        )
 
     def logits(self, features: Tensor, classes: slice) -> Tensor:
         """(n, c) in the buffer, of features (n, D) in the dtype of the products."""
@@ -29,21 +36,38 @@ class Tile:
             logits_of(features, self.weight[part], bias, _columns(logits, part, classes))
         return logits
 
-    def add_to_features(self, total: Tensor, gradient: Tensor, classes: slice, fresh: bool = False) -> None:
-        """total (n, D) += gradient (n, c) @ weight; `fresh`: it is overwritten, which one product alone can do."""
+    def add_to_features(
+        self, total: Tensor, gradient: Tensor, classes: slice, fresh: bool = False
+    ) -> None:
+        """total (n, D) += gradient (n, c) @ weight; `fresh`: it is overwritten, which one product
+        alone can do.
+        """
         for part in slices(classes.stop, self.step, classes.start):
-            add_product_(total, _columns(gradient, part, classes), self.weight[part].to(gradient.dtype), fresh)
+            add_product_(
+                total,
+                _columns(gradient, part, classes),
+                self.weight[part].to(gradient.dtype),
+                fresh,
+            )
 
-    def add_to_weight(self, total: Tensor, gradient: Tensor, features: Tensor, classes: slice, fresh: bool) -> None:
-        """total (C, D) += gradient.T @ features at the tile's classes; `fresh`: it is overwritten."""
+    def add_to_weight(
+        self, total: Tensor, gradient: Tensor, features: Tensor, classes: slice, fresh: bool
+    ) -> None:
+        """total (C, D) += gradient.T @ features at the tile's classes; `fresh`: overwrite it."""
         for part in slices(classes.stop, self.step, classes.start):
             add_product_(total[part], _columns(gradient, part, classes).T, features, fresh)
 
     def add_to_bias(self, total: Tensor, gradient: Tensor, classes: slice, fresh: bool) -> None:
-        """total (C,) += the sum of gradient over its rows, in fp32 or total's float64; `fresh`: it is overwritten."""
+        """total (C,) += the sum of gradient over its rows, in fp32 or total's float64; `fresh`: it
+        is overwritten.
+        """
         dtype = torch.promote_types(total.dtype, torch.float32)
         # A few rows at a time, for a CPU widens all that it is to sum.
-        step = gradient.shape[0] if dtype == gradient.dtype or gradient.is_cuda else max(1, gradient.shape[0] // 16)
+        step = (
+            gradient.shape[0]
+            if dtype == gradient.dtype or gradient.is_cuda
+            else max(1, gradient.shape[0] // 16)
+        )
         of_classes = gradient[:step].sum(dim=0, dtype=dtype)
         for part in slices(gradient.shape[0], step, step) if gradient.shape[0] > step else ():
             of_classes += gradient[part].sum(dim=0, dtype=dtype)

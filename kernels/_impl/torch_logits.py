@@ -1,4 +1,6 @@
-"""The loss on logits in plain torch: differentiable as often as torch is, on any device, under any transform."""
+"""The loss on logits in plain torch: differentiable as often as torch is, on any device, under any
+transform.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,14 @@ import math
 import torch
 from torch import Tensor
 
-from fastlt_kernels.graph import padded_neighbours
 from fastlt_kernels._impl.rows import Rows
+from fastlt_kernels.graph import padded_neighbours
 
 
 def torch_losses(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (N, C) to losses (N,); and, without a gradient, log-sum-exp of the first label (N,) and predictions (N,) int64."""
+    """logits (N, C) to losses (N,); and, without a gradient, log-sum-exp of the first label (N,)
+    and predictions (N,) int64.
+    """
     base = logits.to(rows.shares.dtype)
     if rows.log_prior is not None:
         base = base + rows.log_prior
@@ -29,7 +33,9 @@ def _label_losses(base: Tensor, rows: Rows, which: int) -> tuple[Tensor, Tensor]
     # A label of no share has no say in loss or gradient, whatever the logits: 0 * inf is not 0.
     base = base.masked_fill((rows.shares[which] == 0)[:, None], 0)
     silenced = _silenced_mask(base, rows, which)
-    log_sum = torch.logsumexp(base if silenced is None else _silence(base, silenced, rows.silence), dim=1)
+    log_sum = torch.logsumexp(
+        base if silenced is None else _silence(base, silenced, rows.silence), dim=1
+    )
     losses = log_sum - (1 - rows.label_smoothing) * base.gather(1, labels[:, None])[:, 0]
     if rows.smoothing is None:
         return losses, log_sum
@@ -38,7 +44,11 @@ def _label_losses(base: Tensor, rows: Rows, which: int) -> tuple[Tensor, Tensor]
 
 
 def _silenced_mask(base: Tensor, rows: Rows, which: int) -> Tensor | None:
-    """(N, C) bool. A scatter of constants needs no gradient, and padding, which points at the label, is undone at the end."""
+    """(N, C) bool.
+
+    A scatter of constants needs no gradient, and padding, which points at the label, is undone at
+    the end.
+    """
     if rows.graph_rows is None or rows.indptr is None or rows.indices is None:
         return None
     labels = rows.graph_rows[which]

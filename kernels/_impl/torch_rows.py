@@ -1,8 +1,10 @@
-"""The terms and the gradient of a tile of logits, in torch: in place, and a few rows at a time so that they stay in cache.
+"""The terms and the gradient of a tile of logits, in torch: in place, and a few rows at a time so
+that they stay in cache.
 
-torch's softmax makes one exponential per element, and its largest value tells the log-sum-exp. The columns that any label of
-the row silences (a few) are taken out of the tile and handled beside it. So two labels with different silenced sets share
-one pass, each with its own log-sum-exp, and nothing is ever subtracted from a sum.
+torch's softmax makes one exponential per element, and its largest value tells the log-sum-exp. The
+columns that any label of the row silences (a few) are taken out of the tile and handled beside it.
+So two labels with different silenced sets share one pass, each with its own log-sum-exp, and
+nothing is ever subtracted from a sum.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlt_kernels.graph import padded_neighbours
 from fastlt_kernels._impl.rows import Rows, Terms, join_terms
+from fastlt_kernels.graph import padded_neighbours
 
-DEVICE_BLOCK_BYTES = 2**26  # off the CPU there is no such cache, and each block is some twenty launches
-BLOCK_BYTES = 2**20  # measured: 0.5 to 2 MiB of rows at a time are equal, smaller blocks cost calls, larger ones cache
+# off the CPU there is no such cache, and each block is some twenty launches
+DEVICE_BLOCK_BYTES = 2**26
+# measured: 0.5 to 2 MiB of rows at a time are equal, smaller blocks cost calls, larger ones cache
+BLOCK_BYTES = 2**20
 
 
 def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
@@ -28,7 +32,11 @@ def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
     for block, base, room in _blocks(logits, rows, None):
         best = _best(base, first, rows.num_predicted)
         part, part_silenced = rows.part(block), silenced.part(block)
-        terms.append(_softmax_(_add_prior_(base, first, rows), room, first, part, part_silenced).terms._replace(**best))
+        terms.append(
+            _softmax_(
+                _add_prior_(base, first, rows), room, first, part, part_silenced
+            ).terms._replace(**best)
+        )
     return join_terms(terms)
 
 
@@ -43,7 +51,7 @@ def row_gradient(logits: Tensor, first: int, rows: Rows, log_sum: Tensor, out: T
 
 
 def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
-    """The terms of logits (n, C) over all classes; out (n, C) gets the gradient, and may be logits."""
+    """The terms of logits (n, C) over all classes; out (n, C), the gradient, may be logits."""
     silenced = silenced_columns(rows, 0, logits.shape[1])
     terms = []
     for block, base, room in _blocks(logits, rows, out):
@@ -57,7 +65,9 @@ def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
 
 
 class SilencedColumns(NamedTuple):
-    """The columns of the tile that the labels silence: their union in M = L * max_degree slots per row."""
+    """The columns of the tile that the labels silence: their union in M = L * max_degree slots per
+    row.
+    """
 
     columns: Tensor  # (n, M) int64
     real: Tensor  # (n, M) bool; the other slots are padding, or repeat an earlier slot's column
@@ -68,26 +78,36 @@ class SilencedColumns(NamedTuple):
 
 
 def silenced_columns(rows: Rows, first: int, columns: int) -> SilencedColumns:
-    """Those among the classes first..first + columns - 1, counted from first; M = 0 where nothing is silenced."""
+    """Those among the classes first..first + columns - 1, counted from first; M = 0 where nothing
+    is silenced.
+    """
     if rows.graph_rows is None or rows.indptr is None or rows.indices is None:
         none = rows.labels.new_empty(rows.labels.shape[1], 0)
         return SilencedColumns(none, none.bool(), none.bool().expand(rows.labels.shape[0], -1, -1))
     ids, real = padded_neighbours(rows.indptr, rows.indices, rows.max_degree, rows.graph_rows[0])
     if rows.labels.shape[0] == 1:
         return _inside(SilencedColumns(ids, real, real[None]), first, columns)
-    ids_b, real_b = padded_neighbours(rows.indptr, rows.indices, rows.max_degree, rows.graph_rows[1])
+    ids_b, real_b = padded_neighbours(
+        rows.indptr, rows.indices, rows.max_degree, rows.graph_rows[1]
+    )
     in_b = _contained(ids, real, ids_b, real_b)
     fresh_b = real_b & ~_contained(ids_b, real_b, ids, real)
     by_first = torch.cat([real, torch.zeros_like(real)], dim=1)
     by_second = torch.cat([in_b, fresh_b], dim=1)
-    union = SilencedColumns(torch.cat([ids, ids_b], dim=1), torch.cat([real, fresh_b], dim=1), torch.stack([by_first, by_second]))
+    union = SilencedColumns(
+        torch.cat([ids, ids_b], dim=1),
+        torch.cat([real, fresh_b], dim=1),
+        torch.stack([by_first, by_second]),
+    )
     return _inside(union, first, columns)
 
 
 def _inside(silenced: SilencedColumns, first: int, columns: int) -> SilencedColumns:
     local = silenced.columns - first
     inside = (local >= 0) & (local < columns)
-    return SilencedColumns(local.clamp_(0, columns - 1), silenced.real & inside, silenced.by_label & inside)
+    return SilencedColumns(
+        local.clamp_(0, columns - 1), silenced.real & inside, silenced.by_label & inside
+    )
 
 
 class Shared(NamedTuple):
@@ -96,11 +116,16 @@ class Shared(NamedTuple):
     terms: Terms
     softmax: Tensor  # (n, c), over the columns that no label silences; 0 at the others
     log_rest: Tensor  # (n,), log-sum-exp over those columns
-    silenced_values: Tensor  # (L, n, M), logits plus prior of the silenced columns, silenced where this label does
+    # (L, n, M), logits plus prior of the silenced columns, silenced where this label does
+    silenced_values: Tensor
 
 
-def _softmax_(base: Tensor, room: Tensor, first: int, rows: Rows, silenced: SilencedColumns) -> Shared:
-    """base (n, c) is logits plus prior, which its silenced columns lose; the softmax goes to room (n, c)."""
+def _softmax_(
+    base: Tensor, room: Tensor, first: int, rows: Rows, silenced: SilencedColumns
+) -> Shared:
+    """base (n, c) is logits plus prior, which its silenced columns lose; the softmax goes to room
+    (n, c).
+    """
     columns, real, by_label = silenced
     label_logit = _label_logit(base, first, rows.labels)
     values = base.gather(1, columns).masked_fill_(~real, -torch.inf)
@@ -115,12 +140,20 @@ def _softmax_(base: Tensor, room: Tensor, first: int, rows: Rows, silenced: Sile
     log_rest = highest.sub(room.amax(dim=1).log_()).masked_fill_(is_empty, -torch.inf)
     _zero_rows_(room, is_empty)
 
-    silenced_values = torch.where(by_label, values + (math.log(rows.silence) if rows.silence > 0 else -math.inf), values)
-    log_sum = torch.logsumexp(torch.cat([log_rest.expand(rows.labels.shape)[..., None], silenced_values], dim=2), dim=2)
-    return Shared(Terms(log_sum, label_logit, logit_sum, None, None), room, log_rest, silenced_values)
+    silenced_values = torch.where(
+        by_label, values + (math.log(rows.silence) if rows.silence > 0 else -math.inf), values
+    )
+    log_sum = torch.logsumexp(
+        torch.cat([log_rest.expand(rows.labels.shape)[..., None], silenced_values], dim=2), dim=2
+    )
+    return Shared(
+        Terms(log_sum, label_logit, logit_sum, None, None), room, log_rest, silenced_values
+    )
 
 
-def _write_gradient(base: Tensor, first: int, rows: Rows, silenced: SilencedColumns, shared: Shared, log_sum: Tensor) -> None:
+def _write_gradient(
+    base: Tensor, first: int, rows: Rows, silenced: SilencedColumns, shared: Shared, log_sum: Tensor
+) -> None:
     """base (n, c) becomes sum over labels of share * (softmax - target mass)."""
     columns, _, by_label = silenced
     shares = rows.shares
@@ -128,17 +161,22 @@ def _write_gradient(base: Tensor, first: int, rows: Rows, silenced: SilencedColu
     factor = (shares * torch.exp(shared.log_rest - log_sum)).masked_fill_(shares == 0, 0).sum(dim=0)
     torch.mul(shared.softmax, factor[:, None], out=base)
     _zero_rows_(base, (shares == 0).all(dim=0))
-    probabilities = torch.exp(shared.silenced_values - log_sum[..., None]).masked_fill_((shares == 0)[..., None], 0)
+    probabilities = torch.exp(shared.silenced_values - log_sum[..., None]).masked_fill_(
+        (shares == 0)[..., None], 0
+    )
     if rows.smoothing is not None:
         base.sub_((shares * rows.smoothing).sum(dim=0)[:, None])
-        probabilities = probabilities + rows.smoothing[..., None] * by_label  # gives back what a silenced class must not lose
+        # gives back what a silenced class must not lose
+        probabilities = probabilities + rows.smoothing[..., None] * by_label
     base.scatter_add_(1, columns, (shares[..., None] * probabilities).sum(dim=0))
     column, inside = _label_columns(first, rows.labels, base.shape[1])
     base.scatter_add_(1, column.T, ((rows.label_smoothing - 1) * shares * inside).T)
 
 
 def _zero_rows_(base: Tensor, rows: Tensor) -> None:
-    """base (n, c) where rows (n,) bool are; on a CPU a look at them costs less than a pass over all."""
+    """base (n, c) where rows (n,) bool are; on a CPU a look at them costs less than a pass over
+    all.
+    """
     if not base.is_cpu:
         base.masked_fill_(rows[:, None], 0)
     elif rows.any():
@@ -157,28 +195,41 @@ def _label_logit(base: Tensor, first: int, labels: Tensor) -> Tensor:
 
 
 def _unsilenced_sum_(base: Tensor, values: Tensor, silenced: SilencedColumns) -> Tensor:
-    """(L, n): sum of base over what label L does not silence; leaves base zero at the union of silenced columns."""
+    """(L, n): sum of base over what label L does not silence; leaves base zero at the union of
+    silenced columns.
+    """
     columns, real, by_label = silenced
     # Up and down, which leaves alone what slots that are not real point at, and minds no infinity.
     infinite = torch.full_like(values, torch.inf)
     base.scatter_reduce_(1, columns, torch.where(real, infinite, -infinite), "amax")
     base.scatter_reduce_(1, columns, infinite.masked_fill(real, 0), "amin")
-    return base.sum(dim=1) + torch.where(real & ~by_label, values, torch.zeros_like(values)).sum(dim=2)
+    return base.sum(dim=1) + torch.where(real & ~by_label, values, torch.zeros_like(values)).sum(
+        dim=2
+    )
 
 
 def _contained(columns: Tensor, real: Tensor, others: Tensor, others_real: Tensor) -> Tensor:
-    """(n, K) bool: whether a real column is among the real columns of `others`, which ascend in each row."""
+    """(n, K) bool: whether a real column is among the real columns of `others`, which ascend in
+    each row.
+    """
     haystack = others.masked_fill(~others_real, torch.iinfo(others.dtype).max)
     slot = torch.searchsorted(haystack, columns).clamp_(max=others.shape[1] - 1)
     return real & (haystack.gather(1, slot) == columns)
 
 
-def _blocks(logits: Tensor, rows: Rows, out: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """A few rows at a time in the dtype of the sums, in out where that is as wide, else in a copy; and room for as many."""
+def _blocks(
+    logits: Tensor, rows: Rows, out: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A few rows at a time in the dtype of the sums, in out where that is as wide, else in a copy;
+    and room for as many.
+    """
     count, columns = logits.shape
     dtype = rows.shares.dtype
-    fitting = (BLOCK_BYTES if logits.is_cpu else DEVICE_BLOCK_BYTES) // max(1, columns * dtype.itemsize)
-    step = max(1, fitting // 4, min(fitting, count // 8))  # room must be little in itself, or beside the tile
+    fitting = (BLOCK_BYTES if logits.is_cpu else DEVICE_BLOCK_BYTES) // max(
+        1, columns * dtype.itemsize
+    )
+    # room must be little in itself, or beside the tile
+    step = max(1, fitting // 4, min(fitting, count // 8))
     in_out = out is not None and out.dtype == dtype
     room = logits.new_empty(1 if in_out else 2, min(step, count), columns, dtype=dtype)
     for start in range(0, max(count, 1), step):
@@ -194,7 +245,9 @@ def _store(out: Tensor, base: Tensor) -> None:
 
 
 def _add_prior_(base: Tensor, first: int, rows: Rows) -> Tensor:
-    return base if rows.log_prior is None else base.add_(rows.log_prior[first : first + base.shape[1]])
+    return (
+        base if rows.log_prior is None else base.add_(rows.log_prior[first : first + base.shape[1]])
+    )
 
 
 def _best(logits: Tensor, first: int, num_predicted: int) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The terms and the gradient of a tile of logits, by the Triton kernels of `row_kernels`: how they are cut and launched."""
+"""The terms and the gradient of a tile of logits, by the Triton kernels of `row_kernels`: how they
+are cut and launched.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,16 @@ from torch import Tensor
 from fastlt_kernels._impl import row_kernels
 from fastlt_kernels._impl.rows import Rows, Terms, merge_terms
 
-# Measured on an H100, bf16 and fp32, with prior and silencing. Programs that take one row after another, so that the L2 cache still
-# holds a row at its second reading, were slower, and hints to the caches changed nothing.
+# Measured on an H100, bf16 and fp32, with prior and silencing. Programs that take one row after
+# another, so that the L2 cache still holds a row at its second reading, were slower, and hints to
+# the caches changed nothing.
 WHOLE_ROW = 2_048  # classes that stay in registers
 SHORT, MEDIUM = 16_384, 65_536  # classes: below, rows go in smaller blocks, by fewer warps
-SHARED_FROM = 2**18  # classes: a program alone is through with fewer before the parts of several have been put together
+# classes: a program alone is through with fewer before the parts of several have been put together
+SHARED_FROM = 2**18
 SHARED_ROWS = 64  # and with so many rows it is too
-VECTOR = 16  # what Triton must know a number to be a multiple of, to read and write several elements at once
+# what Triton must know a number to be a multiple of, to read and write several elements at once
+VECTOR = 16
 
 
 class Cut(NamedTuple):
@@ -31,14 +36,22 @@ class Cut(NamedTuple):
 
 
 def plan_cut(rows: int, classes: int, labels: int, processors: int) -> Cut:
-    """Whole rows in registers where they fit; long rows in one program, a few very long ones in parts."""
+    """Whole rows in registers where they fit; long rows in one program, a few very long ones in
+    parts.
+    """
     if classes <= WHOLE_ROW // labels:  # two labels keep two sets of values and their gradient
         block = triton.next_power_of_2(max(classes, 16))
         return Cut(block, max(1, block // 1024), 1)
-    block, warps = (2_048, 8) if classes < SHORT else (8_192, 16) if classes < MEDIUM else (8_192, 32)
+    block, warps = (
+        (2_048, 8) if classes < SHORT else (8_192, 16) if classes < MEDIUM else (8_192, 32)
+    )
     if classes < SHARED_FROM or rows > SHARED_ROWS:
         return Cut(block, warps, 1)
-    return Cut(block, warps, min(triton.cdiv(classes, 2 * block), triton.cdiv(2 * processors, max(rows, 1))))
+    return Cut(
+        block,
+        warps,
+        min(triton.cdiv(classes, 2 * block), triton.cdiv(2 * processors, max(rows, 1))),
+    )
 
 
 def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
@@ -51,10 +64,28 @@ def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
     aligned, (stride,) = _in_units(logits.stride(0))
     with _on(logits):
         row_kernels.part_terms[count, cut.parts](
-            logits, stride, rows.log_prior, rows.labels, rows.smoothing, rows.graph_rows, rows.indptr, rows.indices,
-            *out, count, columns, first, _span(columns, cut), rows.num_predicted, _log_silence(rows), _steps(rows),
-            LABELS=labels, BLOCK=cut.block, LANE=_lane(logits), ALIGNED=aligned, num_warps=cut.warps,
-        )  # fmt: skip
+            logits,
+            stride,
+            rows.log_prior,
+            rows.labels,
+            rows.smoothing,
+            rows.graph_rows,
+            rows.indptr,
+            rows.indices,
+            *out,
+            count,
+            columns,
+            first,
+            _span(columns, cut),
+            rows.num_predicted,
+            _log_silence(rows),
+            _steps(rows),
+            LABELS=labels,
+            BLOCK=cut.block,
+            LANE=_lane(logits),
+            ALIGNED=aligned,
+            num_warps=cut.warps,
+        )
     return _merged(out)
 
 
@@ -67,15 +98,35 @@ def row_gradient(logits: Tensor, first: int, rows: Rows, log_sum: Tensor, out: T
     aligned, (stride, out_stride) = _in_units(logits.stride(0), out.stride(0))
     with _on(logits):
         row_kernels.part_gradient[count, cut.parts](
-            logits, stride, out, out_stride, rows.log_prior, rows.labels, rows.shares, rows.smoothing,
-            rows.graph_rows, rows.indptr, rows.indices, log_sum.contiguous(),
-            count, columns, first, _span(columns, cut), _log_silence(rows), rows.label_smoothing, _steps(rows),
-            LABELS=labels, BLOCK=cut.block, LANE=_lane(logits), ALIGNED=aligned, num_warps=cut.warps,
-        )  # fmt: skip
+            logits,
+            stride,
+            out,
+            out_stride,
+            rows.log_prior,
+            rows.labels,
+            rows.shares,
+            rows.smoothing,
+            rows.graph_rows,
+            rows.indptr,
+            rows.indices,
+            log_sum.contiguous(),
+            count,
+            columns,
+            first,
+            _span(columns, cut),
+            _log_silence(rows),
+            rows.label_smoothing,
+            _steps(rows),
+            LABELS=labels,
+            BLOCK=cut.block,
+            LANE=_lane(logits),
+            ALIGNED=aligned,
+            num_warps=cut.warps,
+        )
 
 
 def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
-    """The terms of logits (n, C) over all classes; out (n, C) gets the gradient, and may be logits."""
+    """The terms of logits (n, C) over all classes; out (n, C), the gradient, may be logits."""
     rows = _laid_out(rows)
     count, columns = logits.shape
     labels = rows.labels.shape[0]
@@ -86,30 +137,57 @@ def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
         row_gradient(logits, 0, rows, terms.log_sum, out)
         return terms
     written = _empty_terms(rows, logits, 1)
-    kernel, widths = (row_kernels.whole_rows, [_width(logits, out)]) if whole else (row_kernels.long_rows, [])
+    kernel, widths = (
+        (row_kernels.whole_rows, [_width(logits, out)]) if whole else (row_kernels.long_rows, [])
+    )
     prior = _padded(rows.log_prior) if whole else rows.log_prior
     aligned, (stride, out_stride, *widths) = _in_units(logits.stride(0), out.stride(0), *widths)
     with _on(logits):
         kernel[count, 1](
-            logits, stride, out, out_stride, prior, rows.labels, rows.shares,
-            rows.smoothing, rows.graph_rows, rows.indptr, rows.indices, *written,
-            count, columns, *widths, rows.num_predicted, _log_silence(rows), rows.label_smoothing,
-            LABELS=labels, BLOCK=cut.block, LANE=_lane(logits), ALIGNED=aligned, num_warps=cut.warps,
-        )  # fmt: skip
+            logits,
+            stride,
+            out,
+            out_stride,
+            prior,
+            rows.labels,
+            rows.shares,
+            rows.smoothing,
+            rows.graph_rows,
+            rows.indptr,
+            rows.indices,
+            *written,
+            count,
+            columns,
+            *widths,
+            rows.num_predicted,
+            _log_silence(rows),
+            rows.label_smoothing,
+            LABELS=labels,
+            BLOCK=cut.block,
+            LANE=_lane(logits),
+            ALIGNED=aligned,
+            num_warps=cut.warps,
+        )
     return _merged(written)
 
 
 def scale_(values: Tensor, scale: Tensor) -> Tensor:
-    """values *= scale (), in place; memory is not touched where scale is 1, which the device alone knows."""
+    """values *= scale (), in place; memory is not touched where scale is 1, which the device alone
+    knows.
+    """
     block = 4096
     with _on(values):
-        row_kernels.scale_in_place[(triton.cdiv(values.numel(), block),)](values, scale, values.numel(), BLOCK=block, num_warps=8)
+        row_kernels.scale_in_place[(triton.cdiv(values.numel(), block),)](
+            values, scale, values.numel(), BLOCK=block, num_warps=8
+        )
     return values
 
 
 def _laid_out(rows: Rows) -> Rows:
-    """Some of the rows of two labels are not contiguous, and the kernels take (L, n) as it comes."""
-    tensors = {name: getattr(rows, name) for name in ("labels", "shares", "smoothing", "graph_rows")}
+    """Some rows of two labels are not contiguous, and the kernels take (L, n) as it is."""
+    tensors = {
+        name: getattr(rows, name) for name in ("labels", "shares", "smoothing", "graph_rows")
+    }
     return rows._replace(**{name: t.contiguous() for name, t in tensors.items() if t is not None})
 
 
@@ -143,8 +221,16 @@ def _empty_terms(rows: Rows, logits: Tensor, parts: int) -> _Out:
 
 def _merged(out: _Out) -> Terms:
     parts = out.log_sums.shape[0]
-    pieces = [(None,) * parts if t is None else t.unbind() for t in (out.log_sums, out.logit_sums, out.best_logits, out.bests)]
-    return merge_terms([Terms(s, out.label_logits, total, value, best) for s, total, value, best in zip(*pieces, strict=True)])
+    pieces = [
+        (None,) * parts if t is None else t.unbind()
+        for t in (out.log_sums, out.logit_sums, out.best_logits, out.bests)
+    ]
+    return merge_terms(
+        [
+            Terms(s, out.label_logits, total, value, best)
+            for s, total, value, best in zip(*pieces, strict=True)
+        ]
+    )
 
 
 def _cut(logits: Tensor, labels: int) -> Cut:
@@ -154,7 +240,8 @@ def _cut(logits: Tensor, labels: int) -> Cut:
 def _width(logits: Tensor, out: Tensor) -> int:
     """Columns that may be read and written: padded to whole vectors where memory is.
 
-    Behind the columns of logits that become their own gradient is nobody else's memory; behind those of others may be.
+    Behind the columns of logits that become their own gradient is nobody else's memory; behind
+    those of others may be.
     """
     columns, stride = logits.shape[1], logits.stride(0)
     padded = triton.cdiv(columns, VECTOR) * VECTOR
@@ -175,7 +262,10 @@ def _lane(logits: Tensor) -> int:
 
 
 def _in_units(*lengths: int) -> tuple[int, list[int]]:
-    """A unit, and the lengths in it. Triton sees by itself what is a multiple of 16; so rows of 1,000 classes are vectors too."""
+    """A unit, and the lengths in it.
+
+    Triton sees by itself what is a multiple of 16; so rows of 1,000 classes are vectors too.
+    """
     unit = 8 if all(length % 8 == 0 for length in lengths) else 1
     return unit, [length // unit for length in lengths]
 
@@ -191,7 +281,11 @@ def _steps(rows: Rows) -> int:
 
 @cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
 
 
 def _on(tensor: Tensor) -> Any:

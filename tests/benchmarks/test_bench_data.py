@@ -20,12 +20,11 @@ from typer.testing import CliRunner
 
 from fastlt.cli.app import app
 from fastlt.config import load_config
-from fastlt.packing.collection import ImageRef
 from fastlt.data.engines.ffcv.native import has_ffcv
 from fastlt.decode.region import has_region
-from fastlt.packing.encode import read_bytes
 from fastlt.errors import UserError
-from fastlt_benchmarks.loaders.run import COLUMNS, choose, make_row, show
+from fastlt.packing.collection import ImageRef
+from fastlt.packing.encode import read_bytes
 from fastlt_benchmarks.loaders.contenders import all_contenders, all_limits
 from fastlt_benchmarks.loaders.images import (
     Choice,
@@ -39,12 +38,23 @@ from fastlt_benchmarks.loaders.images import (
 from fastlt_benchmarks.loaders.limits import Decoder, decodes, scaled, turbojpeg
 from fastlt_benchmarks.loaders.peers import random_box
 from fastlt_benchmarks.loaders.photos import draw_photo, write_photos
+from fastlt_benchmarks.loaders.run import COLUMNS, choose, make_row, show
 from fastlt_benchmarks.loaders.table import TABLE_WIDTH, table
-from fastlt_benchmarks.loaders.trials import Contender, Epoch, Source, Task, Trial, bounded, cpu_seconds, run_rounds
+from fastlt_benchmarks.loaders.trials import (
+    Contender,
+    Epoch,
+    Source,
+    Task,
+    Trial,
+    bounded,
+    cpu_seconds,
+    run_rounds,
+)
 from fastlt_benchmarks.loss.contenders import Unavailable
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-COLOURS = np.array(list(itertools.product((30, 125, 220), repeat=3)))  # a class of pictures that a crop does not change
+# a class of pictures that a crop does not change
+COLOURS = np.array(list(itertools.product((30, 125, 220), repeat=3)))
 SIZE, BATCH, ROUNDS = 40, 10, 1
 
 
@@ -67,7 +77,9 @@ def colours(tmp_path_factory) -> Path:
 def task(colours, tmp_path_factory) -> Task:
     folder = tmp_path_factory.mktemp("forms")
     forms = {contender.form for contender in all_contenders()}
-    images = write_forms(choose_images(None, colours, 1000, 0, folder), forms, folder, Console(quiet=True))
+    images = write_forms(
+        choose_images(None, colours, 1000, 0, folder), forms, folder, Console(quiet=True)
+    )
     return Task(images, SIZE, BATCH, 2, HERE)
 
 
@@ -84,7 +96,9 @@ def trials(task) -> tuple[list[Trial], dict[str, list[list[torch.Tensor]]]]:
             def epoch(number: int):
                 epochs.append([])
                 for batch in source.epoch(number):
-                    epochs[-1].append(batch.cpu().clone() if isinstance(batch, torch.Tensor) else batch)
+                    epochs[-1].append(
+                        batch.cpu().clone() if isinstance(batch, torch.Tensor) else batch
+                    )
                     yield batch
 
             return Source(epoch, source.close)
@@ -123,7 +137,9 @@ def test_all_see_every_image_once_an_epoch_in_batches_of_the_same_shape(trials):
             continue
         assert len(trials[1][trial.contender.name]) == 1 + ROUNDS
         for batches in trials[1][trial.contender.name]:
-            assert [tuple(batch.shape) for batch in batches] == [(n, SIZE, SIZE, 3) for n in (10, 10, 7)]
+            assert [tuple(batch.shape) for batch in batches] == [
+                (n, SIZE, SIZE, 3) for n in (10, 10, 7)
+            ]
             assert {batch.dtype for batch in batches} == {torch.uint8}
             means = torch.cat(batches).double().mean(dim=(1, 2)).numpy()
             nearest = np.abs(means[:, None] - COLOURS).sum(axis=2).argmin(axis=1)
@@ -134,16 +150,20 @@ def test_all_see_every_image_once_an_epoch_in_batches_of_the_same_shape(trials):
 def test_limits_decode_every_image(trials):
     for trial in trials[0]:
         if trial.contender.kind == "limit" and not trial.reason:
-            assert [sum(batches) for batches in trials[1][trial.contender.name]] == [27] * (1 + ROUNDS)
+            assert [sum(batches) for batches in trials[1][trial.contender.name]] == [27] * (
+                1 + ROUNDS
+            )
 
 
 def test_every_contender_has_a_row_with_all_figures_or_a_reason(shown):
     rows = shown[2]
-    assert [row["contender"] for row in rows] == [contender.name for contender in [*all_contenders(), *all_limits()]]
+    assert [row["contender"] for row in rows] == [
+        contender.name for contender in [*all_contenders(), *all_limits()]
+    ]
     assert list(rows[0]) == [*COLUMNS, "machine", "torch", "python", "date", "command"]
-    assert {(row["images"], row["size"], row["batch"], row["rounds"], row["source"]) for row in rows} == {
-        ("27", "40", "10", "1", "folder")
-    }
+    assert {
+        (row["images"], row["size"], row["batch"], row["rounds"], row["source"]) for row in rows
+    } == {("27", "40", "10", "1", "folder")}
     for row in rows:
         if row["reason"]:
             assert not row["images_per_s"] and not row["ratio_to_pillow"]
@@ -159,14 +179,20 @@ def test_the_table_names_them_all_and_fits_100_columns(shown):
     printed, path, rows = shown
     assert max(map(len, printed.replace(str(path), "").splitlines())) <= 100 + 2 * len(str(path))
     for row in rows:
-        (line, *_) = (line for line in printed.splitlines() if line.split()[:1] == [row["contender"]])
+        (line, *_) = (
+            line for line in printed.splitlines() if line.split()[:1] == [row["contender"]]
+        )
         assert ("-" in line.split()[1]) == bool(row["reason"])
         if row["reason"]:
             assert f"{row['contender']}: {row['reason'][:20]}" in printed
 
 
 def test_the_largest_figures_fit_the_table():
-    row = dict.fromkeys(COLUMNS, 123456.7) | {"contender": "torch-transcoded", "kind": "ours", "reason": ""}
+    row = dict.fromkeys(COLUMNS, 123456.7) | {
+        "contender": "torch-transcoded",
+        "kind": "ours",
+        "reason": "",
+    }
     console = Console(width=TABLE_WIDTH)
     with console.capture() as capture:
         console.print(table([row]))
@@ -182,20 +208,37 @@ def test_the_command_measures_generated_photos_and_leaves_nothing_behind(tmp_pat
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.setattr("fastlt_benchmarks.loaders.run.QUICK_IMAGES", 12)
-    options = ["--quick", "--size=32", "--rounds=1", "--workers=1", "--contender=torch-exact", f"--out={tmp_path / 'out'}"]
+    options = [
+        "--quick",
+        "--size=32",
+        "--rounds=1",
+        "--workers=1",
+        "--contender=torch-exact",
+        f"--out={tmp_path / 'out'}",
+    ]
     ended = CliRunner().invoke(app, ["bench-data", *options])
     assert ended.exit_code == 0, ended.output
     text = " ".join(ended.output.split())
-    assert text.index("12 generated photos") < text.index("pair by pair within a round") < text.index("12 images to 32 x 32")
+    assert (
+        text.index("12 generated photos")
+        < text.index("pair by pair within a round")
+        < text.index("12 images to 32 x 32")
+    )
     assert max(map(len, ended.output.splitlines())) <= 100
     (path,) = (tmp_path / "out").glob("data-*.csv")
-    assert [row["contender"] for row in csv.DictReader(path.open())] == ["torch-exact", "decoding", "decoding-scaled"]
+    assert [row["contender"] for row in csv.DictReader(path.open())] == [
+        "torch-exact",
+        "decoding",
+        "decoding-scaled",
+    ]
     assert path.with_suffix(".png").is_file()
     assert list(temporary.iterdir()) == []
 
 
 def test_tuning_ends_in_a_line_that_training_takes(colours):
-    ended = CliRunner().invoke(app, ["bench-data", "--tune", f"--images={colours}", "--size=32", "--rounds=1"])
+    ended = CliRunner().invoke(
+        app, ["bench-data", "--tune", f"--images={colours}", "--size=32", "--rounds=1"]
+    )
     assert ended.exit_code == 0, ended.output
     line = ended.output.strip().splitlines()[-1]
     data = load_config("cifar100-lt", line.split()).data
@@ -212,7 +255,10 @@ def test_tuning_ends_in_a_line_that_training_takes(colours):
         (["--images=pngs"], "none of the 2 images in pngs is a sound JPEG"),
         (["--data=empty"], "empty is not a pack"),
         (["--data=empty", "--images=empty"], "exclude each other"),
-        (["--contender=pilow"], "there is no 'pilow': it must be one of pillow, simplejpeg, torch-exact"),
+        (
+            ["--contender=pilow"],
+            "there is no 'pilow': it must be one of pillow, simplejpeg, torch-exact",
+        ),
         (["--tune", "--contender=pillow"], "leave --contender out"),
         (["--out=file"], "cannot write to file/data-"),
     ],
@@ -236,7 +282,9 @@ def test_bad_input_is_one_sentence_and_code_2(tmp_path):
     assert len(ended.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("option", ["--size=0", "--batch=0", "--workers=0", "--rounds=0", "--size=many"])
+@pytest.mark.parametrize(
+    "option", ["--size=0", "--batch=0", "--workers=0", "--rounds=0", "--size=many"]
+)
 def test_counts_that_are_none_are_refused(option):
     assert CliRunner().invoke(app, ["bench-data", option]).exit_code == 2
 
@@ -265,12 +313,17 @@ def test_what_not_everybody_can_decode_is_left_out(tmp_path):
     choice = choose_images(None, tmp_path, 100, 0, tmp_path)
     left = {"first", "second", "grey"} | (set() if turbojpeg() else {"cut"})
     assert {Path(ref.path).stem for ref in choice.refs} == left
-    assert f"{len(left)} photos of the folder" in choice.what and f"{7 - len(left)} that are no sound JPEG" in choice.what
+    assert (
+        f"{len(left)} photos of the folder" in choice.what
+        and f"{7 - len(left)} that are no sound JPEG" in choice.what
+    )
 
 
 def test_of_too_many_images_evenly_spaced_ones_are_taken(colours):
     choice = choose_images(None, colours, 5, 0, colours)
-    assert [Path(ref.path) for ref in choice.refs] == [sorted(colours.rglob("*.jpg"))[i] for i in (0, 6, 13, 19, 26)]
+    assert [Path(ref.path) for ref in choice.refs] == [
+        sorted(colours.rglob("*.jpg"))[i] for i in (0, 6, 13, 19, 26)
+    ]
     assert "5 of 27" in choice.what
 
 
@@ -278,23 +331,33 @@ def test_the_images_of_a_pack_are_its_training_split_byte_for_byte(task, tmp_pat
     choice = choose_images(str(task.images.pack.path), None, 100, 0, tmp_path)
     again = pack_in(tmp_path / "again", choice.refs, transcode=False)
     split = task.images.split
-    assert [bytes(again.train.read(i)) for i in range(27)] == [bytes(split.read(i)) for i in range(27)]
+    assert [bytes(again.train.read(i)) for i in range(27)] == [
+        bytes(split.read(i)) for i in range(27)
+    ]
     assert choice.source == "pack"
 
 
-def test_of_a_pack_at_an_address_the_shards_with_the_images_are_fetched(task, tmp_path, monkeypatch):
-    fsspec = pytest.importorskip("fsspec", reason="no fsspec here: it comes with the extra `remote`")
+def test_of_a_pack_at_an_address_the_shards_with_the_images_are_fetched(
+    task, tmp_path, monkeypatch
+):
+    fsspec = pytest.importorskip(
+        "fsspec", reason="no fsspec here: it comes with the extra `remote`"
+    )
     monkeypatch.setenv("FASTLT_CACHE", str(tmp_path / "cache"))
     fsspec.filesystem("memory").put(str(task.images.pack.path), "/far/images", recursive=True)
     choice = choose_images("memory://far/images", None, 5, 0, tmp_path)
     split = task.images.split
-    assert [read_bytes(ref) for ref in choice.refs] == [bytes(split.read(i)) for i in (0, 6, 13, 19, 26)]
+    assert [read_bytes(ref) for ref in choice.refs] == [
+        bytes(split.read(i)) for i in (0, 6, 13, 19, 26)
+    ]
     assert "5 of 27 photos of the pack memory://far/images" in choice.what
 
 
 def test_every_form_holds_the_same_images(task):
     split = task.images.split
-    assert [Path(path).read_bytes() for path in task.images.files] == [bytes(split.read(i)) for i in range(len(split))]
+    assert [Path(path).read_bytes() for path in task.images.files] == [
+        bytes(split.read(i)) for i in range(len(split))
+    ]
     if task.images.transcoded is not None:
         other = task.images.transcoded.train
         assert (other.height == split.height).all() and (other.width == split.width).all()
@@ -306,7 +369,11 @@ def check_stock(task: Task) -> None:
     from ffcv.reader import Reader
 
     assert task.images.stock is not None
-    reader, file, split = Reader(str(task.images.stock)), task.images.stock.read_bytes(), task.images.split
+    reader, file, split = (
+        Reader(str(task.images.stock)),
+        task.images.stock.read_bytes(),
+        task.images.split,
+    )
     images = reader.metadata["f0"]
     starts, sizes = images["data_ptr"].tolist(), reader.alloc_table["size"].tolist()
     assert [file[start : start + size] for start, size in zip(starts, sizes, strict=True)] == [
@@ -322,7 +389,9 @@ def test_ffcv_is_told_the_sides_as_stored_not_upright(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # a quarter turn
     Image.new("RGB", (80, 50)).save(tmp_path / "turned.jpg", exif=exif)
-    split = pack_in(tmp_path / "pack", [ImageRef("turned", 0, str(tmp_path / "turned.jpg"))], transcode=False).train
+    split = pack_in(
+        tmp_path / "pack", [ImageRef("turned", 0, str(tmp_path / "turned.jpg"))], transcode=False
+    ).train
     assert (split.height[0], split.width[0]) == (80, 50)
     images = Reader(str(write_stock_beton(split, tmp_path / "stock.beton"))).metadata["f0"]
     assert (images["height"][0], images["width"][0]) == (50, 80)
@@ -346,7 +415,9 @@ def test_generated_photos_are_the_same_again_and_as_large_as_photos(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     first, second = write_photos(tmp_path / "a", 8), write_photos(tmp_path / "b", 8)
-    assert [Path(ref.path).read_bytes() for ref in first] == [Path(ref.path).read_bytes() for ref in second]
+    assert [Path(ref.path).read_bytes() for ref in first] == [
+        Path(ref.path).read_bytes() for ref in second
+    ]
     assert all(max(Image.open(ref.path).size) == 500 for ref in first)
     assert 60_000 < np.mean([Path(ref.path).stat().st_size for ref in first]) < 110_000
 
@@ -385,7 +456,10 @@ def whole(number: int):
     ],
 )
 def test_who_does_not_do_the_work_has_a_reason_and_no_figures(task, batch, reason, forks):
-    bad, good = Trial(fake("bad", lambda number: iter([batch]), forks=forks)), Trial(fake("good", whole, forks=forks))
+    bad, good = (
+        Trial(fake("bad", lambda number: iter([batch]), forks=forks)),
+        Trial(fake("good", whole, forks=forks)),
+    )
     run_rounds([bad, good], task, 2, quiet)
     assert (bad.reason, bad.first, bad.later) == (reason, None, [])
     assert (good.reason, len(good.later)) == ("", 2)
@@ -399,9 +473,18 @@ def test_who_fails_in_a_later_round_keeps_no_figures_either_and_is_closed(task):
             raise ValueError("no such luck\nand more")
         yield from whole(number)
 
-    trial = Trial(Contender("late", "", "ours", "pack", lambda task: Source(epoch, lambda: closed.append(True))))
+    trial = Trial(
+        Contender(
+            "late", "", "ours", "pack", lambda task: Source(epoch, lambda: closed.append(True))
+        )
+    )
     run_rounds([trial], task, 2, quiet)
-    assert (trial.reason, trial.first, trial.later, closed) == ("ValueError: no such luck", None, [], [True])
+    assert (trial.reason, trial.first, trial.later, closed) == (
+        "ValueError: no such luck",
+        None,
+        [],
+        [True],
+    )
 
 
 def test_contenders_take_turns(task):
@@ -439,7 +522,9 @@ def test_who_hangs_is_given_up_and_ends_at_its_next_batch():
 def test_cpu_time_of_living_children_counts():
     code = "import time\nwhile time.process_time() < 0.3: pass\nprint('done', flush=True)\ninput()"
     before, own = cpu_seconds(), time.process_time()
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdout is not None and child.stdin is not None
         assert child.stdout.readline() == "done\n"
         alive = cpu_seconds() - before - (time.process_time() - own)
@@ -452,12 +537,22 @@ def test_cpu_time_of_living_children_counts():
 def test_ratios_are_pair_by_pair(task):
     def trial(name: str, *rates: float) -> Trial:
         contender = Contender(name, "", "peer", "pack", lambda task: Source(whole))
-        return Trial(contender, first=Epoch(1, 5, 1), later=[Epoch(1, rate, 0.027) for rate in rates])
+        return Trial(
+            contender, first=Epoch(1, 5, 1), later=[Epoch(1, rate, 0.027) for rate in rates]
+        )
 
     fast, pillow = trial("fast", 20, 90, 40), trial("pillow", 10, 30, 40)
     row = make_row(fast, [fast, pillow], task, 3)
-    assert (row["ratio_to_pillow"], row["ratio_to_ffcv_stock"], row["images_per_s"]) == (2, None, 40)
-    assert (row["images_per_s_min"], row["images_per_s_max"], row["cpu_s_per_1000_images"]) == (20, 90, 1)
+    assert (row["ratio_to_pillow"], row["ratio_to_ffcv_stock"], row["images_per_s"]) == (
+        2,
+        None,
+        40,
+    )
+    assert (row["images_per_s_min"], row["images_per_s_max"], row["cpu_s_per_1000_images"]) == (
+        20,
+        90,
+        1,
+    )
 
 
 def test_named_contenders_are_chosen_in_the_usual_order():
@@ -470,7 +565,13 @@ def test_named_contenders_are_chosen_in_the_usual_order():
 
 def test_decoding_is_scaled_to_what_is_not_below_the_size():
     sides = np.array([[500, 375], [1001, 2000], [100, 90], [224, 224], [1800, 1800]])
-    assert scaled(sides, 224).tolist() == [[500, 375], [251, 500], [100, 90], [224, 224], [225, 225]]
+    assert scaled(sides, 224).tolist() == [
+        [500, 375],
+        [251, 500],
+        [100, 90],
+        [224, 224],
+        [225, 225],
+    ]
     assert scaled(sides, None) is sides
 
 
@@ -481,7 +582,13 @@ def test_the_limit_decodes_the_image_and_notices_damage(tmp_path):
     data, (height, width) = (tmp_path / "a.jpg").read_bytes(), pixels.shape[:2]
     decoder = Decoder(turbojpeg())
     assert decoder.decode(data, width, height)
-    assert np.abs(decoder.pixels.reshape(pixels.shape).astype(int) - np.asarray(Image.open(tmp_path / "a.jpg"))).mean() < 2
+    assert (
+        np.abs(
+            decoder.pixels.reshape(pixels.shape).astype(int)
+            - np.asarray(Image.open(tmp_path / "a.jpg"))
+        ).mean()
+        < 2
+    )
     assert decoder.decode(data, -(-width // 2), -(-height // 2))
     assert decodes(data, width, height) and not decodes(data[:-3000], width, height)
 
@@ -491,4 +598,6 @@ def test_random_boxes_lie_inside():
     for height, width in ((1, 1), (500, 20), (20, 500), (375, 500)):
         for _ in range(50):
             top, left, h, w = random_box(height, width)
-            assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0
+            assert (
+                0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h > 0 and w > 0
+            )

@@ -13,20 +13,38 @@ def fastlt(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_help_names_every_command():
     text = fastlt("--help").stdout
-    for command in ("pack", "train", "eval", "export", "report", "demo", "bench-train", "bench-loss"):
+    for command in (
+        "pack",
+        "train",
+        "eval",
+        "export",
+        "report",
+        "demo",
+        "bench-train",
+        "bench-loss",
+    ):
         assert command in text
 
 
 def test_the_way_of_a_user(image_folders, tmp_path):
-    """pack, verify, train, eval, export, report: each command ends well and leaves what it promises."""
+    """pack, verify, train, eval, export, report: each command ends well and leaves what it
+    promises.
+    """
     folders = [f"--{name}={image_folders / name}" for name in ("target", "auxiliary", "val")]
     pack, run = tmp_path / "pack", tmp_path / "run"
-    assert fastlt("pack", *folders, f"--pairs={image_folders / 'pairs.csv'}", "--out", pack).returncode == 0
+    assert (
+        fastlt("pack", *folders, f"--pairs={image_folders / 'pairs.csv'}", "--out", pack).returncode
+        == 0
+    )
     assert "as the manifest says" in " ".join(fastlt("pack", "--verify", pack).stdout.split())
     small = ["model.name=resnet8", "data.size=16", "data.batch=16", "train.epochs=2"]
     trained = fastlt("train", "cifar100-siblings", "--data", pack, "--out", run, *small)
     assert trained.returncode == 0, trained.stderr
-    assert "3 targets" in trained.stdout and "2 auxiliaries" in trained.stdout and "3 pairs" in trained.stdout
+    assert (
+        "3 targets" in trained.stdout
+        and "2 auxiliaries" in trained.stdout
+        and "3 pairs" in trained.stdout
+    )
     assert "last epoch" in fastlt("eval", run).stdout
     assert fastlt("export", run, "--to", tmp_path / "model.safetensors").returncode == 0
     assert fastlt("report", run).returncode == 0
@@ -38,13 +56,19 @@ def test_the_way_of_a_user(image_folders, tmp_path):
     [
         (["train", "demo", "--data", "nowhere", "--out", "run"], "there is no pack at"),
         (["train", "dmeo", "--data", "nowhere", "--out", "run"], "did you mean 'demo'"),
-        (["train", "demo", "--data", "nowhere", "--out", "run", "los.silence=0"], "did you mean 'loss.silence'"),
+        (
+            ["train", "demo", "--data", "nowhere", "--out", "run", "los.silence=0"],
+            "did you mean 'loss.silence'",
+        ),
         (["eval", "nowhere"], "there is no run at nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["export", "nowhere", "--to", "m.onnx"], "nowhere"),
         (["pack", "--target", "nowhere", "--val", "nowhere", "--out", "p"], "nowhere"),
         (["pack", "cifar100:nowhere", "--task", "cifar100-lt", "--out", "p"], "nowhere"),
-        (["pack", "cifar100:x", "--task", "cifar100-lt", "--target", "y", "--out", "p"], "do not go with cifar100:DIR"),
+        (
+            ["pack", "cifar100:x", "--task", "cifar100-lt", "--target", "y", "--out", "p"],
+            "do not go with cifar100:DIR",
+        ),
         (["pack", "cifar10:x", "--out", "p"], "must be cifar100:DIR"),
         (["pack", "--verify", "nowhere"], "there is no pack at nowhere"),
     ],

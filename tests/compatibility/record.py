@@ -2,8 +2,9 @@
 
 usage: python tests/compatibility/record.py FOLDER > record.json
 
-Runs whichever fastlt is importable, on two threads of a CPU, in FOLDER, which must not exist. Prints a JSON object: names of
-cases to digests and figures. `compare.py` beside this file calls it for two checkouts and says where they differ.
+Runs whichever fastlt is importable, on two threads of a CPU, in FOLDER, which must not exist.
+Prints a JSON object: names of cases to digests and figures. `compare.py` beside this file calls it
+for two checkouts and says where they differ.
 """
 
 import hashlib
@@ -23,9 +24,18 @@ COUNTS = {
 }
 PAIRS = (("a", "x"), ("b", "x"), ("b", "y"), ("d", "z"))
 SMALL = [
-    "model.name=resnet8", "data.size=16", "data.batch=16", "data.padding=2", "data.workers=0", "train.device=cpu",
-    "train.threads=2", "train.epochs=3", "train.eval_every=3", "schedule.name=cosine", "schedule.warmup_epochs=0",
-]  # fmt: skip
+    "model.name=resnet8",
+    "data.size=16",
+    "data.batch=16",
+    "data.padding=2",
+    "data.workers=0",
+    "train.device=cpu",
+    "train.threads=2",
+    "train.epochs=3",
+    "train.eval_every=3",
+    "schedule.name=cosine",
+    "schedule.warmup_epochs=0",
+]
 VIT = ["model.name=test_vit", "data.size=32", "optim.layer_decay=0.75", "optim.ema=0.9"]
 VIT += ["optim.name=adamw", "optim.nesterov=false", "optim.lr=0.001"]
 RUNS: dict[str, list[str]] = {
@@ -49,13 +59,17 @@ def write_images(root: Path) -> None:
             colour = np.random.default_rng(ord(name)).integers(100, 156, 3)
             for i in range(count):
                 pixels = np.clip(colour + rng.normal(0, 60, (16, 16, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i:03}.{'jpg' if i % 2 else 'png'}")
+                Image.fromarray(pixels).save(
+                    root / split / name / f"{i:03}.{'jpg' if i % 2 else 'png'}"
+                )
     (root / "pairs.csv").write_text("target,auxiliary\n" + "".join(f"{t},{a}\n" for t, a in PAIRS))
 
 
 def fastlt(*arguments: str, at: Path) -> None:
     """Run a command in the folder `at`; its output goes to this process's error stream."""
-    subprocess.run([sys.executable, "-m", "fastlt", *arguments], check=True, cwd=at, stdout=sys.stderr)
+    subprocess.run(
+        [sys.executable, "-m", "fastlt", *arguments], check=True, cwd=at, stdout=sys.stderr
+    )
 
 
 def digest_of_pack(pack: Path) -> dict[str, str]:
@@ -64,7 +78,11 @@ def digest_of_pack(pack: Path) -> dict[str, str]:
     for path in sorted(path for path in pack.rglob("*") if path.is_file()):
         data = path.read_bytes()
         if path.name == "manifest.json":
-            manifest = {key: value for key, value in json.loads(data).items() if key in ("counts", "files", "skipped")}
+            manifest = {
+                key: value
+                for key, value in json.loads(data).items()
+                if key in ("counts", "files", "skipped")
+            }
             data = json.dumps(manifest, sort_keys=True).encode()
         digests[str(path.relative_to(pack))] = hashlib.sha256(data).hexdigest()
     return digests
@@ -76,17 +94,25 @@ def digest_of_tensors(path: Path) -> str:
     with safe_open(path, "np") as file:
         for name in sorted(file.keys()):
             values = file.get_tensor(name)
-            digest.update(f"{name} {values.dtype} {values.shape}".encode() + np.ascontiguousarray(values).tobytes())
+            digest.update(
+                f"{name} {values.dtype} {values.shape}".encode()
+                + np.ascontiguousarray(values).tobytes()
+            )
     return digest.hexdigest()
 
 
 def digest_of_run(run: Path) -> dict[str, str]:
-    """Return the digests of the model and of the newest checkpoint, and the figures that tell of no time."""
+    """Return the digests of the model and of the newest checkpoint, and the figures that tell of no
+    time.
+    """
     newest = max((run / "checkpoints").iterdir())
     files = [run / "model.safetensors", *sorted(newest.glob("*.safetensors"))]
     digests = {str(path.relative_to(run)): digest_of_tensors(path) for path in files}
     result = json.loads((run / "result.json").read_text())
-    figures = {key: result[key] for key in ("top1", "many", "medium", "few", "per_class", "best", "epochs", "confusion")}
+    figures = {
+        key: result[key]
+        for key in ("top1", "many", "medium", "few", "per_class", "best", "epochs", "confusion")
+    }
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return digests | {"figures": json.dumps(figures), "losses": json.dumps(losses)}
 
@@ -96,14 +122,26 @@ def record(folder: Path) -> dict[str, dict[str, str]]:
     folder.mkdir(parents=True)
     write_images(folder / "images")
     folders = [part for split in COUNTS for part in (f"--{split}", f"images/{split}")]
-    fastlt("pack", *folders, "--pairs", "images/pairs.csv", "--out", "pack", "--workers", "1", at=folder)
+    fastlt(
+        "pack",
+        *folders,
+        "--pairs",
+        "images/pairs.csv",
+        "--out",
+        "pack",
+        "--workers",
+        "1",
+        at=folder,
+    )
     found = {"pack": digest_of_pack(folder / "pack")}
     for name, arguments in RUNS.items():
         fastlt("train", *arguments, "--data", "pack", "--out", name, at=folder)
         found[name] = digest_of_run(folder / name)
         fastlt("eval", name, "--json", f"{name}.json", at=folder)
         figures = json.loads((folder / f"{name}.json").read_text())
-        found[f"eval {name}"] = {key: json.dumps(value) for key, value in figures.items() if key != "seconds"}
+        found[f"eval {name}"] = {
+            key: json.dumps(value) for key, value in figures.items() if key != "seconds"
+        }
     return found
 
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fastlt.packing.writer import PackOptions, write_pack
 from fastlt.packing.sources import read_collection
+from fastlt.packing.writer import PackOptions, write_pack
 
 HUES = {"otter": 0, "sofa": 60, "tulip": 120, "mink": 180, "bench": 240}
 SIDE = 96
@@ -20,9 +20,15 @@ class Photos:
     @staticmethod
     def image(name: str, seed: int) -> Image.Image:
         rng = np.random.default_rng([HUES[name], seed])
-        coarse = Image.fromarray(rng.integers(0, 256, (6, 6), np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        hue, full = (Image.new("L", (SIDE, SIDE), value) for value in (round(HUES[name] / 360 * 255), 230))
-        return Image.merge("HSV", (hue, full, coarse.point(lambda x: 60 + x * 3 // 4))).convert("RGB")
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6), np.uint8)).resize(
+            (SIDE, SIDE), Image.Resampling.BICUBIC
+        )
+        hue, full = (
+            Image.new("L", (SIDE, SIDE), value) for value in (round(HUES[name] / 360 * 255), 230)
+        )
+        return Image.merge("HSV", (hue, full, coarse.point(lambda x: 60 + x * 3 // 4))).convert(
+            "RGB"
+        )
 
     @staticmethod
     def encoded(image: Image.Image, quality: int = 90) -> bytes:

@@ -42,7 +42,10 @@ def test_copies_are_those_of_an_earlier_one_that_is_none_itself(blocks):
             kept.append(image)
     found = dict(later_copies(features, 0.85, CPU))
     assert sorted(set(range(300)) - found.keys()) == kept and len(kept) < 300
-    assert all(earlier < image and earlier in kept and similar[image, earlier] for image, earlier in found.items())
+    assert all(
+        earlier < image and earlier in kept and similar[image, earlier]
+        for image, earlier in found.items()
+    )
 
 
 def test_thousands_that_are_alike_are_copies_of_the_first(blocks):
@@ -58,7 +61,12 @@ def test_the_prototype_stays_with_the_majority(share):
     other = rng.normal(size=64)
     other /= np.linalg.norm(other)
     wrong = round(200 * share)
-    members = np.concatenate([centre + 0.05 * rng.normal(size=(200 - wrong, 64)), other + 0.05 * rng.normal(size=(wrong, 64))])
+    members = np.concatenate(
+        [
+            centre + 0.05 * rng.normal(size=(200 - wrong, 64)),
+            other + 0.05 * rng.normal(size=(wrong, 64)),
+        ]
+    )
     members /= np.linalg.norm(members, axis=1, keepdims=True)
     found = robust_mean(rng.permutation(members).astype(np.float16))
     assert found @ centre > 0.99 and np.linalg.norm(found) == pytest.approx(1)

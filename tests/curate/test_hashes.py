@@ -13,7 +13,12 @@ from fastlt.decode.images import open_image
 def hashes(seen, mirrored=None, has_look=None) -> Hashes:
     seen = np.array(seen, np.uint64)
     mirrored = np.array(mirrored if mirrored is not None else ~seen, np.uint64)
-    return Hashes([bytes(32)] * len(seen), seen, mirrored, np.array(has_look if has_look is not None else [True] * len(seen)))
+    return Hashes(
+        [bytes(32)] * len(seen),
+        seen,
+        mirrored,
+        np.array(has_look if has_look is not None else [True] * len(seen)),
+    )
 
 
 def encoded(image: Image.Image, kind="JPEG", **options) -> bytes:
@@ -36,13 +41,25 @@ def test_all_pairs_within_the_distance_are_found_and_no_others(distance):
     rng = np.random.default_rng(distance)
     known = rng.integers(0, 2**63, 300).astype(np.uint64)
     flips = [
-        np.bitwise_or.reduce(np.uint64(1) << rng.choice(64, k, replace=False).astype(np.uint64)) for k in rng.integers(1, 9, 200)
+        np.bitwise_or.reduce(np.uint64(1) << rng.choice(64, k, replace=False).astype(np.uint64))
+        for k in rng.integers(1, 9, 200)
     ]
     queries = known[rng.integers(0, 300, 200)] ^ np.array(flips, np.uint64)
-    wanted = {(i, j) for i in range(200) for j in range(300) if bits_apart(int(queries[i]), int(known[j])) <= distance}
-    found = {(int(i), int(j)) for rows, columns in _near(queries, known, distance) for i, j in zip(rows, columns, strict=True)}
+    wanted = {
+        (i, j)
+        for i in range(200)
+        for j in range(300)
+        if bits_apart(int(queries[i]), int(known[j])) <= distance
+    }
+    found = {
+        (int(i), int(j))
+        for rows, columns in _near(queries, known, distance)
+        for i, j in zip(rows, columns, strict=True)
+    }
     assert found == wanted
-    assert {tuple(pair) for pair in same_look(hashes(queries), hashes(known), distance).tolist()} >= wanted
+    assert {
+        tuple(pair) for pair in same_look(hashes(queries), hashes(known), distance).tolist()
+    } >= wanted
 
 
 def test_thousands_with_one_look_cost_no_square():
@@ -72,7 +89,10 @@ def test_photographs_keep_their_look_when_resized_compressed_anew_or_mirrored(sh
     distances = []
     for photo, grey, original in zip(photos, greys, looks, strict=True):
         image = open_image(photo.read_bytes()).convert("RGB")
-        smaller = encoded(image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS), quality=60)
+        smaller = encoded(
+            image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS),
+            quality=60,
+        )
         distances.append(bits_apart(look(small_grey(smaller)), original))
         again = encoded(ImageOps.mirror(image), quality=75)
         assert bits_apart(look(small_grey(again)[:, ::-1]), original) <= 6

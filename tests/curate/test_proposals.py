@@ -24,7 +24,9 @@ def merged(*proposals, limit=8):
 
 def test_a_category_that_two_targets_are_proposed_is_one_with_two_owners():
     decisions, categories = merged(
-        Proposal(0, "Bengal cat", "llm"), Proposal(1, "bengal_cats", "llm"), Proposal(1, "bench", "llm", query="garden bench")
+        Proposal(0, "Bengal cat", "llm"),
+        Proposal(1, "bengal_cats", "llm"),
+        Proposal(1, "bench", "llm", query="garden bench"),
     )
     assert [decision.kept for decision in decisions] == [True] * 3
     assert [(c.name, c.query, c.owners) for c in categories] == [
@@ -43,8 +45,14 @@ def test_owners_are_also_the_targets_that_it_belongs_to():
     [
         (Proposal(0, "Couches", "llm"), "it is the target 'sofa' or a synonym of it"),
         (Proposal(0, "tabby", "llm"), "it is the target 'tiger_cat' or a synonym of it"),
-        (Proposal(1, "chesterfield", "wordnet", synonyms=("Tiger cats",)), "it is also called 'tiger_cat'"),
-        (Proposal(1, "furniture", "wordnet", refused="it contains the target 'sofa'"), "it contains the target 'sofa'"),
+        (
+            Proposal(1, "chesterfield", "wordnet", synonyms=("Tiger cats",)),
+            "it is also called 'tiger_cat'",
+        ),
+        (
+            Proposal(1, "furniture", "wordnet", refused="it contains the target 'sofa'"),
+            "it contains the target 'sofa'",
+        ),
         (Proposal(1, " - ", "llm"), "it has no name"),
     ],
 )
@@ -67,7 +75,9 @@ def test_a_second_meaning_of_a_name_and_what_came_before_are_dropped():
 
 
 def test_the_best_are_kept_up_to_the_limit_and_what_is_dropped_takes_no_room():
-    proposals = [Proposal(0, name, "llm") for name in ("tabby", "ocicat", "serval", "lynx", "caracal")]
+    proposals = [
+        Proposal(0, name, "llm") for name in ("tabby", "ocicat", "serval", "lynx", "caracal")
+    ]
     decisions, categories = merged(*proposals, limit=2)
     assert [category.name for category in categories] == ["ocicat", "serval"]
     assert [decision.reason for decision in decisions[3:]] == ["enough were better"] * 2
@@ -75,10 +85,14 @@ def test_the_best_are_kept_up_to_the_limit_and_what_is_dropped_takes_no_room():
 
 def test_the_tail_gets_more_of_as_many_in_all():
     rng = np.random.default_rng(0)
-    targets = [Target(str(i), int(n)) for i, n in enumerate(rng.permutation(np.geomspace(2, 1280, 200).astype(int)))]
+    targets = [
+        Target(str(i), int(n))
+        for i, n in enumerate(rng.permutation(np.geomspace(2, 1280, 200).astype(int)))
+    ]
     limits = np.array(tail_weighted_limits(targets, 8))
     counts = np.array([target.count for target in targets])
-    assert abs(limits.sum() - sum(even_limits(targets, 8))) <= 0.03 * limits.sum()  # but for rounding
+    # but for rounding
+    assert abs(limits.sum() - sum(even_limits(targets, 8))) <= 0.03 * limits.sum()
     assert 1 <= limits.min() < 8 < limits.max() <= 16
     assert (np.diff(limits[np.argsort(counts)]) <= 0).all()
     assert tail_weighted_limits([Target("a", 7)] * 3, 5) == [5, 5, 5]

@@ -46,8 +46,16 @@ def allowed(status, text, *urls):
 
 
 def test_robots_txt_is_read_once_for_an_origin():
-    text = "User-agent: *\nDisallow: /private\n\nUser-agent: fastlt\nDisallow: /data\nCrawl-delay: 2\n"
-    found, asked, rates = allowed(200, text, "https://a.org/data/1.jpg", "https://a.org/private/1.jpg", "https://b.org:81/data/x")
+    text = (
+        "User-agent: *\nDisallow: /private\n\nUser-agent: fastlt\nDisallow: /data\nCrawl-delay: 2\n"
+    )
+    found, asked, rates = allowed(
+        200,
+        text,
+        "https://a.org/data/1.jpg",
+        "https://a.org/private/1.jpg",
+        "https://b.org:81/data/x",
+    )
     assert found == [False, True, False]  # our own section counts
     assert asked == ["https://a.org/robots.txt", "https://b.org:81/robots.txt"]
     assert rates.interval["a.org"] == 2

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fastlt.curate.hashes import Hashes
-from fastlt.curate.selection import give_up_small_classes, judge
 from fastlt.curate.image_index import Pile
+from fastlt.curate.selection import give_up_small_classes, judge
 from fastlt.curate.settings import FilterConfig
 from fastlt.packing.reader import open_pack
 
@@ -20,12 +20,18 @@ def make_pile(hued_pack):
 
     def make(features, labels, bits=None, exact=None):
         """Images that are all different but for what is told."""
-        vectors = np.array([vector / np.linalg.norm(vector) for vector in features], np.float16).reshape(-1, 3)
+        vectors = np.array(
+            [vector / np.linalg.norm(vector) for vector in features], np.float16
+        ).reshape(-1, 3)
         count = len(vectors)
         split = open_pack(hued_pack).train.subset(np.arange(count))
         split.label[:] = labels
         seen = np.array(bits if bits is not None else rng.integers(0, 2**63, count), np.uint64)
-        digests = exact if exact is not None else [bytes(rng.integers(0, 256, 32, np.uint8)) for _ in range(count)]
+        digests = (
+            exact
+            if exact is not None
+            else [bytes(rng.integers(0, 256, 32, np.uint8)) for _ in range(count)]
+        )
         return Pile(split, Hashes(digests, seen, ~seen, np.ones(count, bool)), vectors)
 
     return make
@@ -41,7 +47,11 @@ def test_of_a_chain_of_duplicates_those_are_dropped_that_are_like_a_kept_one(mak
     assert reasons(make_pile(turned, 0), gamma2=0.98) == ["", "duplicate: the same features", ""]
     assert reasons(make_pile(turned, 0), gamma2=1.5) == ["", "", ""]
     bits = [0b0, 0b111, 0b111111]
-    assert reasons(make_pile([EAST] * 3, 0, bits), gamma2=1.5, hash_distance=3) == ["", "duplicate: the same look", ""]
+    assert reasons(make_pile([EAST] * 3, 0, bits), gamma2=1.5, hash_distance=3) == [
+        "",
+        "duplicate: the same look",
+        "",
+    ]
     assert reasons(make_pile([EAST] * 3, 0, bits), gamma2=1.5, hash_distance=-1) == ["", "", ""]
 
 
@@ -70,19 +80,29 @@ def test_a_copy_in_the_wrong_class_does_not_cost_the_right_one(make_pile):
 def test_leaks_by_look_and_by_features_name_whose_they_are(make_pile):
     known = {"training": make_pile([UP], 0, [0b1]), "test": make_pile([EAST + 0.05 * NORTH], 0)}
     pile = make_pile([EAST, NORTH + EAST, NORTH + EAST + 0.3 * UP], 0, [1 << 20, 0b11, 1 << 40])
-    verdicts = judge(pile, known, [(0,)], FilterConfig(gamma1=-1, gamma2=0.99, hash_distance=1), CPU)
-    assert verdicts.reasons == ["leak: the features of a test image", "leak: the look of a training image", ""]
+    verdicts = judge(
+        pile, known, [(0,)], FilterConfig(gamma1=-1, gamma2=0.99, hash_distance=1), CPU
+    )
+    assert verdicts.reasons == [
+        "leak: the features of a test image",
+        "leak: the look of a training image",
+        "",
+    ]
     assert all("train-000000.tar:" in of for of in verdicts.of[:2])
 
 
 def test_gamma1_is_the_cosine_to_the_prototype_of_the_class(make_pile):
     pile = make_pile([*[EAST] * 8, NORTH + 2 * EAST, NORTH, UP, UP, UP], [*[0] * 10, 1, 1, 1])
-    verdicts = judge(pile, {}, [(0,), (0,)], FilterConfig(gamma2=1.5, gamma1=0.7, hash_distance=-1), CPU)
+    verdicts = judge(
+        pile, {}, [(0,), (0,)], FilterConfig(gamma2=1.5, gamma1=0.7, hash_distance=-1), CPU
+    )
     assert verdicts.reasons == [*[""] * 9, "unlike its class", "", "", ""]
     assert verdicts.likeness[8] == pytest.approx(2 / 5**0.5, abs=2e-3)
 
 
-@pytest.mark.parametrize(("kind", "dropped"), [("retrieved", []), ("targets", [0, 1]), ("both", [0, 1])])
+@pytest.mark.parametrize(
+    ("kind", "dropped"), [("retrieved", []), ("targets", [0, 1]), ("both", [0, 1])]
+)
 def test_prototypes_may_be_of_the_owners_images(make_pile, kind, dropped):
     known = {"training": make_pile([UP] * 5 + [NORTH], [0] * 5 + [1])}
     pile = make_pile([EAST, EAST, NORTH, NORTH], [0, 0, 1, 1])
@@ -91,7 +111,13 @@ def test_prototypes_may_be_of_the_owners_images(make_pile, kind, dropped):
 
 
 def test_classes_with_too_few_images_are_given_up_with_all_of_them(make_pile):
-    verdicts = judge(make_pile([EAST] * 5, [0, 0, 0, 1, 1]), {}, [(0,), (0,)], FilterConfig(gamma2=1.5, hash_distance=-1), CPU)
+    verdicts = judge(
+        make_pile([EAST] * 5, [0, 0, 0, 1, 1]),
+        {},
+        [(0,), (0,)],
+        FilterConfig(gamma2=1.5, hash_distance=-1),
+        CPU,
+    )
     give_up_small_classes(verdicts, np.array([0, 0, 0, 1, 1]), 3)
     assert verdicts.reasons == ["", "", "", *["too few images of its class are left"] * 2]
     assert verdicts.kept.tolist() == [0, 1, 2]

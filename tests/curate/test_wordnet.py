@@ -12,9 +12,17 @@ from rich.console import Console
 from fastlt.curate.proposals import Target
 from fastlt.curate.propose import run_propose
 from fastlt.curate.settings import CurateConfig
-from fastlt.curate.wordnet import find_targets, pool, propose, read_mapping, read_tables, read_wordnet, within
-from fastlt.utils.embeddings import Embeddings, read_embeddings
+from fastlt.curate.wordnet import (
+    find_targets,
+    pool,
+    propose,
+    read_mapping,
+    read_tables,
+    read_wordnet,
+    within,
+)
 from fastlt.errors import UserError
+from fastlt.utils.embeddings import Embeddings, read_embeddings
 from fastlt.utils.names import normalised
 
 #          animal 0
@@ -25,7 +33,19 @@ from fastlt.utils.names import normalised
 #            |              |
 #       barn owl 9      bobcat 10 (also of a bird, as a joke)
 ID = [f"n{i:08d}" for i in range(11)]
-NAMES = ["animal", "bird", "cat", "crane", "owl", "tabby", "lynx, catamount", "machine", "crane", "barn owl", "bobcat"]
+NAMES = [
+    "animal",
+    "bird",
+    "cat",
+    "crane",
+    "owl",
+    "tabby",
+    "lynx, catamount",
+    "machine",
+    "crane",
+    "barn owl",
+    "bobcat",
+]
 EDGES = [(0, 1), (0, 2), (1, 3), (1, 4), (2, 5), (2, 6), (7, 8), (4, 9), (6, 10), (1, 10)]
 
 
@@ -34,7 +54,9 @@ def folder(tmp_path):
     place = tmp_path / "wordnet"
     place.mkdir()
     (place / "wordnet.parent-child.txt").write_text("".join(f"{ID[a]} {ID[b]}\n" for a, b in EDGES))
-    (place / "synset_to_lemma.txt").write_text("".join(f"{ID[i]}\t{name}\n" for i, name in enumerate(NAMES)))
+    (place / "synset_to_lemma.txt").write_text(
+        "".join(f"{ID[i]}\t{name}\n" for i, name in enumerate(NAMES))
+    )
     (place / "synset_to_definition.txt").write_text(f"{ID[4]}\tnocturnal bird of prey\n")
     return place
 
@@ -50,9 +72,16 @@ def names_of(proposals, kept=True):
 
 def test_distances_are_the_shortest_and_rise_bounds_the_way_up(small):
     assert within(small, ID[3], 4, 2) == {
-        ID[3]: (0, 0), ID[1]: (1, 1), ID[4]: (2, 1), ID[10]: (2, 1), ID[9]: (3, 1), ID[0]: (2, 2), ID[2]: (3, 2), ID[5]: (4, 2),
+        ID[3]: (0, 0),
+        ID[1]: (1, 1),
+        ID[4]: (2, 1),
+        ID[10]: (2, 1),
+        ID[9]: (3, 1),
+        ID[0]: (2, 2),
+        ID[2]: (3, 2),
+        ID[5]: (4, 2),
         ID[6]: (4, 2),
-    }  # fmt: skip
+    }
     assert set(within(small, ID[3], 4, 1)) == {ID[i] for i in (3, 1, 4, 10, 9)}
     assert set(within(small, ID[2], 1, 0)) == {ID[i] for i in (2, 5, 6)}
 
@@ -83,10 +112,18 @@ def test_what_is_as_near_is_ranked_by_likeness(small):
 
 
 def test_names_are_found_by_their_first_meaning(small):
-    assert small.find("Cranes") == ID[3] and small.find(ID[8]) == ID[8] and small.find("catamount") == ID[6]
+    assert (
+        small.find("Cranes") == ID[3]
+        and small.find(ID[8]) == ID[8]
+        and small.find("catamount") == ID[6]
+    )
     assert small.find("owl_bird") == ID[4]  # as an owl, which is a bird
     assert small.find("owl machine") is None and small.find("n99999999") is None
-    assert small.query(ID[3]) == "crane bird" and small.query(ID[8]) == "crane machine" and small.query(ID[4]) == "owl"
+    assert (
+        small.query(ID[3]) == "crane bird"
+        and small.query(ID[8]) == "crane machine"
+        and small.query(ID[4]) == "owl"
+    )
 
 
 def test_a_mapping_goes_before_names_and_is_checked(small, tmp_path):
@@ -102,7 +139,9 @@ def test_a_mapping_goes_before_names_and_is_checked(small, tmp_path):
         file.write_text(text)
         with pytest.raises(UserError, match=said):
             find_targets(small, targets, read_mapping(file, targets))
-    with pytest.raises(UserError, match="knows none of the targets, not even 'oowl', did you mean 'owl'"):
+    with pytest.raises(
+        UserError, match="knows none of the targets, not even 'oowl', did you mean 'owl'"
+    ):
         find_targets(small, [Target("oowl")], {})
 
 
@@ -118,7 +157,9 @@ def test_damaged_tables_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"no file named like \*synset\*lemma\*"):
         read_wordnet(str(empty))
     (folder / "wordnet.parent-child.txt").write_text(f"{ID[0]} {ID[1]}\nanimal cat\n")
-    with pytest.raises(UserError, match=r"parent-child.txt, line 2: 'animal cat' does not begin with a WordNet id"):
+    with pytest.raises(
+        UserError, match=r"parent-child.txt, line 2: 'animal cat' does not begin with a WordNet id"
+    ):
         read_wordnet(str(folder))
     with pytest.raises(UserError, match=r"set propose\.wordnet to a folder"):
         read_wordnet("")
@@ -141,30 +182,46 @@ def test_a_lexicon_of_the_library_wn(tmp_path, small):
         for j, word in enumerate(words.split(", "))
     )
     up = {
-        i: "".join(f'<SynsetRelation relType="hypernym" target="tiny-{ID[a][1:]}-n"/>' for a, b in EDGES if b == i)
+        i: "".join(
+            f'<SynsetRelation relType="hypernym" target="tiny-{ID[a][1:]}-n"/>'
+            for a, b in EDGES
+            if b == i
+        )
         for i in range(11)
     }
     synsets = "".join(
-        f'<Synset id="tiny-{ID[i][1:]}-n" ili="" partOfSpeech="n"><Definition>what {name} is</Definition>{up[i]}</Synset>\n'
+        f'<Synset id="tiny-{ID[i][1:]}-n" ili="" partOfSpeech="n"><Definition>what {name} '
+        f"is</Definition>{up[i]}</Synset>\n"
         for i, name in enumerate(NAMES)
     )
     (tmp_path / "tiny.xml").write_text(LMF.format(entries=entries, synsets=synsets))
     wn.config.data_directory = tmp_path / "data"
     wn.add(tmp_path / "tiny.xml", progress_handler=None)
     found = read_wordnet("wn:tiny:1")
-    assert {key: list(words) for key, words in found.lemmas.items()} == {key: list(words) for key, words in small.lemmas.items()}
-    assert {key: set(up) for key, up in found.parents.items() if up} == {key: set(up) for key, up in small.parents.items()}
+    assert {key: list(words) for key, words in found.lemmas.items()} == {
+        key: list(words) for key, words in small.lemmas.items()
+    }
+    assert {key: set(up) for key, up in found.parents.items() if up} == {
+        key: set(up) for key, up in small.parents.items()
+    }
     assert found.definitions[ID[9]] == "what barn owl is"
     with pytest.raises(UserError, match=r"wn has no lexicon omw-en:1\.4"):
         read_wordnet("wn:omw-en:1.4")
 
 
 def test_embeddings_are_read_by_name(tmp_path):
-    np.savez(tmp_path / "e.npz", names=["lawn_mower", "owl"], glove=np.eye(2) * 3, other=np.ones((2, 3)))
+    np.savez(
+        tmp_path / "e.npz", names=["lawn_mower", "owl"], glove=np.eye(2) * 3, other=np.ones((2, 3))
+    )
     found = read_embeddings(f"{tmp_path}/e.npz:glove")
-    assert found.similarity(["lawn mower"], ["Owls"]) == 0 and found.similarity(["owl"], ["x", "owl"]) == pytest.approx(1)
+    assert found.similarity(["lawn mower"], ["Owls"]) == 0 and found.similarity(
+        ["owl"], ["x", "owl"]
+    ) == pytest.approx(1)
     assert found.similarity(["owl"], ["nothing"]) is None
-    for place, said in ((f"{tmp_path}/e.npz", "one of glove, other"), (f"{tmp_path}/no.npz", "cannot read embeddings")):
+    for place, said in (
+        (f"{tmp_path}/e.npz", "one of glove, other"),
+        (f"{tmp_path}/no.npz", "cannot read embeddings"),
+    ):
         with pytest.raises(UserError, match=said):
             read_embeddings(place)
     np.savez(tmp_path / "f.npz", names=["a"], v=np.ones((2, 3)))
@@ -185,19 +242,24 @@ def real(shared_data):
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["neighbours", "random"])
-def test_imagenets_classes_get_neighbours_none_of_which_is_a_target_or_its_synonym(shared_data, real, tmp_path, control):
+def test_imagenets_classes_get_neighbours_none_of_which_is_a_target_or_its_synonym(
+    shared_data, real, tmp_path, control
+):
     labels = shared_data / "labels"
     ids = (labels / "imagenet/imagenet_synsets.txt").read_text().split()
     kind = "random" if control else "neighbours"
     config = CurateConfig.model_validate({"propose": {"wordnet": str(labels), "control": kind}})
-    run_propose(labels / "imagenet/imagenet_synsets.txt", tmp_path, config, False, Console(quiet=True))
+    run_propose(
+        labels / "imagenet/imagenet_synsets.txt", tmp_path, config, False, Console(quiet=True)
+    )
     categories = read(tmp_path / "categories.jsonl")
     words = {normalised(word) for synset in ids for word in real.lemmas[synset]}
     assert not words.intersection(normalised(category["name"]) for category in categories)
     assert not {category["key"] for category in categories}.intersection(ids)
     above = {key for synset in ids for key in real.above(synset)}
     assert not above.intersection(category["key"] for category in categories)
-    # Of the paper's release: 5,012 auxiliary classes, 6,851 pairs, 8 for a target, 1,375 with several owners.
+    # Of the paper's release: 5,012 auxiliary classes, 6,851 pairs, 8 for a target, 1,375 with
+    # several owners.
     pairs = [(owner, category["name"]) for category in categories for owner in category["owners"]]
     per_target = Counter(owner for owner, _ in pairs)
     assert 3_000 < len(categories) < 6_000 and 6_000 < len(pairs) < 9_000
@@ -208,7 +270,9 @@ def test_imagenets_classes_get_neighbours_none_of_which_is_a_target_or_its_synon
     assert {row["name"] for row in decided} == {category["name"] for category in categories}
     if not control:
         first = {normalised(real.lemmas[synset][0]) for synset in ids}
-        assert first.isdisjoint(normalised(word) for category in categories for word in real.lemmas[category["key"]])
+        assert first.isdisjoint(
+            normalised(word) for category in categories for word in real.lemmas[category["key"]]
+        )
     if control:
         assert all(row["reason"].startswith("drawn at random, in the place of ") for row in decided)
         below = {synset for synset in real.lemmas if set(real.above(synset)).intersection(ids)}
@@ -219,17 +283,41 @@ def test_imagenets_classes_get_neighbours_none_of_which_is_a_target_or_its_synon
 
 def test_cifars_names_get_neighbours(shared_data, real, tmp_path):
     labels = shared_data / "labels"
-    names = [line.split()[1] for line in (labels / "cifar100/cvjena_class_names.txt").read_text().splitlines()][:100]
+    names = [
+        line.split()[1]
+        for line in (labels / "cifar100/cvjena_class_names.txt").read_text().splitlines()
+    ][:100]
     (tmp_path / "names.txt").write_text("\n".join(names))
-    settings = {"wordnet": str(labels), "embeddings": f"{labels}/cifar100/class_embeddings.npz:glove"}
+    settings = {
+        "wordnet": str(labels),
+        "embeddings": f"{labels}/cifar100/class_embeddings.npz:glove",
+    }
     console = Console(record=True, width=200)
-    run_propose(tmp_path / "names.txt", tmp_path, CurateConfig.model_validate({"propose": settings}), False, console)
-    assert "WordNet does not know 4 targets (aquarium_fish, dinosaur, forest, sea)" in console.export_text()
+    run_propose(
+        tmp_path / "names.txt",
+        tmp_path,
+        CurateConfig.model_validate({"propose": settings}),
+        False,
+        console,
+    )
+    assert (
+        "WordNet does not know 4 targets (aquarium_fish, dinosaur, forest, sea)"
+        in console.export_text()
+    )
     categories = read(tmp_path / "categories.jsonl")
     per_target = Counter(owner for category in categories for owner in category["owners"])
-    assert {name for name in names if not per_target[name]} == {"aquarium_fish", "dinosaur", "forest", "sea"}
-    assert {normalised(name) for name in names}.isdisjoint(normalised(category["name"]) for category in categories)
-    assert "alligator" in {category["name"] for category in categories if "crocodile" in category["owners"]}
+    assert {name for name in names if not per_target[name]} == {
+        "aquarium_fish",
+        "dinosaur",
+        "forest",
+        "sea",
+    }
+    assert {normalised(name) for name in names}.isdisjoint(
+        normalised(category["name"]) for category in categories
+    )
+    assert "alligator" in {
+        category["name"] for category in categories if "crocodile" in category["owners"]
+    }
     decided = read(tmp_path / "proposals.jsonl")
     assert all(row["kept"] != bool(row["reason"]) for row in decided)
     assert {(row["target"], row["name"]) for row in decided if row["kept"]} <= {

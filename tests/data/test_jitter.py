@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fastlt.utils import torchvision_shim
 from fastlt.data import jitter
 from fastlt.errors import UserError
+from fastlt.utils import torchvision_shim
 
 N = 6
 
@@ -35,14 +35,21 @@ def images() -> torch.Tensor:
 def test_a_factor_is_torchvisions(functional, images, name):
     factors = torch.tensor([0.0, 0.3, 1.0, 1.7, 2.0, 0.9])
     made = getattr(jitter, name)(images, factors[:, None, None, None])
-    wanted = torch.stack([getattr(functional, f"adjust_{name}")(x, f.item()) for x, f in zip(images, factors, strict=True)])
+    wanted = torch.stack(
+        [
+            getattr(functional, f"adjust_{name}")(x, f.item())
+            for x, f in zip(images, factors, strict=True)
+        ]
+    )
     torch.testing.assert_close(made, wanted, atol=1e-5, rtol=0)
 
 
 def test_a_turn_of_the_hue_is_torchvisions(functional, images):
     turns = torch.tensor([-0.5, 0.2, 0.1, 0.33, 0.5, -0.07])
     made = jitter.hue(images, turns[:, None, None, None])
-    wanted = torch.stack([functional.adjust_hue(x, t.item()) for x, t in zip(images, turns, strict=True)])
+    wanted = torch.stack(
+        [functional.adjust_hue(x, t.item()) for x, t in zip(images, turns, strict=True)]
+    )
     torch.testing.assert_close(made, wanted, atol=2e-4, rtol=0)
 
 
@@ -53,7 +60,10 @@ def test_nothing_to_do_leaves_the_images_alone():
 
 def test_images_differ_and_the_generator_decides():
     images = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8).expand(N, -1, -1, -1)
-    first, again, other = (jitter.colour_jitter(images, (0.4, 0.4, 0.4, 0.1), torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    first, again, other = (
+        jitter.colour_jitter(images, (0.4, 0.4, 0.4, 0.1), torch.Generator().manual_seed(s))
+        for s in (1, 1, 2)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.dtype == torch.uint8 and len({x.numpy().tobytes() for x in first}) == N
 
@@ -74,5 +84,6 @@ def test_it_compiles_to_the_same():
     images = torch.rand(N, 3, 8, 8)
     turns = torch.rand(N, 1, 1, 1) - 0.5
     torch.testing.assert_close(
-        torch.compile(jitter.hue, backend="aot_eager", fullgraph=True)(images, turns), jitter.hue(images, turns)
+        torch.compile(jitter.hue, backend="aot_eager", fullgraph=True)(images, turns),
+        jitter.hue(images, turns),
     )

@@ -9,20 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.scenes import ORIENTATION, mixed_images, scene
 from PIL import Image
 
 from fastlt.data import loader as loader_module
 from fastlt.data.engines import resident
-from fastlt.data.geometry import Geometry
-from fastlt.decode.images import decode, fill_box
-from fastlt.data.loader import Loader, choose_engine
-from fastlt.packing.reader import open_pack
-from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
 from fastlt.data.engines.resident import ResidentEngine
 from fastlt.data.engines.torch import TorchEngine
+from fastlt.data.geometry import Geometry
+from fastlt.data.loader import Loader, choose_engine
+from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
+from fastlt.decode.images import decode, fill_box
 from fastlt.errors import UserError
-
-from .conftest import ORIENTATION, mixed_images, scene
+from fastlt.packing.reader import open_pack
 
 CROPS = {
     "random-resized-crop": Geometry("random-resized-crop", 24, flip=True),
@@ -55,7 +54,15 @@ def pack(small_pack):
 
 
 def plan_of(pack, geometry: Geometry, batch: int = 8) -> Plan:
-    return Plan(pack.train, pack.space.num_targets, pack.space.num_classes, geometry, Sampling(budget=6), batch, seed=5)
+    return Plan(
+        pack.train,
+        pack.space.num_targets,
+        pack.space.num_classes,
+        geometry,
+        Sampling(budget=6),
+        batch,
+        seed=5,
+    )
 
 
 def reference(split, batch: Batch, size: int) -> torch.Tensor:
@@ -84,7 +91,9 @@ def test_workers_give_the_same_in_the_same_order_and_live_through_epochs(pack):
     pids = []
     for epoch in range(2):
         made = list(shared.batches(plan.epoch(epoch)))
-        assert all(torch.equal(a, b) for a, b in zip(made, alone.batches(plan.epoch(epoch)), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(made, alone.batches(plan.epoch(epoch)), strict=True)
+        )
         pids.append({child.pid for child in multiprocessing.active_children()})
     assert pids[0] == pids[1] and len(pids[0]) == 2
     shared.close()
@@ -100,7 +109,10 @@ def test_leaving_early_leaves_an_engine_that_starts_anew_and_nothing_after_close
         next(engine.batches(plan.epoch(0)))
     early.close()
     made = list(engine.batches(plan.epoch(1)))
-    assert all(torch.equal(a, reference(pack.train, b, 16)) for a, b in zip(made, plan.epoch(1), strict=True))
+    assert all(
+        torch.equal(a, reference(pack.train, b, 16))
+        for a, b in zip(made, plan.epoch(1), strict=True)
+    )
     engine.close()
     assert not multiprocessing.active_children()
 
@@ -124,10 +136,14 @@ def test_a_dead_worker_is_told_and_not_waited_for(pack):
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_kept_batches_are_not_overwritten(pack, make):
-    batches = [batch for epoch in range(4) for batch in plan_of(pack, CROPS["pad-crop"]).epoch(epoch)][:16]
+    batches = [
+        batch for epoch in range(4) for batch in plan_of(pack, CROPS["pad-crop"]).epoch(epoch)
+    ][:16]
     kept = list(make(pack.train, 16).batches(batches))
     assert len(kept) == 16
-    assert all(torch.equal(a, reference(pack.train, b, 16)) for a, b in zip(kept, batches, strict=True))
+    assert all(
+        torch.equal(a, reference(pack.train, b, 16)) for a, b in zip(kept, batches, strict=True)
+    )
 
 
 @pytest.mark.parametrize("make", [ResidentEngine, OnDevice])
@@ -138,7 +154,9 @@ def test_resident_crops_reach_over_the_edge_as_far_as_asked(pack, padding, make)
     for size in (padding, 2, padding):  # the margin grows and stays
         batches = list(plan_of(pack, replace(geometry, padding=size)).epoch(0))
         made = list(engine.batches(batches))
-        assert all(torch.equal(a, reference(pack.train, b, 16)) for a, b in zip(made, batches, strict=True))
+        assert all(
+            torch.equal(a, reference(pack.train, b, 16)) for a, b in zip(made, batches, strict=True)
+        )
     resized = next(plan_of(pack, CROPS["random-resized-crop"]).epoch(0))
     small = replace(resized, boxes=np.minimum(resized.boxes, 3) + np.array([0, 0, 1, 2]))
     assert torch.equal(next(engine.batches([small])), reference(pack.train, small, 16))
@@ -156,11 +174,14 @@ def test_every_stored_kind_of_image_comes_upright(mixed_pack):
         shown = turned(upright, turn)
         top, left = ((shown.shape[0] - 60) // 2, (shown.shape[1] - 60) // 2)
         expected = fill_box(Image.fromarray(shown), np.array([top, left, 60, 60]), False, 32)
-        assert np.abs(image.numpy().astype(int) - expected).mean() < 8  # JPEG loss; a wrong turn is off by 50 and more
+        # JPEG loss; a wrong turn is off by 50 and more
+        assert np.abs(image.numpy().astype(int) - expected).mean() < 8
 
 
 def turned(stored: np.ndarray, turn: int) -> np.ndarray:
-    """What EXIF says: turn 6 means that the first row is the right side, and so on (Exif 2.32, tag 0x0112)."""
+    """What EXIF says: turn 6 means that the first row is the right side, and so on (Exif 2.32, tag
+    0x0112).
+    """
     first_row_is = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "lt", 6: "rt", 7: "rb", 8: "lb"}[turn]
     image = stored.transpose(1, 0, 2) if first_row_is[0] in "lr" else stored
     image = image[::-1] if "b" in first_row_is else image
@@ -179,7 +200,7 @@ def test_the_turned_images_of_these_tests_carry_their_turn():
 @pytest.fixture
 def damaged_pack(image_folders, tmp_path):
     """A pack of its own to damage."""
-    from .conftest import pack_folders
+    from helpers.scenes import pack_folders
 
     return pack_folders(image_folders / "target", image_folders / "val", tmp_path / "pack")
 
@@ -236,7 +257,9 @@ def overwrite(split, image: int, data: bytes) -> None:
 
 @pytest.mark.parametrize("engine", ["auto", "torch"])
 def test_small_images_of_one_size_stay_in_memory(pack, mixed_pack, engine):
-    assert choose_engine(pack.train, [], engine) == choose_engine(pack.val, [], engine) == "resident"
+    assert (
+        choose_engine(pack.train, [], engine) == choose_engine(pack.val, [], engine) == "resident"
+    )
     assert choose_engine(mixed_pack.train, [], engine) == "torch"
 
 
@@ -249,7 +272,9 @@ def test_what_does_not_fit_is_not_kept_in_memory(pack, monkeypatch):
 
 
 def test_an_engine_that_cannot_be_had_is_refused(pack):
-    with pytest.raises(UserError, match=r"there is no engine 'cv': data\.engine is one of auto, torch, ffcv, dali"):
+    with pytest.raises(
+        UserError, match=r"there is no engine 'cv': data\.engine is one of auto, torch, ffcv, dali"
+    ):
         choose_engine(pack.train, [], "cv")
 
 
@@ -258,7 +283,9 @@ def test_ffcv_without_its_file_or_its_package_says_what_to_do(pack, monkeypatch)
         raise UserError("the ffcv engine cannot be loaded: pip install fastlt[ffcv]")
 
     monkeypatch.setattr(loader_module, "import_ffcv", lambda: None)
-    with pytest.raises(UserError, match=r"train\.beton: pack again with --beton, or set data\.engine=torch"):
+    with pytest.raises(
+        UserError, match=r"train\.beton: pack again with --beton, or set data\.engine=torch"
+    ):
         choose_engine(pack.train, [], "ffcv")
     monkeypatch.setattr(loader_module, "import_ffcv", missing)
     with pytest.raises(UserError, match=r"pip install fastlt\[ffcv\]"):
@@ -275,7 +302,9 @@ def test_the_front_pairs_each_batch_with_its_images(mixed_pack, pack, workers, n
         front.close()
         assert len(pairs) == plan.steps_per_epoch
         for (batch, images), planned in zip(pairs, plan.epoch(0), strict=True):
-            assert np.array_equal(batch.images, planned.images) and np.array_equal(batch.labels, planned.labels)
+            assert np.array_equal(batch.images, planned.images) and np.array_equal(
+                batch.labels, planned.labels
+            )
             assert torch.equal(images, reference(opened.train, planned, 24))
     assert not multiprocessing.active_children()
 

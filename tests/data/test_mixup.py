@@ -15,7 +15,8 @@ def generator(seed=0):
 
 def test_off_means_nothing_is_drawn():
     assert draw(AugmentConfig(), 4, 8, 8, generator(), CPU) == Draws()
-    assert draw(AugmentConfig(mixup=0.8), 1, 8, 8, generator(), CPU) == Draws()  # nobody to mix with
+    # nobody to mix with
+    assert draw(AugmentConfig(mixup=0.8), 1, 8, 8, generator(), CPU) == Draws()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -25,7 +26,9 @@ def test_mixup_is_the_convex_sum_with_the_partner(dtype):
     assert weights.sum().item() == pytest.approx(1)
     mixed = mix(images, weights, None)
     for i in range(5):
-        torch.testing.assert_close(mixed[i], (weights[0] * images[i] + weights[1] * images[4 - i]).to(mixed.dtype))
+        torch.testing.assert_close(
+            mixed[i], (weights[0] * images[i] + weights[1] * images[4 - i]).to(mixed.dtype)
+        )
 
 
 def test_the_share_of_mixup_is_beta_distributed():

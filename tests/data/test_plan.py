@@ -2,14 +2,22 @@
 
 import numpy as np
 import pytest
+from helpers.scenes import bare_split
 
 from fastlt.data.geometry import Geometry
 from fastlt.data.plan import Plan, Sampling, draw_by_class, evaluation_batches, spread_budget
 from fastlt.errors import UserError
 
-from .conftest import bare_split
-
-STORED = (9, 4, 1, 30, 80, 50, 0)  # three targets, then auxiliaries with fewer, more, and as many images as the budget, and none
+# three targets, then auxiliaries with fewer, more, and as many images as the budget, and none
+STORED = (
+    9,
+    4,
+    1,
+    30,
+    80,
+    50,
+    0,
+)
 NUM_TARGETS, NUM_CLASSES = 3, len(STORED)
 GEOMETRY = Geometry("pad-crop", 32, flip=True)
 
@@ -20,11 +28,23 @@ def labels() -> np.ndarray:
 
 def plan(batch: int = 16, **changes) -> Plan:
     sampling = Sampling(changes.pop("targets", "once"), changes.pop("budget", 50))
-    return Plan(bare_split(labels()), NUM_TARGETS, NUM_CLASSES, GEOMETRY, sampling, batch, changes.pop("seed", 3), **changes)
+    return Plan(
+        bare_split(labels()),
+        NUM_TARGETS,
+        NUM_CLASSES,
+        GEOMETRY,
+        sampling,
+        batch,
+        changes.pop("seed", 3),
+        **changes,
+    )
 
 
 def same(left, right) -> bool:
-    return all(np.array_equal(getattr(left, name), getattr(right, name)) for name in ("images", "labels", "boxes", "flips"))
+    return all(
+        np.array_equal(getattr(left, name), getattr(right, name))
+        for name in ("images", "labels", "boxes", "flips")
+    )
 
 
 def drawn(plan: Plan, epoch: int = 0) -> np.ndarray:
@@ -65,7 +85,9 @@ def test_a_budget_is_spread_evenly_over_the_stored_images_of_a_class():
 
 def test_all_images_of_a_large_auxiliary_are_seen_over_the_epochs():
     seen = np.concatenate([drawn(plan(), epoch) for epoch in range(12)])
-    assert np.isin(np.flatnonzero(labels() == 4), seen).all()  # each is left out of an epoch with probability 3/8
+    assert np.isin(
+        np.flatnonzero(labels() == 4), seen
+    ).all()  # each is left out of an epoch with probability 3/8
 
 
 def test_draw_by_class_gives_what_is_asked_of_each_class():
@@ -111,7 +133,9 @@ def test_ranks_share_a_step_without_overlap_and_its_images_do_not_depend_on_thei
 
 def test_a_last_batch_that_ranks_cannot_share_equally_is_cut_or_left_out():
     assert plan().images_per_epoch == 164
-    sizes = [[len(batch.images) for batch in plan(48, rank=rank, world=3).epoch(0)] for rank in range(3)]
+    sizes = [
+        [len(batch.images) for batch in plan(48, rank=rank, world=3).epoch(0)] for rank in range(3)
+    ]
     assert sizes == [[16, 16, 16, 6]] * 3  # 164 = 3 * 48 + 20, and 18 of the 20 go round
     assert plan(162, rank=0, world=3).steps_per_epoch == 1  # 2 images are left for 3 ranks
 
@@ -162,7 +186,10 @@ def test_square_root_sampling_is_between_once_and_balanced():
 def test_every_auxiliary_may_have_its_own_budget():
     made = plan(budget=(3, 0, 60, 9))
     assert made.class_counts[NUM_TARGETS:].tolist() == [3, 0, 60, 0]  # the last stores none
-    assert np.bincount(labels()[drawn(made)], minlength=NUM_CLASSES).tolist() == made.class_counts.tolist()
+    assert (
+        np.bincount(labels()[drawn(made)], minlength=NUM_CLASSES).tolist()
+        == made.class_counts.tolist()
+    )
 
 
 def test_a_total_is_spread_over_the_auxiliaries_that_store_images():
@@ -173,9 +200,19 @@ def test_a_total_is_spread_over_the_auxiliaries_that_store_images():
 
 @pytest.mark.parametrize("repeats", [2, 3, 5])
 def test_repeats_come_in_a_row_and_leave_the_counts(repeats):
-    made = Plan(bare_split(labels()), NUM_TARGETS, NUM_CLASSES, GEOMETRY, Sampling(budget=50, repeats=repeats), 16, 3)
+    made = Plan(
+        bare_split(labels()),
+        NUM_TARGETS,
+        NUM_CLASSES,
+        GEOMETRY,
+        Sampling(budget=50, repeats=repeats),
+        16,
+        3,
+    )
     order = made.order(0)
-    assert np.bincount(labels()[order], minlength=NUM_CLASSES).tolist() == made.class_counts.tolist()
+    assert (
+        np.bincount(labels()[order], minlength=NUM_CLASSES).tolist() == made.class_counts.tolist()
+    )
     runs = np.diff(np.flatnonzero(np.diff(order, prepend=-1, append=-1)))
     assert runs.max() >= repeats and np.count_nonzero(runs % repeats) <= NUM_CLASSES
     targets = order[labels()[order] == 0]
@@ -183,7 +220,9 @@ def test_repeats_come_in_a_row_and_leave_the_counts(repeats):
 
 
 def test_the_copies_of_a_repeated_image_are_cut_differently():
-    made = Plan(bare_split(labels()), NUM_TARGETS, NUM_CLASSES, GEOMETRY, Sampling(repeats=4), 16, 3)
+    made = Plan(
+        bare_split(labels()), NUM_TARGETS, NUM_CLASSES, GEOMETRY, Sampling(repeats=4), 16, 3
+    )
     batch = next(iter(made.epoch(0)))
     first = batch.images == batch.images[0]
     assert first.sum() >= 4 and len(np.unique(batch.boxes[first], axis=0)) > 1

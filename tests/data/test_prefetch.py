@@ -11,8 +11,14 @@ from fastlt.data.prefetch import staged
 def batches(count: int) -> list[tuple[Batch, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     none = np.zeros(5, np.int64)
-    images = [torch.randint(0, 256, (5, 8, 8, 3), dtype=torch.uint8, generator=generator) for _ in range(count)]
-    return [(Batch(none + i, none, np.zeros((5, 4)), none.astype(bool)), image) for i, image in enumerate(images)]
+    images = [
+        torch.randint(0, 256, (5, 8, 8, 3), dtype=torch.uint8, generator=generator)
+        for _ in range(count)
+    ]
+    return [
+        (Batch(none + i, none, np.zeros((5, 4)), none.astype(bool)), image)
+        for i, image in enumerate(images)
+    ]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -23,8 +23,8 @@ def test_randaugment_is_reproducible_keeps_shape_and_changes_most_images():
 
 
 def test_each_operation_of_randaugment_is_torchvisions():
-    from fastlt.utils import torchvision_shim
     from fastlt.data.randaugment import _operate
+    from fastlt.utils import torchvision_shim
 
     torchvision_shim.make_importable()
     from torchvision.transforms.v2 import functional as T

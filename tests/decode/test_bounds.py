@@ -1,20 +1,21 @@
-"""Nothing grows: memory and threads stay as they are, however many epochs there are and however they end."""
+"""Nothing grows: memory and threads stay as they are, however many epochs there are and however
+they end.
+"""
 
 import gc
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.scenes import pack_folders, saved, scene
 
-from fastlt.data.geometry import Geometry
 from fastlt.data.engines.dali import has_dali
-from fastlt.data.loader import Loader
 from fastlt.data.engines.ffcv.native import has_ffcv
-from fastlt.packing.reader import Pack
+from fastlt.data.geometry import Geometry
+from fastlt.data.loader import Loader
 from fastlt.data.plan import Plan, Sampling
 from fastlt.decode.region import has_region
-
-from .conftest import pack_folders, saved, scene
+from fastlt.packing.reader import Pack
 
 SIZE = 224
 ENGINES = {"torch": True, "ffcv": has_ffcv(), "dali": has_dali()}
@@ -42,7 +43,14 @@ def loader(request, photos):
     decode = "region" if request.param == "dali" or has_region() else "exact"
     beton = photos.path / "train.beton"
     workers = 0 if request.param == "torch" else 2  # in this process, where its memory can be seen
-    made = Loader(photos.train, SIZE, request.param, workers, [beton] if beton.is_file() else [], decode=decode)
+    made = Loader(
+        photos.train,
+        SIZE,
+        request.param,
+        workers,
+        [beton] if beton.is_file() else [],
+        decode=decode,
+    )
     yield made
     made.close()
 
@@ -56,7 +64,9 @@ def thread_count() -> int:
 
 
 def epoch_of(pack: Pack, loader: Loader, epoch: int, steps: int | None = None) -> int:
-    plan = Plan(pack.train, 1, 1, Geometry("random-resized-crop", SIZE, flip=True), Sampling(), 16, seed=0)
+    plan = Plan(
+        pack.train, 1, 1, Geometry("random-resized-crop", SIZE, flip=True), Sampling(), 16, seed=0
+    )
     reading = loader.iterate(plan.epoch(epoch))
     seen = 0
     for _, images in reading:
@@ -75,7 +85,8 @@ def test_memory_is_flat_over_20_epochs(photos, loader):
     for epoch in range(5, 20):
         epoch_of(photos, loader, epoch)
     gc.collect()
-    assert resident_bytes() - before < 30e6  # a batch an epoch that is not let go would be 36 MB, an epoch 144
+    # a batch an epoch that is not let go would be 36 MB, an epoch 144
+    assert resident_bytes() - before < 30e6
 
 
 def test_threads_do_not_pile_up_where_epochs_are_left_early(photos, loader):
@@ -88,6 +99,12 @@ def test_threads_do_not_pile_up_where_epochs_are_left_early(photos, loader):
 
 
 def test_batches_that_are_kept_stay_as_they_were(photos, loader):
-    plan = Plan(photos.train, 1, 1, Geometry("random-resized-crop", SIZE, flip=True), Sampling(), 16, seed=0)
-    kept = [(images, images.clone()) for epoch in range(2) for _, images in loader.iterate(plan.epoch(epoch))]
+    plan = Plan(
+        photos.train, 1, 1, Geometry("random-resized-crop", SIZE, flip=True), Sampling(), 16, seed=0
+    )
+    kept = [
+        (images, images.clone())
+        for epoch in range(2)
+        for _, images in loader.iterate(plan.epoch(epoch))
+    ]
     assert len(kept) == 8 and all(torch.equal(now, then) for now, then in kept)

@@ -14,7 +14,8 @@ from PIL import Image
 from fastlt.decode.images import BadImage, decode, decode_pil, fill_box, open_image, orientation
 
 ORIENTATION = 0x0112
-STORED_FROM_UPRIGHT = {  # the eight orientations of the EXIF 2.3 standard: how an upright picture lies in the file
+# the eight orientations of the EXIF 2.3 standard: how an upright picture lies in the file
+STORED_FROM_UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -29,7 +30,9 @@ STORED_FROM_UPRIGHT = {  # the eight orientations of the EXIF 2.3 standard: how 
 def picture(height: int = 40, width: int = 56) -> np.ndarray:
     """Smooth colours, (height, width, 3) uint8, without any symmetry."""
     y, x = np.mgrid[0:height, 0:width].astype(float)
-    return np.stack([255 * y / height, 255 * x / width, 127 + 100 * np.sin(x / 9 + y / 5)], axis=-1).astype(np.uint8)
+    return np.stack(
+        [255 * y / height, 255 * x / width, 127 + 100 * np.sin(x / 9 + y / 5)], axis=-1
+    ).astype(np.uint8)
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -42,12 +45,19 @@ def png_by_hand(rows: bytes, width: int, height: int, depth: int, colour: int) -
     """A PNG from raw scan lines, for kinds that Pillow cannot write."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     stride = len(rows) // height
     lines = b"".join(b"\0" + rows[y * stride : (y + 1) * stride] for y in range(height))
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(lines))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
@@ -58,7 +68,9 @@ def test_lossless_rgb_is_exact(kind: str, options: dict[str, Any]) -> None:
 def test_grey_becomes_three_equal_channels() -> None:
     grey = picture()[..., 0]
     for kind in ("PNG", "JPEG"):
-        found = decode(encoded(Image.fromarray(grey), kind, **({"quality": 95} if kind == "JPEG" else {})))
+        found = decode(
+            encoded(Image.fromarray(grey), kind, **({"quality": 95} if kind == "JPEG" else {}))
+        )
         assert found.shape == (40, 56, 3)
         assert np.abs(found.astype(int) - grey[..., None]).max() <= (0 if kind == "PNG" else 8)
 
@@ -71,17 +83,24 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
 
 def test_sixteen_bit_rgb_is_scaled() -> None:
     wide = picture().astype(np.uint16) * 257
-    assert np.array_equal(decode(png_by_hand(wide.astype(">u2").tobytes(), 56, 40, depth=16, colour=2)), picture())
+    assert np.array_equal(
+        decode(png_by_hand(wide.astype(">u2").tobytes(), 56, 40, depth=16, colour=2)), picture()
+    )
 
 
 def test_one_bit_and_palette() -> None:
     dots = picture()[..., 2] > 127
-    assert np.array_equal(decode(encoded(Image.fromarray(dots), "PNG")), np.repeat(dots[..., None] * np.uint8(255), 3, axis=-1))
+    assert np.array_equal(
+        decode(encoded(Image.fromarray(dots), "PNG")),
+        np.repeat(dots[..., None] * np.uint8(255), 3, axis=-1),
+    )
     palette = Image.fromarray(picture()).quantize(16)
     assert np.array_equal(decode(encoded(palette, "PNG")), np.asarray(palette.convert("RGB")))
 
 
-@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True})])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True})]
+)
 def test_transparency_lies_over_white(kind: str, options: dict[str, Any]) -> None:
     alpha = np.tile(np.linspace(0, 255, 56).astype(np.uint8), (40, 1))
     found = decode(encoded(Image.fromarray(np.dstack([picture(), alpha])), kind, **options))
@@ -106,12 +125,18 @@ def test_cmyk_is_close_to_the_rgb_it_came_from() -> None:
 
 def test_progressive_equals_baseline() -> None:
     image = Image.fromarray(picture())
-    assert np.array_equal(decode(encoded(image, "JPEG", progressive=True)), decode(encoded(image, "JPEG")))
+    assert np.array_equal(
+        decode(encoded(image, "JPEG", progressive=True)), decode(encoded(image, "JPEG"))
+    )
 
 
 @pytest.mark.parametrize("number", range(1, 9))
-@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True})])
-def test_exif_orientation_comes_out_upright(kind: str, options: dict[str, Any], number: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"), [("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True})]
+)
+def test_exif_orientation_comes_out_upright(
+    kind: str, options: dict[str, Any], number: int
+) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = number
     lying = Image.fromarray(np.ascontiguousarray(STORED_FROM_UPRIGHT[number](picture())))
@@ -121,9 +146,16 @@ def test_exif_orientation_comes_out_upright(kind: str, options: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    "exif", [b"Exif\0\0rubbish", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 40]
+    "exif",
+    [
+        b"Exif\0\0rubbish",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 40,
+    ],
 )
-def test_damaged_metadata_do_not_spoil_the_image(exif: bytes, recwarn: pytest.WarningsRecorder) -> None:
+def test_damaged_metadata_do_not_spoil_the_image(
+    exif: bytes, recwarn: pytest.WarningsRecorder
+) -> None:
     data = encoded(Image.fromarray(picture()), "JPEG", exif=exif)
     assert orientation(open_image(data)) == 1
     assert np.array_equal(decode(data), decode(encoded(Image.fromarray(picture()), "JPEG")))
@@ -139,13 +171,18 @@ def test_orientation_out_of_range_is_upright() -> None:
 def test_animation_gives_its_first_frame() -> None:
     frames = [Image.fromarray(picture()), Image.fromarray(255 - picture())]
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True})):
-        assert np.array_equal(decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)), picture())
+        assert np.array_equal(
+            decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)),
+            picture(),
+        )
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_truncation_is_found_wherever_it_is(kind: str) -> None:
     data = encoded(Image.fromarray(picture()), kind)
-    for length in range(1, len(data) - 24, max(1, len(data) // 40)):  # the last bytes of a PNG hold no pixels
+    for length in range(
+        1, len(data) - 24, max(1, len(data) // 40)
+    ):  # the last bytes of a PNG hold no pixels
         with pytest.raises(BadImage):
             decode(data[:length])
 
@@ -176,8 +213,12 @@ def bomb() -> bytes:
 
 def test_fill_box_copies_shrinks_and_mirrors() -> None:
     image = Image.fromarray(picture())
-    assert np.array_equal(fill_box(image, np.array([3, 5, 16, 16]), False, 16), picture()[3:19, 5:21])
-    assert np.array_equal(fill_box(image, np.array([3, 5, 16, 16]), True, 16), picture()[3:19, 5:21][:, ::-1])
+    assert np.array_equal(
+        fill_box(image, np.array([3, 5, 16, 16]), False, 16), picture()[3:19, 5:21]
+    )
+    assert np.array_equal(
+        fill_box(image, np.array([3, 5, 16, 16]), True, 16), picture()[3:19, 5:21][:, ::-1]
+    )
     halved = picture()[:32, :32].reshape(16, 2, 16, 2, 3).astype(float).mean(axis=(1, 3))
     assert np.abs(fill_box(image, np.array([0, 0, 32, 32]), False, 16) - halved).max() <= 1
 
@@ -189,7 +230,9 @@ def test_fill_box_is_black_beyond_the_edge() -> None:
 
 
 def test_real_edge_cases(shared_data: Path) -> None:
-    """As photos/SOURCE.txt says: 12 files, 4 of them grey, 3 of 1000 pixels and more, 2 progressive."""
+    """As photos/SOURCE.txt says: 12 files, 4 of them grey, 3 of 1000 pixels and more, 2
+    progressive.
+    """
     files = sorted((shared_data / "photos" / "edge_cases").iterdir())
     pixels = [decode(file.read_bytes()) for file in files]
     assert len(pixels) == 12 and all(image.std() > 5 for image in pixels)
@@ -199,7 +242,11 @@ def test_real_edge_cases(shared_data: Path) -> None:
 
 
 def test_real_photos_have_their_size(shared_data: Path) -> None:
-    rows = list(csv.DictReader((shared_data / "photos" / "index.tsv").read_text().splitlines(), delimiter="\t"))
+    rows = list(
+        csv.DictReader(
+            (shared_data / "photos" / "index.tsv").read_text().splitlines(), delimiter="\t"
+        )
+    )
     for row in rows[::25]:
         image = decode_pil((shared_data / "photos" / "images" / row["path"]).read_bytes())
         assert (image.width, image.height) == (int(row["width"]), int(row["height"])), row["path"]

@@ -36,5 +36,6 @@ def test_the_table_shows_what_the_runs_say(tmp_path, capsys):
 def test_the_whole_demo(tmp_path):
     run_demo(tmp_path / "demo", Console(quiet=True))
     for run in ("without", "with", "without-longer"):
-        assert json.loads((tmp_path / "demo" / run / "result.json").read_text())["top1"] > 20  # chance is 5
+        # chance is 5
+        assert json.loads((tmp_path / "demo" / run / "result.json").read_text())["top1"] > 20
         assert (tmp_path / "demo" / run / "report.html").is_file()

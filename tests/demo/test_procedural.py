@@ -1,4 +1,6 @@
-"""The demo's data: what is written is what was asked for, the same each time, and no easier than it says."""
+"""The demo's data: what is written is what was asked for, the same each time, and no easier than it
+says.
+"""
 
 import csv
 import io
@@ -9,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastlt.errors import UserError
 from fastlt.demo.procedural import (
     BETWEEN,
     FAMILIES,
@@ -21,6 +22,7 @@ from fastlt.demo.procedural import (
     render,
     write_demo_data,
 )
+from fastlt.errors import UserError
 
 
 def counts(folder: Path) -> dict[str, int]:
@@ -64,7 +66,9 @@ def test_at_least_forty_auxiliaries_all_with_an_owner_and_some_with_two(data: Pa
 
 
 def test_images_are_jpegs_of_the_asked_size_and_differ(tmp_path: Path) -> None:
-    write_demo_data(tmp_path / "d", targets=3, head=4, images_per_auxiliary=1, val_per_class=2, size=80)
+    write_demo_data(
+        tmp_path / "d", targets=3, head=4, images_per_auxiliary=1, val_per_class=2, size=80
+    )
     files = sorted((tmp_path / "d").rglob("*.jpg"))
     assert len({file.read_bytes() for file in files}) == len(files)
     for file in files:
@@ -75,7 +79,9 @@ def test_images_are_jpegs_of_the_asked_size_and_differ(tmp_path: Path) -> None:
 def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
     def written(name: str, seed: int) -> dict[str, bytes]:
         out = tmp_path / name
-        write_demo_data(out, targets=5, head=4, images_per_auxiliary=1, val_per_class=1, size=32, seed=seed)
+        write_demo_data(
+            out, targets=5, head=4, images_per_auxiliary=1, val_per_class=1, size=32, seed=seed
+        )
         return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*.*")}
 
     first = written("a", 3)
@@ -115,20 +121,29 @@ def dominant_frequency(images: np.ndarray) -> np.ndarray:
 def test_the_named_property_can_be_measured_in_the_image() -> None:
     stripes, rng = FAMILIES[0], np.random.default_rng(0)
     broad, narrow = (
-        np.median(dominant_frequency(render(Texture(stripes, cell), 40, 64, rng).mean(-1))) for cell in ((1, 1), (3, 1))
+        np.median(dominant_frequency(render(Texture(stripes, cell), 40, 64, rng).mean(-1)))
+        for cell in ((1, 1), (3, 1))
     )
-    assert 2.8 < broad < 4.5 and 5.8 < narrow < 9.0  # 3.6 and 7.2 cycles per image, scaled by up to 15%
+    # 3.6 and 7.2 cycles per image, scaled by up to 15%
+    assert 2.8 < broad < 4.5 and 5.8 < narrow < 9.0
 
 
 @pytest.mark.parametrize("family", range(len(FAMILIES)))
 @pytest.mark.parametrize("cell", [RING[0], (4, 3), (3, 4), (0, 3)])
-def test_every_family_draws_both_colours_at_every_edge_of_its_grid(family: int, cell: tuple[int, int]) -> None:
+def test_every_family_draws_both_colours_at_every_edge_of_its_grid(
+    family: int, cell: tuple[int, int]
+) -> None:
     texture = Texture(FAMILIES[family], cell)
     u, v = (np.mgrid[0:64, 0:64][:, None] / 64).astype(np.float32)
-    a, b = (axis.at(np.full((1, 1, 1), level)) for axis, level in zip((texture.family.a, texture.family.b), cell, strict=True))
+    a, b = (
+        axis.at(np.full((1, 1, 1), level))
+        for axis, level in zip((texture.family.a, texture.family.b), cell, strict=True)
+    )
     coverage = texture.family.draw(a, b, u, v, np.random.default_rng(0))
     assert coverage.shape == (1, 64, 64) and coverage.dtype == np.float32
-    assert 0 <= coverage.min() <= 0.01 and 0.6 <= coverage.max() <= 1 and 0.03 < coverage.mean() < 0.8
+    assert (
+        0 <= coverage.min() <= 0.01 and 0.6 <= coverage.max() <= 1 and 0.03 < coverage.mean() < 0.8
+    )
 
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -142,7 +157,12 @@ def test_an_empty_folder_is_filled_and_nothing_is_left_beside_it(tmp_path: Path)
     out = tmp_path / "data"
     out.mkdir()
     write_demo_data(out, targets=2, head=1, images_per_auxiliary=1, val_per_class=1, size=16)
-    assert sorted(path.name for path in out.iterdir()) == ["auxiliary", "pairs.csv", "target", "val"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "auxiliary",
+        "pairs.csv",
+        "target",
+        "val",
+    ]
     assert list(tmp_path.iterdir()) == [out]
 
 

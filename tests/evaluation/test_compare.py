@@ -7,16 +7,25 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fastlt.evaluation.compare import compare
 from fastlt.config import load_config
 from fastlt.errors import UserError
+from fastlt.evaluation.compare import compare
 from fastlt.training.loop import train
 
 
 @pytest.fixture(scope="module")
 def run(small_pack, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "first"
-    config = load_config("demo", [f"data.pack={small_pack}", "train.epochs=1", "data.size=16", "data.batch=8", "loss.silence=0.3"])
+    config = load_config(
+        "demo",
+        [
+            f"data.pack={small_pack}",
+            "train.epochs=1",
+            "data.size=16",
+            "data.batch=8",
+            "loss.silence=0.3",
+        ],
+    )
     train(config, out, Console(quiet=True))
     return out
 
@@ -36,15 +45,20 @@ def test_figures_settings_and_chance(run, tmp_path):
     (other / "result.json").write_text(json.dumps({**result, "top1": result["top1"] + 2.5}))
     told = said(run, other)
     assert "(+2.5)" in told and "loss.silence" in told and "data.pack" not in told
-    assert "other has 0 images right that first has wrong, and 0 the other way round: within chance" in told
+    assert (
+        "other has 0 images right that first has wrong, and 0 the other way round: within chance"
+        in told
+    )
     with np.load(other / "val_predictions.npz") as arrays:
         changed = {**arrays, "predicted": arrays["label"]}
     np.savez(other / "val_predictions.npz", **changed)
     wrong = len(changed["label"]) - round(result["top1"] / 100 * len(changed["label"]))
     told = said(run, other)
+    # of so many coins
     assert (
-        f"other has {wrong} images right that first has wrong" in told and f"p = {2 * 0.5**wrong:.2g}" in told
-    )  # of so many coins
+        f"other has {wrong} images right that first has wrong" in told
+        and f"p = {2 * 0.5**wrong:.2g}" in told
+    )
 
 
 def test_what_cannot_be_compared_is_said(run, tmp_path):

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 
 from fastlt.classes import ClassSpace
-from fastlt.evaluation.metrics import Predictions, calibration_error, confusions, harmonic_mean, score
+from fastlt.evaluation.metrics import (
+    Predictions,
+    calibration_error,
+    confusions,
+    harmonic_mean,
+    score,
+)
 
 SPACE = ClassSpace(target_names=["a", "b", "c"], train_counts=[200, 50, 30], val_counts=[2, 2, 0])
 
@@ -10,7 +16,12 @@ SPACE = ClassSpace(target_names=["a", "b", "c"], train_counts=[200, 50, 30], val
 def predictions(label, predicted, confidence=None):
     n = len(label)
     confidence = np.full(n, 0.5) if confidence is None else np.asarray(confidence)
-    return Predictions(np.arange(n), np.asarray(label, np.int32), np.asarray(predicted, np.int32), confidence.astype(np.float32))
+    return Predictions(
+        np.arange(n),
+        np.asarray(label, np.int32),
+        np.asarray(predicted, np.int32),
+        confidence.astype(np.float32),
+    )
 
 
 def test_figures_of_a_case_worked_by_hand():

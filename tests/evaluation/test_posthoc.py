@@ -1,4 +1,6 @@
-"""Post-hoc scoring against plain formulas, and strengths that are chosen on other images than those scored."""
+"""Post-hoc scoring against plain formulas, and strengths that are chosen on other images than those
+scored.
+"""
 
 import json
 import math
@@ -12,13 +14,22 @@ from rich.console import Console
 
 from fastlt.__main__ import main
 from fastlt.config import load_config
-from fastlt.packing.writer import PackOptions, write_pack
-from fastlt.packing.sources import read_collection
 from fastlt.errors import UserError
 from fastlt.evaluation.evaluate import evaluate_post_hoc, evaluate_run
 from fastlt.evaluation.metrics import class_accuracies
+from fastlt.evaluation.posthoc import (
+    BLOCK,
+    METHODS,
+    Features,
+    apply,
+    check_methods,
+    choose,
+    look,
+    set_aside,
+)
 from fastlt.models.classifier import Classifier, CosineHead, LinearHead
-from fastlt.evaluation.posthoc import BLOCK, METHODS, Features, apply, check_methods, choose, look, set_aside
+from fastlt.packing.sources import read_collection
+from fastlt.packing.writer import PackOptions, write_pack
 from fastlt.training.loop import train
 
 LOG_PRIOR = torch.log(torch.tensor([0.6, 0.25, 0.1, 0.05]))
@@ -53,7 +64,9 @@ def test_each_method_is_its_formula(name, strength):
     net, features = model().requires_grad_(False), found(11).values
     got = METHODS[name].logits(look(net, features, LOG_PRIOR), strength)
     rows = zip(net.head.weight, net.head.bias.tolist(), LOG_PRIOR.tolist(), strict=True)
-    expected = torch.tensor([[PLAIN[name](x, w, b, p, strength) for x in features] for w, b, p in rows]).T
+    expected = torch.tensor(
+        [[PLAIN[name](x, w, b, p, strength) for x in features] for w, b, p in rows]
+    ).T
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -62,7 +75,9 @@ def test_as_trained_is_what_the_model_says():
     predictions = apply(None, 0.0, net, some, LOG_PRIOR)
     probabilities = net(some.values).softmax(dim=1)
     assert (predictions.predicted == probabilities.argmax(dim=1).numpy()).all()
-    np.testing.assert_allclose(predictions.confidence, probabilities.max(dim=1).values.detach(), rtol=1e-5)
+    np.testing.assert_allclose(
+        predictions.confidence, probabilities.max(dim=1).values.detach(), rtol=1e-5
+    )
     assert (predictions.image == some.image).all() and (predictions.label == some.label).all()
 
 
@@ -70,9 +85,12 @@ def test_as_trained_is_what_the_model_says():
 def test_the_strength_is_the_one_of_the_best_balanced_accuracy(name):
     net, some = model(), found(BLOCK + 301)
     accuracy = [
-        class_accuracies(apply(name, strength, net, some, LOG_PRIOR), 4).mean() for strength in METHODS[name].strengths.tolist()
+        class_accuracies(apply(name, strength, net, some, LOG_PRIOR), 4).mean()
+        for strength in METHODS[name].strengths.tolist()
     ]
-    assert choose(name, net, some, LOG_PRIOR) == pytest.approx(METHODS[name].strengths[int(np.argmax(accuracy))])
+    assert choose(name, net, some, LOG_PRIOR) == pytest.approx(
+        METHODS[name].strengths[int(np.argmax(accuracy))]
+    )
     assert len(set(accuracy)) > 3
 
 
@@ -83,16 +101,23 @@ def test_of_what_changes_confidence_alone_the_likeliest_is_taken(name):
     some.label[::5] = (some.label[::5] + 1) % 4  # a fifth is wrong at any strength
     label = torch.from_numpy(some.label)
     loss = [
-        torch.nn.functional.cross_entropy(METHODS[name].logits(look(net, some.values, LOG_PRIOR), strength), label).item()
+        torch.nn.functional.cross_entropy(
+            METHODS[name].logits(look(net, some.values, LOG_PRIOR), strength), label
+        ).item()
         for strength in METHODS[name].strengths.tolist()
     ]
-    assert choose(name, net, some, LOG_PRIOR) == pytest.approx(METHODS[name].strengths[int(np.argmin(loss))])
+    assert choose(name, net, some, LOG_PRIOR) == pytest.approx(
+        METHODS[name].strengths[int(np.argmin(loss))]
+    )
     assert 0 < np.argmin(loss) < len(loss) - 1
 
 
 def test_cosine_and_angle_agree_on_the_winner():
     net, some = model(), found(500)
-    assert (apply("cosine", 9, net, some, LOG_PRIOR).predicted == apply("angular", 2, net, some, LOG_PRIOR).predicted).all()
+    assert (
+        apply("cosine", 9, net, some, LOG_PRIOR).predicted
+        == apply("angular", 2, net, some, LOG_PRIOR).predicted
+    ).all()
 
 
 def test_a_prior_in_the_logits_is_taken_out_again():
@@ -102,9 +127,14 @@ def test_a_prior_in_the_logits_is_taken_out_again():
         head.weight.copy_(torch.eye(4))
         head.bias.copy_(LOG_PRIOR)
     label = np.random.default_rng(0).integers(0, 4, 4000)
-    values = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)) + 1.5 * torch.eye(4)[label]
+    values = (
+        torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)) + 1.5 * torch.eye(4)[label]
+    )
     strength = choose(
-        "logit-adjustment", Classifier(torch.nn.Identity(), head), Features(np.arange(4000), label, values), LOG_PRIOR
+        "logit-adjustment",
+        Classifier(torch.nn.Identity(), head),
+        Features(np.arange(4000), label, values),
+        LOG_PRIOR,
     )
     assert 0.75 <= strength <= 1.25
 
@@ -117,11 +147,14 @@ def test_what_is_set_aside_is_of_every_class_and_leaves_some_of_each():
         for label, count in enumerate([1, 2, 3, 10, 50, 101]):
             expected = min(count - 1, max(1, round(share * count)))
             assert aside[labels == label].sum() == expected
-    assert set_aside(np.zeros(40, int), 0.5)[:20].sum() == pytest.approx(10, abs=1)  # not one end of the class
+    # not one end of the class
+    assert set_aside(np.zeros(40, int), 0.5)[:20].sum() == pytest.approx(10, abs=1)
 
 
 def test_methods_without_effect_or_name_are_refused():
-    with pytest.raises(UserError, match=r"there is no post-hoc method 'tau'.*did you mean 'tau-norm'"):
+    with pytest.raises(
+        UserError, match=r"there is no post-hoc method 'tau'.*did you mean 'tau-norm'"
+    ):
         check_methods(["tau"], model())
     with pytest.raises(UserError, match="changes nothing about a cosine head"):
         check_methods(["tau-norm"], model(cosine=True))
@@ -130,15 +163,29 @@ def test_methods_without_effect_or_name_are_refused():
 
 def test_all_are_those_that_make_a_difference(run, small_pack, tmp_path):
     assert list(evaluate_post_hoc(run, ["all"], None, None, 0.34, None)) == ["as trained", *METHODS]
-    settings = ["model.name=resnet8", "model.head=cosine", "data.size=16", "data.batch=16", "data.workers=0", "train.epochs=1",
-                "train.threads=1", "loss.name=ce", f"data.pack={json.dumps(str(small_pack))}"]  # fmt: skip
+    settings = [
+        "model.name=resnet8",
+        "model.head=cosine",
+        "data.size=16",
+        "data.batch=16",
+        "data.workers=0",
+        "train.epochs=1",
+        "train.threads=1",
+        "loss.name=ce",
+        f"data.pack={json.dumps(str(small_pack))}",
+    ]
     train(load_config("cifar100-siblings", settings), tmp_path / "run", Console(quiet=True))
     assert list(evaluate_post_hoc(tmp_path / "run", ["all"], None, None, 0.34, None)) == [
-        "as trained", "logit-adjustment", "cosine", "angular",
-    ]  # fmt: skip
+        "as trained",
+        "logit-adjustment",
+        "cosine",
+        "angular",
+    ]
 
 
-def test_options_that_would_do_nothing_are_refused_and_figures_are_written(run, tmp_path, capsys, monkeypatch):
+def test_options_that_would_do_nothing_are_refused_and_figures_are_written(
+    run, tmp_path, capsys, monkeypatch
+):
     def evaluated(*options):
         monkeypatch.setattr(sys, "argv", ["fastlt", "eval", str(run), *options])
         with pytest.raises(SystemExit) as ended:
@@ -147,7 +194,10 @@ def test_options_that_would_do_nothing_are_refused_and_figures_are_written(run, 
 
     for options, said in (
         (["--share", "0.3"], "are for --post-hoc"),
-        (["--post-hoc", "cosine", "--share", "0.3", "--strength", "1"], "leave it out with --validation and --strength"),
+        (
+            ["--post-hoc", "cosine", "--share", "0.3", "--strength", "1"],
+            "leave it out with --validation and --strength",
+        ),
         (["--post-hoc", "all", "--strength", "1"], "is of one method"),
         (["--post-hoc", "tau-norm", "--strength", "inf"], "must be a finite number"),
     ):
@@ -162,9 +212,17 @@ def test_options_that_would_do_nothing_are_refused_and_figures_are_written(run, 
 def run(small_pack, tmp_path_factory):
     folder = tmp_path_factory.mktemp("posthoc") / "run"
     settings = [
-        "model.name=resnet8", "data.size=16", "data.padding=2", "data.batch=16", "data.workers=0", "train.epochs=4",
-        "train.eval_every=4", "train.threads=1", "loss.name=ce", f"data.pack={json.dumps(str(small_pack))}",
-    ]  # fmt: skip
+        "model.name=resnet8",
+        "data.size=16",
+        "data.padding=2",
+        "data.batch=16",
+        "data.workers=0",
+        "train.epochs=4",
+        "train.eval_every=4",
+        "train.threads=1",
+        "loss.name=ce",
+        f"data.pack={json.dumps(str(small_pack))}",
+    ]
     train(load_config("cifar100-siblings", settings), folder, Console(quiet=True))
     return folder
 
@@ -185,19 +243,25 @@ def other_pack(image_folders, tmp_path_factory):
         (out.parent / "val" / name).mkdir(parents=True)
         for i in range(3 if name != "b" else 6):
             shutil.copy(root / "target" / name / f"{i}.png", out.parent / "val" / name)
-    collection = read_collection(root / "target", root / "auxiliary", out.parent / "val", root / "pairs.csv")
+    collection = read_collection(
+        root / "target", root / "auxiliary", out.parent / "val", root / "pairs.csv"
+    )
     return write_pack(collection, PackOptions(out=out, workers=1), Console(quiet=True))
 
 
 def test_nothing_is_chosen_on_what_is_scored(run, small_pack, other_pack, image_folders, tmp_path):
-    with pytest.raises(UserError, match=r"9 of the 9 validation images of .* are those that are scored"):
+    with pytest.raises(
+        UserError, match=r"9 of the 9 validation images of .* are those that are scored"
+    ):
         evaluate_post_hoc(run, ["tau-norm"], None, small_pack, 0.2, None)
     with pytest.raises(UserError, match="are those that are scored"):
         evaluate_post_hoc(run, ["tau-norm"], other_pack, other_pack, 0.2, None)
     shutil.copytree(image_folders / "val", tmp_path / "val")
     shutil.copy(image_folders / "target/a/0.png", tmp_path / "val/a/0.png")  # one less
     collection = read_collection(image_folders / "target", None, tmp_path / "val")
-    mostly = write_pack(collection, PackOptions(out=tmp_path / "pack", workers=1), Console(quiet=True))
+    mostly = write_pack(
+        collection, PackOptions(out=tmp_path / "pack", workers=1), Console(quiet=True)
+    )
     with pytest.raises(UserError, match=r"8 of the 9 validation images"):
         evaluate_post_hoc(run, ["tau-norm"], None, mostly, 0.2, None)
 
@@ -207,4 +271,7 @@ def test_another_pack_chooses_or_nobody_does(run, other_pack):
     assert results["tau-norm"]["images"] == 9 and results["tau-norm"]["chosen_on"] == 12
     fixed = evaluate_post_hoc(run, ["logit-adjustment"], None, None, 0.2, 0.0)
     assert fixed["logit-adjustment"] | {"strength": 0} == fixed["as trained"] | {"strength": 0}
-    assert fixed["as trained"]["top1"] == evaluate_run(run)["top1"] and fixed["as trained"]["chosen_on"] == 0
+    assert (
+        fixed["as trained"]["top1"] == evaluate_run(run)["top1"]
+        and fixed["as trained"]["chosen_on"] == 0
+    )

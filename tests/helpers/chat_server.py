@@ -1,4 +1,4 @@
-"""A small HTTP server on loopback that speaks OpenAI's chat protocol, and misbehaves as it is told."""
+"""A small HTTP server on loopback that speaks OpenAI's chat protocol, and misbehaves."""
 
 import json
 import re
@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-Answer = Callable[
-    [str, int], tuple[int, str | bytes | None]
-]  # class, times asked -> status, content (None: no choices; bytes: the body)
+# class, times asked -> status, content (None: no choices; bytes: the body)
+Answer = Callable[[str, int], tuple[int, str | bytes | None]]
 
 
 class Chat:
@@ -47,12 +46,19 @@ def chat_server(answer: Answer, seconds: float = 0.0) -> Iterator[Chat]:
             self.reply(status, content)
 
         def reply(self, status: int, content: str | bytes | None) -> None:
-            message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+            message = {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": content},
+            }
             answer = {
-                "id": "1", "object": "chat.completion", "created": 0, "model": "m",
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "m",
                 "choices": [] if content is None else [message],
                 "usage": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120},
-            }  # fmt: skip
+            }
             whole = answer if status == 200 else {"error": {"message": content}}
             data = content if isinstance(content, bytes) else json.dumps(whole).encode()
             try:
@@ -82,4 +88,6 @@ def chat_server(answer: Answer, seconds: float = 0.0) -> Iterator[Chat]:
 
 
 def categories(*names: str) -> str:
-    return json.dumps({"categories": [{"name": name, "description": f"a {name}"} for name in names]})
+    return json.dumps(
+        {"categories": [{"name": name, "description": f"a {name}"} for name in names]}
+    )

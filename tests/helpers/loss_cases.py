@@ -1,4 +1,6 @@
-"""Problems for the loss tests, made the same way everywhere, and how far a result may be from the reference."""
+"""Problems for the loss tests, made the same way everywhere, and how far a result may be from the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -66,16 +68,26 @@ def make_case(
         anything = torch.randint(0, classes, (rows,), generator=generator)
         return torch.where(torch.arange(rows) % 2 == 0, of_target, anything)
 
-    options = {"graph": make_graph(targets, classes, seed), "log_prior": normal(classes).log_softmax(dim=0), **options}
-    case = Case(normal(rows, width) * 2, normal(classes, width) / 2, normal(classes), labels(), options)
+    options = {
+        "graph": make_graph(targets, classes, seed),
+        "log_prior": normal(classes).log_softmax(dim=0),
+        **options,
+    }
+    case = Case(
+        normal(rows, width) * 2, normal(classes, width) / 2, normal(classes), labels(), options
+    )
     if mix is not None:
-        share = {"scalar": 0.3, "rows": torch.rand(rows, generator=generator, dtype=torch.float64)}[mix]
+        share = {"scalar": 0.3, "rows": torch.rand(rows, generator=generator, dtype=torch.float64)}[
+            mix
+        ]
         case.options |= {"target_b": labels(), "mix": share}
     return case
 
 
 def random_case(seed: int) -> Case:
-    """A case of any shape, with any options; many are odd, some have one row, no auxiliaries or no pairs."""
+    """A case of any shape, with any options; many are odd, some have one row, no auxiliaries or no
+    pairs.
+    """
     generator = torch.Generator().manual_seed(1000 + seed)
 
     def number(low: int, high: int) -> int:
@@ -86,10 +98,27 @@ def random_case(seed: int) -> Case:
 
     targets = number(1, 60)
     classes = targets + one_of(0, number(1, 400), number(1, 400))
-    options = {"silence": one_of(0.0, 0.03, 0.1, 1.0), "label_smoothing": one_of(0.0, 0.1), "mix": one_of(*MIXES)}
-    case = make_case(one_of(1, number(2, 40), number(2, 40)), targets, classes, number(1, 30), seed=seed, **options)
+    options = {
+        "silence": one_of(0.0, 0.03, 0.1, 1.0),
+        "label_smoothing": one_of(0.0, 0.1),
+        "mix": one_of(*MIXES),
+    }
+    case = make_case(
+        one_of(1, number(2, 40), number(2, 40)),
+        targets,
+        classes,
+        number(1, 30),
+        seed=seed,
+        **options,
+    )
     graph = case.options["graph"]
-    case.options["graph"] = one_of(graph, graph, graph.directed("target_rows"), ClassGraph.from_pairs(targets, classes, []), None)
+    case.options["graph"] = one_of(
+        graph,
+        graph,
+        graph.directed("target_rows"),
+        ClassGraph.from_pairs(targets, classes, []),
+        None,
+    )
     case.options["log_prior"] = one_of(case.options["log_prior"], case.options["log_prior"], None)
     case.options["reduction"] = one_of("mean", "sum", "none")
     if one_of(True, False, False):
@@ -98,7 +127,7 @@ def random_case(seed: int) -> Case:
 
 
 def loss_and_gradients(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """The loss and its gradients in the inputs; each row of an unreduced loss counts differently."""
+    """The loss and its gradients; each row of an unreduced loss counts differently."""
     weights = torch.arange(1, loss.numel() + 1, dtype=loss.dtype).reshape(loss.shape) / loss.numel()
     return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), inputs)]
 
@@ -123,7 +152,9 @@ def assert_as_exact_as_eager(got: list[Tensor], eager: list[Tensor], wanted: lis
 
 
 def reference_of_linear(case: Case, inputs: list[Tensor], **options: Any) -> Tensor:
-    """Materialised logits in the dtype of the inputs, and the dense formula in at least float32, as eager training does."""
+    """Materialised logits in the dtype of the inputs, and the dense formula in at least float32, as
+    eager training does.
+    """
     features, weight, bias = inputs
     logits = torch.nn.functional.linear(features, weight, bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -1,4 +1,6 @@
-"""A group of gloo processes that lives as long as a test module and runs functions of it, one after another."""
+"""A group of gloo processes that lives as long as a test module and runs functions of it, one after
+another.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,18 @@ TIMEOUT = timedelta(seconds=60)
 
 
 class Ranks:
-    """`run(function, *args)` calls function(rank, world, *args) on every rank and returns what each returned."""
+    """`run(function, *args)` calls function(rank, world, *args) on every rank and returns what each
+    returned.
+    """
 
     def __init__(self, world: int, folder: Path) -> None:
         context = mp.get_context("spawn")
         self.ends, self.processes = [], []
         for rank in range(world):
             end, other = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, str(folder / f"meet-{world}"), other), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world, str(folder / f"meet-{world}"), other), daemon=True
+            )
             process.start()
             self.ends.append(end)
             self.processes.append(process)
@@ -59,7 +65,9 @@ def _serve(rank: int, world: int, meeting: str, end: Connection) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory holds NaN
     warnings.simplefilter("ignore", FutureWarning)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=TIMEOUT)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=TIMEOUT
+    )
     while (job := pickle.loads(end.recv_bytes())) is not None:
         function, args = job
         try:

@@ -1,30 +1,19 @@
-"""Packs and splits that the loader's tests share."""
+"""Images, packs and splits that several tests are about."""
 
 import io
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 
-from fastlt.packing.writer import PackOptions, write_pack
 from fastlt.packing.reader import Pack, Split, open_pack
 from fastlt.packing.sources import read_collection
+from fastlt.packing.writer import PackOptions, write_pack
 
 ORIENTATION = 0x0112
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="session")
-def mixed_pack(tmp_path_factory) -> Pack:
-    """Every kind of image that a pack may store: JPEG grey, colour, progressive, CMYK and turned eight ways, PNG, WebP."""
-    folder = tmp_path_factory.mktemp("mixed")
-    (folder / "train/a").mkdir(parents=True)
-    for name, data in mixed_images().items():
-        (folder / "train/a" / name).write_bytes(data)
-    return pack_folders(folder / "train", folder / "train", folder / "pack")
 
 
 def mixed_images() -> dict[str, bytes]:
@@ -74,4 +63,14 @@ def bare_split(labels: np.ndarray, height: int = 32, width: int = 32) -> Split:
     """A split for the plan alone: it has no shards."""
     count = len(labels)
     none, side = np.zeros(count, np.int32), np.ones(count, np.int32)
-    return Split("train", Path("nowhere"), (), none, none, none, np.asarray(labels, np.int32), side * height, side * width)
+    return Split(
+        "train",
+        Path("nowhere"),
+        (),
+        none,
+        none,
+        none,
+        np.asarray(labels, np.int32),
+        side * height,
+        side * width,
+    )

@@ -5,7 +5,10 @@ import os
 import time
 from pathlib import Path
 
-SETTINGS = 'recipe = "demo"\n[settings]\ntrain.epochs = {epochs}\ndata.batch = 8\ndata.size = 16\ndata.workers = 0\n'
+SETTINGS = (
+    'recipe = "demo"\n[settings]\ntrain.epochs = {epochs}\ndata.batch = 8\ndata.size = '
+    "16\ndata.workers = 0\n"
+)
 PATIENCE = 180  # seconds for what takes a few
 
 

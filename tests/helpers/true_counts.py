@@ -9,8 +9,8 @@ from PIL import Image
 from rich.console import Console
 
 from fastlt.classes import ClassSpace
-from fastlt.packing.writer import PackOptions, write_pack
 from fastlt.packing.sources import read_collection
+from fastlt.packing.writer import PackOptions, write_pack
 
 AUXILIARIES_OF_IMAGENET_LT, PAIRS_OF_IMAGENET_LT = 5012, 6851  # arXiv 2410.15980
 
@@ -23,8 +23,11 @@ def true_counts(name: str, labels: Path) -> list[int]:
     if name == "places-lt":
         lines = (labels / "Places_LT_train.txt").read_text().splitlines()
         return np.bincount([int(line.split()[1]) for line in lines]).tolist()
-    classes = len({line.split()[1] for line in (labels / "iNaturalist18_val.txt").read_text().splitlines()})
-    return np.geomspace(1000, 2, classes).astype(int).tolist()  # its training list is not at hand, but its ends are known
+    classes = len(
+        {line.split()[1] for line in (labels / "iNaturalist18_val.txt").read_text().splitlines()}
+    )
+    # its training list is not at hand, but its ends are known
+    return np.geomspace(1000, 2, classes).astype(int).tolist()
 
 
 def class_space(counts: list[int], auxiliaries: int, pairs: int) -> ClassSpace:
@@ -33,9 +36,12 @@ def class_space(counts: list[int], auxiliaries: int, pairs: int) -> ClassSpace:
     while len(once) < pairs:
         once.add((int(rng.integers(len(counts))), len(counts) + int(rng.integers(auxiliaries))))
     return ClassSpace(
-        target_names=[f"t{i}" for i in range(len(counts))], auxiliary_names=[f"a{i}" for i in range(auxiliaries)],
-        train_counts=[*counts, *[50] * auxiliaries], val_counts=[1] * len(counts), pairs=sorted(once),
-    )  # fmt: skip
+        target_names=[f"t{i}" for i in range(len(counts))],
+        auxiliary_names=[f"a{i}" for i in range(auxiliaries)],
+        train_counts=[*counts, *[50] * auxiliaries],
+        val_counts=[1] * len(counts),
+        pairs=sorted(once),
+    )
 
 
 def counted_pack(folder: Path, space: ClassSpace) -> Path:
@@ -44,7 +50,9 @@ def counted_pack(folder: Path, space: ClassSpace) -> Path:
     for split, count in (("target", 6), ("val", 1)):
         (folder / split / "only").mkdir(parents=True)
         for i in range(count):
-            pixels = np.repeat(np.repeat(rng.integers(0, 256, (30, 40, 3), np.uint8), 8, axis=0), 8, axis=1)
+            pixels = np.repeat(
+                np.repeat(rng.integers(0, 256, (30, 40, 3), np.uint8), 8, axis=0), 8, axis=1
+            )
             Image.fromarray(pixels).save(folder / split / "only" / f"{i}.jpg")
     collection = read_collection(folder / "target", None, folder / "val", None, None, None)
     pack = write_pack(collection, PackOptions(out=folder / "pack", workers=1), Console(quiet=True))
@@ -55,13 +63,19 @@ def counted_pack(folder: Path, space: ClassSpace) -> Path:
         ("val", np.arange(space.num_targets)),
     ):
         stored = np.arange(len(label)) % len(columns[f"{split}_label"])
-        columns |= {name: values[stored] for name, values in columns.items() if name.startswith(f"{split}_")}
+        columns |= {
+            name: values[stored] for name, values in columns.items() if name.startswith(f"{split}_")
+        }
         columns[f"{split}_label"] = label.astype(np.int32)
     np.savez(pack / "index.npz", **columns)
     space.save(pack / "classes.json")
     manifest = json.loads((pack / "manifest.json").read_text())
     for name in ("index.npz", "classes.json"):
         data = (pack / name).read_bytes()
-        manifest["files"][name] = {**manifest["files"][name], "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest["files"][name] = {
+            **manifest["files"][name],
+            "size": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
     (pack / "manifest.json").write_text(json.dumps(manifest))
     return pack

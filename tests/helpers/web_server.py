@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 
 class Web:
-    """pages: path -> what answers it, which is given the handler and how often the path was asked."""
+    """pages: path -> what answers it, given the handler and how often it was asked."""
 
     def __init__(self) -> None:
         self.pages: dict[str, Callable[[Handler, int], None]] = {}
@@ -25,7 +25,9 @@ class Web:
 
     def file(self, path: str, data: bytes, kind: str = "image/jpeg", **headers: str) -> str:
         told = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.pages[path] = lambda handler, times: handler.answer(200, data, {"Content-Type": kind, **told})
+        self.pages[path] = lambda handler, times: handler.answer(
+            200, data, {"Content-Type": kind, **told}
+        )
         return self.url(path)
 
     def status(self, path: str, code: int, **headers: str) -> str:

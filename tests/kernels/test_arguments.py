@@ -56,7 +56,10 @@ both_losses = pytest.mark.parametrize("loss", [from_logits, from_features])
         ("log_prior must be on", {"log_prior": torch.zeros(CLASSES, device="meta")}),
         ("log_prior must hold no NaN", {"log_prior": torch.full((CLASSES,), torch.nan)}),
         ("log_prior must hold no NaN", {"log_prior": torch.full((CLASSES,), torch.inf)}),
-        ("log_prior of -inf", {"log_prior": torch.full((CLASSES,), -torch.inf), "label_smoothing": 0.1}),
+        (
+            "log_prior of -inf",
+            {"log_prior": torch.full((CLASSES,), -torch.inf), "label_smoothing": 0.1},
+        ),
         ("graph has 7 classes", {"graph": ClassGraph.from_pairs(2, 7, [])}),
         ("graph is on meta", {"graph": GRAPH.to("meta")}),
     ],
@@ -72,7 +75,11 @@ def test_options(loss, name, options):
     [
         (TARGET.tolist(), "target must be a dense torch tensor, got a list"),
         (None, "target must be a dense torch tensor"),
-        (torch.tensor([0, 2, 156], dtype=torch.uint8), "target must be in 0..5"),  # which is -100 in eight bits
+        # which is -100 in eight bits
+        (
+            torch.tensor([0, 2, 156], dtype=torch.uint8),
+            "target must be in 0..5",
+        ),
         (TARGET[:2], "target must have shape"),
         (TARGET[:, None], "target must have shape"),
         (TARGET.float(), "target must hold integer"),

@@ -1,16 +1,32 @@
-"""The class-parallel loss on 1, 2 and 4 gloo processes, against the reference on all rows and classes in one."""
+"""The class-parallel loss on 1, 2 and 4 gloo processes, against the reference on all rows and
+classes in one.
+"""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from loss_cases import MIXES, Case, assert_as_exact_as_eager, assert_near, make_case, reference_of_linear
-from ranks import Ranks
+from helpers.loss_cases import (
+    MIXES,
+    Case,
+    assert_as_exact_as_eager,
+    assert_near,
+    make_case,
+    reference_of_linear,
+)
+from helpers.ranks import Ranks
 from torch import nn
 from torch.nn import functional as F
 
+from fastlt_kernels import (
+    ClassGraph,
+    ClassParallelLinear,
+    class_parallel_loss,
+    class_parallel_outputs,
+    reference_loss,
+    shard_of,
+)
 from fastlt_kernels._impl import chunks
-from fastlt_kernels import (ClassGraph, ClassParallelLinear, class_parallel_loss, class_parallel_outputs, reference_loss, shard_of)
 from fastlt_kernels._impl.class_sampling import draw, sample_size
 
 WORLDS = [1, 2, 4]
@@ -47,7 +63,11 @@ def rows_of(rank, world, count):
 def on_rank(rank, world, case, options, dtype):
     """This rank's part of the case: inputs, target and options."""
     rows, shard = rows_of(rank, world, len(case.target)), shard_of(len(case.weight), rank, world)
-    inputs = [case.features[rows].to(dtype), case.weight[shard].to(dtype), case.bias[shard].to(dtype)]
+    inputs = [
+        case.features[rows].to(dtype),
+        case.weight[shard].to(dtype),
+        case.bias[shard].to(dtype),
+    ]
     options = {**case.options, **options}
     for name in ("target_b", "mix"):
         if torch.is_tensor(options.get(name)):
@@ -63,7 +83,9 @@ def parallel(rank, world, case, options, dtype, least_classes, autocast=False, s
     if seed is not None:
         options["generator"] = torch.Generator().manual_seed(seed + rank)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = class_parallel_loss(features, weight, target, num_classes=len(case.weight), bias=bias, **options)
+        loss = class_parallel_loss(
+            features, weight, target, num_classes=len(case.weight), bias=bias, **options
+        )
     rows = factors(len(case.target))[rows_of(rank, world, len(case.target))]
     objective = loss if loss.ndim == 0 else (loss * rows).sum()
     return [loss.detach(), *torch.autograd.grad(objective, inputs)]
@@ -75,7 +97,9 @@ def factors(count):
 
 
 def joined(results):
-    """Of all ranks, as if in one process: losses (N,) or (), and the gradients of the mean over ranks."""
+    """Of all ranks, as if in one process: losses (N,) or (), and the gradients of the mean over
+    ranks.
+    """
     world = len(results)
     losses, features, weights, biases = zip(*results, strict=True)
     if losses[0].ndim == 0:
@@ -113,7 +137,11 @@ def test_shards_are_torchs_chunks(world, classes):
 @pytest.mark.parametrize("shape", SHAPES)
 @every_world
 def test_is_the_reference(ranks_of, world, shape, silence, label_smoothing, mix):
-    check(ranks_of, world, make_case(*shape, mix=mix, silence=silence, label_smoothing=label_smoothing))
+    check(
+        ranks_of,
+        world,
+        make_case(*shape, mix=mix, silence=silence, label_smoothing=label_smoothing),
+    )
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 3_000, 10**9])
@@ -168,7 +196,11 @@ def test_no_rows(ranks_of, world):
 @every_world
 def test_low_precision(ranks_of, world, dtype, reduction):
     case = make_case(32, 5, 507, 123, mix="scalar", label_smoothing=0.1)
-    got = joined(ranks_of(world).get(parallel, case, {"reduction": reduction, "chunk_bytes": 60_000}, dtype, 64))
+    got = joined(
+        ranks_of(world).get(
+            parallel, case, {"reduction": reduction, "chunk_bytes": 60_000}, dtype, 64
+        )
+    )
     assert [g.dtype for g in got] == [torch.float32, dtype, dtype, dtype]
     exact = wanted(case, {"reduction": reduction}, world)
     eager = wanted(case, {"reduction": reduction}, world, dtype)
@@ -197,7 +229,11 @@ def test_triton(ranks_of, sample_rate):
     case = make_case(4, 4, 60, 5, mix="rows", label_smoothing=0.1, graph=sparse_graph(4, 60))
     options = {"sample_rate": sample_rate, "chunk_bytes": 1}
     triton, torch_ = (
-        joined(ranks_of(2).get(parallel, case, {**options, "backend": backend}, torch.float32, 7, False, 3))
+        joined(
+            ranks_of(2).get(
+                parallel, case, {**options, "backend": backend}, torch.float32, 7, False, 3
+            )
+        )
         for backend in ("triton", "torch")
     )
     assert_near(triton, [t.double() for t in torch_], 1e-5)
@@ -205,14 +241,19 @@ def test_triton(ranks_of, sample_rate):
 
 def outputs(rank, world, case, options):
     (features, weight, bias), target, given = on_rank(rank, world, case, options, torch.float32)
-    return class_parallel_outputs(features, weight, target, num_classes=len(case.weight), bias=bias, **given)[1:]
+    return class_parallel_outputs(
+        features, weight, target, num_classes=len(case.weight), bias=bias, **given
+    )[1:]
 
 
 @pytest.mark.parametrize("num_targets", [1, 5, 7, 33])
 @every_world
 def test_log_sum_and_prediction(ranks_of, world, num_targets):
     case = make_case(8, 5, 33, 6)
-    log_sums, best = map(torch.cat, zip(*ranks_of(world).get(outputs, case, {"num_targets": num_targets}), strict=True))
+    log_sums, best = map(
+        torch.cat,
+        zip(*ranks_of(world).get(outputs, case, {"num_targets": num_targets}), strict=True),
+    )
     logits = case.logits(torch.float64)
     base = logits + case.options["log_prior"]
     label = base.gather(1, case.target[:, None])[:, 0]
@@ -226,16 +267,25 @@ def test_log_sum_and_prediction(ranks_of, world, num_targets):
 
 def sparse_graph(targets, classes):
     """Three auxiliaries for each target, none of two."""
-    pairs = [(t, targets + (7 * t + i) % (classes - targets)) for t in range(targets) for i in range(3)]
+    pairs = [
+        (t, targets + (7 * t + i) % (classes - targets)) for t in range(targets) for i in range(3)
+    ]
     return ClassGraph.from_pairs(targets, classes, pairs)
 
 
 def drawn(case, world, sample_rate, seed):
     """Classes and corrections of all ranks, as `parallel` draws them."""
-    labels = torch.stack([case.target, case.options["target_b"]]) if "target_b" in case.options else case.target[None]
+    labels = (
+        torch.stack([case.target, case.options["target_b"]])
+        if "target_b" in case.options
+        else case.target[None]
+    )
     classes, corrections = [], []
     for rank in range(world):
-        shard, generator = shard_of(len(case.weight), rank, world), torch.Generator().manual_seed(seed + rank)
+        shard, generator = (
+            shard_of(len(case.weight), rank, world),
+            torch.Generator().manual_seed(seed + rank),
+        )
         sample = draw(labels, case.options["graph"], shard, sample_rate, generator, torch.float64)
         classes.append(sample.classes + shard.start)
         corrections.append(sample.correction)
@@ -249,12 +299,16 @@ def restricted(case, classes, corrections):
     pairs = place[graph.pairs()]
     options = {
         **case.options,
-        "graph": ClassGraph.from_pairs(graph.num_targets, len(classes), pairs[(pairs >= 0).all(dim=1)]),
+        "graph": ClassGraph.from_pairs(
+            graph.num_targets, len(classes), pairs[(pairs >= 0).all(dim=1)]
+        ),
         "log_prior": case.options["log_prior"][classes] + corrections,
     }
     if "target_b" in options:
         options["target_b"] = place[options["target_b"]]
-    return Case(case.features, case.weight[classes], case.bias[classes], place[case.target], options)
+    return Case(
+        case.features, case.weight[classes], case.bias[classes], place[case.target], options
+    )
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 10**9])
@@ -262,14 +316,21 @@ def restricted(case, classes, corrections):
 @pytest.mark.parametrize("mix", [None, "rows"])
 @pytest.mark.parametrize("silence", [0.0, 0.1, 1.0])
 @every_world
-def test_a_sample_is_the_reference_on_its_classes(ranks_of, world, silence, mix, reduction, chunk_bytes):
+def test_a_sample_is_the_reference_on_its_classes(
+    ranks_of, world, silence, mix, reduction, chunk_bytes
+):
     case = make_case(4, 6, 400, 5, mix=mix, silence=silence, graph=sparse_graph(6, 400))
     options = {"sample_rate": 0.2, "reduction": reduction, "chunk_bytes": chunk_bytes}
     got = joined(ranks_of(world).get(parallel, case, options, torch.float64, 7, False, 11))
     classes, corrections = drawn(case, world, 0.2, 11)
     assert len(classes) < 300
-    loss, features, weight, bias = wanted(restricted(case, classes, corrections), {"reduction": reduction}, world)
-    full = [torch.zeros(400, *part.shape[1:], dtype=part.dtype).index_copy(0, classes, part) for part in (weight, bias)]
+    loss, features, weight, bias = wanted(
+        restricted(case, classes, corrections), {"reduction": reduction}, world
+    )
+    full = [
+        torch.zeros(400, *part.shape[1:], dtype=part.dtype).index_copy(0, classes, part)
+        for part in (weight, bias)
+    ]
     assert_near(got, [loss, features, *full])
 
 
@@ -281,7 +342,8 @@ def test_smoothing_of_a_sample_spreads_over_its_classes(ranks_of, world):
     classes, corrections = drawn(case, world, 0.2, 11)
     small = restricted(case, classes, corrections)
     loss, features, weight, _ = wanted(small, {"reduction": "none"}, world)
-    # The reference takes the correction as a prior, which smoothing's sum holds too; here only the log-sum-exp does.
+    # The reference takes the correction as a prior, which smoothing's sum holds too; here only the
+    # log-sum-exp does.
     unsilenced = len(classes) - small.options["graph"].indptr.diff()[small.target]
     loss += 0.1 * corrections.sum() / unsilenced
     assert_near([got[0], got[1], got[2][classes]], [loss, features, weight])
@@ -293,7 +355,9 @@ def test_a_sample_of_all_is_no_sample(ranks_of, world):
     case = make_case(8, 5, 60, 6, mix="rows", label_smoothing=0.1)
     plain = ranks_of(world).get(parallel, case, {}, torch.float64, 1024)
     whole = ranks_of(world).get(parallel, case, {"sample_rate": 1.0}, torch.float64, 1024, False, 1)
-    forced = ranks_of(world).get(parallel, case, {"sample_rate": 0.01}, torch.float64, 1024, False, 1)
+    forced = ranks_of(world).get(
+        parallel, case, {"sample_rate": 0.01}, torch.float64, 1024, False, 1
+    )
     for one, other, third in zip(plain, whole, forced, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
         assert_near(third, one, 1e-12)
@@ -308,12 +372,20 @@ def test_targets_labels_and_neighbours_are_always_drawn(world, sample_rate):
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         labels = torch.randint(0, classes, (2, 5), generator=generator)
-        samples = [draw(labels, graph, shard, sample_rate, generator, torch.float64) for shard in shards]
-        assert [len(s.classes) for s in samples] == [sample_size(shard, graph, sample_rate, 10) for shard in shards]
-        found = torch.cat([sample.classes + shard.start for sample, shard in zip(samples, shards, strict=True)])
+        samples = [
+            draw(labels, graph, shard, sample_rate, generator, torch.float64) for shard in shards
+        ]
+        assert [len(s.classes) for s in samples] == [
+            sample_size(shard, graph, sample_rate, 10) for shard in shards
+        ]
+        found = torch.cat(
+            [sample.classes + shard.start for sample, shard in zip(samples, shards, strict=True)]
+        )
         neighbours, real = graph.neighbours(labels.flatten())
         assert torch.equal(found, found.unique())
-        assert torch.isin(torch.cat([torch.arange(targets), labels.flatten(), neighbours[real]]), found).all()
+        assert torch.isin(
+            torch.cat([torch.arange(targets), labels.flatten(), neighbours[real]]), found
+        ).all()
         assert all(torch.isfinite(sample.correction).all() for sample in samples)
 
 
@@ -335,7 +407,9 @@ def mean_exponentials(rank, world, case, sample_rate, draws):
 
 
 def test_the_sum_of_exponentials_is_right_on_average(ranks_of):
-    """400 draws of a tenth: their mean has a standard error below 0.8%, and is held to 3%; uncorrected it is a tenth."""
+    """400 draws of a tenth: their mean has a standard error below 0.8%, and is held to 3%;
+    uncorrected it is a tenth.
+    """
     case = make_case(4, 4, 600, 3, graph=sparse_graph(4, 600), log_prior=None)
     case.weight /= 4
     case.bias /= 4
@@ -361,7 +435,9 @@ def train(rank, world, case, reduction):
     (features, _, _), target, options = on_rank(rank, world, case, {}, torch.float64)
     for _ in range(3):
         optimizer.zero_grad()
-        head.loss(backbone(features.detach()), target, reduction=reduction, **options).mean().backward()
+        head.loss(
+            backbone(features.detach()), target, reduction=reduction, **options
+        ).mean().backward()
         optimizer.step()
     return [p.detach() for p in (*backbone.parameters(), *head.parameters())]
 
@@ -372,7 +448,9 @@ def test_training_under_ddp_is_training_on_the_whole_batch(ranks_of, world, redu
     case = make_case(8, 5, 23, 6, mix="rows", label_smoothing=0.1)
     results = ranks_of(world).get(train, case, reduction)
     backbone, head = make_backbone(), nn.Linear(5, 23).double()
-    weight, bias = (torch.cat(parts) for parts in zip(*ranks_of(world).get(initial_head, 23, 5), strict=True))
+    weight, bias = (
+        torch.cat(parts) for parts in zip(*ranks_of(world).get(initial_head, 23, 5), strict=True)
+    )
     head.load_state_dict({"weight": weight, "bias": bias})
     optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.5, momentum=0.9)
     for _ in range(3):
@@ -382,7 +460,10 @@ def test_training_under_ddp_is_training_on_the_whole_batch(ranks_of, world, redu
     plain = [p.detach() for p in backbone.parameters()]
     for result in results:
         assert_near(result[:-2], plain)
-    assert_near([torch.cat([r[-2] for r in results]), torch.cat([r[-1] for r in results])], [head.weight.data, head.bias.data])
+    assert_near(
+        [torch.cat([r[-2] for r in results]), torch.cat([r[-1] for r in results])],
+        [head.weight.data, head.bias.data],
+    )
 
 
 def compiled(rank, world, case):
@@ -390,10 +471,17 @@ def compiled(rank, world, case):
     (features, weight, bias), target, options = on_rank(rank, world, case, {}, torch.float32)
 
     def step(features):
-        return class_parallel_loss(features.tanh(), weight, target, num_classes=len(case.weight), bias=bias, **options) * 2
+        return (
+            class_parallel_loss(
+                features.tanh(), weight, target, num_classes=len(case.weight), bias=bias, **options
+            )
+            * 2
+        )
 
     losses = [function(features) for function in (step, torch.compile(step, backend="aot_eager"))]
-    return [[loss.detach(), *torch.autograd.grad(loss, (features, weight, bias))] for loss in losses]
+    return [
+        [loss.detach(), *torch.autograd.grad(loss, (features, weight, bias))] for loss in losses
+    ]
 
 
 def test_within_a_compiled_function(ranks_of):
@@ -408,7 +496,9 @@ def initial_head(rank, world, classes, width):
 
 @pytest.mark.parametrize("classes", [5, 10, 2500])
 def test_initialised_alike_on_any_number_of_ranks(ranks_of, classes):
-    one, two, four = (torch.cat([w for w, _ in ranks_of(n).get(initial_head, classes, 16)]) for n in WORLDS)
+    one, two, four = (
+        torch.cat([w for w, _ in ranks_of(n).get(initial_head, classes, 16)]) for n in WORLDS
+    )
     assert one.shape == (classes, 16)
     assert torch.equal(one, two) and torch.equal(one, four)
     assert one.unique().numel() > 0.99 * one.numel()
@@ -456,7 +546,9 @@ def load(rank, world, classes, path):
 
 
 @pytest.mark.parametrize("classes", [5, 10])
-@pytest.mark.parametrize(("saved_on", "loaded_on"), [(2, 1), (2, 4), (1, 2), (4, 2), (4, 1), (4, 4)])
+@pytest.mark.parametrize(
+    ("saved_on", "loaded_on"), [(2, 1), (2, 4), (1, 2), (4, 2), (4, 1), (4, 4)]
+)
 def test_checkpoints_fit_any_number_of_ranks(ranks_of, tmp_path, saved_on, loaded_on, classes):
     saved = ranks_of(saved_on).get(save, classes, str(tmp_path / "checkpoint"))
     loaded = ranks_of(loaded_on).get(load, classes, str(tmp_path / "checkpoint"))
@@ -468,28 +560,44 @@ def test_checkpoints_fit_any_number_of_ranks(ranks_of, tmp_path, saved_on, loade
 
 
 def unequal_rows(rank, world):
-    return class_parallel_loss(torch.zeros(2 + rank, 3), torch.zeros(3, 3), torch.zeros(2 + rank).long(), num_classes=6)
+    return class_parallel_loss(
+        torch.zeros(2 + rank, 3), torch.zeros(3, 3), torch.zeros(2 + rank).long(), num_classes=6
+    )
 
 
 def unequal_reduction(rank, world):
     reduction = "mean" if rank == 0 else "none"
-    return class_parallel_loss(torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(2).long(), num_classes=6, reduction=reduction)
+    return class_parallel_loss(
+        torch.zeros(2, 3),
+        torch.zeros(3, 3),
+        torch.zeros(2).long(),
+        num_classes=6,
+        reduction=reduction,
+    )
 
 
 def bad_target_on_one(rank, world):
-    return class_parallel_loss(torch.zeros(2, 3), torch.zeros(3, 3), torch.full((2,), 9 * rank), num_classes=6)
+    return class_parallel_loss(
+        torch.zeros(2, 3), torch.zeros(3, 3), torch.full((2,), 9 * rank), num_classes=6
+    )
 
 
 def whole_weight(rank, world):
-    return class_parallel_loss(torch.zeros(2, 3), torch.zeros(6, 3), torch.zeros(2).long(), num_classes=6)
+    return class_parallel_loss(
+        torch.zeros(2, 3), torch.zeros(6, 3), torch.zeros(2).long(), num_classes=6
+    )
 
 
 def sample_without_graph(rank, world):
-    return class_parallel_loss(torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(2).long(), num_classes=6, sample_rate=0.5)
+    return class_parallel_loss(
+        torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(2).long(), num_classes=6, sample_rate=0.5
+    )
 
 
 def sample_of_none(rank, world):
-    return class_parallel_loss(torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(2).long(), num_classes=6, sample_rate=0.0)
+    return class_parallel_loss(
+        torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(2).long(), num_classes=6, sample_rate=0.0
+    )
 
 
 def of_a_wrong_type(rank, world, given):
@@ -540,7 +648,10 @@ def transformed(rank, world):
     torch.func.grad(loss)(torch.ones(2, 3))
 
 
-@pytest.mark.parametrize(("function", "message"), [(second_derivative, "differentiable once"), (transformed, r"torch\.func")])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [(second_derivative, "differentiable once"), (transformed, r"torch\.func")],
+)
 def test_what_autograd_cannot_do_says_so(ranks_of, function, message):
     for error in ranks_of(2).run(function):
         with pytest.raises(RuntimeError, match=message):
@@ -550,4 +661,6 @@ def test_what_autograd_cannot_do_says_so(ranks_of, function, message):
 def test_needs_a_process_group():
     assert not dist.is_initialized()
     with pytest.raises(RuntimeError, match="init_process_group"):
-        class_parallel_loss(torch.zeros(2, 3), torch.zeros(6, 3), torch.zeros(2).long(), num_classes=6)
+        class_parallel_loss(
+            torch.zeros(2, 3), torch.zeros(6, 3), torch.zeros(2).long(), num_classes=6
+        )

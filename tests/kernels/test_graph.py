@@ -8,10 +8,15 @@ PAIRS = [(0, 3), (0, 5), (1, 3), (0, 3)]  # (0, 3) twice; target 2 and auxiliary
 
 
 def rows_of(graph):
-    return [graph.indices[graph.indptr[y] : graph.indptr[y + 1]].tolist() for y in range(graph.num_classes)]
+    return [
+        graph.indices[graph.indptr[y] : graph.indptr[y + 1]].tolist()
+        for y in range(graph.num_classes)
+    ]
 
 
-@pytest.mark.parametrize("pairs", [PAIRS, torch.tensor(PAIRS), torch.tensor(PAIRS, dtype=torch.int32), np.array(PAIRS)])
+@pytest.mark.parametrize(
+    "pairs", [PAIRS, torch.tensor(PAIRS), torch.tensor(PAIRS, dtype=torch.int32), np.array(PAIRS)]
+)
 def test_from_pairs_holds_both_ways(pairs):
     graph = ClassGraph.from_pairs(3, 6, pairs)
     assert rows_of(graph) == [[3, 5], [3], [], [0, 1], [], [0]]
@@ -22,7 +27,13 @@ def test_from_pairs_holds_both_ways(pairs):
 
 def test_rows_are_the_given_relation_at_size():
     generator = torch.Generator().manual_seed(0)
-    pairs = torch.stack([torch.randint(0, 40, (900,), generator=generator), torch.randint(40, 300, (900,), generator=generator)], 1)
+    pairs = torch.stack(
+        [
+            torch.randint(0, 40, (900,), generator=generator),
+            torch.randint(40, 300, (900,), generator=generator),
+        ],
+        1,
+    )
     graph = ClassGraph.from_pairs(40, 300, pairs)
     wanted = [set() for _ in range(300)]
     for target, auxiliary in pairs.tolist():
@@ -33,7 +44,9 @@ def test_rows_are_the_given_relation_at_size():
     assert torch.equal(graph.pairs(), pairs.unique(dim=0))
 
 
-@pytest.mark.parametrize("pairs", [[], np.empty((0, 2), dtype=np.int64), torch.empty(0, 2, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "pairs", [[], np.empty((0, 2), dtype=np.int64), torch.empty(0, 2, dtype=torch.int64)]
+)
 def test_empty(pairs):
     graph = ClassGraph.from_pairs(3, 3, pairs)
     assert (graph.num_pairs, graph.max_degree, graph.indptr.tolist()) == (0, 0, [0, 0, 0, 0])

@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from loss_cases import (
+from helpers.loss_cases import (
     MIXES,
     SHAPES,
     assert_as_exact_as_eager,
@@ -15,8 +15,8 @@ from loss_cases import (
 from torch.nn import functional as F
 
 from fastlt_benchmarks.timing import peak_bytes
+from fastlt_kernels import linear_neighbor_silencing_loss, neighbor_silencing_loss
 from fastlt_kernels._impl import chunks
-from fastlt_kernels import (linear_neighbor_silencing_loss, neighbor_silencing_loss)
 from fastlt_kernels._impl.chunks import plan_chunks
 from fastlt_kernels._impl.rows import describe_rows
 
@@ -25,7 +25,9 @@ OPERATORS = torch.ops.fastlt_kernels
 
 def loss_of(case, inputs, **options):
     features, weight, bias = inputs
-    return linear_neighbor_silencing_loss(features, weight, case.target, bias=bias, **{**case.options, **options})
+    return linear_neighbor_silencing_loss(
+        features, weight, case.target, bias=bias, **{**case.options, **options}
+    )
 
 
 def result(case, inputs, **options):
@@ -69,7 +71,9 @@ def test_chunks_do_not_show(reduction, chunk_bytes, monkeypatch):
     assert_near(got, exact(case, reduction=reduction))
 
 
-in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, Triton does not take CPU tensors")
+in_the_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU, Triton does not take CPU tensors"
+)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=in_the_interpreter)])
@@ -83,10 +87,18 @@ def test_a_batch_in_two_parts_is_the_same(backend):
         features, weight, bias = inputs
         mixed = {"target_b": options["target_b"][part], "mix": options["mix"][part]}
         loss = linear_neighbor_silencing_loss(
-            features[part], weight, case.target[part], bias=bias, backend=backend, reduction="sum", **{**options, **mixed}
+            features[part],
+            weight,
+            case.target[part],
+            bias=bias,
+            backend=backend,
+            reduction="sum",
+            **{**options, **mixed},
         )
         parts.append(loss_and_gradients(loss, inputs))
-    torch.testing.assert_close([a + b for a, b in zip(*parts, strict=True)], whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        [a + b for a, b in zip(*parts, strict=True)], whole, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("direction", ["target_rows", "aux_rows"])
@@ -99,8 +111,12 @@ def test_directions(direction):
 def test_agrees_with_the_logits_loss_without_bias_prior_or_graph():
     case = make_case(9, 5, 33, 6)
     features, weight, _ = case.inputs(torch.float64)
-    got = loss_and_gradients(linear_neighbor_silencing_loss(features, weight, case.target), [features, weight])
-    wanted = loss_and_gradients(neighbor_silencing_loss(features @ weight.T, case.target), [features, weight])
+    got = loss_and_gradients(
+        linear_neighbor_silencing_loss(features, weight, case.target), [features, weight]
+    )
+    wanted = loss_and_gradients(
+        neighbor_silencing_loss(features @ weight.T, case.target), [features, weight]
+    )
     assert_near(got, wanted)
 
 
@@ -120,7 +136,8 @@ def test_low_precision(shape, silence, dtype, reduction):
     assert_as_exact_as_eager(got[first:], plain[first:], exact(case, reduction=reduction)[first:])
 
 
-@pytest.mark.parametrize("chunk_bytes", [2**29, 30_000])  # one copy of the weight in bfloat16, or tile by tile
+# one copy of the weight in bfloat16, or tile by tile
+@pytest.mark.parametrize("chunk_bytes", [2**29, 30_000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_the_weight_gradient_in_float32(dtype, chunk_bytes):
     case = make_case(64, 50, 507, 32, mix="rows", label_smoothing=0.1)
@@ -135,7 +152,9 @@ def test_autocast_keeps_the_weight_gradient_in_float32(dtype, chunk_bytes):
 
 def test_autocast_makes_its_products_in_its_dtype():
     case = make_case(16, 5, 100, 64)
-    case.features *= 1 + torch.rand(case.features.shape, generator=torch.Generator().manual_seed(0)) / 100
+    case.features *= (
+        1 + torch.rand(case.features.shape, generator=torch.Generator().manual_seed(0)) / 100
+    )
     features, weight, bias = case.inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         lowered = loss_of(case, [features, weight, bias], reduction="none")
@@ -159,7 +178,9 @@ def test_each_gradient_has_its_parameters_dtype_and_precision():
     features, weight = torch.zeros(3, 4), torch.zeros(7, 4, dtype=torch.bfloat16)
     bias = torch.zeros(7, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_neighbor_silencing_loss(features, weight, torch.tensor([0, 0, 1]), bias=bias, reduction="sum")
+        loss = linear_neighbor_silencing_loss(
+            features, weight, torch.tensor([0, 0, 1]), bias=bias, reduction="sum"
+        )
     (gradient,) = torch.autograd.grad(loss, bias)
     torch.testing.assert_close(gradient[2:], torch.full((5,), 3 / 7), rtol=1e-2, atol=0)
     assert gradient.dtype == torch.float32
@@ -167,16 +188,26 @@ def test_each_gradient_has_its_parameters_dtype_and_precision():
 
 @pytest.mark.parametrize("chunk_bytes", [3_000, 2**29])
 def test_many_chunks_do_not_wear_off_the_weight_gradient(chunk_bytes):
-    """512 rows of one class, a few at a time: summed in bfloat16, most of the later rows would vanish.
+    """512 rows of one class, a few at a time: summed in bfloat16, most of the later rows would
+    vanish.
 
     Allowed are two roundings to bfloat16, of each chunk's product and of the result.
     """
-    features, weight = torch.ones(512, 4, dtype=torch.bfloat16), torch.zeros(64, 4, dtype=torch.bfloat16, requires_grad=True)
+    features, weight = (
+        torch.ones(512, 4, dtype=torch.bfloat16),
+        torch.zeros(64, 4, dtype=torch.bfloat16, requires_grad=True),
+    )
     target = torch.zeros(512, dtype=torch.int64)
-    loss = linear_neighbor_silencing_loss(features, weight, target, reduction="sum", chunk_bytes=chunk_bytes)
+    loss = linear_neighbor_silencing_loss(
+        features, weight, target, reduction="sum", chunk_bytes=chunk_bytes
+    )
     (gradient,) = torch.autograd.grad(loss, weight)
-    torch.testing.assert_close(gradient[0].float(), torch.full((4,), 512 * (1 / 64 - 1)), rtol=2**-7, atol=0)
-    torch.testing.assert_close(gradient[1:].float(), torch.full((63, 4), 512 / 64), rtol=2**-7, atol=0)
+    torch.testing.assert_close(
+        gradient[0].float(), torch.full((4,), 512 * (1 / 64 - 1)), rtol=2**-7, atol=0
+    )
+    torch.testing.assert_close(
+        gradient[1:].float(), torch.full((63, 4), 512 / 64), rtol=2**-7, atol=0
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -191,10 +222,16 @@ def test_twice_over_one_graph(reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (False, False, False)])
+@pytest.mark.parametrize(
+    "wanted",
+    [(True, False, False), (False, True, False), (False, False, True), (False, False, False)],
+)
 def test_only_the_gradients_that_are_wanted(wanted, reduction):
     case = make_case(7, 5, 40, 6)
-    inputs = [t.requires_grad_(w) for t, w in zip((case.features, case.weight, case.bias), wanted, strict=True)]
+    inputs = [
+        t.requires_grad_(w)
+        for t, w in zip((case.features, case.weight, case.bias), wanted, strict=True)
+    ]
     loss = loss_of(case, inputs, reduction=reduction)
     assert loss.requires_grad == any(wanted)
     reference = exact(case, reduction=reduction)
@@ -210,10 +247,15 @@ def test_no_gradient_work_without_gradients():
     steps = []
     for enabled in (True, False):
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.set_grad_enabled(enabled), torch.profiler.profile(activities=activities) as profiler:
+        with (
+            torch.set_grad_enabled(enabled),
+            torch.profiler.profile(activities=activities) as profiler,
+        ):
             loss = loss_of(case, inputs)
         assert loss.requires_grad == enabled
-        steps.append(sum(e.count for e in profiler.key_averages() if e.key in ("aten::mm", "aten::addmm")))
+        steps.append(
+            sum(e.count for e in profiler.key_averages() if e.key in ("aten::mm", "aten::addmm"))
+        )
     assert steps == [3, 1]  # the logits both times, and two products for the gradients
 
 
@@ -238,16 +280,22 @@ def test_opcheck(summed):
     shares = torch.full(labels.shape, 0.5, dtype=torch.float64)
     rows = describe_rows(labels, shares, None, graph, 9, 0.1, 0.1, 4)
     options = (*rows, torch.float64, 2_000, "torch")
-    torch.library.opcheck(OPERATORS.linear_loss.default, (*case.inputs(torch.float64), *options, summed, [True] * 3))
+    torch.library.opcheck(
+        OPERATORS.linear_loss.default, (*case.inputs(torch.float64), *options, summed, [True] * 3)
+    )
     plain = [t.detach() for t in case.inputs(torch.float64)]
-    torch.library.opcheck(OPERATORS.linear_loss_gradients.default, (*plain, *options, [True, summed, True]))
+    torch.library.opcheck(
+        OPERATORS.linear_loss_gradients.default, (*plain, *options, [True, summed, True])
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_memory_is_bounded(dtype, reduction):
     rows, classes, width, chunk_bytes = 512, 4096, 16, 2**20
-    case = make_case(rows, 1000, classes, width, mix="rows", label_smoothing=0.1, reduction=reduction)
+    case = make_case(
+        rows, 1000, classes, width, mix="rows", label_smoothing=0.1, reduction=reduction
+    )
     inputs = case.inputs(torch.float32)
 
     def work(loss):
@@ -257,7 +305,9 @@ def test_memory_is_bounded(dtype, reduction):
 
     def materialised():
         features, weight, bias = inputs
-        return neighbor_silencing_loss(F.linear(features, weight, bias), case.target, backend="torch", **case.options)
+        return neighbor_silencing_loss(
+            F.linear(features, weight, bias), case.target, backend="torch", **case.options
+        )
 
     peak = partial(peak_bytes, device=torch.device("cpu"))
     for tensor in inputs:
@@ -265,7 +315,10 @@ def test_memory_is_bounded(dtype, reduction):
     gradients = 4 * (rows * width + classes * width + classes)
     logits = 4 * rows * classes
     # Those of the sum, kept for a second backward, and those returned; and vectors of N and C.
-    assert peak(lambda: work(lambda: loss_of(case, inputs, chunk_bytes=chunk_bytes))) < chunk_bytes + 2 * gradients + 2**17
+    assert (
+        peak(lambda: work(lambda: loss_of(case, inputs, chunk_bytes=chunk_bytes)))
+        < chunk_bytes + 2 * gradients + 2**17
+    )
     assert peak(lambda: work(materialised)) > 2 * logits > 10 * chunk_bytes
 
 
@@ -273,14 +326,17 @@ def test_memory_is_bounded(dtype, reduction):
 def test_a_bias_needs_no_more_memory(dtype):
     rows, classes, width, chunk_bytes = 1024, 8192, 8, 2**22
     features, weight, bias = (
-        torch.randn(*shape).to(dtype).requires_grad_() for shape in ((rows, width), (classes, width), (classes,))
+        torch.randn(*shape).to(dtype).requires_grad_()
+        for shape in ((rows, width), (classes, width), (classes,))
     )
     target = torch.randint(classes, (rows,))
     for tensor in (features, weight, bias):
         tensor.grad = torch.zeros_like(tensor)
     peaks = [
         peak_bytes(
-            lambda: linear_neighbor_silencing_loss(features, weight, target, bias=given, chunk_bytes=chunk_bytes).backward(),  # noqa: B023
+            lambda given=given: linear_neighbor_silencing_loss(
+                features, weight, target, bias=given, chunk_bytes=chunk_bytes
+            ).backward(),
             torch.device("cpu"),
         )
         for given in (None, bias)
@@ -293,7 +349,14 @@ def test_plan():
     def plan(rows, classes, width, weight, product, chunk_bytes=2**29, device="cuda"):
         dtypes = {"weight_dtype": weight, "product": product, "total": torch.float32}
         return plan_chunks(
-            rows, width, classes, slots=16, device=device, in_torch=device == "cpu", chunk_bytes=chunk_bytes, **dtypes
+            rows,
+            width,
+            classes,
+            slots=16,
+            device=device,
+            in_torch=device == "cpu",
+            chunk_bytes=chunk_bytes,
+            **dtypes,
         )
 
     fp32, bf16 = torch.float32, torch.bfloat16
@@ -301,8 +364,13 @@ def test_plan():
     assert plan(1024, 10_000, 768, fp32, fp32, device="cpu").rows == 512
     assert plan(1024, 10_000, 768, bf16, bf16, device="cpu").rows == 1024
     assert plan(1024, 10_000, 768, fp32, bf16).cast_weight_once
-    assert plan(16_384, 100_000, 768, bf16, bf16)[:2] == (2432, 100_000)  # the last of 7 chunks has a bit less
-    assert plan(4096, 100_000, 768, bf16, bf16).rows == 4096  # in the memory that would have summed the weight's gradient
+    # the last of 7 chunks has a bit less
+    assert plan(16_384, 100_000, 768, bf16, bf16)[:2] == (
+        2432,
+        100_000,
+    )
+    # in the memory that would have summed the weight's gradient
+    assert plan(4096, 100_000, 768, bf16, bf16).rows == 4096
     huge = plan(16_384, 1_000_000, 2048, fp32, bf16)
     assert not huge.cast_weight_once
     assert huge.products * 2048 * 2 <= 2**27

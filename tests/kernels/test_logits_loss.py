@@ -1,8 +1,22 @@
 import pytest
 import torch
-from loss_cases import MIXES, SHAPES, assert_as_exact_as_eager, assert_near, loss_and_gradients, make_case, random_case
+from helpers.loss_cases import (
+    MIXES,
+    SHAPES,
+    assert_as_exact_as_eager,
+    assert_near,
+    loss_and_gradients,
+    make_case,
+    random_case,
+)
 
-from fastlt_kernels import ClassGraph, linear_neighbor_silencing_loss, logits_loss, neighbor_silencing_loss, reference_loss
+from fastlt_kernels import (
+    ClassGraph,
+    linear_neighbor_silencing_loss,
+    logits_loss,
+    neighbor_silencing_loss,
+    reference_loss,
+)
 
 
 @pytest.fixture(autouse=True, params=[2**62, 0], ids=["plain", "blocks"])
@@ -12,7 +26,7 @@ def way(request, monkeypatch):
 
 
 def both(case, dtype=torch.float64, **options):
-    """Loss and gradient of the reference in float64, and of the loss under test in the given dtype."""
+    """Loss and gradient of the reference in float64, and of the tested loss in `dtype`."""
     wanted, logits = case.logits(torch.float64), case.logits(dtype)
     options = {**case.options, **options}
     return (
@@ -66,14 +80,19 @@ def test_low_precision(shape, silence, dtype):
 def test_large_logits_stay_finite():
     case = make_case(6, 5, 40, 4, silence=0.0, label_smoothing=0.1)
     logits = (case.logits(torch.float32).detach() * 1e4).requires_grad_()
-    loss, gradient = loss_and_gradients(neighbor_silencing_loss(logits, case.target, **case.options), [logits])
+    loss, gradient = loss_and_gradients(
+        neighbor_silencing_loss(logits, case.target, **case.options), [logits]
+    )
     assert torch.isfinite(loss)
     assert torch.isfinite(gradient).all()
 
 
 def test_gradcheck():
     case = make_case(3, 4, 9, 2, mix="rows", label_smoothing=0.1)
-    assert torch.autograd.gradcheck(lambda z: neighbor_silencing_loss(z, case.target, **case.options), [case.logits(torch.float64)])
+    assert torch.autograd.gradcheck(
+        lambda z: neighbor_silencing_loss(z, case.target, **case.options),
+        [case.logits(torch.float64)],
+    )
 
 
 def test_twice_over_one_graph():
@@ -89,7 +108,9 @@ def test_twice_over_one_graph():
 def test_autocast_changes_nothing():
     case = make_case(5, 4, 30, 3)
     logits = case.logits(torch.bfloat16)
-    plain = loss_and_gradients(neighbor_silencing_loss(logits, case.target, **case.options), [logits])
+    plain = loss_and_gradients(
+        neighbor_silencing_loss(logits, case.target, **case.options), [logits]
+    )
     with torch.autocast("cpu", torch.bfloat16):
         loss = neighbor_silencing_loss(logits, case.target, **case.options)
     assert loss.dtype == torch.float32
@@ -118,23 +139,33 @@ def test_a_number_for_mix_does_not_recompile():
     def compiled(mix):
         return neighbor_silencing_loss(logits, case.target, mix=mix, **case.options)
 
-    for mix in [0.05 * i for i in range(1, 13)]:  # more than the number of graphs that torch.compile allows
-        torch.testing.assert_close(compiled(mix), neighbor_silencing_loss(logits, case.target, mix=mix, **case.options))
+    for mix in [
+        0.05 * i for i in range(1, 13)
+    ]:  # more than the number of graphs that torch.compile allows
+        torch.testing.assert_close(
+            compiled(mix), neighbor_silencing_loss(logits, case.target, mix=mix, **case.options)
+        )
 
 
 def test_under_torch_func():
     case = make_case(3, 4, 9, 2)
     logits = case.logits(torch.float64).detach()
-    wanted = loss_and_gradients(reference_loss(logits.requires_grad_(), case.target, **case.options), [logits])[1]
+    wanted = loss_and_gradients(
+        reference_loss(logits.requires_grad_(), case.target, **case.options), [logits]
+    )[1]
     loss = lambda z, **options: neighbor_silencing_loss(z, case.target, **case.options, **options)  # noqa: E731
     torch.testing.assert_close(torch.func.grad(loss)(logits.detach()), wanted)
     tangent = torch.ones_like(wanted)
-    torch.testing.assert_close(torch.func.jvp(loss, (logits.detach(),), (tangent,))[1], wanted.sum())
+    torch.testing.assert_close(
+        torch.func.jvp(loss, (logits.detach(),), (tangent,))[1], wanted.sum()
+    )
     assert torch.autograd.gradgradcheck(lambda z: loss(z, backend="torch"), [logits])
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(lambda z: loss(z, backend="triton"))(logits.detach().float())
     with pytest.raises(RuntimeError, match=r"torch\.func"):
-        torch.func.grad(lambda x: linear_neighbor_silencing_loss(x, case.weight, case.target))(case.features)
+        torch.func.grad(lambda x: linear_neighbor_silencing_loss(x, case.weight, case.target))(
+            case.features
+        )
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -149,8 +180,13 @@ def test_gradients_per_sample(backend):
     found = torch.func.vmap(torch.func.grad(one))(logits.detach(), case.target)
     torch.testing.assert_close(found, logits.grad)
     priors = torch.randn(3, 9, dtype=torch.float64)
-    losses = torch.func.vmap(lambda prior: neighbor_silencing_loss(logits, case.target, log_prior=prior, backend=backend))(priors)
-    torch.testing.assert_close(losses, torch.stack([neighbor_silencing_loss(logits, case.target, log_prior=p) for p in priors]))
+    losses = torch.func.vmap(
+        lambda prior: neighbor_silencing_loss(logits, case.target, log_prior=prior, backend=backend)
+    )(priors)
+    torch.testing.assert_close(
+        losses,
+        torch.stack([neighbor_silencing_loss(logits, case.target, log_prior=p) for p in priors]),
+    )
 
 
 def test_no_graph_break_where_one_would_be_let_pass():
@@ -166,8 +202,12 @@ def test_no_graph_break_where_one_would_be_let_pass():
     assert torch._dynamo.explain(losses)(case.features).graph_break_count == 0
 
 
-in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, Triton does not take CPU tensors")
-every_backend = pytest.mark.parametrize("backend", ["auto", "torch", pytest.param("triton", marks=in_the_interpreter)])
+in_the_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU, Triton does not take CPU tensors"
+)
+every_backend = pytest.mark.parametrize(
+    "backend", ["auto", "torch", pytest.param("triton", marks=in_the_interpreter)]
+)
 
 
 @every_backend
@@ -175,8 +215,15 @@ every_backend = pytest.mark.parametrize("backend", ["auto", "torch", pytest.para
 def test_what_is_ignored_or_silenced_may_be_infinite(label_smoothing, backend):
     """A masked logit that the label silences, and an ignored row of NaN."""
     graph = ClassGraph.from_pairs(2, 4, [(1, 2), (1, 3)])
-    logits = torch.tensor([[0.5, 1.0, -torch.inf, 2.0], [torch.nan, torch.inf, 0.0, 1.0]], requires_grad=True)
-    options = {"graph": graph, "silence": 0.0, "label_smoothing": label_smoothing, "backend": backend}
+    logits = torch.tensor(
+        [[0.5, 1.0, -torch.inf, 2.0], [torch.nan, torch.inf, 0.0, 1.0]], requires_grad=True
+    )
+    options = {
+        "graph": graph,
+        "silence": 0.0,
+        "label_smoothing": label_smoothing,
+        "backend": backend,
+    }
     loss = neighbor_silencing_loss(logits, torch.tensor([1, -100]), **options)
     (gradient,) = torch.autograd.grad(loss, logits)
     p = torch.softmax(torch.tensor([0.5, 1.0]), 0)
@@ -191,8 +238,12 @@ def test_an_ignored_row_whose_stand_in_has_no_finite_sum(backend):
     prior = torch.tensor([-torch.inf, 0.0, 0.0])
     graph = ClassGraph.from_pairs(1, 3, [(0, 1), (0, 2)])
     logits = torch.zeros(2, 3, requires_grad=True)
-    loss = neighbor_silencing_loss(logits, torch.tensor([-100, 1]), graph=graph, log_prior=prior, silence=0.0, backend=backend)
-    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], torch.tensor([[0, 0, 0], [0, -0.5, 0.5]]))
+    loss = neighbor_silencing_loss(
+        logits, torch.tensor([-100, 1]), graph=graph, log_prior=prior, silence=0.0, backend=backend
+    )
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, logits)[0], torch.tensor([[0, 0, 0], [0, -0.5, 0.5]])
+    )
 
 
 def test_batched_gradients():

@@ -8,7 +8,9 @@ from fastlt.models.classifier import BasicBlock, CifarResNet, CosineHead, build_
 
 
 def test_resnet32_has_the_published_size():
-    """He et al. 2016, table 6: 0.46 M parameters (with option A shortcuts there are none besides convolutions and norms)."""
+    """He et al. 2016, table 6: 0.46 M parameters (with option A shortcuts there are none besides
+    convolutions and norms).
+    """
     model = build_model(ModelConfig(name="resnet32"), 10, 32)
     assert sum(p.numel() for p in model.parameters()) == 464_154
     assert sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) == 31
@@ -37,15 +39,20 @@ def test_the_cosine_head_gives_scaled_cosines():
 
 @pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224"])
 def test_weights_of_a_vision_transformer_may_be_of_another_image_size(name, tmp_path):
-    """As DINOv2's are, stored for 518 pixels: position embeddings are resampled, all else is taken as it is."""
+    """As DINOv2's are, stored for 518 pixels: position embeddings are resampled, all else is taken
+    as it is.
+    """
     stored = build_model(ModelConfig(name=name), 7, 224).backbone
     with torch.no_grad():  # positions that vary smoothly are about the same when they are resampled
         grid = torch.linspace(-1, 1, 14)[:, None] + torch.linspace(0, 2, 14)
         stored.pos_embed[:, -196:] = grid.reshape(1, -1, 1)
     save_file(stored.state_dict(), tmp_path / "w.safetensors")
-    found = build_model(ModelConfig(name=name, weights=str(tmp_path / "w.safetensors")), 7, 112).backbone
+    found = build_model(
+        ModelConfig(name=name, weights=str(tmp_path / "w.safetensors")), 7, 112
+    ).backbone
     assert torch.equal(found.patch_embed.proj.weight, stored.patch_embed.proj.weight)
-    torch.testing.assert_close(found.pos_embed[:, :-49], stored.pos_embed[:, :-196])  # of the class token
+    # of the class token
+    torch.testing.assert_close(found.pos_embed[:, :-49], stored.pos_embed[:, :-196])
     wanted = grid.reshape(7, 2, 7, 2).mean(dim=(1, 3)).reshape(-1)
     assert (found.pos_embed[0, -49:, 0] - wanted).abs().max() < 0.1
     assert found(torch.rand(2, 3, 112, 112)).shape == (2, found.num_features)
@@ -62,8 +69,12 @@ def test_activations_that_are_computed_anew_change_no_gradient():
     gradients = []
     for anew in (False, True):
         torch.manual_seed(0)
-        model = build_model(ModelConfig(name="test_vit", checkpoint_activations=anew), 5, 32).train()
-        model(torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+        model = build_model(
+            ModelConfig(name="test_vit", checkpoint_activations=anew), 5, 32
+        ).train()
+        model(
+            torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        ).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert model.backbone.grad_checkpointing
@@ -78,11 +89,17 @@ def test_an_unknown_model_names_the_nearest():
 
 def test_weights_from_a_file_and_from_one_that_does_not_fit(tmp_path):
     source = CifarResNet(8)
-    save_file({**source.state_dict(), "head.weight": torch.zeros(3, 64)}, tmp_path / "good.safetensors")
-    model = build_model(ModelConfig(name="resnet8", weights=str(tmp_path / "good.safetensors")), 10, 32)
+    save_file(
+        {**source.state_dict(), "head.weight": torch.zeros(3, 64)}, tmp_path / "good.safetensors"
+    )
+    model = build_model(
+        ModelConfig(name="resnet8", weights=str(tmp_path / "good.safetensors")), 10, 32
+    )
     assert torch.equal(model.backbone.conv1.weight, source.conv1.weight)
     with pytest.raises(UserError, match="72 tensors are missing and 20 have another shape"):
-        build_model(ModelConfig(name="resnet20", weights=str(tmp_path / "good.safetensors")), 10, 32)
+        build_model(
+            ModelConfig(name="resnet20", weights=str(tmp_path / "good.safetensors")), 10, 32
+        )
     (tmp_path / "bad.safetensors").write_bytes(b"pickle?")
     with pytest.raises(UserError, match="must be a safetensors file"):
         build_model(ModelConfig(name="resnet8", weights=str(tmp_path / "bad.safetensors")), 10, 32)
@@ -91,7 +108,9 @@ def test_weights_from_a_file_and_from_one_that_does_not_fit(tmp_path):
 def test_the_head_starts_from_given_rows(tmp_path):
     rows = torch.randn(4, 64)
     save_file({"weight": rows}, tmp_path / "text.safetensors")
-    config = ModelConfig(name="resnet8", head="cosine", head_weights=str(tmp_path / "text.safetensors"))
+    config = ModelConfig(
+        name="resnet8", head="cosine", head_weights=str(tmp_path / "text.safetensors")
+    )
     assert torch.equal(build_model(config, 10, 32).head.weight[:4], rows)
     with pytest.raises(UserError, match=r"weight of shape \(4, 64\); the head is \(3, 64\)"):
         build_model(config, 3, 32)

@@ -9,18 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.scenes import QUIET, saved, scene
 
-from fastlt.packing import remote
 from fastlt.data.geometry import Geometry
-from fastlt.decode.images import decode
 from fastlt.data.loader import Loader
-from fastlt.packing.writer import PackOptions, write_pack
-from fastlt.packing.reader import Pack, open_pack
 from fastlt.data.plan import Plan, Sampling
-from fastlt.packing.sources import read_collection
+from fastlt.decode.images import decode
 from fastlt.errors import UserError
-
-from .conftest import QUIET, saved, scene
+from fastlt.packing import remote
+from fastlt.packing.reader import Pack, open_pack
+from fastlt.packing.sources import read_collection
+from fastlt.packing.writer import PackOptions, write_pack
 
 GEOMETRY = Geometry("random-resized-crop", 24, flip=True)
 SHARD = 12_000  # bytes
@@ -34,9 +33,13 @@ def pack(tmp_path_factory) -> Pack:
         for name in "ab":
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
-                (folder / split / name / f"{i}.jpg").write_bytes(saved(scene(60 + i, 80 + ord(name)), "JPEG"))
+                (folder / split / name / f"{i}.jpg").write_bytes(
+                    saved(scene(60 + i, 80 + ord(name)), "JPEG")
+                )
     collection = read_collection(folder / "train", None, folder / "val", None, None, None)
-    return open_pack(write_pack(collection, PackOptions(folder / "pack", workers=1, shard_size=SHARD), QUIET))
+    return open_pack(
+        write_pack(collection, PackOptions(folder / "pack", workers=1, shard_size=SHARD), QUIET)
+    )
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -92,9 +95,14 @@ def test_the_images_are_those_of_the_pack(server, pack):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_gives_the_same_and_each_shard_comes_once(server, pack, workers):
     found = open_pack(server.url + "/")
-    here, there = (Loader(split, 24, "torch", workers, decode="auto") for split in (pack.train, found.train))
+    here, there = (
+        Loader(split, 24, "torch", workers, decode="auto") for split in (pack.train, found.train)
+    )
     for epoch in range(2):
-        made, wanted = ([x for _, x in loader.iterate(plan_of(pack.train).epoch(epoch))] for loader in (there, here))
+        made, wanted = (
+            [x for _, x in loader.iterate(plan_of(pack.train).epoch(epoch))]
+            for loader in (there, here)
+        )
         assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
     shards = [path for path in server.asked if path.endswith(".tar")]
     assert sorted(shards) == sorted(f"/pack/train/{name}" for name in pack.train.shards)
@@ -112,7 +120,8 @@ def test_the_cache_keeps_to_its_bound(server, pack, tmp_path):
                 assert decode(found.train.read(image)).shape == decode(pack.train.read(image)).shape
                 assert kept_bytes(tmp_path / "cache") <= limit
     asked = [path for path in server.asked if path.endswith(".tar")]
-    assert len(asked) <= 2 * 2 * len(pack.train.shards)  # by windows: hardly more than once an epoch
+    # by windows: hardly more than once an epoch
+    assert len(asked) <= 2 * 2 * len(pack.train.shards)
 
 
 def test_a_bound_that_was_lowered_holds_for_what_is_there(server, pack, tmp_path):
@@ -153,7 +162,9 @@ def test_damage_on_the_way_or_on_the_disk_is_noticed(server, pack, tmp_path, mon
     assert bytes(open_pack(server.url).train.read(0)) == bytes(pack.train.read(0))
     served = tmp_path / "served/pack/train" / pack.train.shards[1]
     served.write_bytes(served.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"cannot be read after 3 attempts: .* not those of the manifest"):
+    with pytest.raises(
+        UserError, match=r"cannot be read after 3 attempts: .* not those of the manifest"
+    ):
         open_pack(server.url).train.fetched(1)
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
@@ -162,7 +173,9 @@ def test_a_shard_that_vanishes_ends_the_epoch_with_its_address(server, pack, tmp
     found = open_pack(server.url)
     (tmp_path / "served/pack/train" / pack.train.shards[2]).unlink()
     loader = Loader(found.train, 24, "torch", 0)
-    with pytest.raises(UserError, match=rf"{pack.train.shards[2]} cannot be read \(FileNotFoundError\)"):
+    with pytest.raises(
+        UserError, match=rf"{pack.train.shards[2]} cannot be read \(FileNotFoundError\)"
+    ):
         list(loader.iterate(plan_of(found.train).epoch(0)))
 
 
@@ -185,7 +198,10 @@ def test_a_full_disk_is_told(server, monkeypatch):
         open_pack(server.url)
 
 
-@pytest.mark.parametrize(("address", "said"), [("nowhere://x/pack", "nowhere"), ("memory://none/pack", "is the address right")])
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("nowhere://x/pack", "nowhere"), ("memory://none/pack", "is the address right")],
+)
 def test_an_address_that_leads_nowhere(address, said, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLT_CACHE", str(tmp_path))
     monkeypatch.setattr(remote.time, "sleep", lambda _: None)
@@ -211,15 +227,21 @@ def test_windows_hold_every_image_once_and_shuffle(pack):
     assert all(sorted(order.tolist()) == list(range(len(pack.train))) for order in orders)
     assert orders[0].tolist() != orders[1].tolist()
     shards = pack.train.shard[orders[0]]
-    first_last = [(np.flatnonzero(shards == s)[0], np.flatnonzero(shards == s)[-1]) for s in np.unique(shards)]
-    assert max(last - first for first, last in first_last) < len(pack.train) // 2  # a shard is done with soon
+    first_last = [
+        (np.flatnonzero(shards == s)[0], np.flatnonzero(shards == s)[-1]) for s in np.unique(shards)
+    ]
+    # a shard is done with soon
+    assert max(last - first for first, last in first_last) < len(pack.train) // 2
     assert (np.diff(shards) != 0).sum() > len(np.unique(shards))  # and yet mixed with others
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_a_windowed_order(pack, world):
     alone = list(plan_of(pack.train, window=2 * SHARD).epoch(0))
-    ranks = [list(plan_of(pack.train, window=2 * SHARD, rank=rank, world=world).epoch(0)) for rank in range(world)]
+    ranks = [
+        list(plan_of(pack.train, window=2 * SHARD, rank=rank, world=world).epoch(0))
+        for rank in range(world)
+    ]
     for step, whole in enumerate(alone):
         parts = np.concatenate([batches[step].images for batches in ranks])
         assert sorted(parts.tolist()) == sorted(whole.images.tolist())

@@ -1,15 +1,17 @@
-"""Views of a pack: which auxiliary classes are left, that the others are in no batch, and that the shards stay as they are."""
+"""Views of a pack: which auxiliary classes are left, that the others are in no batch, and that the
+shards stay as they are.
+"""
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from fastlt.config import DataConfig, load_config
-from fastlt.packing.reader import open_pack
 from fastlt.errors import UserError
-from fastlt.training.setup import build_plan
-from fastlt.training.loop import train
+from fastlt.packing.reader import open_pack
 from fastlt.packing.subset import view
+from fastlt.training.loop import train
+from fastlt.training.setup import build_plan
 
 # a - x, b - x, b - y; each test's own vectors say that y is nearer to b than x is.
 
@@ -54,10 +56,15 @@ def test_a_band_of_similarities(small_pack, vectors):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_view_has_the_images_of_its_classes_alone(small_pack, vectors, seed):
     pack = open_pack(small_pack)
-    config = load_config("demo", ["data.batch=4", "data.similarity=" + vectors, "data.band=[0.85, 1]", "data.budget=7"])
+    config = load_config(
+        "demo",
+        ["data.batch=4", "data.similarity=" + vectors, "data.band=[0.85, 1]", "data.budget=7"],
+    )
     seen, space = view(pack, config.data, seed)
     plan = build_plan(config, seen, space)
-    stored = {name: np.flatnonzero(pack.train.label == i) for i, name in enumerate(pack.space.names)}
+    stored = {
+        name: np.flatnonzero(pack.train.label == i) for i, name in enumerate(pack.space.names)
+    }
     counts = dict.fromkeys(space.names, 0)
     for batch in plan.epoch(seed):
         for image, label in zip(batch.images.tolist(), batch.labels.tolist(), strict=True):
@@ -68,7 +75,10 @@ def test_a_view_has_the_images_of_its_classes_alone(small_pack, vectors, seed):
 
 
 def test_a_share_is_drawn_by_the_seed(small_pack):
-    drawn = {tuple(view(open_pack(small_pack), DataConfig(auxiliary_share=0.5), seed)[1].auxiliary_names) for seed in range(10)}
+    drawn = {
+        tuple(view(open_pack(small_pack), DataConfig(auxiliary_share=0.5), seed)[1].auxiliary_names)
+        for seed in range(10)
+    }
     assert drawn == {("x",), ("y",)}
 
 
@@ -87,7 +97,16 @@ def test_what_has_no_vector_is_named(small_pack, tmp_path):
 
 
 def test_a_view_is_trained_and_what_it_is_can_be_read(small_pack, tmp_path):
-    config = load_config("demo", [f"data.pack={small_pack}", "train.epochs=1", "data.neighbours=1", "data.size=16", "data.batch=8"])
+    config = load_config(
+        "demo",
+        [
+            f"data.pack={small_pack}",
+            "train.epochs=1",
+            "data.neighbours=1",
+            "data.size=16",
+            "data.batch=8",
+        ],
+    )
     train(config, tmp_path / "run", Console(quiet=True))
     from fastlt.classes import ClassSpace
 

@@ -24,16 +24,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from fastlt.data.engines.ffcv.native import has_ffcv
+from fastlt.decode.images import MAX_PIXELS, decode
+from fastlt.errors import UserError
 from fastlt.packing.cifar import open_cifar
 from fastlt.packing.collection import Collection, ImageRef
-from fastlt.decode.images import MAX_PIXELS, decode
-from fastlt.data.engines.ffcv.native import has_ffcv
-from fastlt.packing.writer import PackOptions, verify_pack, write_pack
+from fastlt.packing.encode import ImageSettings, encode
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.packing.shards import ShardWriter, member_keys
 from fastlt.packing.sources import read_cifar100, read_collection
-from fastlt.packing.encode import ImageSettings, encode
-from fastlt.errors import UserError
+from fastlt.packing.writer import PackOptions, verify_pack, write_pack
 
 AS_THEY_ARE = ImageSettings(max_side=0, quality=0, max_pixels=MAX_PIXELS)
 ORIENTATION = 0x0112
@@ -54,7 +54,11 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 def data_set(root: Path, train: int = 3, val: int = 1) -> Path:
     """Targets cat and dog, auxiliary wolf, all images different."""
     seed = 0
-    for split, classes, images in (("train", ("cat", "dog"), train), ("val", ("cat", "dog"), val), ("extra", ("wolf",), train)):
+    for split, classes, images in (
+        ("train", ("cat", "dog"), train),
+        ("val", ("cat", "dog"), val),
+        ("extra", ("wolf",), train),
+    ):
         for name in classes:
             (root / split / name).mkdir(parents=True)
             for i in range(images):
@@ -64,11 +68,21 @@ def data_set(root: Path, train: int = 3, val: int = 1) -> Path:
 
 
 def collect(root: Path) -> Collection:
-    return read_collection(root / "train", root / "extra", root / "val", root / "pairs.csv", None, None)
+    return read_collection(
+        root / "train", root / "extra", root / "val", root / "pairs.csv", None, None
+    )
 
 
-def pack(collection: Collection, out: Path, workers: int = 1, console: Console | None = None, **options: Any) -> Pack:
-    write_pack(collection, PackOptions(out, workers=workers, **options), console or Console(quiet=True))
+def pack(
+    collection: Collection,
+    out: Path,
+    workers: int = 1,
+    console: Console | None = None,
+    **options: Any,
+) -> Pack:
+    write_pack(
+        collection, PackOptions(out, workers=workers, **options), console or Console(quiet=True)
+    )
     return open_pack(out)
 
 
@@ -92,69 +106,120 @@ def test_pack_holds_the_images_untouched_and_in_order(pets: Path, tmp_path: Path
     collection = collect(pets)
     found = pack(collection, tmp_path / "pack")
     for split, sources in ((found.train, collection.train), (found.val, collection.val)):
-        assert [bytes(split.read(i)) for i in range(len(split))] == [Path(ref.path).read_bytes() for ref in sources]
+        assert [bytes(split.read(i)) for i in range(len(split))] == [
+            Path(ref.path).read_bytes() for ref in sources
+        ]
         assert split.label.tolist() == [ref.label for ref in sources]
         assert set(zip(split.height.tolist(), split.width.tolist(), strict=True)) == {(24, 32)}
     assert [found.train.key(i) for i in (0, 3, 6)] == ["cat/0.jpg", "dog/0.jpg", "wolf/0.jpg"]
     assert found.val.key(0) == "cat/0-1.jpg"  # a key is unique in the pack
     assert found.space.names == ["cat", "dog", "wolf"]
-    assert (found.space.train_counts, found.space.val_counts, found.space.pairs) == ([3, 3, 3], [1, 1], [(1, 2)])
+    assert (found.space.train_counts, found.space.val_counts, found.space.pairs) == (
+        [3, 3, 3],
+        [1, 1],
+        [(1, 2)],
+    )
     assert found.space.origins == {"wolf": str(pets / "extra")}
 
 
 def test_manifest_tells_everything(pets: Path, tmp_path: Path) -> None:
     manifest = pack(collect(pets), tmp_path / "pack", max_side=512).manifest
-    assert manifest["format_version"] == 1 and manifest["created"].endswith("+00:00") and manifest["fastlt"]
+    assert (
+        manifest["format_version"] == 1
+        and manifest["created"].endswith("+00:00")
+        and manifest["fastlt"]
+    )
     assert manifest["counts"] == {"train": 9, "val": 2, "targets": 2, "auxiliaries": 1, "pairs": 1}
-    assert manifest["images"] == {"max_side": 512, "quality": 0, "max_pixels": MAX_PIXELS, "transcode": False}
+    assert manifest["images"] == {
+        "max_side": 512,
+        "quality": 0,
+        "max_pixels": MAX_PIXELS,
+        "transcode": False,
+    }
     assert manifest["shards"] == {"train": ["train-000000.tar"], "val": ["val-000000.tar"]}
     assert (manifest["skipped"], manifest["leaks"]) == ([], [])
-    on_disk = {str(path.relative_to(tmp_path / "pack")): path for path in (tmp_path / "pack").rglob("*") if path.is_file()}
+    on_disk = {
+        str(path.relative_to(tmp_path / "pack")): path
+        for path in (tmp_path / "pack").rglob("*")
+        if path.is_file()
+    }
     del on_disk["manifest.json"]
     assert set(manifest["files"]) == set(on_disk)
     for name, path in on_disk.items():
         data = path.read_bytes()
-        assert manifest["files"][name] == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        assert manifest["files"][name] == {
+            "size": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
 
 
-def test_shards_are_webdataset_tars_that_say_nothing_of_the_machine(pets: Path, tmp_path: Path) -> None:
+def test_shards_are_webdataset_tars_that_say_nothing_of_the_machine(
+    pets: Path, tmp_path: Path
+) -> None:
     found = pack(collect(pets), tmp_path / "pack")
     with tarfile.open(found.train.folder / "train-000000.tar") as tar:
         members = tar.getmembers()
         labels = [tar.extractfile(member).read() for member in members[1::2]]
-    assert [member.name for member in members[:4]] == ["cat/0.jpg", "cat/0.cls", "cat/1.jpg", "cat/1.cls"]
+    assert [member.name for member in members[:4]] == [
+        "cat/0.jpg",
+        "cat/0.cls",
+        "cat/1.jpg",
+        "cat/1.cls",
+    ]
     assert labels == [str(label).encode() for label in found.train.label]
-    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {
+        (0, 0, 0, "", "", 0o644)
+    }
     assert [member.offset_data for member in members[::2]] == found.train.offset.tolist()
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="no tar command on this machine")
 def test_plain_tar_extracts_a_shard(pets: Path, tmp_path: Path) -> None:
     found = pack(collect(pets), tmp_path / "pack")
-    subprocess.run(["tar", "xf", found.train.folder / "train-000000.tar", "-C", tmp_path], check=True)
-    assert (tmp_path / "wolf" / "2.jpg").read_bytes() == (pets / "extra" / "wolf" / "2.jpg").read_bytes()
+    subprocess.run(
+        ["tar", "xf", found.train.folder / "train-000000.tar", "-C", tmp_path], check=True
+    )
+    assert (tmp_path / "wolf" / "2.jpg").read_bytes() == (
+        pets / "extra" / "wolf" / "2.jpg"
+    ).read_bytes()
 
 
 def test_a_pack_is_a_source_again(pets: Path, tmp_path: Path) -> None:
     found = pack(collect(pets), tmp_path / "pack")
-    again = read_collection(tmp_path / "pack" / "val", None, tmp_path / "pack" / "val", None, None, None)
+    again = read_collection(
+        tmp_path / "pack" / "val", None, tmp_path / "pack" / "val", None, None, None
+    )
     assert [ref.label for ref in again.train] == found.val.label.tolist()
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     collection = collect(data_set(tmp_path / "pets", train=25))
-    folders = [pack(collection, tmp_path / f"pack{workers}", workers, shard_size=20_000).path for workers in (1, 2)]
-    one, two = ({str(p.relative_to(f)): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in folders)
+    folders = [
+        pack(collection, tmp_path / f"pack{workers}", workers, shard_size=20_000).path
+        for workers in (1, 2)
+    ]
+    one, two = (
+        {str(p.relative_to(f)): p.read_bytes() for p in f.rglob("*") if p.is_file()}
+        for f in folders
+    )
     manifests = [json.loads(files.pop("manifest.json")) for files in (one, two)]
     assert one == two and len(one) > 5
-    assert len({manifest.pop("created") for manifest in manifests}) >= 1 and manifests[0] == manifests[1]
+    assert (
+        len({manifest.pop("created") for manifest in manifests}) >= 1
+        and manifests[0] == manifests[1]
+    )
 
 
 def test_shards_keep_to_their_size(tmp_path: Path) -> None:
-    found = pack(collect(data_set(tmp_path / "pets", train=20)), tmp_path / "pack", shard_size=16_384)
+    found = pack(
+        collect(data_set(tmp_path / "pets", train=20)), tmp_path / "pack", shard_size=16_384
+    )
     sizes = [(found.train.folder / name).stat().st_size for name in found.train.shards]
     assert len(sizes) > 3 and max(sizes) <= 16_384
-    assert found.train.shard.tolist() == sorted(found.train.shard.tolist()) and found.train.shard.max() == len(sizes) - 1
+    assert (
+        found.train.shard.tolist() == sorted(found.train.shard.tolist())
+        and found.train.shard.max() == len(sizes) - 1
+    )
     assert all(decode(found.train.read(i)).shape == (24, 32, 3) for i in range(len(found.train)))
     alone = pack(collect(tmp_path / "pets"), tmp_path / "alone", shard_size=1)
     assert len(alone.train.shards) == len(alone.train) == 60
@@ -165,13 +230,25 @@ def test_shard_writer_aligns_members_of_any_size(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "odd", 2**20) as shards:
         places = [shards.add(str(i), ".jpg", data, i) for i, data in enumerate(contents)]
     stored = (tmp_path / "odd" / "odd-000000.tar").read_bytes()
-    assert [stored[offset : offset + len(data)] for (_, offset), data in zip(places, contents, strict=True)] == contents
+    assert [
+        stored[offset : offset + len(data)]
+        for (_, offset), data in zip(places, contents, strict=True)
+    ] == contents
 
 
 def test_member_keys() -> None:
-    assert member_keys(["a/b", "a/b", "a/b-1", "a.b/c.d", "a b/../é", "__meta__/x", "", "/root"]) == [
-        "a/b", "a/b-1", "a/b-1-1", "a_b/c_d", "a_b/x/é", "meta/x", "x", "root",
-    ]  # fmt: skip
+    assert member_keys(
+        ["a/b", "a/b", "a/b-1", "a.b/c.d", "a b/../é", "__meta__/x", "", "/root"]
+    ) == [
+        "a/b",
+        "a/b-1",
+        "a/b-1-1",
+        "a_b/c_d",
+        "a_b/x/é",
+        "meta/x",
+        "x",
+        "root",
+    ]
     long = member_keys(["ü" * 200 + f"/{i}" for i in range(20)] + ["y" * 300] * 20)
     assert len(set(long)) == 40 and all(len(f"{key}.webp".encode()) <= 100 for key in long)
 
@@ -180,7 +257,9 @@ def test_beton_files_belong_to_the_pack(pets: Path, tmp_path: Path) -> None:
     if not has_ffcv():
         pytest.skip("FFCV is not installed")
     found = pack(collect(pets), tmp_path / "pack", beton=True)
-    assert found.betons("train") == (found.path / "train.beton",) and found.betons("val") == (found.path / "val.beton",)
+    assert found.betons("train") == (found.path / "train.beton",) and found.betons("val") == (
+        found.path / "val.beton",
+    )
     assert {"train.beton", "val.beton"} <= set(found.manifest["files"])
     assert verify_pack(tmp_path / "pack") == 6
 
@@ -208,9 +287,15 @@ def stored_like(data: bytes, **settings: int) -> tuple[bytes, str, tuple[int, in
         (picture(1), "WEBP", {"lossless": True}),
     ],
 )
-def test_plain_images_are_stored_untouched(image: Image.Image, kind: str, options: dict[str, Any]) -> None:
+def test_plain_images_are_stored_untouched(
+    image: Image.Image, kind: str, options: dict[str, Any]
+) -> None:
     data = encoded(image, kind, **options)
-    assert stored_like(data) == (data, {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}[kind], (24, 32))
+    assert stored_like(data) == (
+        data,
+        {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}[kind],
+        (24, 32),
+    )
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -220,13 +305,17 @@ def test_rotated_images_have_the_size_of_the_upright_one(kind: str, number: int)
     exif[ORIENTATION] = number
     data = encoded(picture(1), kind, exif=exif)
     stored, extension, size = stored_like(data)
-    assert size == ((24, 32) if number == 3 else (32, 24)) and np.array_equal(decode(stored), decode(data))
+    assert size == ((24, 32) if number == 3 else (32, 24)) and np.array_equal(
+        decode(stored), decode(data)
+    )
     assert (stored == data, extension) == ((True, ".jpg") if kind == "JPEG" else (False, ".png"))
 
 
 def sixteen_bit_rgb() -> bytes:
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header = struct.pack(">IIBBBBB", 4, 2, 16, 2, 0, 0, 0)
     return (
@@ -250,7 +339,17 @@ def sixteen_bit_rgb() -> bytes:
         encoded(Image.merge("RGBA", [*picture(2).split(), picture(3).convert("L")]), "WEBP"),
         sixteen_bit_rgb(),
     ],
-    ids=["RGBA", "palette", "1-bit", "16-bit grey", "colour key", "animated PNG", "animated WebP", "WebP with alpha", "16-bit RGB"],
+    ids=[
+        "RGBA",
+        "palette",
+        "1-bit",
+        "16-bit grey",
+        "colour key",
+        "animated PNG",
+        "animated WebP",
+        "WebP with alpha",
+        "16-bit RGB",
+    ],
 )
 def test_odd_images_become_lossless_rgb_png(data: bytes) -> None:
     stored, extension, _ = stored_like(data)
@@ -306,17 +405,32 @@ def test_bad_images_are_skipped_and_listed(damaged: Path, tmp_path: Path) -> Non
     console = Console(record=True, file=io.StringIO(), width=300)
     found = pack(collect(damaged), tmp_path / "pack", console=console, max_pixels=59_999)
     reasons = {Path(entry["path"]).name: entry["reason"] for entry in found.manifest["skipped"]}
-    assert set(reasons) == {"empty.jpg", "page.png", "truncated.jpg", "bomb.jpg", "gone.jpg", "pipe.jpg"}
+    assert set(reasons) == {
+        "empty.jpg",
+        "page.png",
+        "truncated.jpg",
+        "bomb.jpg",
+        "gone.jpg",
+        "pipe.jpg",
+    }
     assert reasons["empty.jpg"] == "empty file"
     assert reasons["page.png"] == "not a JPEG, PNG or WebP image"
     assert "truncated" in reasons["truncated.jpg"]
     assert reasons["bomb.jpg"] == "300 x 200 pixels are more than the limit of 59999"
     assert reasons["gone.jpg"] == "cannot be read: No such file or directory"
     assert reasons["pipe.jpg"] == "not a regular file"
-    assert {(entry["split"], entry["key"].split("/")[0]) for entry in found.manifest["skipped"]} == {("train", "dog")}
-    assert found.space.train_counts == [3, 3, 3] and len(found.train) == found.manifest["counts"]["train"] == 9
+    assert {
+        (entry["split"], entry["key"].split("/")[0]) for entry in found.manifest["skipped"]
+    } == {("train", "dog")}
+    assert (
+        found.space.train_counts == [3, 3, 3]
+        and len(found.train) == found.manifest["counts"]["train"] == 9
+    )
     shown = console.export_text()
-    assert "6 images were skipped" in shown and "not a JPEG, PNG or WebP image" not in shown.split("skipped")[0]
+    assert (
+        "6 images were skipped" in shown
+        and "not a JPEG, PNG or WebP image" not in shown.split("skipped")[0]
+    )
 
 
 def test_file_names_that_are_not_text(pets: Path, tmp_path: Path) -> None:
@@ -341,7 +455,10 @@ def test_strict_stops_at_the_first_bad_image(damaged: Path, tmp_path: Path) -> N
 def test_a_class_that_loses_all_its_images_is_an_error(pets: Path, tmp_path: Path) -> None:
     for file in (pets / "extra" / "wolf").iterdir():
         file.write_bytes(b"rubbish")
-    with pytest.raises(UserError, match=r"no training image of class 'wolf' can be used; the last, .*wolf/2\.jpg: not a JPEG"):
+    with pytest.raises(
+        UserError,
+        match=r"no training image of class 'wolf' can be used; the last, .*wolf/2\.jpg: not a JPEG",
+    ):
         pack(collect(pets), tmp_path / "pack")
     assert no_trace_of(tmp_path / "pack")
 
@@ -349,7 +466,11 @@ def test_a_class_that_loses_all_its_images_is_an_error(pets: Path, tmp_path: Pat
 def test_val_that_loses_all_its_images_is_an_error(pets: Path, tmp_path: Path) -> None:
     for file in (pets / "val").rglob("*.jpg"):
         file.write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the validation images can be used; the first, .*val/cat/0\.jpg .*: empty file"):
+    with pytest.raises(
+        UserError,
+        match=r"none of the validation images can be used; the first, .*val/cat/0\.jpg .*: empty "
+        r"file",
+    ):
         pack(collect(pets), tmp_path / "pack")
 
 
@@ -371,10 +492,15 @@ def test_leaks_are_reported(leaking: Path, tmp_path: Path) -> None:
         {"train": "wolf/leak", "val": "dog/0-1", "dropped": False},
     ]
     assert len(found.train) == 11
-    assert "2 training images are validation images too (--drop-leaks leaves them out)" in console.export_text()
+    assert (
+        "2 training images are validation images too (--drop-leaks leaves them out)"
+        in console.export_text()
+    )
 
 
-def test_leaks_are_found_when_images_are_re_encoded_and_dropped_when_asked(leaking: Path, tmp_path: Path) -> None:
+def test_leaks_are_found_when_images_are_re_encoded_and_dropped_when_asked(
+    leaking: Path, tmp_path: Path
+) -> None:
     found = pack(collect(leaking), tmp_path / "pack", drop_leaks=True, quality=50)
     assert [leak["dropped"] for leak in found.manifest["leaks"]] == [True, True]
     assert found.space.train_counts == [3, 3, 3]
@@ -384,24 +510,33 @@ def test_leaks_are_found_when_images_are_re_encoded_and_dropped_when_asked(leaki
 def test_dropping_all_of_a_class_is_an_error(pets: Path, tmp_path: Path) -> None:
     shutil.rmtree(pets / "extra" / "wolf")
     shutil.copytree(pets / "val" / "dog", pets / "extra" / "wolf")
-    with pytest.raises(UserError, match=r"no training image of class 'wolf' can be used; .*: it is a validation image too"):
+    with pytest.raises(
+        UserError,
+        match=r"no training image of class 'wolf' can be used; .*: it is a validation image too",
+    ):
         pack(collect(pets), tmp_path / "pack", drop_leaks=True)
 
 
 def test_duplicates_of_cifar_100_are_found(shared_data: Path, tmp_path: Path) -> None:
-    """cifar100/SOURCE.txt: 10 training images are pixel for pixel test images. Packed are those and ten others."""
+    """cifar100/SOURCE.txt: 10 training images are pixel for pixel test images.
+
+    Packed are those and ten others.
+    """
     cifar = open_cifar(shared_data / "cifar100")
     pixels = {}
     for split, files in (("train", cifar.train), ("test", cifar.test)):
-        strips = (np.asarray(Image.open(places[0][0]).convert("RGB")).reshape(len(places), -1) for places in files)
+        strips = (
+            np.asarray(Image.open(places[0][0]).convert("RGB")).reshape(len(places), -1)
+            for places in files
+        )
         pixels[split] = [[row.tobytes() for row in strip] for strip in strips]
     tests = {row for rows in pixels["test"] for row in rows}
     trains = {row for rows in pixels["train"] for row in rows}
     shared = [[i for i, row in enumerate(rows) if row in tests] for rows in pixels["train"]]
     assert sum(map(len, shared)) == 10
-    train = [ref for fine in range(100) for ref in cifar.refs("train", fine, 0, shared[fine])] + cifar.refs(
-        "train", 0, 0, range(10)
-    )
+    train = [
+        ref for fine in range(100) for ref in cifar.refs("train", fine, 0, shared[fine])
+    ] + cifar.refs("train", 0, 0, range(10))
     val = [
         ref
         for fine, rows in enumerate(pixels["test"])
@@ -418,7 +553,9 @@ def test_duplicates_of_cifar_100_are_found(shared_data: Path, tmp_path: Path) ->
 
 def test_cifar_images_are_packed_losslessly(shared_data: Path, tmp_path: Path) -> None:
     collection = read_cifar100(shared_data / "cifar100", "cifar100-siblings")
-    collection.train = [ref for label in range(50) for ref in [r for r in collection.train if r.label == label][:2]]
+    collection.train = [
+        ref for label in range(50) for ref in [r for r in collection.train if r.label == label][:2]
+    ]
     collection.val = collection.val[::50]
     found = pack(collection, tmp_path / "pack")
     assert found.space.num_auxiliaries == 30 and len(found.space.pairs) == 60
@@ -456,13 +593,19 @@ def test_an_existing_output_is_refused_and_an_empty_one_taken(pets: Path, tmp_pa
 
 
 def test_nothing_to_pack(pets: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there are no images to pack: 0 for training, 2 for validation"):
+    with pytest.raises(
+        UserError, match="there are no images to pack: 0 for training, 2 for validation"
+    ):
         pack(Collection(["cat"], [], collect(pets).val), tmp_path / "pack")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"quality": 101}, "--quality is 101"), ({"max_side": -1}, "--max-side is -1"), ({"workers": -2}, "--workers is -2")],
+    [
+        ({"quality": 101}, "--quality is 101"),
+        ({"max_side": -1}, "--max-side is -1"),
+        ({"workers": -2}, "--workers is -2"),
+    ],
 )
 def test_bad_options(pets: Path, tmp_path: Path, options: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -475,17 +618,25 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     disk.mkdir()
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("only root can mount a small disk")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, check=False
+    ).returncode:
         pytest.skip("mounting is not permitted here")
     yield disk
     subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_one_clear_sentence_and_leaves_nothing(tiny_disk: Path, tmp_path: Path, workers: int) -> None:
+def test_a_full_disk_is_one_clear_sentence_and_leaves_nothing(
+    tiny_disk: Path, tmp_path: Path, workers: int
+) -> None:
     collection = collect(data_set(tmp_path / "pets"))
     collection.train *= 200
-    with pytest.raises(UserError, match=r"^the disk is full, so .*/pack was not written: free some space or choose another --out$"):
+    with pytest.raises(
+        UserError,
+        match=r"^the disk is full, so .*/pack was not written: free some space or choose another "
+        r"--out$",
+    ):
         pack(collection, tiny_disk / "pack", workers)
     assert list(tiny_disk.iterdir()) == []
 
@@ -507,10 +658,13 @@ def test_a_worker_that_dies_is_an_error_not_a_hang(pets: Path, tmp_path: Path) -
 
 
 def packing_in_a_child(collection: Collection, out: Path) -> int:
-    """Forks a packing process that stops itself amid the training images, and returns its id once it stands still there."""
+    """Forks a packing process that stops itself amid the training images, and returns its id once
+    it stands still there.
+    """
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
+        # a shell's background job starts with Ctrl-C ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         stop_at_image(len(collection.val) + 100)
         try:
             write_pack(collection, PackOptions(out, workers=1), Console(quiet=True))
@@ -524,7 +678,9 @@ def packing_in_a_child(collection: Collection, out: Path) -> int:
 
 
 def stop_at_image(number: int) -> None:
-    """Makes this process stop, as with Ctrl-Z, where it writes that image: no test need hope that a signal comes in time."""
+    """Makes this process stop, as with Ctrl-Z, where it writes that image: no test need hope that a
+    signal comes in time.
+    """
     write, written = ShardWriter.add, itertools.count(1)
 
     def add(*arguments: Any) -> tuple[int, int]:
@@ -535,8 +691,12 @@ def stop_at_image(number: int) -> None:
     ShardWriter.add = add  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 3), (signal.SIGTERM, 128 + signal.SIGTERM)])
-def test_an_interrupted_pack_leaves_nothing(pets: Path, tmp_path: Path, number: int, code: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 3), (signal.SIGTERM, 128 + signal.SIGTERM)]
+)
+def test_an_interrupted_pack_leaves_nothing(
+    pets: Path, tmp_path: Path, number: int, code: int
+) -> None:
     collection = collect(pets)
     collection.train *= 100
     child = packing_in_a_child(collection, tmp_path / "pack")
@@ -546,10 +706,14 @@ def test_an_interrupted_pack_leaves_nothing(pets: Path, tmp_path: Path, number: 
     assert no_trace_of(tmp_path / "pack")
 
 
-def test_a_killed_pack_is_no_pack_and_its_remains_go_with_the_next(pets: Path, tmp_path: Path) -> None:
+def test_a_killed_pack_is_no_pack_and_its_remains_go_with_the_next(
+    pets: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "pack"
     collection = collect(pets)
-    long = Collection(collection.target_names, collection.train * 100, collection.val, collection.auxiliary_names)
+    long = Collection(
+        collection.target_names, collection.train * 100, collection.val, collection.auxiliary_names
+    )
     child = packing_in_a_child(long, out)
     with pytest.raises(UserError, match=r"another process is writing .*pack now"):
         pack(collection, out)
@@ -577,13 +741,19 @@ write_pack(collection, PackOptions(out, workers=2), Console(quiet=True))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the workers of another process")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(),
+    reason="needs /proc to find the workers of another process",
+)
 def test_workers_of_a_killed_pack_end_too(pets: Path, tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", KILLED, pets, tmp_path / "pack"])
     while not list(tmp_path.glob(".pack.*.partial/train/*.tar")):
         assert process.poll() is None
         time.sleep(0.005)
-    workers = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    workers = [
+        int(child)
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
     assert len(workers) >= 2
     process.kill()
     process.wait()
@@ -615,7 +785,9 @@ def test_verify_reads_every_byte(pets: Path, tmp_path: Path) -> None:
         file = tmp_path / "pack" / name
         whole = file.read_bytes()
         file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(UserError, match=f"{name} is damaged: its bytes do not match the manifest"):
+        with pytest.raises(
+            UserError, match=f"{name} is damaged: its bytes do not match the manifest"
+        ):
             verify_pack(tmp_path / "pack", Console(quiet=True))
         file.write_bytes(whole)
     assert verify_pack(tmp_path / "pack") == 4
@@ -629,7 +801,9 @@ def test_truncated_and_missing_files_are_named_at_every_start(pets: Path, tmp_pa
         file.write_bytes(whole[:-1])
         for opened in (open_pack, verify_pack):
             with pytest.raises(
-                UserError, match=rf"{name} is damaged: it has {len(whole) - 1} bytes, the manifest says {len(whole)}"
+                UserError,
+                match=rf"{name} is damaged: it has {len(whole) - 1} bytes, the manifest says "
+                rf"{len(whole)}",
             ):
                 opened(tmp_path / "pack")
         file.unlink()

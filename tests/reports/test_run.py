@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastlt.reports import charts
 from fastlt.classes import ClassSpace
-from fastlt.packing.reader import open_pack
 from fastlt.errors import UserError
 from fastlt.evaluation.metrics import Predictions, confusions, score
+from fastlt.packing.reader import open_pack
+from fastlt.reports import charts
 from fastlt.reports.run import Relation, read_run, render, write_report
 
 VOID = {"meta", "img", "br", "path", "use", "rect"}
@@ -55,11 +55,20 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", self.text)
 
 
-def write_run(run: Path, space: ClassSpace, predicted: np.ndarray, label: np.ndarray, pack: Path | str = "", **more: Any) -> Path:
+def write_run(
+    run: Path,
+    space: ClassSpace,
+    predicted: np.ndarray,
+    label: np.ndarray,
+    pack: Path | str = "",
+    **more: Any,
+) -> Path:
     """A RUN folder whose figures come from the real metrics of the given predictions."""
     run.mkdir(parents=True)
     confidence = np.linspace(0.5, 0.9, len(label)).astype(np.float32)
-    predictions = Predictions(np.arange(len(label)), label.astype(np.int32), predicted.astype(np.int32), confidence)
+    predictions = Predictions(
+        np.arange(len(label)), label.astype(np.int32), predicted.astype(np.int32), confidence
+    )
     result = score(predictions, space) | {
         "confusion": confusions(predictions),
         "epochs": 3,
@@ -68,16 +77,24 @@ def write_run(run: Path, space: ClassSpace, predicted: np.ndarray, label: np.nda
     }
     result |= {"best": {"epoch": 2, "top1": 98.7, "many": None, "medium": None, "few": 98.7}} | more
     (run / "result.json").write_text(json.dumps(result))
-    lines = [{"epoch": 0, "loss": 2.5}, {"epoch": 1, "loss": 1.5, "top1": 40.0, "many": None, "medium": None, "few": 40.0}]
+    lines = [
+        {"epoch": 0, "loss": 2.5},
+        {"epoch": 1, "loss": 1.5, "top1": 40.0, "many": None, "medium": None, "few": 40.0},
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run / "config.toml").write_text(f'[data]\npack = "{pack}"\nbudget = 37\n[loss]\nname = "neighbor-silencing"\nsilence = 0.1\n')
+    (run / "config.toml").write_text(
+        f'[data]\npack = "{pack}"\nbudget = 37\n[loss]\nname = "neighbor-silencing"\nsilence = '
+        "0.1\n"
+    )
     np.savez(run / "val_predictions.npz", **vars(predictions))
     space.save(run / "classes.json")
     return run
 
 
 def small_run(path: Path, pack_path: Path) -> Path:
-    """Targets a (12), b (6), c (3), all few; auxiliaries x of a and b, y of b; 7 of 9 right, a taken for b, c for a."""
+    """Targets a (12), b (6), c (3), all few; auxiliaries x of a and b, y of b; 7 of 9 right, a
+    taken for b, c for a.
+    """
     pack = open_pack(pack_path)
     label = pack.val.label.copy()
     predicted = label.copy()
@@ -113,7 +130,8 @@ def test_the_page_has_the_figures_of_the_run(page: Page) -> None:
         "auxiliaries per target: fewest / median / most 0 / 1 / 2",
         "auxiliaries with several owners 1",
         "Without neighbours: c",
-        "50.0 % of the 2 errors fall between targets that share an auxiliary. Such pairs are 33.3 % of all pairs of targets.",
+        "50.0 % of the 2 errors fall between targets that share an auxiliary. Such pairs are 33.3 "
+        "% of all pairs of targets.",
         "1 33.3 a few b few x",  # a taken for b, which share x
         "1 33.3 c few a few -",
     ):
@@ -133,10 +151,18 @@ def test_the_last_epoch_is_the_headline_and_the_best_stands_beside(page: Page) -
 
 
 def test_everything_is_inside_the_page(page: Page) -> None:
-    links = [value for _, name, value in page.attributes if name in ("src", "href", "xlink:href", "action", "srcset")]
+    links = [
+        value
+        for _, name, value in page.attributes
+        if name in ("src", "href", "xlink:href", "action", "srcset")
+    ]
     assert links and all(value.startswith(("data:image/jpeg;base64,", "#")) for value in links)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
-    assert "http" not in re.sub(r"base64,[^\"]*", "", page.html) and "@import" not in page.html and "url(#" in page.html
+    assert (
+        "http" not in re.sub(r"base64,[^\"]*", "", page.html)
+        and "@import" not in page.html
+        and "url(#" in page.html
+    )
     assert not re.search(r"url\((?!#)", page.html)
 
 
@@ -150,13 +176,22 @@ def test_identifiers_are_unique_and_their_references_exist(page: Page) -> None:
 def test_pictures_and_charts_have_a_text_and_tables_have_headers(page: Page) -> None:
     pictures = page.tags.count("img")
     assert pictures >= 8
-    assert sum(name == "alt" and value != "" for tag, name, value in page.attributes if tag == "img") == pictures
-    assert sum(name == "aria-label" and value != "" for tag, name, value in page.attributes if tag == "svg") == page.tags.count(
-        "svg"
+    assert (
+        sum(name == "alt" and value != "" for tag, name, value in page.attributes if tag == "img")
+        == pictures
     )
+    assert sum(
+        name == "aria-label" and value != "" for tag, name, value in page.attributes if tag == "svg"
+    ) == page.tags.count("svg")
     assert ("img", "alt", "validation image of a, predicted as b") in page.attributes
-    assert all(value in ("row", "col") for tag, name, value in page.attributes if tag == "th" and name == "scope")
-    assert page.tags.count("th") == sum(tag == "th" and name == "scope" for tag, name, _ in page.attributes)
+    assert all(
+        value in ("row", "col")
+        for tag, name, value in page.attributes
+        if tag == "th" and name == "scope"
+    )
+    assert page.tags.count("th") == sum(
+        tag == "th" and name == "scope" for tag, name, _ in page.attributes
+    )
 
 
 def test_colours_come_from_the_page_so_that_dark_mode_fits(page: Page) -> None:
@@ -164,14 +199,21 @@ def test_colours_come_from_the_page_so_that_dark_mode_fits(page: Page) -> None:
     drawings = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
     assert len(drawings) == 8  # loss, accuracy, classes, histogram; each wide and narrow
     for drawing in drawings:
-        assert "var(--" in drawing and not re.search(r"#[0-9a-f]{6}\b", re.sub(r"\(#[^)]*\)|href=\"[^\"]*\"", "", drawing))
+        assert "var(--" in drawing and not re.search(
+            r"#[0-9a-f]{6}\b", re.sub(r"\(#[^)]*\)|href=\"[^\"]*\"", "", drawing)
+        )
     assert set(re.findall(r"var\(--(\w+)", html)) <= set(re.findall(r"--(\w+):", html))
     assert "prefers-color-scheme: dark" in html
 
 
 @pytest.mark.parametrize("many", [3, 60])
 def test_a_name_never_becomes_markup(tmp_path: Path, many: int) -> None:
-    names = [EVIL, '"><img src=x onerror=alert(1)>', "$\\frac{1}$ & 猫 ]]> --><b>", *(f"n{i}" for i in range(3, many))]
+    names = [
+        EVIL,
+        '"><img src=x onerror=alert(1)>',
+        "$\\frac{1}$ & 猫 ]]> --><b>",
+        *(f"n{i}" for i in range(3, many)),
+    ]
     counts = [200, 50, 4] + [10] * (many - 3) + [7]
     space = ClassSpace(
         target_names=names,
@@ -181,8 +223,12 @@ def test_a_name_never_becomes_markup(tmp_path: Path, many: int) -> None:
         pairs=[(0, many), (1, many)],
     )
     label = np.repeat(np.arange(many), 2)
-    page = page_of(write_run(tmp_path / "<u>run", space, (label + np.arange(2 * many) % 2) % many, label))
-    assert not {"script", "b", "i", "u"} & set(page.tags) and not any(name.startswith("on") for _, name, _ in page.attributes)
+    page = page_of(
+        write_run(tmp_path / "<u>run", space, (label + np.arange(2 * many) % 2) % many, label)
+    )
+    assert not {"script", "b", "i", "u"} & set(page.tags) and not any(
+        name.startswith("on") for _, name, _ in page.attributes
+    )
     assert page.tags.count("img") == 0
     for name in (*names[:3], "</style><i>aux", "<u>run"):
         assert re.sub(r"\s+", " ", name) in page.words
@@ -222,13 +268,19 @@ def test_a_run_on_the_targets_alone_is_held_against_the_graph_of_its_pack(run: P
     page = page_of(run)
     assert "trained on the targets alone; the graph below is that of its pack" in page.words
     assert "50.0 % of the 2 errors" in page.words and "no auxiliaries" in page.words
-    assert "of the auxiliary" not in page.html  # it never saw them, so they are not among its training images
+    # it never saw them, so they are not among its training images
+    assert "of the auxiliary" not in page.html
 
 
-def test_without_auxiliaries_there_is_no_graph_and_without_errors_no_confusion(tmp_path: Path) -> None:
+def test_without_auxiliaries_there_is_no_graph_and_without_errors_no_confusion(
+    tmp_path: Path,
+) -> None:
     space = ClassSpace(target_names=["a", "b"], train_counts=[9, 3], val_counts=[1, 1])
     words = page_of(write_run(tmp_path / "run", space, np.arange(2), np.arange(2))).words
-    assert "There are no auxiliary classes" in words and "There is no error on the validation images" in words
+    assert (
+        "There are no auxiliary classes" in words
+        and "There is no error on the validation images" in words
+    )
     assert "100.0% top-1" in words
 
 
@@ -236,7 +288,9 @@ def test_a_bare_result_is_enough(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "result.json").write_text('{"top1": 12.34}')
-    ClassSpace(target_names=["a", "b"], train_counts=[9, 0], val_counts=[1, 0]).save(run / "classes.json")
+    ClassSpace(target_names=["a", "b"], train_counts=[9, 0], val_counts=[1, 0]).save(
+        run / "classes.json"
+    )
     words = page_of(run).words
     for sentence in (
         "12.3%",
@@ -262,7 +316,10 @@ def spoil(name: str, text: str | None) -> Callable[[Path], None]:
         (spoil("result.json", None), "no result.json yet: let its training end"),
         (spoil("result.json", "{"), "result.json is damaged"),
         (spoil("result.json", "{}"), "names no top1"),
-        (spoil("result.json", '{"top1": 5, "per_class": [1, 2]}'), "result.json has 2 classes, classes.json 3"),
+        (
+            spoil("result.json", '{"top1": 5, "per_class": [1, 2]}'),
+            "result.json has 2 classes, classes.json 3",
+        ),
         (spoil("classes.json", None), "cannot read the class space"),
         (spoil("config.toml", "= ="), "not valid TOML"),
         (spoil("metrics.jsonl", '{"epoch": 0}\n{"epo'), "metrics.jsonl is damaged"),
@@ -285,14 +342,26 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_thousand_classes_stay_readable_and_small(tmp_path: Path) -> None:
     rng, many = np.random.default_rng(0), 1000
-    names = [f"n{i:08d} a name from a dictionary, with its synonyms and much else besides" for i in range(many)]
+    names = [
+        f"n{i:08d} a name from a dictionary, with its synonyms and much else besides"
+        for i in range(many)
+    ]
     pairs = [(t, many + int(a)) for t in range(many) for a in rng.choice(2000, 5, replace=False)]
     counts = [int(1280 * 256 ** (-t / 999)) for t in range(many)] + [50] * 2000
     space = ClassSpace(
-        target_names=names, auxiliary_names=[f"x{i}" for i in range(2000)], train_counts=counts, val_counts=[5] * many, pairs=pairs
+        target_names=names,
+        auxiliary_names=[f"x{i}" for i in range(2000)],
+        train_counts=counts,
+        val_counts=[5] * many,
+        pairs=pairs,
     )
     label = np.repeat(np.arange(many), 5)
-    run = write_run(tmp_path / "run", space, np.where(rng.random(5000) < 0.6, label, rng.integers(0, many, 5000)), label)
+    run = write_run(
+        tmp_path / "run",
+        space,
+        np.where(rng.random(5000) < 0.6, label, rng.integers(0, many, 5000)),
+        label,
+    )
     html = render(read_run(run), None)
     assert len(html) < 1_000_000 and 'class="matrix"' not in html
     assert html.count(names[500]) <= 5
@@ -301,7 +370,11 @@ def test_a_thousand_classes_stay_readable_and_small(tmp_path: Path) -> None:
 def test_siblings_share_an_auxiliary_and_stand_together() -> None:
     pairs = [(0, 4), (2, 4), (2, 5), (1, 6), (3, 6)]
     space = ClassSpace(
-        target_names=list("abcd"), auxiliary_names=list("xyz"), train_counts=[1] * 7, val_counts=[1] * 4, pairs=pairs
+        target_names=list("abcd"),
+        auxiliary_names=list("xyz"),
+        train_counts=[1] * 7,
+        val_counts=[1] * 4,
+        pairs=pairs,
     )
     relation = Relation(space)
     assert relation.siblings == {(0, 2), (2, 0), (1, 3), (3, 1)}

@@ -8,11 +8,19 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fastlt.packing.writer import PackOptions, write_pack
+from fastlt.errors import UserError
 from fastlt.packing.reader import open_pack
 from fastlt.packing.sources import read_collection
-from fastlt.errors import UserError
-from fastlt.studies.granularity_training import Asked, levels, most_images, packs_of, run_granularity_study, spread_evenly, tail_counts
+from fastlt.packing.writer import PackOptions, write_pack
+from fastlt.studies.granularity_training import (
+    Asked,
+    levels,
+    most_images,
+    packs_of,
+    run_granularity_study,
+    spread_evenly,
+    tail_counts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +36,9 @@ def study(tmp_path_factory):
                 Image.fromarray(pixels).save(root / split / f"c{k:02}" / f"{i}.png")
     collection = read_collection(root / "target", None, root / "val", None, None, None)
     write_pack(collection, PackOptions(out=root / "pack", workers=1), Console(quiet=True))
-    (root / "h.csv").write_text("class,parent\n" + "".join(f"c{k:02},p{k // 4}\n" for k in range(16)))
+    (root / "h.csv").write_text(
+        "class,parent\n" + "".join(f"c{k:02},p{k // 4}\n" for k in range(16))
+    )
     return root
 
 
@@ -37,35 +47,49 @@ def families():
 
 
 def test_levels_have_as_many_classes_or_the_same_parents(study):
-    found = {level.name: level.classes for level in levels(open_pack(study / "pack"), families(), np.random.default_rng(0))}
+    found = {
+        level.name: level.classes
+        for level in levels(open_pack(study / "pack"), families(), np.random.default_rng(0))
+    }
     fixed = [len(classes) for name, classes in found.items() if name.startswith("fixed classes")]
     assert fixed == [4, 4, 4, 4]  # parents; 1, 2 and 4 of a parent
     for part in (1, 2, 4):
         of = [int(name[1:]) // 4 for name in found[f"fixed classes: {part} of a parent"]]
         assert all(of.count(parent) == part for parent in of)
     few, fine = found["fixed parents: parents"], found["fixed parents: children"]
-    assert sorted(t for targets in few.values() for t in targets) == sorted(t for targets in fine.values() for t in targets)
+    assert sorted(t for targets in few.values() for t in targets) == sorted(
+        t for targets in fine.values() for t in targets
+    )
     with pytest.raises(UserError, match="has 1 parents of two classes or more: the study needs 4"):
         levels(open_pack(study / "pack"), {"one": families()["p0"]}, np.random.default_rng(0))
 
 
 def test_both_sets_have_as_many_images(study, tmp_path):
     tail = tail_counts(2293, 100, 20)
-    assert sum(tail) == 2293 and tail == sorted(tail, reverse=True) and tail[0] / tail[-1] == pytest.approx(100, rel=0.05)
+    assert (
+        sum(tail) == 2293
+        and tail == sorted(tail, reverse=True)
+        and tail[0] / tail[-1] == pytest.approx(100, rel=0.05)
+    )
     assert tail_counts(6, 100, 4) == [3, 1, 1, 1]
     assert spread_evenly(10, 4) == [3, 3, 2, 2]
     pack = open_pack(study / "pack")
     asked = Asked(str(study / "pack"), str(study / "h.csv"), tmp_path, 1, 1, 6, [])
     found = levels(pack, families(), np.random.default_rng(0))
     total = min(most_images(pack, level, 6) for level in found)
-    assert total == int(12 * (1 + 6 ** (-1 / 3) + 6 ** (-2 / 3) + 1 / 6))  # a single class has 12 images at most
+    # a single class has 12 images at most
+    assert total == int(12 * (1 + 6 ** (-1 / 3) + 6 ** (-2 / 3) + 1 / 6))
     for level in found:
-        made = {kind: open_pack(place) for kind, place in packs_of(pack, level, 0, total, asked).items()}
+        made = {
+            kind: open_pack(place) for kind, place in packs_of(pack, level, 0, total, asked).items()
+        }
         assert {len(each.train) for each in made.values()} == {total}
         counts = made["long-tailed"].space.train_counts
         assert max(counts) / min(counts) == pytest.approx(6, rel=0.35)
         assert np.ptp(made["balanced"].space.train_counts) <= 1
-        assert made["balanced"].space.val_counts == [2 * len(targets) for targets in level.classes.values()]
+        assert made["balanced"].space.val_counts == [
+            2 * len(targets) for targets in level.classes.values()
+        ]
 
 
 def test_the_whole_study_is_told_and_kept(study, tmp_path):
@@ -88,6 +112,9 @@ def test_the_whole_study_is_told_and_kept(study, tmp_path):
 
 def test_too_few_images_are_told(study, tmp_path):
     asked = Asked(str(study / "pack"), str(study / "h.csv"), tmp_path / "out", 1, 1, 1e9, [])
-    with pytest.raises(UserError, match="has too few images: a long tail of 8 classes would have 12 training images") as error:
+    with pytest.raises(
+        UserError,
+        match="has too few images: a long tail of 8 classes would have 12 training images",
+    ) as error:
         run_granularity_study(asked, None, Console(quiet=True))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

@@ -8,25 +8,49 @@ from fastlt.errors import UserError
 from fastlt.studies.hierarchy import most_families, read_hierarchy
 
 TREE = {  # parent -> children
-    "n00000001": ["n00000002", "n00000003"], "n00000002": ["n00000004", "n00000005"], "n00000003": ["n00000006"],
+    "n00000001": ["n00000002", "n00000003"],
+    "n00000002": ["n00000004", "n00000005"],
+    "n00000003": ["n00000006"],
     "n00000004": ["n00000007", "n00000008"],
-}  # fmt: skip
+}
 WORDS = ["thing", "animal", "tool", "dog", "cat", "saw", "poodle", "beagle"]
 
 
 @pytest.fixture
 def wordnet(tmp_path):
-    (tmp_path / "wordnet.parent-child.txt").write_text("".join(f"{p} {c}\n" for p, cs in TREE.items() for c in cs))
-    (tmp_path / "synset_to_lemma.txt").write_text("".join(f"n{i:08}\t{word}\n" for i, word in enumerate(WORDS, start=1)))
+    (tmp_path / "wordnet.parent-child.txt").write_text(
+        "".join(f"{p} {c}\n" for p, cs in TREE.items() for c in cs)
+    )
+    (tmp_path / "synset_to_lemma.txt").write_text(
+        "".join(f"n{i:08}\t{word}\n" for i, word in enumerate(WORDS, start=1))
+    )
     return f"wordnet:{tmp_path}"
 
 
 def test_the_tree_is_cut_at_each_depth_that_says_something(wordnet):
     levels = read_hierarchy(wordnet, ["poodle", "beagle", "cat", "saw", "gizmo"])
     assert levels == {
-        "WordNet to depth 2": {"poodle": "dog", "beagle": "dog", "cat": "cat", "saw": "saw", "gizmo": "gizmo"},
-        "WordNet to depth 1": {"poodle": "animal", "beagle": "animal", "cat": "animal", "saw": "tool", "gizmo": "gizmo"},
-        "WordNet to depth 0": {"poodle": "thing", "beagle": "thing", "cat": "thing", "saw": "thing", "gizmo": "gizmo"},
+        "WordNet to depth 2": {
+            "poodle": "dog",
+            "beagle": "dog",
+            "cat": "cat",
+            "saw": "saw",
+            "gizmo": "gizmo",
+        },
+        "WordNet to depth 1": {
+            "poodle": "animal",
+            "beagle": "animal",
+            "cat": "animal",
+            "saw": "tool",
+            "gizmo": "gizmo",
+        },
+        "WordNet to depth 0": {
+            "poodle": "thing",
+            "beagle": "thing",
+            "cat": "thing",
+            "saw": "thing",
+            "gizmo": "gizmo",
+        },
     }
     assert most_families(levels) == {"dog": ["beagle", "poodle"]}
     with pytest.raises(UserError, match="WordNet knows none of the classes, not even 'gizmo'"):
@@ -39,14 +63,21 @@ def test_groups_of_one_name_stay_apart(wordnet, tmp_path):
     lemmas = tmp_path / "synset_to_lemma.txt"
     lemmas.write_text(lemmas.read_text().replace("\ttool", "\tanimal"))
     level = read_hierarchy(wordnet, ["poodle", "cat", "saw"])["WordNet to depth 1"]
-    assert level == {"poodle": "animal (n00000002)", "cat": "animal (n00000002)", "saw": "animal (n00000003)"}
+    assert level == {
+        "poodle": "animal (n00000002)",
+        "cat": "animal (n00000002)",
+        "saw": "animal (n00000003)",
+    }
 
 
 def test_a_csv_may_have_several_levels(tmp_path):
     file = tmp_path / "h.csv"
     file.write_text("class,parent,kingdom\na,p,x\nb,p,x\nc,q,x\nd,r,y\n")
     levels = read_hierarchy(str(file), ["a", "b", "c"])
-    assert levels == {"parents": {"a": "p", "b": "p", "c": "q"}, "kingdom": {"a": "x", "b": "x", "c": "x"}}
+    assert levels == {
+        "parents": {"a": "p", "b": "p", "c": "q"},
+        "kingdom": {"a": "x", "b": "x", "c": "x"},
+    }
     with pytest.raises(UserError, match=r"has no parent of 'e'$"):
         read_hierarchy(str(file), ["a", "e"])
     file.write_text("name,parent\na,p\n")

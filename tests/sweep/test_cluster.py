@@ -9,13 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from .small import PATIENCE, command_line, epochs_of, session_of, table, until, write
+from helpers.small_sweeps import PATIENCE, command_line, epochs_of, session_of, table, until, write
 
 pytest.importorskip("ray", reason="no ray here: it comes with the extra `sweep`")
 pytestmark = pytest.mark.slow  # half a minute each
 
-ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # one for all nodes
+# one for all nodes
+ENVIRONMENT = {
+    **os.environ,
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+}
 
 
 class Node:
@@ -31,7 +35,11 @@ class Node:
             *arguments,
         ]
         self.process = subprocess.Popen(
-            command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
 
     def pids(self, name: bytes = b"") -> list[int]:
@@ -49,7 +57,12 @@ def cluster(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    head = Node("--head", f"--port={address.split(':')[1]}", "--include-dashboard=false", "--node-ip-address=127.0.0.1")
+    head = Node(
+        "--head",
+        f"--port={address.split(':')[1]}",
+        "--include-dashboard=false",
+        "--node-ip-address=127.0.0.1",
+    )
     nodes = [head]
     try:
         until(lambda: answers(address), head.process)
@@ -68,8 +81,17 @@ def answers(address: str) -> bool:
 
 
 def cores_of(address: str) -> float:
-    code = f"import ray; ray.init('{address}', log_to_driver=False); print(ray.cluster_resources().get('CPU', 0))"
-    told = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
+    code = (
+        f"import ray; ray.init('{address}', log_to_driver=False); "
+        "print(ray.cluster_resources().get('CPU', 0))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     return float(told.stdout.split()[-1]) if told.returncode == 0 else 0.0
 
 
@@ -88,7 +110,9 @@ def begin(small_pack, tmp_path, address, epochs):
         "--address",
         address,
     ]
-    return out, subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return out, subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def test_trials_run_on_both_nodes(small_pack, tmp_path, cluster):
@@ -96,7 +120,9 @@ def test_trials_run_on_both_nodes(small_pack, tmp_path, cluster):
     said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     rows = table(out)
-    assert [row["status"] for row in rows] == ["finished"] * 4 and len({row["node"] for row in rows}) == 2
+    assert [row["status"] for row in rows] == ["finished"] * 4 and len(
+        {row["node"] for row in rows}
+    ) == 2
 
 
 def test_trials_of_a_killed_node_go_on_at_the_other(small_pack, tmp_path, cluster):
@@ -108,6 +134,8 @@ def test_trials_of_a_killed_node_go_on_at_the_other(small_pack, tmp_path, cluste
     said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     rows = table(out)
-    assert [row["status"] for row in rows] == ["finished"] * 4 and len({row["node"] for row in rows}) == 1
+    assert [row["status"] for row in rows] == ["finished"] * 4 and len(
+        {row["node"] for row in rows}
+    ) == 1
     assert all(epochs_of(run) == 60 for run in out.glob("runs/*"))
     assert sorted(int(row["attempts"]) for row in rows) == [1, 1, 1, 2]

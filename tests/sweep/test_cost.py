@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("ray", reason="no ray here: it comes with the extra `sweep`")
 
+from helpers.small_sweeps import write
+
 from fastlt.errors import UserError
 from fastlt_benchmarks.sweep import main
-
-from .small import write
 
 
 @pytest.mark.slow
@@ -18,7 +18,11 @@ def test_time_and_memory_are_measured(small_pack, tmp_path):
     main(file, small_pack, tmp_path / "out", tmp_path / "cost.csv")
     with (tmp_path / "cost.csv").open() as lines:
         (row,) = csv.DictReader(lines)
-    assert row["trials"] == "3" and float(row["seconds"]) > float(row["trials_seconds"]) / 3 and float(row["ratio"]) > 1
+    assert (
+        row["trials"] == "3"
+        and float(row["seconds"]) > float(row["trials_seconds"]) / 3
+        and float(row["ratio"]) > 1
+    )
     assert 1 <= int(row["trainers"]) <= 3 and int(row["trainers_mib"]) > float(row["own_mib"]) > 50
     with pytest.raises(UserError, match="is there already"):
         main(file, small_pack, tmp_path / "out")

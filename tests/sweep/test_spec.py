@@ -18,41 +18,67 @@ def sweep(tmp_path):
 
 def test_a_grid_is_every_combination(sweep):
     found = sweep(
-        'recipe = "demo"\n[settings]\ntrain.epochs = 2\n[axes]\nsilence = [1, 0.1]\noptim.lr = [0.1, 0.2, 0.3]\nseed = [0, 1]'
+        'recipe = "demo"\n[settings]\ntrain.epochs = 2\n[axes]\nsilence = [1, 0.1]\noptim.lr = '
+        "[0.1, 0.2, 0.3]\nseed = [0, 1]"
     )
-    assert found.settings == {"train.epochs": 2} and list(found.axes) == ["silence", "optim.lr", "seed"]
+    assert found.settings == {"train.epochs": 2} and list(found.axes) == [
+        "silence",
+        "optim.lr",
+        "seed",
+    ]
     values = points(found)
     assert len(values) == 12 and values[0] == {"silence": 1, "optim.lr": 0.1, "seed": 0}
     trial = make_trial(found, "pack", values[-1], ["train.epochs=3"])
-    assert (trial.config.loss.silence, trial.config.optim.lr, trial.seed, trial.config.train.epochs) == (0.1, 0.3, 1, 3)
+    assert (
+        trial.config.loss.silence,
+        trial.config.optim.lr,
+        trial.seed,
+        trial.config.train.epochs,
+    ) == (0.1, 0.3, 1, 3)
     assert trial.name == "silence=0.1,lr=0.3,seed=1" and trial.config.data.pack == "pack"
 
 
 def test_what_makes_no_difference_is_one_run(sweep):
-    found = sweep('recipe = "demo"\n[axes]\nsilence = [1, 0.1]\nneighbours = [0, 1]\nimages = [5, 9]')
+    found = sweep(
+        'recipe = "demo"\n[axes]\nsilence = [1, 0.1]\nneighbours = [0, 1]\nimages = [5, 9]'
+    )
     trials = [make_trial(found, "pack", values) for values in points(found)]
     keys = {trial.key for trial in trials}
-    assert len(trials) == 8 and len(keys) == 5  # without neighbours silence and images do not matter
+    # without neighbours silence and images do not matter
+    assert len(trials) == 8 and len(keys) == 5
     of = {trial.name: trial.key for trial in trials}
     assert of["silence=1,neighbours=0,images=5"] == of["silence=0.1,neighbours=0,images=9"]
-    assert all(trial.config.loss.silence == 1 for trial in trials if trial.values["neighbours"] == 0)  # or it would be refused
-    more = sweep('recipe = "demo"\n[axes]\ncontrol = ["none", "random", "neighbours"]\nsilence = [0, 0.5]')
+    # or it would be refused
+    assert all(
+        trial.config.loss.silence == 1 for trial in trials if trial.values["neighbours"] == 0
+    )
+    more = sweep(
+        'recipe = "demo"\n[axes]\ncontrol = ["none", "random", "neighbours"]\nsilence = [0, 0.5]'
+    )
     assert len({make_trial(more, "pack", values).key for values in points(more)}) == 5
 
 
 def test_folders_are_told_apart_where_short_names_are_not(sweep):
-    found = sweep('recipe = "demo"\n[axes]\npack = ["a/pack", "b/pack"]\noptim.lr = [0.1, 0.10000001]')
+    found = sweep(
+        'recipe = "demo"\n[axes]\npack = ["a/pack", "b/pack"]\noptim.lr = [0.1, 0.10000001]'
+    )
     names = [make_trial(found, "pack", values).name for values in points(found)]
     assert len(set(names)) == 4 and all("pack=pack,lr=0.1-" in name for name in names)
 
 
 def test_a_random_search_draws_within_its_ranges_and_the_same_again(sweep):
-    axes = "silence = [0, 1]\noptim.lr = {low = 0.01, high = 1.0, log = true}\nimages = {low = 1, high = 3, whole = true}"
+    axes = (
+        "silence = [0, 1]\noptim.lr = {low = 0.01, high = 1.0, log = true}\nimages = {low = 1, "
+        "high = 3, whole = true}"
+    )
     text = f'recipe = "demo"\n[axes]\n{axes}\n'
     found = sweep(text + '[search]\nkind = "random"\ntrials = 30')
     values = points(found)
     assert values == points(found) and len(values) == 30
-    assert all(0.01 <= v["optim.lr"] <= 1 and v["images"] in (1, 2, 3) and v["silence"] in (0, 1) for v in values)
+    assert all(
+        0.01 <= v["optim.lr"] <= 1 and v["images"] in (1, 2, 3) and v["silence"] in (0, 1)
+        for v in values
+    )
     assert 8 < sum(v["optim.lr"] < 0.1 for v in values) < 22  # half of them, on a log scale
     few = sweep('recipe = "demo"\n[axes]\nsilence = [0, 1]\n[search]\nkind = "random"\ntrials = 30')
     assert len(points(few)) == 2  # there are no more
@@ -64,9 +90,18 @@ def test_a_random_search_draws_within_its_ranges_and_the_same_again(sweep):
         ("recipe = ", r"sweep\.toml is not valid TOML"),
         ('recipe = "demo"', r"axes: Field required"),
         ('recipe = "demo"\n[axes]\nsilence = []', "the axis silence has no values"),
-        ('recipe = "demo"\n[axes]\noptim.lr = {low = 0.1, high = 1}', "the axis optim.lr is a range: list its values"),
-        ('recipe = "demo"\n[axes]\noptim.lr = {low = 2, high = 1}', r"low = 2 must be less than high = 1"),
-        ('recipe = "demo"\n[axes]\nsilence = [1]\n[search]\nkind = "optuna"', "needs search.trials"),
+        (
+            'recipe = "demo"\n[axes]\noptim.lr = {low = 0.1, high = 1}',
+            "the axis optim.lr is a range: list its values",
+        ),
+        (
+            'recipe = "demo"\n[axes]\noptim.lr = {low = 2, high = 1}',
+            r"low = 2 must be less than high = 1",
+        ),
+        (
+            'recipe = "demo"\n[axes]\nsilence = [1]\n[search]\nkind = "optuna"',
+            "needs search.trials",
+        ),
         (
             'recipe = "demo"\n[axes]\nsilence = [1]\n[baseline]\nsilense = 1',
             r"names 'silense' \(did you mean 'silence'\?\)|names 'silense'",

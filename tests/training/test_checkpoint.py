@@ -3,11 +3,11 @@ import pickle
 import pytest
 import torch
 
-from fastlt.training import checkpoint as ckpt
 from fastlt.classes import ClassSpace
 from fastlt.config import OptimConfig
 from fastlt.errors import UserError
 from fastlt.models.classifier import CifarResNet, Classifier, LinearHead
+from fastlt.training import checkpoint as ckpt
 from fastlt.training.optim import build_optimizer
 
 SPACE = ClassSpace(target_names=["a", "b"], train_counts=[5, 5], val_counts=[1, 1])
@@ -31,7 +31,13 @@ def stepped(seed, name="sgd", channels_last=False):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_restored_run_takes_the_same_step_bit_for_bit(tmp_path, name, channels_last):
     model, optimizer = stepped(0, name, channels_last)
-    ckpt.write_checkpoint(tmp_path, 2, ckpt.snapshot(model, optimizer, None), {"class_space": ckpt.class_space_id(SPACE)}, keep=2)
+    ckpt.write_checkpoint(
+        tmp_path,
+        2,
+        ckpt.snapshot(model, optimizer, None),
+        {"class_space": ckpt.class_space_id(SPACE)},
+        keep=2,
+    )
     other, other_optimizer = stepped(1, name, channels_last)
     ckpt.load_checkpoint(ckpt.checkpoints(tmp_path)[-1], other, other_optimizer)
     images = torch.rand(4, 3, 16, 16)
@@ -88,4 +94,6 @@ def test_a_model_of_another_shape_is_refused(tmp_path):
     model, optimizer = stepped(0)
     ckpt.write_checkpoint(tmp_path, 1, ckpt.snapshot(model, optimizer, None), {}, keep=1)
     with pytest.raises(UserError, match="does not fit"):
-        ckpt.load_checkpoint(ckpt.checkpoints(tmp_path)[0], Classifier(CifarResNet(14), LinearHead(64, 4)))
+        ckpt.load_checkpoint(
+            ckpt.checkpoints(tmp_path)[0], Classifier(CifarResNet(14), LinearHead(64, 4))
+        )

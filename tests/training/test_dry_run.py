@@ -9,14 +9,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastlt.training import dry_run as module
 from fastlt.config import load_config
-from fastlt.training.dry_run import Memory, Speed, estimate, memory_of, own_steps, probe, timed
 from fastlt.errors import UserError
-from fastlt.training.setup import prepare
+from fastlt.training import dry_run as module
+from fastlt.training.dry_run import Memory, Speed, estimate, memory_of, own_steps, probe, timed
 from fastlt.training.loop import open_packs, set_modes
+from fastlt.training.setup import prepare
 
-SMALL = ["model.name=resnet8", "data.size=16", "data.batch=16", "data.padding=2", "data.workers=0", "train.threads=1"]
+SMALL = [
+    "model.name=resnet8",
+    "data.size=16",
+    "data.batch=16",
+    "data.padding=2",
+    "data.workers=0",
+    "train.threads=1",
+]
 
 
 @pytest.fixture
@@ -24,7 +31,9 @@ def trainer_of(small_pack, tmp_path):
     made = []
 
     def make(*settings):
-        config = load_config("cifar100-siblings", [*SMALL, f"data.pack={json.dumps(str(small_pack))}", *settings])
+        config = load_config(
+            "cifar100-siblings", [*SMALL, f"data.pack={json.dumps(str(small_pack))}", *settings]
+        )
         made.append(prepare(config, tmp_path / "run", open_packs(config.data)))
         set_modes(made[-1])
         return made[-1]
@@ -39,7 +48,8 @@ def test_memory_is_that_of_parameters_and_of_the_optimisers_state(trainer_of):
     trainer = trainer_of("optim.ema=0.9")
     parameters = 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
     memory = memory_of(trainer, 7)
-    assert memory == Memory(parameters, parameters, parameters, parameters, 7)  # SGD keeps one momentum for each
+    # SGD keeps one momentum for each
+    assert memory == Memory(parameters, parameters, parameters, parameters, 7)
     assert memory.at(10) == 4 * parameters + 70
     adam = memory_of(trainer_of("optim.name=adamw"), 7)
     steps = 4 * len(list(trainer.model.parameters()))
@@ -50,7 +60,8 @@ def test_what_an_image_keeps_grows_with_the_model_and_not_with_the_batch(trainer
     trainer = trainer_of()
     few, more = probe(trainer, 2)[0], probe(trainer, 16)[0]
     assert few == pytest.approx(more, rel=0.2)
-    first_layer = 4 * (3 * 16 * 16 + 2 * 16 * 16 * 16)  # of an image: what conv1 and bn1 take in, and the ReLU gives
+    # of an image: what conv1 and bn1 take in, and the ReLU gives
+    first_layer = 4 * (3 * 16 * 16 + 2 * 16 * 16 * 16)
     assert few > first_layer
     assert probe(trainer_of("model.name=resnet14"), 8)[0] > 1.5 * probe(trainer, 8)[0]
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
@@ -68,25 +79,58 @@ def test_its_steps_are_the_trainers_own(trainer_of, monkeypatch):
 
 def test_the_estimate_multiplies(trainer_of):
     config = trainer_of("train.epochs=36", "data.batch=16").config
-    told = estimate(config, 2, (10, 155), Memory(10**9, 10**9, 2 * 10**9, 0, 5 * 10**8), Speed(0.5, 4, 9), torch.device("cpu"))
+    told = estimate(
+        config,
+        2,
+        (10, 155),
+        Memory(10**9, 10**9, 2 * 10**9, 0, 5 * 10**8),
+        Speed(0.5, 4, 9),
+        torch.device("cpu"),
+    )
     assert told["memory"].startswith(
-        "8.00 GB of each of 2 processes: weights 1.00 GB, gradients 1.00 GB, optimiser 2.00 GB, and 8 images of 500.0 MB"
+        "8.00 GB of each of 2 processes: weights 1.00 GB, gradients 1.00 GB, optimiser 2.00 GB, "
+        "and 8 images of 500.0 MB"
     )
     assert told["steps"] == "10 an epoch, 360 in 36 epochs"
-    assert told["time"].startswith("1.6 hours of training, if 2 processes")  # 36 * 155 / (0.5 * 2) seconds
+    # 36 * 155 / (0.5 * 2) seconds
+    assert told["time"].startswith("1.6 hours of training, if 2 processes")
     assert "measured over 9 steps of 4 loaded images" in told["speed"]
-    much = estimate(config, 1, (10, 160), Memory(10**15, 0, 0, 0, 1), Speed(9999.0, 4, 9), torch.device("cpu"))
-    assert much["memory"].endswith("TOO LITTLE, lower data.batch") and much["time"] == "0.0 minutes of training"
+    much = estimate(
+        config, 1, (10, 160), Memory(10**15, 0, 0, 0, 1), Speed(9999.0, 4, 9), torch.device("cpu")
+    )
+    assert (
+        much["memory"].endswith("TOO LITTLE, lower data.batch")
+        and much["time"] == "0.0 minutes of training"
+    )
     with pytest.raises(UserError, match=r"data\.batch=16 cannot be shared equally by 3 processes"):
         module.dry_run(config, 3, Console(quiet=True))
 
 
 def test_the_command_prints_and_writes_nothing(small_pack, tmp_path):
-    command = [sys.executable, "-m", "fastlt", "train", "cifar100-siblings", "--data", str(small_pack), "--dry-run", *SMALL]
-    ended = subprocess.run([*command, "model.head=class-parallel"], cwd=tmp_path, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "fastlt",
+        "train",
+        "cifar100-siblings",
+        "--data",
+        str(small_pack),
+        "--dry-run",
+        *SMALL,
+    ]
+    ended = subprocess.run(
+        [*command, "model.head=class-parallel"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr
-    for line in (r"memory  [\d.]+ MB of one process", r"steps  \d+ an epoch", r"speed  [\d.,]+ images/s", r"time  [\d.]+ minutes"):
+    for line in (
+        r"memory  [\d.]+ MB of one process",
+        r"steps  \d+ an epoch",
+        r"speed  [\d.,]+ images/s",
+        r"time  [\d.]+ minutes",
+    ):
         assert re.search(line, ended.stdout)
     assert not list(tmp_path.iterdir())
-    missing = subprocess.run(command[: -len(SMALL) - 1], cwd=tmp_path, capture_output=True, text=True)
+    missing = subprocess.run(
+        command[: -len(SMALL) - 1], cwd=tmp_path, capture_output=True, text=True
+    )
     assert missing.returncode == 2 and "name a folder with --out RUN" in missing.stderr

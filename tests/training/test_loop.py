@@ -15,16 +15,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fastlt.config import load_config
-from fastlt.packing.writer import PackOptions, write_pack
-from fastlt.packing.reader import open_pack
 from fastlt.decode.region import has_region
-from fastlt.packing.sources import read_collection
 from fastlt.errors import UserError
 from fastlt.evaluation.evaluate import evaluate_run
 from fastlt.models.export import export_run, load_exported
-from fastlt.training.setup import prepare
-from fastlt.training.run_folder import only_run
+from fastlt.packing.reader import open_pack
+from fastlt.packing.sources import read_collection
+from fastlt.packing.writer import PackOptions, write_pack
 from fastlt.training.loop import accumulation, step_seed, train
+from fastlt.training.run_folder import only_run
+from fastlt.training.setup import prepare
 
 QUIET = Console(quiet=True)
 SMALL = [
@@ -41,7 +41,9 @@ SMALL = [
 
 
 def config_of(pack: Path, *settings: str):
-    return load_config("cifar100-siblings", [*SMALL, f"data.pack={json.dumps(str(pack))}", *settings])
+    return load_config(
+        "cifar100-siblings", [*SMALL, f"data.pack={json.dumps(str(pack))}", *settings]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,9 @@ def test_a_run_holds_what_it_should(finished):
 
 
 def test_it_learns(small_pack, tmp_path):
-    result = train(config_of(small_pack, "train.epochs=10", "train.eval_every=10"), tmp_path / "run", QUIET)
+    result = train(
+        config_of(small_pack, "train.epochs=10", "train.eval_every=10"), tmp_path / "run", QUIET
+    )
     assert result["top1"] > 60  # chance is 33
 
 
@@ -102,19 +106,28 @@ def test_export_refuses_other_endings(finished, tmp_path):
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(small_pack, finished, tmp_path):
     train(config_of(small_pack), tmp_path / "again", QUIET)
     train(config_of(small_pack, "train.seed=1"), tmp_path / "other", QUIET)
-    first, again, other = (load_file(run / "model.safetensors") for run in (finished[0], tmp_path / "again", tmp_path / "other"))
+    first, again, other = (
+        load_file(run / "model.safetensors")
+        for run in (finished[0], tmp_path / "again", tmp_path / "other")
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
 @pytest.mark.parametrize("moment", ["epoch", "step"])
 def test_a_run_killed_with_9_goes_on_to_the_same_bits(small_pack, tmp_path, moment):
-    """Killed after its first checkpoint, of an epoch or amid one, and started again by the same command."""
+    """Killed after its first checkpoint, of an epoch or amid one, and started again by the same
+    command.
+    """
     settings = [*SMALL, "train.epochs=6", "augment.mixup=0.8", "optim.ema=0.9"]
     if moment == "step":
         settings.append("train.checkpoint_minutes=1e-6")
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    train(load_config("cifar100-siblings", [*settings, f"data.pack={json.dumps(str(small_pack))}"]), undisturbed, QUIET)
+    train(
+        load_config("cifar100-siblings", [*settings, f"data.pack={json.dumps(str(small_pack))}"]),
+        undisturbed,
+        QUIET,
+    )
     command = [
         sys.executable,
         "-m",
@@ -132,18 +145,29 @@ def test_a_run_killed_with_9_goes_on_to_the_same_bits(small_pack, tmp_path, mome
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert "going on from step-" in ended.stdout
-    wanted, got = load_file(undisturbed / "model.safetensors"), load_file(killed / "model.safetensors")
+    wanted, got = (
+        load_file(undisturbed / "model.safetensors"),
+        load_file(killed / "model.safetensors"),
+    )
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
-    epochs = [json.loads(line)["epoch"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    epochs = [
+        json.loads(line)["epoch"] for line in (killed / "metrics.jsonl").read_text().splitlines()
+    ]
     assert epochs == list(range(6))
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(small_pack, tmp_path):
-    """Wherever the kills fall: in the start, in a step, in an evaluation, while a checkpoint is written."""
+    """Wherever the kills fall: in the start, in a step, in an evaluation, while a checkpoint is
+    written.
+    """
     settings = [*SMALL, "train.epochs=400", "train.checkpoint_minutes=0.0005"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    train(load_config("cifar100-siblings", [*settings, f"data.pack={json.dumps(str(small_pack))}"]), undisturbed, QUIET)
+    train(
+        load_config("cifar100-siblings", [*settings, f"data.pack={json.dumps(str(small_pack))}"]),
+        undisturbed,
+        QUIET,
+    )
     command = [
         sys.executable,
         "-m",
@@ -160,7 +184,10 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(small_pack, tmp_
         kill_once_checkpointed(command, killed, delay)
     assert not (killed / "result.json").exists()
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
-    wanted, got = load_file(undisturbed / "model.safetensors"), load_file(killed / "model.safetensors")
+    wanted, got = (
+        load_file(undisturbed / "model.safetensors"),
+        load_file(killed / "model.safetensors"),
+    )
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
@@ -170,7 +197,9 @@ def kill_once_checkpointed(command: list[str], run: Path, delay: float = 0.0) ->
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not set((run / "checkpoints").glob("step-*")) - before:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it was killed"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the run ended before it was killed"
+        )
         time.sleep(0.002)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=delay)
@@ -183,9 +212,15 @@ def test_another_configuration_in_the_same_folder_is_refused_and_named(finished,
         train(config_of(small_pack, "optim.lr=0.01"), finished[0], QUIET)
 
 
-def test_what_says_how_and_not_what_may_change_and_a_finished_run_is_left_alone(finished, small_pack):
+def test_what_says_how_and_not_what_may_change_and_a_finished_run_is_left_alone(
+    finished, small_pack
+):
     run, result = finished
-    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name in ("model.safetensors", "metrics.jsonl")}
+    before = {
+        path.name: path.stat().st_mtime_ns
+        for path in run.iterdir()
+        if path.name in ("model.safetensors", "metrics.jsonl")
+    }
     assert train(config_of(small_pack, "train.keep=5", "data.workers=1"), run, QUIET) == result
     assert before["model.safetensors"] == (run / "model.safetensors").stat().st_mtime_ns
 
@@ -198,23 +233,44 @@ def test_accumulated_groups_cover_the_epoch(accumulate, steps):
 
 
 def test_accumulating_is_training_on_the_larger_batch(small_pack, tmp_path):
-    """With the backbone standing still nothing depends on the batch, so two halves give the gradient of the whole."""
-    constant = ["schedule.name=step", "schedule.steps={9=0.1}", "schedule.head_only_epochs=2", "train.epochs=2", "loss.name=ce"]
+    """With the backbone standing still nothing depends on the batch, so two halves give the
+    gradient of the whole.
+    """
+    constant = [
+        "schedule.name=step",
+        "schedule.steps={9=0.1}",
+        "schedule.head_only_epochs=2",
+        "train.epochs=2",
+        "loss.name=ce",
+    ]
     runs = {"whole": [], "halves": ["data.batch=8", "optim.accumulate=2"]}
     for name, settings in runs.items():
-        train(config_of(small_pack, *constant, "data.drop_last=true", "data.budget=49", *settings), tmp_path / name, QUIET)
+        train(
+            config_of(small_pack, *constant, "data.drop_last=true", "data.budget=49", *settings),
+            tmp_path / name,
+            QUIET,
+        )
     whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in runs)
     torch.testing.assert_close(halves["head.weight"], whole["head.weight"], rtol=1e-4, atol=1e-5)
 
 
 def test_averaged_weights_learn_too(small_pack, tmp_path):
-    result = train(config_of(small_pack, "train.epochs=12", "train.eval_every=12", "optim.ema=0.99"), tmp_path / "run", QUIET)
+    result = train(
+        config_of(small_pack, "train.epochs=12", "train.eval_every=12", "optim.ema=0.99"),
+        tmp_path / "run",
+        QUIET,
+    )
     assert result["top1"] > 60
 
 
-@pytest.mark.parametrize(("change", "message"), [("rename", "belongs to another class space"), ("images", "the pack has changed")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("rename", "belongs to another class space"), ("images", "the pack has changed")],
+)
 def test_a_checkpoint_of_another_pack_is_refused(image_folders, tmp_path, change, message):
-    """The pack at the same path is made anew, with a class of another name, or with fewer images of the same classes."""
+    """The pack at the same path is made anew, with a class of another name, or with fewer images of
+    the same classes.
+    """
     folders, run = tmp_path / "images", tmp_path / "run"
     shutil.copytree(image_folders, folders)
     train(config_of(packed(folders, tmp_path / "pack"), "train.epochs=1"), run, QUIET)
@@ -230,23 +286,33 @@ def test_a_checkpoint_of_another_pack_is_refused(image_folders, tmp_path, change
 
 def packed(folders: Path, out: Path) -> Path:
     names = ("target", "auxiliary", "val", "pairs.csv")
-    return write_pack(read_collection(*(folders / name for name in names)), PackOptions(out=out, workers=1), QUIET)
+    return write_pack(
+        read_collection(*(folders / name for name in names)), PackOptions(out=out, workers=1), QUIET
+    )
 
 
 def test_evaluating_on_other_targets_is_refused(finished, image_folders, tmp_path):
-    collection = read_collection(image_folders / "auxiliary", None, image_folders / "auxiliary", None, None, None)
+    collection = read_collection(
+        image_folders / "auxiliary", None, image_folders / "auxiliary", None, None, None
+    )
     pack = write_pack(collection, PackOptions(out=tmp_path / "other", workers=1), QUIET)
     with pytest.raises(UserError, match="other targets"):
         evaluate_run(finished[0], pack)
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with only_run(tmp_path / "run"), pytest.raises(UserError, match="another training is at work in"), only_run(tmp_path / "run"):
+    with (
+        only_run(tmp_path / "run"),
+        pytest.raises(UserError, match="another training is at work in"),
+        only_run(tmp_path / "run"),
+    ):
         pass
 
 
 def test_silencing_without_a_pair_stops_before_the_first_step(image_folders, tmp_path):
-    collection = read_collection(image_folders / "target", None, image_folders / "val", None, None, None)
+    collection = read_collection(
+        image_folders / "target", None, image_folders / "val", None, None, None
+    )
     pack = write_pack(collection, PackOptions(out=tmp_path / "pack", workers=1), QUIET)
     with pytest.raises(UserError, match="no pair of classes is silenced"):
         train(config_of(pack), tmp_path / "run", QUIET)
@@ -255,16 +321,56 @@ def test_silencing_without_a_pair_stops_before_the_first_step(image_folders, tmp
 @pytest.mark.parametrize(
     "settings",
     [
-        ["augment.mixup=0.8", "augment.cutmix=1.0", "loss.label_smoothing=0.1", "augment.erasing=0.5", "augment.randaugment=9",
-         "augment.jitter=[0.4, 0.4, 0.4, 0.1]"],
-        ["optim.name=adamw", "optim.lr=1e-3", "optim.clip=1.0", "optim.accumulate=2", "optim.ema=0.9", "train.precision=bf16"],
-        ["loss.name=ldam", "model.head=cosine", "loss.drw_epoch=1", "schedule.name=step", "schedule.steps={1=0.1}"],
-        ["loss.name=focal", "data.auxiliary=false", "schedule.head_only_epochs=1", "data.crop=random-resized-crop"],
-        ["data.target_sampling=class-balanced", "train.channels_last=false", "data.budget=7", "loss.directions=target_rows"],
-        ["data.target_sampling=square-root", "data.auxiliary_ratio=0.5", "data.repeats=3", "data.start_size=8", "data.ramp=[0, 1]"],
-        ["loss.name=class-balanced", "schedule.name=cosine", "schedule.warmup_epochs=1", "data.eval_resize=20"],
+        [
+            "augment.mixup=0.8",
+            "augment.cutmix=1.0",
+            "loss.label_smoothing=0.1",
+            "augment.erasing=0.5",
+            "augment.randaugment=9",
+            "augment.jitter=[0.4, 0.4, 0.4, 0.1]",
+        ],
+        [
+            "optim.name=adamw",
+            "optim.lr=1e-3",
+            "optim.clip=1.0",
+            "optim.accumulate=2",
+            "optim.ema=0.9",
+            "train.precision=bf16",
+        ],
+        [
+            "loss.name=ldam",
+            "model.head=cosine",
+            "loss.drw_epoch=1",
+            "schedule.name=step",
+            "schedule.steps={1=0.1}",
+        ],
+        [
+            "loss.name=focal",
+            "data.auxiliary=false",
+            "schedule.head_only_epochs=1",
+            "data.crop=random-resized-crop",
+        ],
+        [
+            "data.target_sampling=class-balanced",
+            "train.channels_last=false",
+            "data.budget=7",
+            "loss.directions=target_rows",
+        ],
+        [
+            "data.target_sampling=square-root",
+            "data.auxiliary_ratio=0.5",
+            "data.repeats=3",
+            "data.start_size=8",
+            "data.ramp=[0, 1]",
+        ],
+        [
+            "loss.name=class-balanced",
+            "schedule.name=cosine",
+            "schedule.warmup_epochs=1",
+            "data.eval_resize=20",
+        ],
     ],
-)  # fmt: skip
+)
 def test_every_part_of_the_configuration_trains(small_pack, tmp_path, settings):
     result = train(config_of(small_pack, "train.epochs=2", *settings), tmp_path / "run", QUIET)
     assert 0 <= result["top1"] <= 100
@@ -299,25 +405,48 @@ def damaged_pack(tmp_path) -> Path:
 @pytest.mark.parametrize("decode", ["exact", "region"])
 def test_a_damaged_image_is_named_replaced_and_counted(damaged_pack, tmp_path, decode):
     said = io.StringIO()
-    settings = ["data.auxiliary=false", "data.batch=4", "loss.name=balanced-ce", f"data.decode={decode}"]
+    settings = [
+        "data.auxiliary=false",
+        "data.batch=4",
+        "loss.name=balanced-ce",
+        f"data.decode={decode}",
+    ]
     if decode == "region" and not has_region():
         pytest.skip("fastlt's JPEG decoder is not compiled here")
     config = config_of(damaged_pack, *settings)
     result = train(config, tmp_path / "run", Console(file=said, width=400))
     assert result["damaged_images"] == 1
-    assert said.getvalue().count("a/2.jpg") == 1 and "another image of its class was taken" in said.getvalue()
+    assert (
+        said.getvalue().count("a/2.jpg") == 1
+        and "another image of its class was taken" in said.getvalue()
+    )
     with pytest.raises(UserError, match=r"a/2\.jpg"):
         train(config_of(damaged_pack, *settings, "data.strict=true"), tmp_path / "strict", QUIET)
 
 
 def test_a_step_draws_the_same_whatever_came_before():
     assert step_seed(0, 5, 0) == step_seed(0, 5, 0)
-    assert len({step_seed(seed, step, stream) for seed in range(3) for step in range(3) for stream in range(2)}) == 18
+    assert (
+        len(
+            {
+                step_seed(seed, step, stream)
+                for seed in range(3)
+                for step in range(3)
+                for stream in range(2)
+            }
+        )
+        == 18
+    )
 
 
 def test_a_diverged_run_says_so_and_names_the_images(small_pack, tmp_path):
-    with pytest.raises(UserError, match=r"not finite in 4 steps in a row, up to epoch \d, step \d+: lower optim\.lr"):
-        train(config_of(small_pack, "optim.lr=1e30", "train.max_skipped=4"), tmp_path / "run", QUIET)
+    with pytest.raises(
+        UserError,
+        match=r"not finite in 4 steps in a row, up to epoch \d, step \d+: lower optim\.lr",
+    ):
+        train(
+            config_of(small_pack, "optim.lr=1e30", "train.max_skipped=4"), tmp_path / "run", QUIET
+        )
     lines = (tmp_path / "run/nonfinite.txt").read_text().splitlines()
     assert len({line.split(":")[0] for line in lines}) == 4 and "train-000000.tar:" in lines[0]
     assert len(lines) > 3 * 16

@@ -14,10 +14,21 @@ def classifier():
 
 
 def test_the_published_cifar_schedule():
-    factor = lr_factor(ScheduleConfig(name="step", warmup_epochs=5, steps={"160": 0.01, "180": 0.0001}), 200)
+    factor = lr_factor(
+        ScheduleConfig(name="step", warmup_epochs=5, steps={"160": 0.01, "180": 0.0001}), 200
+    )
     assert [factor(epoch) for epoch in (0, 0.9, 1, 4, 5, 159.9, 160, 179, 180, 199)] == [
-        0.2, 0.2, 0.4, 1.0, 1.0, 1.0, 0.01, 0.01, 0.0001, 0.0001,
-    ]  # fmt: skip
+        0.2,
+        0.2,
+        0.4,
+        1.0,
+        1.0,
+        1.0,
+        0.01,
+        0.01,
+        0.0001,
+        0.0001,
+    ]
 
 
 def test_a_broken_number_of_warm_up_epochs_never_overshoots():
@@ -36,7 +47,9 @@ def test_one_cycle_is_torchs():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], 0.1)
     steps = 1000
-    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps + 1, cycle_momentum=False)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.1, total_steps=steps + 1, cycle_momentum=False
+    )
     ours = lr_factor(ScheduleConfig(name="one-cycle"), 10)
     for step in range(0, steps):
         assert 0.1 * ours(10 * step / steps) == pytest.approx(theirs.get_last_lr()[0], abs=5e-4)
@@ -48,7 +61,9 @@ def test_the_base_rate_scales_with_the_batch():
     optimizer = build_optimizer(OptimConfig(lr=1e-3, lr_base_batch=256), classifier(), 1024)
     set_lr(optimizer, 0.5)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3)
-    accumulated = build_optimizer(OptimConfig(lr=1e-3, lr_base_batch=256, accumulate=4), classifier(), 256)
+    accumulated = build_optimizer(
+        OptimConfig(lr=1e-3, lr_base_batch=256, accumulate=4), classifier(), 256
+    )
     assert accumulated.param_groups[0]["base_lr"] == pytest.approx(4e-3)
 
 
@@ -63,16 +78,24 @@ def test_averaged_weights_forget_the_start_and_follow():
             average.update(model, step)
     for parameter in average.model.parameters():
         torch.testing.assert_close(parameter, torch.ones_like(parameter), rtol=0, atol=1e-3)
-    torch.testing.assert_close(average.model.backbone.bn1.running_mean, torch.full((16,), 2.0), rtol=0, atol=1e-2)
+    torch.testing.assert_close(
+        average.model.backbone.bn1.running_mean, torch.full((16,), 2.0), rtol=0, atol=1e-2
+    )
 
 
 def test_timm_parameters_that_want_no_decay_get_none():
     backbone = vit()
     for decay in (0.75, 1.0):
         optimizer = build_optimizer(
-            OptimConfig(name="adamw", weight_decay=0.05, layer_decay=decay), Classifier(backbone, LinearHead(192, 10)), 8
+            OptimConfig(name="adamw", weight_decay=0.05, layer_decay=decay),
+            Classifier(backbone, LinearHead(192, 10)),
+            8,
         )
-        decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        decays = {
+            id(p): group["weight_decay"]
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
         assert decays[id(backbone.pos_embed)] == decays[id(backbone.cls_token)] == 0
         assert decays[id(backbone.blocks[0].mlp.fc1.weight)] == 0.05
 
@@ -93,7 +116,9 @@ def test_adamw_spares_vectors_and_sgd_decays_all():
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.05, 0.0]
     assert all(p.ndim <= 1 for p in adamw.param_groups[1]["params"])
     sgd = build_optimizer(OptimConfig(weight_decay=2e-4), classifier(), 128)
-    assert sum(p.numel() for g in sgd.param_groups for p in g["params"]) == sum(p.numel() for p in classifier().parameters())
+    assert sum(p.numel() for g in sgd.param_groups for p in g["params"]) == sum(
+        p.numel() for p in classifier().parameters()
+    )
 
 
 def test_layer_decay_falls_towards_the_input():

@@ -1,25 +1,44 @@
-"""The recipes of ImageNet-LT, iNaturalist 2018 and Places-LT, whole, with the true numbers of classes: one step each."""
+"""The recipes of ImageNet-LT, iNaturalist 2018 and Places-LT, whole, with the true numbers of
+classes: one step each.
+"""
 
 import json
 from importlib.util import find_spec
 
 import pytest
 import torch
+from helpers.true_counts import (
+    AUXILIARIES_OF_IMAGENET_LT,
+    PAIRS_OF_IMAGENET_LT,
+    class_space,
+    counted_pack,
+    true_counts,
+)
 from rich.console import Console
-from true_counts import AUXILIARIES_OF_IMAGENET_LT, PAIRS_OF_IMAGENET_LT, class_space, counted_pack, true_counts
 
 from fastlt.config import load_config, recipe_names
-from fastlt.packing.reader import open_pack
 from fastlt.models.export import targets_only
-from fastlt.training.setup import introduce, prepare
+from fastlt.packing.reader import open_pack
 from fastlt.training.loop import forward_of, set_modes, train_step
+from fastlt.training.setup import introduce, prepare
 
 pytestmark = pytest.mark.slow
 if find_spec("timm") is None:
     pytest.skip("timm is an extra", allow_module_level=True)
 SETS = ("imagenet-lt", "inat18", "places-lt")
-EXPECTED = {"imagenet-lt": (1000, 115_846), "inat18": (8142, None), "places-lt": (365, 62_500)}  # targets, training images
-HERE = ["model.pretrained=false", "data.batch=4", "data.workers=0", "data.engine=torch", "train.threads=2"]
+# targets, training images
+EXPECTED = {
+    "imagenet-lt": (1000, 115_846),
+    "inat18": (8142, None),
+    "places-lt": (365, 62_500),
+}
+HERE = [
+    "model.pretrained=false",
+    "data.batch=4",
+    "data.workers=0",
+    "data.engine=torch",
+    "train.threads=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +46,11 @@ def packs(shared_data, tmp_path_factory):
     made = {}
     for name in SETS:
         counts = true_counts(name, shared_data / "labels" / "longtail_splits")
-        many = (AUXILIARIES_OF_IMAGENET_LT, PAIRS_OF_IMAGENET_LT) if name == "imagenet-lt" else (len(counts), len(counts) + 100)
+        many = (
+            (AUXILIARIES_OF_IMAGENET_LT, PAIRS_OF_IMAGENET_LT)
+            if name == "imagenet-lt"
+            else (len(counts), len(counts) + 100)
+        )
         made[name] = counted_pack(tmp_path_factory.mktemp(name), class_space(counts, *many))
     return made
 
@@ -50,9 +73,14 @@ def test_a_step_of_each_large_recipe(packs, tmp_path, recipe):
         first = next(trainer.model.backbone.parameters()).detach().clone()
         batch, pixels = next(iter(trainer.train_loader.iterate(trainer.plan.epoch(0))))
         assert pixels.shape == (4, 224, 224, 3) and pixels.dtype == torch.uint8
-        loss, correct, counted, norm = train_step(trainer, forward_of(trainer, trainer.at.epoch), batch, pixels).tolist()
+        loss, correct, counted, norm = train_step(
+            trainer, forward_of(trainer, trainer.at.epoch), batch, pixels
+        ).tolist()
         assert 0 < loss < 100 and 0 <= correct <= counted <= 4 and 0 < norm < float("inf")
-        assert trainer.model.head.weight.shape == (trainer.space.num_classes, trainer.model.backbone.num_features)
+        assert trainer.model.head.weight.shape == (
+            trainer.space.num_classes,
+            trainer.model.backbone.num_features,
+        )
         assert not torch.equal(trainer.model.head.weight, before)
         assert not torch.equal(next(trainer.model.backbone.parameters()), first)
         assert targets_only(trainer.model, targets)["head.weight"].shape[0] == targets

@@ -1,4 +1,6 @@
-"""What of an epoch the configuration decides: budgets, sizes, and what is refused before the first step."""
+"""What of an epoch the configuration decides: budgets, sizes, and what is refused before the first
+step.
+"""
 
 import json
 from dataclasses import replace
@@ -8,24 +10,41 @@ import pytest
 from rich.console import Console
 
 from fastlt.config import DataConfig, load_config
-from fastlt.packing.reader import open_pack
-from fastlt.utils.pool import cores
 from fastlt.errors import UserError
-from fastlt.training.setup import budgets_of, build_plan, notes, prepare, size_at
-from fastlt.training.loop import train
+from fastlt.packing.reader import open_pack
 from fastlt.packing.subset import view
+from fastlt.training.loop import train
+from fastlt.training.setup import budgets_of, build_plan, notes, prepare, size_at
+from fastlt.utils.pool import cores
 
 QUIET = Console(quiet=True)
-SMALL = ["model.name=resnet8", "data.size=16", "data.batch=16", "data.padding=2", "data.workers=0", "train.threads=1"]
+SMALL = [
+    "model.name=resnet8",
+    "data.size=16",
+    "data.batch=16",
+    "data.padding=2",
+    "data.workers=0",
+    "train.threads=1",
+]
 
 
 def config_of(pack, *settings):
-    return load_config("cifar100-siblings", [*SMALL, f"data.pack={json.dumps(str(pack))}", *settings])
+    return load_config(
+        "cifar100-siblings", [*SMALL, f"data.pack={json.dumps(str(pack))}", *settings]
+    )
 
 
 def test_images_grow_over_the_ramp():
     data = DataConfig(size=192, start_size=160, ramp=(2, 6))
-    assert [size_at(data, epoch) for epoch in (0, 2, 3, 4, 5, 6, 9)] == [160, 160, 160, 192, 192, 192, 192]
+    assert [size_at(data, epoch) for epoch in (0, 2, 3, 4, 5, 6, 9)] == [
+        160,
+        160,
+        160,
+        192,
+        192,
+        192,
+        192,
+    ]
     small = DataConfig(size=32, start_size=18, ramp=(0, 4))
     assert [size_at(small, epoch) for epoch in range(6)] == [18, 20, 24, 28, 32, 32]
     assert size_at(DataConfig(size=40), 3) == 40
@@ -35,13 +54,20 @@ def test_budgets_by_name_and_by_ratio(small_pack):
     space = open_pack(small_pack).space
     assert budgets_of(DataConfig(), space) == (50, 50)
     assert budgets_of(DataConfig(budget=9, budgets={"y": 4}), space) == (9, 4)
-    assert budgets_of(DataConfig(auxiliary_ratio=0.5), space) == (5, 5)  # half of 21 targets, rounded to the even
+    # half of 21 targets, rounded to the even
+    assert budgets_of(DataConfig(auxiliary_ratio=0.5), space) == (
+        5,
+        5,
+    )
     assert budgets_of(DataConfig(auxiliary=False, auxiliary_ratio=2), space.targets_only()) == ()
     with pytest.raises(UserError, match=r"data\.budgets names 'z'"):
         budgets_of(DataConfig(budgets={"z": 4}), space)
 
 
-@pytest.mark.parametrize("settings", [["data.auxiliary_ratio=1.5"], ["data.budgets={x = 3}"], ["data.target_sampling=square-root"]])
+@pytest.mark.parametrize(
+    "settings",
+    [["data.auxiliary_ratio=1.5"], ["data.budgets={x = 3}"], ["data.target_sampling=square-root"]],
+)
 def test_the_prior_counts_what_an_epoch_holds(small_pack, settings):
     pack, config = open_pack(small_pack), config_of(small_pack, *settings)
     plan = build_plan(config, *view(pack, config.data, 0))
@@ -61,7 +87,9 @@ def test_a_run_whose_images_grow_resumes_at_its_size(small_pack, tmp_path):
     (parts / "result.json").unlink()
     again = train(config_of(small_pack, *settings), parts, QUIET)
     assert again["per_class"] == whole["per_class"]
-    assert (tmp_path / "whole/val_predictions.npz").read_bytes() == (parts / "val_predictions.npz").read_bytes()
+    assert (tmp_path / "whole/val_predictions.npz").read_bytes() == (
+        parts / "val_predictions.npz"
+    ).read_bytes()
 
 
 def test_a_model_of_one_size_is_refused(small_pack, tmp_path, monkeypatch):
@@ -91,8 +119,15 @@ def test_what_does_not_go_together_is_refused(small_pack, settings, said):
 def test_a_split_without_auxiliary_images_has_no_budget(small_pack):
     pack = open_pack(small_pack)
     kept = pack.train.label < 3
-    columns = {name: getattr(pack.train, name)[kept] for name in ("shard", "offset", "size", "label", "height", "width")}
-    plan = build_plan(config_of(small_pack, "data.budget=7"), replace(pack, train=replace(pack.train, **columns)), pack.space)
+    columns = {
+        name: getattr(pack.train, name)[kept]
+        for name in ("shard", "offset", "size", "label", "height", "width")
+    }
+    plan = build_plan(
+        config_of(small_pack, "data.budget=7"),
+        replace(pack, train=replace(pack.train, **columns)),
+        pack.space,
+    )
     assert plan.class_counts.tolist() == [12, 6, 3, 0, 0]
 
 

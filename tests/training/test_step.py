@@ -1,4 +1,4 @@
-"""An optimiser step: as torch's own, but where a gradient is not finite, or float16 needs a scale."""
+"""An optimiser step: as torch's own, but for gradients not finite and float16's scale."""
 
 import pytest
 import torch
@@ -17,7 +17,11 @@ def small_model() -> Classifier:
 
 
 def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
-    return model(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))).square().mean()
+    return (
+        model(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)))
+        .square()
+        .mean()
+    )
 
 
 @pytest.mark.parametrize("scales", [False, True])
@@ -26,7 +30,10 @@ def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
 def test_finite_steps_are_those_of_the_plain_optimiser(name, clip, scales):
     ours, theirs = small_model(), small_model()
     config = OptimConfig(name=name, lr=0.05, clip=clip)
-    updater, optimizer = Updater(build_optimizer(config, ours, 8), clip, scales), build_optimizer(config, theirs, 8)
+    updater, optimizer = (
+        Updater(build_optimizer(config, ours, 8), clip, scales),
+        build_optimizer(config, theirs, 8),
+    )
     for seed in range(4):
         (loss_of(ours, seed) * updater.scale).backward()
         norm = updater.step()
@@ -36,7 +43,8 @@ def test_finite_steps_are_those_of_the_plain_optimiser(name, clip, scales):
         optimizer.zero_grad()
         torch.testing.assert_close(norm, wanted, rtol=1e-4, atol=0)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5 if name == "sgd" else 3e-3)  # Adam divides by tiny roots
+        # Adam divides by tiny roots
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5 if name == "sgd" else 3e-3)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

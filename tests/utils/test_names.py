@@ -22,7 +22,10 @@ def test_spellings_of_one_name(one, other):
     assert normalised(one) == normalised(other) != ""
 
 
-@pytest.mark.parametrize(("one", "other"), [("glass", "glas"), ("bus", "bu"), ("tiger cat", "tiger"), ("crane", "cranes fly")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("glass", "glas"), ("bus", "bu"), ("tiger cat", "tiger"), ("crane", "cranes fly")],
+)
 def test_other_names(one, other):
     assert normalised(one) != normalised(other)
 

@@ -1,7 +1,9 @@
-"""The `dali` engine: NVIDIA DALI decodes, crops and resizes; on a GPU there, with its JPEG hardware, else on the CPU.
+"""The `dali` engine:
 
-The plan's boxes, on the plan's images, in the plan's order. Pixels are close to the other engines', not equal: shrinking weighs
-pixels by a triangle, where those average over areas.
+NVIDIA DALI decodes, crops and resizes; on a GPU there, with its JPEG hardware, else on the CPU.
+
+The plan's boxes, on the plan's images, in the plan's order. Pixels are close to the other engines',
+not equal: shrinking weighs pixels by a triangle, where those average over areas.
 """
 
 from collections import deque
@@ -12,16 +14,19 @@ import numpy as np
 import torch
 
 from fastlt.data.damage import Inspector
-from fastlt.packing.reader import Split, check_shards, picture
-from fastlt.data.plan import Batch
 from fastlt.data.engines.torch import BatchDataset
+from fastlt.data.plan import Batch
 from fastlt.errors import UserError
+from fastlt.packing.reader import Split, check_shards, picture
 
 PREFETCH = 2  # batches
-HW_DECODER_LOAD = 0.65  # share of the JPEGs that a GPU's decoding hardware takes, where there is some
+# share of the JPEGs that a GPU's decoding hardware takes, where there is some
+HW_DECODER_LOAD = 0.65
 LARGEST_BATCH = 2048
-Fed = tuple[Batch, np.ndarray, tuple[Any, ...]]  # which are damaged, and the inputs, which DALI reads where they are
-BLANK = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)  # in place of what is damaged: DALI may crash at it
+# which are damaged, and the inputs, which DALI reads where they are
+Fed = tuple[Batch, np.ndarray, tuple[Any, ...]]
+# in place of what is damaged: DALI may crash at it
+BLANK = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)
 
 
 def import_dali() -> tuple[Any, Any, Any]:
@@ -30,7 +35,8 @@ def import_dali() -> tuple[Any, Any, Any]:
         from nvidia.dali import fn, pipeline_def, types
     except (ImportError, OSError) as error:
         raise UserError(
-            f"the dali engine cannot be loaded ({error}): `pip install fastlt[dali]`, or set data.engine=torch"
+            f"the dali engine cannot be loaded ({error}): `pip install fastlt[dali]`, or set "
+            "data.engine=torch"
         ) from error
     return pipeline_def, fn, types
 
@@ -67,11 +73,14 @@ class DaliEngine:
         self._feed: Iterator[tuple[Any, ...]] = iter(())
         self._reading = False
         settings = {"num_threads": max(1, workers), "prefetch_queue_depth": prefetch}
-        self._build = lambda: _build(lambda: next(self._feed), size, device, settings, hw_decoder_load)
+        self._build = lambda: _build(
+            lambda: next(self._feed), size, device, settings, hw_decoder_load
+        )
         self._pipeline: Any = self._build()
 
     def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
-        """The images of each batch, (n, size, size, 3) uint8 on the engine's device, the caller's to keep.
+        """The images of each batch, (n, size, size, 3) uint8 on the engine's device, the caller's
+        to keep.
 
         UserErrors as in TorchEngine. One epoch at a time: RuntimeError otherwise.
         """
@@ -86,14 +95,17 @@ class DaliEngine:
                 self._feed = self._inputs(again, left, fed)
                 at_end = yield from self._run(fed)
                 if not at_end:
-                    # DALI gives up a whole pipeline for one image: Pillow makes this batch, and a new one goes on behind it.
+                    # DALI gives up a whole pipeline for one image: Pillow makes this batch, and a
+                    # new one goes on behind it.
                     self._renew()
                     failed, *rest = (batch for batch, *_ in fed)
                     again, fed = deque(rest), deque()
                     yield self._made_whole(failed)
         finally:
             self._reading = False
-            if not at_end:  # batches that nobody asked for any more would come first in the next epoch
+            if (
+                not at_end
+            ):  # batches that nobody asked for any more would come first in the next epoch
                 self._renew()
 
     def _renew(self) -> None:
@@ -120,7 +132,9 @@ class DaliEngine:
     def _repaired(self, made: torch.Tensor, batch: Batch, damaged: np.ndarray) -> torch.Tensor:
         made = made.clone()
         for i in np.flatnonzero(damaged).tolist():
-            pixels = self._whole.exact(int(batch.images[i]), batch.boxes[i], bool(batch.flips[i]), self.damaged)
+            pixels = self._whole.exact(
+                int(batch.images[i]), batch.boxes[i], bool(batch.flips[i]), self.damaged
+            )
             made[i] = torch.from_numpy(np.array(pixels)).to(made.device)
         return made
 
@@ -132,12 +146,19 @@ class DaliEngine:
         self.damaged |= damaged
         return images.to(self._device)
 
-    def _inputs(self, again: Iterable[Batch], left: Iterator[Batch], fed: "deque[Fed]") -> Iterator[tuple[Any, ...]]:
-        """What the pipeline asks for, batch by batch, kept in `fed`: views of the mapped bytes, and where to cut."""
+    def _inputs(
+        self, again: Iterable[Batch], left: Iterator[Batch], fed: "deque[Fed]"
+    ) -> Iterator[tuple[Any, ...]]:
+        """What the pipeline asks for, batch by batch, kept in `fed`: views of the mapped bytes, and
+        where to cut.
+        """
         for source in (again, left):
             for batch in source:
                 damaged = self._inspector.damaged(batch.images)
-                data = [BLANK if bad else self._bytes(i) for i, bad in zip(batch.images.tolist(), damaged, strict=True)]
+                data = [
+                    BLANK if bad else self._bytes(i)
+                    for i, bad in zip(batch.images.tolist(), damaged, strict=True)
+                ]
                 places = placed(batch, self._split, self._size)
                 for values, blank in zip(places, (0, 1, 1, 0), strict=True):
                     values[damaged] = blank
@@ -146,7 +167,10 @@ class DaliEngine:
                 yield inputs
 
     def _bytes(self, image: int) -> np.ndarray:
-        """The stored bytes, (n,) uint8, without a copy. WebP as a pixel map, for not all of it can be read by DALI."""
+        """The stored bytes, (n,) uint8, without a copy.
+
+        WebP as a pixel map, for not all of it can be read by DALI.
+        """
         data = self._split.read(image)
         if bytes(data[:4]) != b"RIFF":
             return np.frombuffer(data, np.uint8)
@@ -159,9 +183,12 @@ class DaliEngine:
         del self._pipeline
 
 
-def placed(batch: Batch, split: Split, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The part of each box that is inside its image, (n, 2) int32 corner and sides; its sides in the output, (n, 2) float32,
-    and where the output begins, counted from it, (n, 2) int32."""
+def placed(
+    batch: Batch, split: Split, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The part of each box that is inside its image, (n, 2) int32 corner and sides; its sides in
+    the output, (n, 2) float32, and where the output begins, counted from it, (n, 2) int32.
+    """
     corner, sides = batch.boxes[:, :2].astype(np.int64), batch.boxes[:, 2:].astype(np.int64)
     limits = np.stack([split.height[batch.images], split.width[batch.images]], axis=1)
     low, high = corner.clip(0, limits - 1), (corner + sides).clip(1, limits)
@@ -176,29 +203,53 @@ def placed(batch: Batch, split: Split, size: int) -> tuple[np.ndarray, np.ndarra
     )
 
 
-def _build(source: Any, size: int, device: torch.device, settings: dict[str, int], hw_decoder_load: float) -> Any:
+def _build(
+    source: Any, size: int, device: torch.device, settings: dict[str, int], hw_decoder_load: float
+) -> Any:
     pipeline_def, fn, types = import_dali()
     on_gpu = device.type == "cuda"
 
     @pipeline_def(exec_dynamic=True)
     def pipeline() -> Any:
         data, corner, sides, made, start, flip = fn.external_source(
-            source=source, num_outputs=6, batch=True, no_copy=True,
-            dtype=[types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, types.INT32], ndim=[1, 1, 1, 1, 1, 0],
-        )  # fmt: skip
+            source=source,
+            num_outputs=6,
+            batch=True,
+            no_copy=True,
+            dtype=[types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, types.INT32],
+            ndim=[1, 1, 1, 1, 1, 0],
+        )
         hardware = {"hw_decoder_load": hw_decoder_load} if on_gpu else {}
         images = fn.decoders.image_slice(
-            data, corner, sides, device="mixed" if on_gpu else "cpu", output_type=types.RGB, axis_names="HW",
-            normalized_anchor=False, normalized_shape=False, **hardware,
-        )  # fmt: skip
+            data,
+            corner,
+            sides,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            axis_names="HW",
+            normalized_anchor=False,
+            normalized_shape=False,
+            **hardware,
+        )
         images = fn.resize(images, size=made, interp_type=types.INTERP_LINEAR, antialias=True)
-        images = fn.slice(images, start=start, shape=[size, size], axes=[0, 1], out_of_bounds_policy="pad", fill_values=0)
+        images = fn.slice(
+            images,
+            start=start,
+            shape=[size, size],
+            axes=[0, 1],
+            out_of_bounds_policy="pad",
+            fill_values=0,
+        )
         return fn.flip(images, horizontal=flip)
 
     try:
-        made = pipeline(batch_size=LARGEST_BATCH, device_id=(device.index or 0) if on_gpu else None, **settings)
+        made = pipeline(
+            batch_size=LARGEST_BATCH, device_id=(device.index or 0) if on_gpu else None, **settings
+        )
         made.build()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"DALI cannot use {device} ({reason}): set data.engine=torch, or train.device=cpu") from error
+        raise UserError(
+            f"DALI cannot use {device} ({reason}): set data.engine=torch, or train.device=cpu"
+        ) from error
     return made

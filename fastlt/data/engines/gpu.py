@@ -1,4 +1,6 @@
-"""The torch engine with `data.decode=gpu`: a GPU decodes the JPEGs, cuts and resizes them; for machines without DALI."""
+"""The torch engine with `data.decode=gpu`: a GPU decodes the JPEGs, cuts and resizes them; for
+machines without DALI.
+"""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -10,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlt.data.engines.dali import placed
 from fastlt.data.damage import Inspector, stand_in
-from fastlt.decode.images import TURNS, BadImage, open_image, orientation
-from fastlt.packing.reader import Split, check_shards, picture
+from fastlt.data.engines.dali import placed
 from fastlt.data.plan import Batch
+from fastlt.decode.images import TURNS, BadImage, open_image, orientation
 from fastlt.errors import UserError
+from fastlt.packing.reader import Split, check_shards, picture
 
 AHEAD = 2  # batches that are read from the disk meanwhile
 PATIENCE = 300  # seconds for reading one: far more than any takes, but not for ever
-Decoder = Callable[[list[Tensor]], list[Tensor]]  # encoded JPEGs, (bytes,) uint8, to (3, H, W) uint8 on the device, not turned
+# encoded JPEGs, (bytes,) uint8, to (3, H, W) uint8 on the device, not turned
+Decoder = Callable[[list[Tensor]], list[Tensor]]
 
 
 def torchvision_decoder(device: torch.device) -> Decoder:
@@ -29,7 +32,10 @@ def torchvision_decoder(device: torch.device) -> Decoder:
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
     except (ImportError, RuntimeError) as error:
-        raise UserError(f"data.decode=gpu needs torchvision or DALI ({error}): pip install fastlt[timm] or fastlt[dali]") from error
+        raise UserError(
+            f"data.decode=gpu needs torchvision or DALI ({error}): pip install fastlt[timm] or "
+            "fastlt[dali]"
+        ) from error
 
     def decode(data: list[Tensor]) -> list[Tensor]:
         return decode_jpeg(data, mode=ImageReadMode.RGB, device=device)
@@ -38,10 +44,19 @@ def torchvision_decoder(device: torch.device) -> Decoder:
 
 
 class GpuEngine:
-    """strict and `damaged` as in TorchEngine. What is no JPEG, or cannot be decoded on the device, is left to Pillow."""
+    """strict and `damaged` as in TorchEngine.
+
+    What is no JPEG, or cannot be decoded on the device, is left to Pillow.
+    """
 
     def __init__(
-        self, split: Split, size: int, workers: int, device: torch.device, strict: bool = True, decode: Decoder | None = None
+        self,
+        split: Split,
+        size: int,
+        workers: int,
+        device: torch.device,
+        strict: bool = True,
+        decode: Decoder | None = None,
     ) -> None:
         check_shards(split)
         self.damaged: dict[int, str] = {}
@@ -51,7 +66,10 @@ class GpuEngine:
         self._inspector = Inspector(split, workers)
 
     def batches(self, batches: Iterable[Batch]) -> Generator[Tensor, None, None]:
-        """The images of each batch, (n, size, size, 3) uint8 on the device, the caller's to keep. UserErrors as in TorchEngine."""
+        """The images of each batch, (n, size, size, 3) uint8 on the device, the caller's to keep.
+
+        UserErrors as in TorchEngine.
+        """
         left = iter(batches)
         read: deque[tuple[Batch, Future[list[Tensor | None]]]] = deque()
         while True:
@@ -65,16 +83,26 @@ class GpuEngine:
     def _read(self, batch: Batch) -> list[Tensor | None]:
         """The bytes of the JPEGs, copied; None for other images, and for damaged ones."""
         views = [self._split.read(image) for image in batch.images.tolist()]
-        is_sound = [view[:2] == b"\xff\xd8" for view in views] & ~self._inspector.damaged(batch.images)
+        is_sound = [view[:2] == b"\xff\xd8" for view in views] & ~self._inspector.damaged(
+            batch.images
+        )
         return [
             torch.frombuffer(bytearray(view), dtype=torch.uint8) if sound else None
             for view, sound in zip(views, is_sound, strict=True)
         ]
 
     def _made(self, batch: Batch, data: list[Tensor | None]) -> Tensor:
-        out = torch.zeros(len(data), self._size, self._size, 3, dtype=torch.uint8, device=self._device)
+        out = torch.zeros(
+            len(data), self._size, self._size, 3, dtype=torch.uint8, device=self._device
+        )
         jpegs = [i for i, encoded in enumerate(data) if encoded is not None]
-        decoded = dict(zip(jpegs, self._decoded([encoded for encoded in data if encoded is not None]), strict=True))
+        decoded = dict(
+            zip(
+                jpegs,
+                self._decoded([encoded for encoded in data if encoded is not None]),
+                strict=True,
+            )
+        )
         corner, sides, made, start = placed(batch, self._split, self._size)
         for i, encoded in enumerate(data):
             image = decoded.get(i)
@@ -84,11 +112,21 @@ class GpuEngine:
             if upright is None:
                 out[i] = self._replaced(batch, i)
             else:
-                place(upright, corner[i], sides[i], made[i].astype(int), start[i], bool(batch.flips[i]), out[i])
+                place(
+                    upright,
+                    corner[i],
+                    sides[i],
+                    made[i].astype(int),
+                    start[i],
+                    bool(batch.flips[i]),
+                    out[i],
+                )
         return out
 
     def _decoded(self, data: list[Tensor]) -> list[Tensor | None]:
-        """None for what the device cannot decode: together they fail together, so then each is tried alone."""
+        """None for what the device cannot decode: together they fail together, so then each is
+        tried alone.
+        """
         if not data:
             return []
         try:
@@ -113,7 +151,14 @@ class GpuEngine:
 
     def _replaced(self, batch: Batch, i: int) -> Tensor:
         image = int(batch.images[i])
-        pixels = stand_in(self._split, image, batch.boxes[i], bool(batch.flips[i]), self._size, self.damaged[image])
+        pixels = stand_in(
+            self._split,
+            image,
+            batch.boxes[i],
+            bool(batch.flips[i]),
+            self._size,
+            self.damaged[image],
+        )
         return torch.from_numpy(np.array(pixels)).to(self._device)
 
     def close(self) -> None:
@@ -136,13 +181,19 @@ def turned(image: Tensor, encoded: Tensor) -> Tensor | None:
     return image.flip(backwards) if backwards else image
 
 
-def place(image: Tensor, corner: Any, sides: Any, made: Any, start: Any, flip: bool, out: Tensor) -> None:
+def place(
+    image: Tensor, corner: Any, sides: Any, made: Any, start: Any, flip: bool, out: Tensor
+) -> None:
     """Resizes a part of image (3, H, W) and puts it into out (size, size, 3): see `placed`."""
     (top, left), (height, width) = corner.tolist(), sides.tolist()
     part = image[None, :, top : top + height, left : left + width].float()
-    part = torch.nn.functional.interpolate(part, made.tolist(), mode="bilinear", antialias=True, align_corners=False)
+    part = torch.nn.functional.interpolate(
+        part, made.tolist(), mode="bilinear", antialias=True, align_corners=False
+    )
     square = torch.zeros(3, *out.shape[:2], device=image.device)
     (row, column), (rows, columns) = (-start).tolist(), part.shape[2:]
     inside = square[:, row : row + rows, column : column + columns]
     inside.copy_(part[0, :, : inside.shape[1], : inside.shape[2]])
-    out.copy_((square.flip(2) if flip else square).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0))
+    out.copy_(
+        (square.flip(2) if flip else square).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+    )

@@ -1,4 +1,6 @@
-"""Small images of one size, such as CIFAR's, are decoded once and kept: cropping them costs less than handing them over."""
+"""Small images of one size, such as CIFAR's, are decoded once and kept: cropping them costs less
+than handing them over.
+"""
 
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
@@ -9,9 +11,9 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 from PIL import Image
 
+from fastlt.data.plan import Batch
 from fastlt.decode.images import fill_box
 from fastlt.packing.reader import Split, check_shards, identity, picture
-from fastlt.data.plan import Batch
 from fastlt.utils.files import whole_file
 from fastlt.utils.lock import in_turn
 
@@ -25,7 +27,9 @@ def fits(split: Split) -> bool:
         return False
     height, width = int(split.height[0]), int(split.width[0])
     one_size = bool((split.height == height).all() and (split.width == width).all())
-    return one_size and max(height, width) <= MAX_SIDE and 3 * height * width * len(split) <= MAX_BYTES
+    return (
+        one_size and max(height, width) <= MAX_SIDE and 3 * height * width * len(split) <= MAX_BYTES
+    )
 
 
 def decoded(split: Split) -> np.ndarray:
@@ -37,13 +41,17 @@ def decoded(split: Split) -> np.ndarray:
 
 
 class ResidentEngine:
-    """Decodes all images at the start; on a GPU they are kept, cropped and flipped there. Raises UserError naming a damaged one.
+    """Decodes all images at the start; on a GPU they are kept, cropped and flipped there.
 
-    shared: a folder where what is decoded is kept as a file that is mapped into memory, once for all processes that train on the
-    same images.
+    Raises UserError naming a damaged one.
+
+    shared: a folder where what is decoded is kept as a file that is mapped into memory, once for
+    all processes that train on the same images.
     """
 
-    def __init__(self, split: Split, size: int, device: torch.device, shared: Path | None = None) -> None:
+    def __init__(
+        self, split: Split, size: int, device: torch.device, shared: Path | None = None
+    ) -> None:
         check_shards(split)
         self.damaged: dict[int, str] = {}
         self._size, self._device = size, device
@@ -53,34 +61,53 @@ class ResidentEngine:
         self._send()
 
     def _kept(self, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """What is made, in memory or, where it is to be shared, in a file, which may be there already."""
+        """What is made, in memory or, where it is to be shared, in a file, which may be there
+        already.
+        """
         if self._shared is None:
             return make()
         path = self._shared / f"{identity(self._split)}-{self._margin}.npy"
-        with in_turn(path.with_suffix(".lock")):  # of processes that begin together, one makes it and the others wait
+        with in_turn(
+            path.with_suffix(".lock")
+        ):  # of processes that begin together, one makes it and the others wait
             if not path.is_file():
                 with whole_file(path) as temporary, temporary.open("wb") as file:
                     np.save(file, make())
             return np.load(path, mmap_mode="r")
 
     def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
-        """The images of each batch, (n, size, size, 3) uint8, the caller's to keep; crops of their own size on the device."""
+        """The images of each batch, (n, size, size, 3) uint8, the caller's to keep; crops of their
+        own size on the device.
+        """
         for batch in batches:
             if (batch.boxes[:, 2:] == self._size).all():
                 self._surround(self._overhang(batch.boxes[:, 0], batch.boxes[:, 1]))
-                yield torch.from_numpy(self._shifted(batch)) if self._there is None else self._shifted_there(batch, self._there)
+                yield (
+                    torch.from_numpy(self._shifted(batch))
+                    if self._there is None
+                    else self._shifted_there(batch, self._there)
+                )
             else:
                 yield torch.from_numpy(self._resized(batch))
 
     def _shifted_there(self, batch: Batch, images: torch.Tensor) -> torch.Tensor:
         """As _shifted, on the device."""
-        rows = np.stack([batch.images, batch.boxes[:, 0] + self._margin, batch.boxes[:, 1] + self._margin, batch.flips])
+        rows = np.stack(
+            [
+                batch.images,
+                batch.boxes[:, 0] + self._margin,
+                batch.boxes[:, 1] + self._margin,
+                batch.flips,
+            ]
+        )
         places = torch.from_numpy(rows.astype(np.int64))
         places = places.pin_memory() if images.is_cuda else places
         return shifted(images, places.to(self._device, non_blocking=True), self._size)
 
     def _shifted(self, batch: Batch) -> np.ndarray:
-        """Crops of the output's own size, by one gather out of all possible windows: numpy does it faster than torch."""
+        """Crops of the output's own size, by one gather out of all possible windows: numpy does it
+        faster than torch.
+        """
         size, images = self._size, self._images
         top, left = batch.boxes[:, 0], batch.boxes[:, 1]
         count, height, width, _ = images.shape
@@ -105,13 +132,16 @@ class ResidentEngine:
         if margin > self._margin:
             more, bare = margin - self._margin, self._images
             self._margin = margin
-            self._images = self._kept(lambda: np.pad(bare, ((0, 0), (more, more), (more, more), (0, 0))))
+            self._images = self._kept(
+                lambda: np.pad(bare, ((0, 0), (more, more), (more, more), (0, 0)))
+            )
             self._send()
 
     def _send(self) -> None:
         self._there: torch.Tensor | None = None
         if self._device.type != "cpu":
-            mine = self._images if self._shared is None else np.array(self._images)  # torch wants memory that may be written to
+            # torch wants memory that may be written to
+            mine = self._images if self._shared is None else np.array(self._images)
             self._there = torch.from_numpy(mine).to(self._device)
 
     def _resized(self, batch: Batch) -> np.ndarray:
@@ -127,10 +157,14 @@ class ResidentEngine:
 
 
 def shifted(images: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
-    """Windows (n, size, size, 3) of images (N, H, W, 3) uint8; places (4, n) int64: image, top, left, and 1 to mirror it."""
+    """Windows (n, size, size, 3) of images (N, H, W, 3) uint8; places (4, n) int64: image, top,
+    left, and 1 to mirror it.
+    """
     count, height, width, channels = images.shape
     image, top, left, flip = places.unbind()
     steps = images.stride()
     shape = (count, height - size + 1, width - size + 1, size, size * channels)
-    crops = images.as_strided(shape, (*steps[:3], steps[1], 1))[image, top, left].view(-1, size, size, channels)
+    crops = images.as_strided(shape, (*steps[:3], steps[1], 1))[image, top, left].view(
+        -1, size, size, channels
+    )
     return torch.where(flip.bool()[:, None, None, None], crops.flip(2), crops)

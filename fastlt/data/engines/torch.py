@@ -1,4 +1,7 @@
-"""The `torch` engine: the worker processes of a DataLoader. With exact decoding it is the reference, Pillow alone."""
+"""The `torch` engine: the worker processes of a DataLoader.
+
+With exact decoding it is the reference, Pillow alone.
+"""
 
 import ctypes
 import signal
@@ -14,13 +17,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastlt.data.damage import stand_in
-from fastlt.decode.images import fill_box
-from fastlt.packing.reader import Split, check_shards, picture
 from fastlt.data.plan import Batch
+from fastlt.decode.images import fill_box
 from fastlt.decode.region import decode_boxes
 from fastlt.errors import UserError
+from fastlt.packing.reader import Split, check_shards, picture
 
-Made = tuple[torch.Tensor, dict[int, str]]  # images, and those that could not be decoded, with the reason
+# images, and those that could not be decoded, with the reason
+Made = tuple[torch.Tensor, dict[int, str]]
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 PATIENCE = 300  # seconds for one batch: far more than any takes, but not for ever
 
@@ -30,7 +34,9 @@ ADVICE = "try fewer data.workers, and `fastlt pack --verify` if a shard may have
 
 @contextmanager
 def dead_workers_in_words() -> Iterator[None]:
-    """PyTorch tells of a worker that was killed by an error that may come up anywhere in the main thread, at any moment."""
+    """PyTorch tells of a worker that was killed by an error that may come up anywhere in the main
+    thread, at any moment.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -40,13 +46,18 @@ def dead_workers_in_words() -> Iterator[None]:
 
 
 class TorchEngine:
-    """A worker makes a whole batch, so no image is copied twice. workers 0: in this thread. Workers last until `close`.
+    """A worker makes a whole batch, so no image is copied twice. workers 0: in this thread.
 
-    decode: `exact`, or `region` for JPEGs (see region.py). An image that cannot be decoded is a UserError if `strict`; else
-    another one of its class takes its place, and `damaged` says why, by image.
+    Workers last until `close`.
+
+    decode: `exact`, or `region` for JPEGs (see region.py). An image that cannot be decoded is a
+    UserError if `strict`; else another one of its class takes its place, and `damaged` says why, by
+    image.
     """
 
-    def __init__(self, split: Split, size: int, workers: int, decode: str = "exact", strict: bool = True) -> None:
+    def __init__(
+        self, split: Split, size: int, workers: int, decode: str = "exact", strict: bool = True
+    ) -> None:
         check_shards(split)
         self.damaged: dict[int, str] = {}
         self._dataset = BatchDataset(split, size, decode == "region", strict)
@@ -58,7 +69,8 @@ class TorchEngine:
     def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
         """The images of each batch, (n, size, size, 3) uint8, the caller's to keep.
 
-        Raises UserError that names a damaged image, or where a worker dies. One epoch at a time: RuntimeError otherwise.
+        Raises UserError that names a damaged image, or where a worker dies. One epoch at a time:
+        RuntimeError otherwise.
         """
         if self._reading:
             raise RuntimeError("the engine is still in another epoch: close its iterator first")
@@ -80,7 +92,8 @@ class TorchEngine:
 
     def _start(self) -> Iterator[Made | str]:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: `introduce` says so
+            # more workers than cores: `introduce` says so
+            warnings.filterwarnings("ignore", "This DataLoader will create")
             return iter(self._made())
 
     def _made(self) -> DataLoader:
@@ -88,11 +101,19 @@ class TorchEngine:
             several = self._workers > 0
             # A fork of a process that is fetching shards inherits its locks, and never gets them.
             self._loader = DataLoader(
-                self._dataset, batch_size=None, sampler=self._epoch, num_workers=self._workers,
-                persistent_workers=several, timeout=PATIENCE if several else 0,
-                worker_init_fn=partial(begin_worker, threading.current_thread() is threading.main_thread()),
-                multiprocessing_context="spawn" if several and self._dataset.split.remote is not None else None,
-            )  # fmt: skip
+                self._dataset,
+                batch_size=None,
+                sampler=self._epoch,
+                num_workers=self._workers,
+                persistent_workers=several,
+                timeout=PATIENCE if several else 0,
+                worker_init_fn=partial(
+                    begin_worker, threading.current_thread() is threading.main_thread()
+                ),
+                multiprocessing_context="spawn"
+                if several and self._dataset.split.remote is not None
+                else None,
+            )
         return self._loader
 
     def close(self) -> None:
@@ -108,12 +129,16 @@ class BatchDataset(Dataset):
         self._sound = np.zeros(len(split), bool)  # images that were decoded before
 
     def __getitem__(self, batch: Batch) -> Made | str:
-        """(n, size, size, 3) uint8, or what the user must be told: an exception would come out of a worker as a traceback."""
+        """(n, size, size, 3) uint8, or what the user must be told: an exception would come out of a
+        worker as a traceback.
+        """
         out = np.empty((len(batch.images), self.size, self.size, 3), np.uint8)
         damaged: dict[int, str] = {}
         try:
             for i in np.flatnonzero(~self._regions(batch, out)).tolist():
-                out[i] = self.exact(int(batch.images[i]), batch.boxes[i], bool(batch.flips[i]), damaged)
+                out[i] = self.exact(
+                    int(batch.images[i]), batch.boxes[i], bool(batch.flips[i]), damaged
+                )
         except UserError as error:
             return str(error)
         return torch.from_numpy(out), damaged
@@ -128,7 +153,9 @@ class BatchDataset(Dataset):
         return decode_boxes(addresses, split.size[images], *sides, batch.boxes, batch.flips, out)
 
     def exact(self, image: int, box: np.ndarray, flip: bool, damaged: dict[int, str]) -> np.ndarray:
-        """(size, size, 3) uint8 of one image, or of its stand-in, which is noted in `damaged`; UserError if strict."""
+        """(size, size, 3) uint8 of one image, or of its stand-in, which is noted in `damaged`;
+        UserError if strict.
+        """
         try:
             found = picture(self.split, image, bool(self._sound[image]))
             self._sound[image] = True
@@ -141,8 +168,10 @@ class BatchDataset(Dataset):
 
 
 def begin_worker(by_main_thread: bool, number: int) -> None:
-    """Signals, which often go to the whole group, are for the training, which ends its workers; where it was killed itself, the
-    system does: with the thread that made them, so that it must be the one that lives longest."""
+    """Signals, which often go to the whole group, are for the training, which ends its workers;
+    where it was killed itself, the system does: with the thread that made them, so that it must be
+    the one that lives longest.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if by_main_thread and sys.platform == "linux":

@@ -1,4 +1,6 @@
-"""The dali engine on a CPU: the plan's images, near to the other engines', whatever is left early or damaged."""
+"""The dali engine on a CPU: the plan's images, near to the other engines', whatever is left early
+or damaged.
+"""
 
 import shutil
 
@@ -6,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastlt.data.geometry import Geometry
-from fastlt.packing.reader import Pack, open_pack
-from fastlt.data.plan import Batch, Plan, Sampling
 from fastlt.data.engines.torch import TorchEngine
+from fastlt.data.geometry import Geometry
+from fastlt.data.plan import Batch, Plan, Sampling
 from fastlt.errors import UserError
+from fastlt.packing.reader import Pack, open_pack
 
 pytest.importorskip("nvidia.dali", reason="no DALI here: it comes with the extra `dali`")
 
@@ -23,7 +25,8 @@ CROPS = {
     "pad-crop": Geometry("pad-crop", 24, flip=True, padding=8),
     "centre-crop": Geometry("centre-crop", 24, resize=30),
 }
-DIFFERENCE = 4  # grey levels on average: a triangle of weights where the other engines average over areas
+# grey levels on average: a triangle of weights where the other engines average over areas
+DIFFERENCE = 4
 
 
 def batches_of(pack: Pack, crop: str, epochs: int = 2) -> list[Batch]:
@@ -42,7 +45,8 @@ def engine(mixed_pack):
 def test_every_kind_of_image_is_near_to_the_reference(mixed_pack, engine, crop):
     batches = batches_of(mixed_pack, crop)
     wanted = TorchEngine(mixed_pack.train, 24, 0).batches(batches)
-    tiny = next(i for i in range(len(mixed_pack.train)) if mixed_pack.train.key(i) == "a/tiny.jpg")  # 3 by 5: a pixel is a quarter
+    # 3 by 5: a pixel is a quarter
+    tiny = next(i for i in range(len(mixed_pack.train)) if mixed_pack.train.key(i) == "a/tiny.jpg")
     for batch, made, reference in zip(batches, engine.batches(batches), wanted, strict=True):
         assert made.shape == (len(batch.images), 24, 24, 3) and made.dtype == torch.uint8
         difference = (made.int() - reference.int()).abs().float().mean((1, 2, 3)).numpy()
@@ -51,14 +55,16 @@ def test_every_kind_of_image_is_near_to_the_reference(mixed_pack, engine, crop):
 
 
 def test_photos_are_near_to_the_reference(shared_data, tmp_path):
-    from .conftest import pack_folders
+    from helpers.scenes import pack_folders
 
     folder = tmp_path / "photos" / "images"
     folder.mkdir(parents=True)
     for source in sorted((shared_data / "photos/images").glob("*/*"))[::10]:
         (folder / source.name).symlink_to(source)
     pack = pack_folders(tmp_path / "photos", tmp_path / "photos", tmp_path / "pack")
-    plan = Plan(pack.train, 1, 1, Geometry("random-resized-crop", 224, flip=True), Sampling(), 16, 0)
+    plan = Plan(
+        pack.train, 1, 1, Geometry("random-resized-crop", 224, flip=True), Sampling(), 16, 0
+    )
     made = torch.cat(list(DaliEngine(pack.train, 224, 2, CPU).batches(plan.epoch(0)))).int()
     wanted = torch.cat(list(TorchEngine(pack.train, 224, 0).batches(plan.epoch(0)))).int()
     assert (made - wanted).abs().float().mean() < 3  # grey levels
@@ -104,13 +110,21 @@ def damaged(mixed_pack, tmp_path) -> tuple[Pack, int]:
 def test_a_damaged_image_is_replaced_and_the_rest_goes_on(damaged):
     pack, image = damaged
     batches = batches_of(pack, "centre-crop")
-    engine, reference = (make(pack.train) for make in (
-        lambda split: DaliEngine(split, 24, 2, CPU, strict=False), lambda split: TorchEngine(split, 24, 0, strict=False),
-    ))  # fmt: skip
-    for batch, made, wanted in zip(batches, engine.batches(batches), reference.batches(batches), strict=True):
+    engine, reference = (
+        make(pack.train)
+        for make in (
+            lambda split: DaliEngine(split, 24, 2, CPU, strict=False),
+            lambda split: TorchEngine(split, 24, 0, strict=False),
+        )
+    )
+    for batch, made, wanted in zip(
+        batches, engine.batches(batches), reference.batches(batches), strict=True
+    ):
         replaced = torch.from_numpy(batch.images == image)
         assert torch.equal(made[replaced], wanted[replaced])
-        assert (made[~replaced].int() - wanted[~replaced].int()).abs().float().mean() < 8  # DALI's own weights
+        assert (
+            made[~replaced].int() - wanted[~replaced].int()
+        ).abs().float().mean() < 8  # DALI's own weights
     assert list(engine.damaged) == list(reference.damaged) == [image]
 
 
@@ -129,5 +143,7 @@ def test_without_a_gpu_the_gpu_is_refused(mixed_pack):
 def test_flips_are_the_plans(mixed_pack, engine):
     images = np.arange(4)
     boxes = np.tile(np.array([0, 0, 40, 40], np.int32), (4, 1))
-    plain, flipped = engine.batches([Batch(images, images * 0, boxes, np.full(4, flip)) for flip in (False, True)])
+    plain, flipped = engine.batches(
+        [Batch(images, images * 0, boxes, np.full(4, flip)) for flip in (False, True)]
+    )
     assert torch.equal(plain.flip(2), flipped) and not torch.equal(plain, flipped)

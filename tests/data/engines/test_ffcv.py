@@ -11,26 +11,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.scenes import mixed_images, pack_folders
 from PIL import Image
 
 from fastlt.data.engines.ffcv import native
-from fastlt.data.geometry import Geometry
 from fastlt.data.engines.ffcv.engine import FfcvEngine, write_beton
-from fastlt.decode.images import decode, fill_box
-from fastlt.data.loader import Loader, choose_engine
-from fastlt.packing.reader import Pack, open_pack
-from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
 from fastlt.data.engines.torch import TorchEngine
+from fastlt.data.geometry import Geometry
+from fastlt.data.loader import Loader, choose_engine
+from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
+from fastlt.decode.images import decode, fill_box
 from fastlt.errors import UserError
-
-from .conftest import mixed_images, pack_folders
+from fastlt.packing.reader import Pack, open_pack
 
 try:
     parts, jit = native.import_ffcv()
 except UserError as missing:
     pytest.skip(f"no FFCV here: {missing}", allow_module_level=True)
 
-TALL_DIFFERENCE = 1  # grey level: Pillow 13 resizes tall images vertically first, and the 8 bits between the passes round otherwise
+# grey level: Pillow 13 resizes tall images vertically first, and the 8 bits between the passes
+# round otherwise
+TALL_DIFFERENCE = 1
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,9 @@ def reference(split, batches) -> list[torch.Tensor]:
     return list(TorchEngine(split, 24, 0).batches(batches))
 
 
-def assert_same(split, batches: list[Batch], made: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+def assert_same(
+    split, batches: list[Batch], made: list[torch.Tensor], wanted: list[torch.Tensor]
+) -> None:
     """Bit for bit, but for tall images."""
     assert len(made) == len(wanted) == len(batches)
     for batch, ours, theirs in zip(batches, made, wanted, strict=True):
@@ -84,7 +87,11 @@ def assert_same(split, batches: list[Batch], made: list[torch.Tensor], wanted: l
 )
 def test_every_kind_of_image_is_as_the_torch_engine_has_it(mixed, engine, geometry):
     split = mixed[0].train
-    batches = [b for epoch in range(3) for b in Plan(split, 1, 1, geometry, Sampling(), 5, seed=1).epoch(epoch)]
+    batches = [
+        b
+        for epoch in range(3)
+        for b in Plan(split, 1, 1, geometry, Sampling(), 5, seed=1).epoch(epoch)
+    ]
     assert_same(split, batches, list(engine.batches(batches)), reference(split, batches))
 
 
@@ -92,7 +99,9 @@ def test_crops_of_the_output_size_are_copied_bit_for_bit(mixed, engine):
     split = mixed[0].train
     rng = np.random.default_rng(0)
     images = np.arange(len(split)).repeat(12)
-    boxes = np.column_stack([rng.integers(-30, 50, (len(images), 2)), np.full((len(images), 2), 24)]).astype(np.int32)
+    boxes = np.column_stack(
+        [rng.integers(-30, 50, (len(images), 2)), np.full((len(images), 2), 24)]
+    ).astype(np.int32)
     batch = Batch(images, images * 0, boxes, rng.random(len(images)) < 0.5)
     (made,), (wanted,) = engine.batches([batch]), reference(split, [batch])
     assert torch.equal(made, wanted)
@@ -101,13 +110,23 @@ def test_crops_of_the_output_size_are_copied_bit_for_bit(mixed, engine):
 def test_small_raw_images_are_bit_identical(small_pack, tmp_path):
     pack = open_pack(small_pack)
     write_beton(pack.train, tmp_path / "train.beton", 1)
-    batches = list(Plan(pack.train, 3, 5, Geometry("pad-crop", 16, flip=True), Sampling(budget=9), 8, 2).epoch(0))
+    batches = list(
+        Plan(pack.train, 3, 5, Geometry("pad-crop", 16, flip=True), Sampling(budget=9), 8, 2).epoch(
+            0
+        )
+    )
     made = FfcvEngine(pack.train, 16, 2, tmp_path / "train.beton").batches(batches)
-    assert all(torch.equal(a, b) for a, b in zip(made, TorchEngine(pack.train, 16, 0).batches(batches), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(made, TorchEngine(pack.train, 16, 0).batches(batches), strict=True)
+    )
 
 
 def test_photos_are_the_same_in_both_engines(shared_data, tmp_path):
-    for name, sources in {"photos": sorted((shared_data / "photos/images").glob("*/*"))[::4], "edge": []}.items():
+    for name, sources in {
+        "photos": sorted((shared_data / "photos/images").glob("*/*"))[::4],
+        "edge": [],
+    }.items():
         folder = tmp_path / name / "images"
         folder.mkdir(parents=True)
         for source in sources or sorted((shared_data / "photos/edge_cases").iterdir()):
@@ -117,21 +136,43 @@ def test_photos_are_the_same_in_both_engines(shared_data, tmp_path):
     for split in (pack.train, pack.val):
         beton = tmp_path / f"{split.name}.beton"
         write_beton(split, beton, 1)
-        batches = list(Plan(split, 1, 1, Geometry("random-resized-crop", 224, flip=True), Sampling(), 32, 0).epoch(0))
-        made, wanted = list(FfcvEngine(split, 224, 2, beton).batches(batches)), list(TorchEngine(split, 224, 0).batches(batches))
+        batches = list(
+            Plan(
+                split, 1, 1, Geometry("random-resized-crop", 224, flip=True), Sampling(), 32, 0
+            ).epoch(0)
+        )
+        made, wanted = (
+            list(FfcvEngine(split, 224, 2, beton).batches(batches)),
+            list(TorchEngine(split, 224, 0).batches(batches)),
+        )
         assert_same(split, batches, made, wanted)
-        difference = torch.cat([(a.int() - b.int()).abs().flatten() for a, b in zip(made, wanted, strict=True)])
+        difference = torch.cat(
+            [(a.int() - b.int()).abs().flatten() for a, b in zip(made, wanted, strict=True)]
+        )
         assert difference.float().mean() < 0.05  # grey levels; measured: 0.01
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 60), (24, 24), (500, 511), (25, 1000), (13, 24), (7, 9), (1, 1)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(40, 60), (24, 24), (500, 511), (25, 1000), (13, 24), (7, 9), (1, 1)]
+)
 def test_the_compiled_resize_is_pillows(height, width):
-    pixels = np.random.default_rng(height).integers(0, 256, (height + 3, max(width, height) + 5, 3)).astype(np.uint8)
+    pixels = (
+        np.random.default_rng(height)
+        .integers(0, 256, (height + 3, max(width, height) + 5, 3))
+        .astype(np.uint8)
+    )
     out = np.empty((24, 24, 3), np.uint8)
-    for box in ((0, 0, height, width), (2, 1, height, width), (-1, 4, height, width), (0, 0, height + 9, width)):
+    for box in (
+        (0, 0, height, width),
+        (2, 1, height, width),
+        (-1, 4, height, width),
+        (0, 0, height + 9, width),
+    ):
         for flip in (False, True):
             jit.fill_box(pixels, *box, flip, out)
-            assert np.array_equal(out, fill_box(Image.fromarray(pixels), np.array(box), flip, 24)), (box, flip)
+            assert np.array_equal(
+                out, fill_box(Image.fromarray(pixels), np.array(box), flip, 24)
+            ), (box, flip)
 
 
 # --- iterating
@@ -140,8 +181,12 @@ def test_the_compiled_resize_is_pillows(height, width):
 def test_one_image_comes_as_often_and_as_differently_as_the_plan_has_it(mixed, engine):
     split = mixed[0].train
     image = int(np.argmax(split.width))
-    boxes = np.array([[0, 0, 100, 100], [10, 20, 24, 24], [50, 0, 200, 300], [0, 0, 100, 100]], np.int32)
-    batch = Batch(np.full(4, image), np.zeros(4, np.int64), boxes, np.array([False, True, False, True]))
+    boxes = np.array(
+        [[0, 0, 100, 100], [10, 20, 24, 24], [50, 0, 200, 300], [0, 0, 100, 100]], np.int32
+    )
+    batch = Batch(
+        np.full(4, image), np.zeros(4, np.int64), boxes, np.array([False, True, False, True])
+    )
     (made,), (wanted,) = engine.batches([batch]), reference(split, [batch])
     assert torch.equal(made, wanted)
     assert torch.equal(made[0].flip(1), made[3]) and not torch.equal(made[0], made[2])
@@ -160,7 +205,9 @@ def test_one_engine_serves_many_epochs_and_batch_sizes(mixed, engine, plan):
 def test_kept_batches_are_not_overwritten(mixed, engine, plan):
     batches = [batch for epoch in range(4) for batch in plan.epoch(epoch)]
     assert len(batches) == 16
-    assert_same(mixed[0].train, batches, list(engine.batches(batches)), reference(mixed[0].train, batches))
+    assert_same(
+        mixed[0].train, batches, list(engine.batches(batches)), reference(mixed[0].train, batches)
+    )
 
 
 def test_two_engines_run_at_once(mixed, engine, plan):
@@ -216,7 +263,9 @@ def test_torch_keeps_its_threads(mixed, plan):
     )
     job = mixed[1].with_name("job.pkl")
     job.write_bytes(pickle.dumps((mixed[0].train, list(plan.epoch(0)), mixed[1])))
-    done = subprocess.run([sys.executable, "-c", code, str(job)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(job)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -267,7 +316,10 @@ def test_jpeg_bytes_are_stored_untouched_and_the_rest_without_loss(mixed):
         if record["mode"] == jit.JPEG:
             assert stored.tobytes() == bytes(split.read(image))
         else:
-            assert np.array_equal(stored.reshape(split.height[image], split.width[image], 3), decode(split.read(image)))
+            assert np.array_equal(
+                stored.reshape(split.height[image], split.width[image], 3),
+                decode(split.read(image)),
+            )
     assert modes[jit.RAW] == {"cmyk.jpg", "colour.png", "grey_png.png", "webp.webp"}
     assert len(modes[jit.JPEG]) == 12
 
@@ -280,7 +332,10 @@ def test_nothing_straddles_a_page(mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(beton, "_page_size", lambda split: 2**14)
     write_beton(mixed[0].train, tmp_path / "paged.beton", 1)
     reader = Reader(str(tmp_path / "paged.beton"), {parts.FIELD: parts.ImageField})
-    first, last = reader.alloc_table["ptr"], reader.alloc_table["ptr"] + reader.alloc_table["size"] - 1
+    first, last = (
+        reader.alloc_table["ptr"],
+        reader.alloc_table["ptr"] + reader.alloc_table["size"] - 1,
+    )
     assert reader.page_size == 2**14 and (first // 2**14 == last // 2**14).all()
     assert last.max() > 2**14
     batches = list(evaluation_batches(mixed[0].train, Geometry("centre-crop", 24), 7))
@@ -293,7 +348,8 @@ def test_the_page_holds_the_largest_image(mixed):
 
     split = mixed[0].train
     assert _page_size(split) == 8 * 2**20
-    assert _page_size(replace(split, height=split.height * 10, width=split.width * 10)) == 2**26  # 3000 x 4100 pixels: 37 MB
+    # 3000 x 4100 pixels: 37 MB
+    assert _page_size(replace(split, height=split.height * 10, width=split.width * 10)) == 2**26
     assert _page_size(replace(split, size=split.size + 2**23)) == 2**24
     with pytest.raises(UserError, match=r"larger than FFCV's file format can hold"):
         _page_size(replace(split, height=split.height * 100, width=split.width * 100))
@@ -310,11 +366,15 @@ def test_a_jpeg_that_libjpeg_only_warns_of_is_stored_as_pixels(tmp_path):
     folder.mkdir(parents=True)
     sound = mixed_images()["large.jpg"]
     (folder / "sound.jpg").write_bytes(sound)
-    (folder / "odd.jpg").write_bytes(sound[:20] + b"\xff\x00" + sound[20:])  # extraneous bytes before the second marker
+    # extraneous bytes before the second marker
+    (folder / "odd.jpg").write_bytes(sound[:20] + b"\xff\x00" + sound[20:])
     split = pack_folders(tmp_path / "images", tmp_path / "images", tmp_path / "pack").train
     write_beton(split, tmp_path / "odd.beton", 1)
     records = stored_records(tmp_path / "odd.beton")[0]
-    modes = {split.key(image).rsplit("/", 1)[-1]: int(record["mode"]) for image, record in enumerate(records)}
+    modes = {
+        split.key(image).rsplit("/", 1)[-1]: int(record["mode"])
+        for image, record in enumerate(records)
+    }
     assert modes == {"sound.jpg": jit.JPEG, "odd.jpg": jit.RAW}
     batches = list(evaluation_batches(split, Geometry("centre-crop", 24), 2))
     (images,) = FfcvEngine(split, 24, 1, tmp_path / "odd.beton").batches(batches)
@@ -369,7 +429,9 @@ def test_a_file_that_shrinks_or_goes_while_it_is_read_ends_the_epoch(mixed, copi
 
 
 def test_a_file_that_is_none_or_of_another_split_is_refused(mixed, copied, small_pack):
-    with pytest.raises(UserError, match=r"copy\.beton does not hold the images of .*train: pack again"):
+    with pytest.raises(
+        UserError, match=r"copy\.beton does not hold the images of .*train: pack again"
+    ):
         FfcvEngine(open_pack(small_pack).train, 24, 1, copied)
     copied.write_bytes(b"\xff" * 10_000)
     with pytest.raises(UserError, match=r"copy\.beton is damaged"):
@@ -400,7 +462,9 @@ def test_a_damaged_jpeg_is_named_and_never_delivered(mixed, copied, how):
     engine = FfcvEngine(split, 24, 2, copied)
     batches = list(evaluation_batches(split, Geometry("centre-crop", 24), 1))
     delivered = []
-    with pytest.raises(UserError, match=rf"copy\.beton: .*{split.shards[0]}:{split.key(image)} cannot be decoded"):
+    with pytest.raises(
+        UserError, match=rf"copy\.beton: .*{split.shards[0]}:{split.key(image)} cannot be decoded"
+    ):
         delivered.extend(engine.batches(batches))
     assert len(delivered) == image
     assert len(list(engine.batches(batches[:image]))) == image
@@ -412,13 +476,26 @@ def test_a_damaged_jpeg_is_named_and_never_delivered(mixed, copied, how):
 
 def test_auto_takes_ffcv_where_the_file_is(mixed, plan):
     pack, beton = mixed
-    assert choose_engine(pack.train, [], "auto") == choose_engine(pack.train, [beton], "torch") == "torch"
-    assert choose_engine(pack.train, [beton], "auto") == choose_engine(pack.train, [beton], "ffcv") == "ffcv"
+    assert (
+        choose_engine(pack.train, [], "auto")
+        == choose_engine(pack.train, [beton], "torch")
+        == "torch"
+    )
+    assert (
+        choose_engine(pack.train, [beton], "auto")
+        == choose_engine(pack.train, [beton], "ffcv")
+        == "ffcv"
+    )
     front = Loader(pack.train, 24, "auto", 2, [beton])
     pairs = list(front.iterate(plan.epoch(0)))
     front.close()
     assert front.engine_name == "ffcv"
-    assert_same(pack.train, [batch for batch, _ in pairs], [x for _, x in pairs], reference(pack.train, plan.epoch(0)))
+    assert_same(
+        pack.train,
+        [batch for batch, _ in pairs],
+        [x for _, x in pairs],
+        reference(pack.train, plan.epoch(0)),
+    )
 
 
 def test_small_images_stay_in_memory_even_so_unless_ffcv_is_asked_for(small_pack, tmp_path):

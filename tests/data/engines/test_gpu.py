@@ -1,20 +1,22 @@
-"""`data.decode=gpu`: all but the decoder itself on whatever device there is, and the decoder where there is a GPU."""
+"""`data.decode=gpu`: all but the decoder itself on whatever device there is, and the decoder where
+there is a GPU.
+"""
 
 import numpy as np
 import pytest
 import torch
+from helpers.scenes import by_pillow, saved, scene
 
-from fastlt.data.geometry import Geometry
 from fastlt.data.engines.gpu import GpuEngine, torchvision_decoder, turned
-from fastlt.decode.images import decode
-from fastlt.data.plan import Plan, Sampling
 from fastlt.data.engines.torch import TorchEngine
+from fastlt.data.geometry import Geometry
+from fastlt.data.plan import Plan, Sampling
+from fastlt.decode.images import decode
 from fastlt.errors import UserError
 
-from .conftest import by_pillow, saved, scene
-
 CPU = torch.device("cpu")
-DIFFERENCE = 4  # grey levels on average: a triangle of weights where the other engines average over areas
+# grey levels on average: a triangle of weights where the other engines average over areas
+DIFFERENCE = 4
 
 
 @pytest.mark.parametrize(
@@ -28,12 +30,22 @@ DIFFERENCE = 4  # grey levels on average: a triangle of weights where the other 
 )
 def test_every_kind_of_image_is_near_to_the_reference(mixed_pack, geometry):
     split = mixed_pack.train
-    batches = [batch for epoch in range(2) for batch in Plan(split, 1, 1, geometry, Sampling(), 5, seed=1).epoch(epoch)]
+    batches = [
+        batch
+        for epoch in range(2)
+        for batch in Plan(split, 1, 1, geometry, Sampling(), 5, seed=1).epoch(epoch)
+    ]
     engine = GpuEngine(split, 24, 2, CPU, decode=by_pillow)
     tiny = next(i for i in range(len(split)) if split.key(i) == "a/tiny.jpg")
-    for batch, made, wanted in zip(batches, engine.batches(batches), TorchEngine(split, 24, 0).batches(batches), strict=True):
+    for batch, made, wanted in zip(
+        batches, engine.batches(batches), TorchEngine(split, 24, 0).batches(batches), strict=True
+    ):
         difference = (made.int() - wanted.int()).abs().float().mean((1, 2, 3)).numpy()
-        assert made.dtype == torch.uint8 and (difference[batch.images != tiny] < DIFFERENCE).all() and (difference < 12).all()
+        assert (
+            made.dtype == torch.uint8
+            and (difference[batch.images != tiny] < DIFFERENCE).all()
+            and (difference < 12).all()
+        )
     engine.close()
 
 
@@ -53,7 +65,9 @@ def test_what_fails_on_the_device_is_replaced_or_stops(mixed_pack):
         raise RuntimeError("out of order")
 
     engine = GpuEngine(split, 24, 2, CPU, decode=never)
-    for made, wanted in zip(engine.batches(batches), TorchEngine(split, 24, 0).batches(batches), strict=True):
+    for made, wanted in zip(
+        engine.batches(batches), TorchEngine(split, 24, 0).batches(batches), strict=True
+    ):
         assert (made.int() - wanted.int()).abs().float().mean() < DIFFERENCE  # by Pillow
     assert not engine.damaged
 
@@ -66,9 +80,15 @@ def test_without_a_gpu_it_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_the_gpus_own_decoder(mixed_pack):
     split, device = mixed_pack.train, torch.device("cuda")
-    batches = list(Plan(split, 1, 1, Geometry("random-resized-crop", 24, flip=True), Sampling(), 5, seed=1).epoch(0))
+    batches = list(
+        Plan(
+            split, 1, 1, Geometry("random-resized-crop", 24, flip=True), Sampling(), 5, seed=1
+        ).epoch(0)
+    )
     for made, wanted in zip(
-        GpuEngine(split, 24, 2, device).batches(batches), TorchEngine(split, 24, 0).batches(batches), strict=True
+        GpuEngine(split, 24, 2, device).batches(batches),
+        TorchEngine(split, 24, 0).batches(batches),
+        strict=True,
     ):
         assert made.device.type == "cuda"
         assert (made.cpu().int() - wanted.int()).abs().float().mean() < DIFFERENCE

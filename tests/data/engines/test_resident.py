@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fastlt.data.engines import resident
-from fastlt.data.geometry import Geometry
-from fastlt.packing.reader import identity, open_pack
-from fastlt.data.plan import Plan, Sampling
 from fastlt.data.engines.resident import ResidentEngine, decoded
+from fastlt.data.geometry import Geometry
+from fastlt.data.plan import Plan, Sampling
+from fastlt.packing.reader import identity, open_pack
 
 CPU = torch.device("cpu")
 
@@ -21,10 +21,16 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("padding", [0, 4])
 def test_what_is_shared_is_what_each_would_decode(small_pack, tmp_path, padding, monkeypatch):
     split = open_pack(small_pack).train
-    batches = list(Plan(split, 3, 5, Geometry("pad-crop", 16, flip=True, padding=padding), Sampling(), 8, seed=1).epoch(0))
+    batches = list(
+        Plan(
+            split, 3, 5, Geometry("pad-crop", 16, flip=True, padding=padding), Sampling(), 8, seed=1
+        ).epoch(0)
+    )
     own = list(ResidentEngine(split, 16, CPU).batches(batches))
     first = list(ResidentEngine(split, 16, CPU, tmp_path).batches(batches))
-    monkeypatch.setattr("fastlt.data.engines.resident.decoded", lambda split: pytest.fail("decoded again"))
+    monkeypatch.setattr(
+        "fastlt.data.engines.resident.decoded", lambda split: pytest.fail("decoded again")
+    )
     engine = ResidentEngine(split, 16, CPU, tmp_path)
     second = list(engine.batches(batches))
     assert isinstance(engine._images, np.memmap) and not engine._images.flags.writeable
@@ -34,14 +40,21 @@ def test_what_is_shared_is_what_each_would_decode(small_pack, tmp_path, padding,
 
 def test_labels_do_not_matter_and_other_images_do(small_pack):
     pack = open_pack(small_pack)
-    assert identity(pack.train) == identity(replace(pack.train, label=pack.train.label[::-1].copy()))
-    assert len({identity(pack.train), identity(pack.val), identity(pack.train.subset(np.arange(5)))}) == 3
+    assert identity(pack.train) == identity(
+        replace(pack.train, label=pack.train.label[::-1].copy())
+    )
+    assert (
+        len({identity(pack.train), identity(pack.val), identity(pack.train.subset(np.arange(5)))})
+        == 3
+    )
 
 
 def test_processes_that_begin_together_decode_once(small_pack, tmp_path):
     split, spawn = open_pack(small_pack).train, multiprocessing.get_context("spawn")
     ready = spawn.Barrier(3)
-    processes = [spawn.Process(target=begin_together, args=(split, tmp_path, ready)) for _ in range(3)]
+    processes = [
+        spawn.Process(target=begin_together, args=(split, tmp_path, ready)) for _ in range(3)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -54,7 +67,9 @@ def begin_together(split, shared, ready):
     def decode(split):
         with (shared / "told").open("a") as told:
             told.write("decoded\n")
-        with suppress(threading.BrokenBarrierError):  # others that came here too, before there is a file, would be told
+        with suppress(
+            threading.BrokenBarrierError
+        ):  # others that came here too, before there is a file, would be told
             ready.wait(timeout=1)
         return decoded(split)
 

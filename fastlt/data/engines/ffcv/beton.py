@@ -1,7 +1,8 @@
 """PACK/train.beton and val.beton: the images of a split in FFCV's file format.
 
-Written here and not by FFCV's DatasetWriter, which waits for ever where a worker fails. Layout: header, description of the one
-field, a record per image, the images in order, and the table of what lies where.
+Written here and not by FFCV's DatasetWriter, which waits for ever where a worker fails. Layout:
+header, description of the one field, a record per image, the images in order, and the table of what
+lies where.
 """
 
 import sys
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from fastlt.decode.images import BadImage, open_image, orientation
 from fastlt.data.engines.ffcv.native import import_ffcv
-from fastlt.packing.reader import Split, check_shards, picture
-from fastlt.utils.pool import ordered_map
+from fastlt.decode.images import BadImage, open_image, orientation
 from fastlt.errors import UserError
+from fastlt.packing.reader import Split, check_shards, picture
 from fastlt.utils.files import whole_file
+from fastlt.utils.pool import ordered_map
 
 if TYPE_CHECKING:
     from fastlt.data.engines.ffcv.parts import StoredImage
@@ -26,12 +27,16 @@ PIECE = 64  # images that a worker takes at once
 PAGE, MAX_PAGE = 8 * 2**20, 2**31  # bytes; FFCV's default, and what its header can say
 
 
-def write_beton(split: Split, path: Path, workers: int, advance: Callable[[int], None] = lambda images: None) -> None:
-    """Sample i of `path` is image i of `split`. JPEG bytes are stored as they are, other images as pixels.
+def write_beton(
+    split: Split, path: Path, workers: int, advance: Callable[[int], None] = lambda images: None
+) -> None:
+    """Sample i of `path` is image i of `split`.
 
-    Every JPEG is decoded once by what will decode it in training; one that only Pillow can decode is stored as pixels, too.
-    advance is told how many more are written. Raises UserError where FFCV is missing, an image cannot be decoded, or a worker
-    process dies.
+    JPEG bytes are stored as they are, other images as pixels.
+
+    Every JPEG is decoded once by what will decode it in training; one that only Pillow can decode
+    is stored as pixels, too. advance is told how many more are written. Raises UserError where FFCV
+    is missing, an image cannot be decoded, or a worker process dies.
     """
     parts, _ = import_ffcv()
     check_shards(split)
@@ -50,14 +55,21 @@ def _page_size(split: Split) -> int:
     pixels = 3 * split.height.astype(np.int64) * split.width
     largest = max(PAGE, int(split.size.max(initial=0)), int(pixels.max(initial=0)))
     if largest > MAX_PAGE:
-        raise UserError(f"an image of {split.folder} is larger than FFCV's file format can hold: pack with --max-side")
+        raise UserError(
+            f"an image of {split.folder} is larger than FFCV's file format can hold: pack with "
+            "--max-side"
+        )
     return 1 << (largest - 1).bit_length()
 
 
 def _pieces(split: Split) -> Iterator[Split]:
     columns = ("shard", "offset", "size", "label", "height", "width")
     for start in range(0, len(split), PIECE):
-        yield replace(split, _maps={}, **{name: getattr(split, name)[start : start + PIECE] for name in columns})
+        yield replace(
+            split,
+            _maps={},
+            **{name: getattr(split, name)[start : start + PIECE] for name in columns},
+        )
 
 
 def _stored_images(piece: Split) -> "list[StoredImage]":
@@ -76,7 +88,9 @@ def _stored_image(split: Split, image: int) -> "StoredImage":
 
 
 def _jpeg_header(split: Split, image: int) -> tuple[int, int, int] | None:
-    """(height, width, EXIF orientation) of a grey or colour JPEG; None for what must be stored as pixels."""
+    """(height, width, EXIF orientation) of a grey or colour JPEG; None for what must be stored as
+    pixels.
+    """
     try:
         opened = open_image(split.read(image), max_pixels=sys.maxsize)
     except BadImage:
@@ -87,7 +101,10 @@ def _jpeg_header(split: Split, image: int) -> tuple[int, int, int] | None:
 
 
 class BetonFile:
-    """Places data behind the room for the records. Nothing straddles a page: FFCV may read page by page."""
+    """Places data behind the room for the records.
+
+    Nothing straddles a page: FFCV may read page by page.
+    """
 
     def __init__(self, file: BinaryIO, count: int, page_size: int) -> None:
         from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_metadata_type
@@ -150,13 +167,23 @@ def check_beton(path: Path, split: Split) -> None:
         images = reader.metadata["f0"]
         end = int((images["data_ptr"] + images["size"]).max(initial=0))
         pixels = 3 * images["height"].astype(np.int64) * images["width"]
-        whole = len(images) == reader.num_samples == len(reader.alloc_table) and end <= path.stat().st_size
+        whole = (
+            len(images) == reader.num_samples == len(reader.alloc_table)
+            and end <= path.stat().st_size
+        )
         whole &= bool((pixels == images["size"])[images["mode"] == jit.RAW].all())
     except (OSError, ValueError, IndexError, KeyError, AssertionError, MemoryError) as error:
-        raise UserError(f"{path} is damaged: FFCV cannot read it ({error}); copy it again or pack again") from error
+        raise UserError(
+            f"{path} is damaged: FFCV cannot read it ({error}); copy it again or pack again"
+        ) from error
     if not whole:
-        raise UserError(f"{path} is damaged: it does not hold what its header says; copy it again or pack again")
+        raise UserError(
+            f"{path} is damaged: it does not hold what its header says; copy it again or pack again"
+        )
     quarter = images["turn"] >= 5
-    height, width = (np.where(quarter, images[a], images[b]) for a, b in (("width", "height"), ("height", "width")))
+    height, width = (
+        np.where(quarter, images[a], images[b])
+        for a, b in (("width", "height"), ("height", "width"))
+    )
     if len(images) != len(split) or (height != split.height).any() or (width != split.width).any():
         raise UserError(f"{path} does not hold the images of {split.folder}: pack again")

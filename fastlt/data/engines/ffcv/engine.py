@@ -1,4 +1,7 @@
-"""The `ffcv` engine: images from a .beton, decoded by compiled threads on the CPU. The same pixels as the torch engine."""
+"""The `ffcv` engine: images from a .beton, decoded by compiled threads on the CPU.
+
+The same pixels as the torch engine.
+"""
 
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -6,20 +9,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastlt.data.engines.ffcv.beton import check_beton, write_beton
 from fastlt.data.damage import stand_in
+from fastlt.data.engines.ffcv.beton import check_beton, write_beton
 from fastlt.data.engines.ffcv.native import has_ffcv, import_ffcv
-from fastlt.packing.reader import Split
 from fastlt.data.plan import Batch
 from fastlt.errors import UserError
+from fastlt.packing.reader import Split
 
 __all__ = ["FfcvEngine", "has_ffcv", "write_beton"]
 
 
 class FfcvEngine:
-    """decode and strict as in TorchEngine. Raises UserError where FFCV is missing, or the .beton is damaged or another split's."""
+    """decode and strict as in TorchEngine.
 
-    def __init__(self, split: Split, size: int, workers: int, beton: Path, decode: str = "exact", strict: bool = True) -> None:
+    Raises UserError where FFCV is missing, or the .beton is damaged or another split's.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        size: int,
+        workers: int,
+        beton: Path,
+        decode: str = "exact",
+        strict: bool = True,
+    ) -> None:
         parts, self._jit = import_ffcv()
         check_beton(beton, split)
         self.damaged: dict[int, str] = {}
@@ -43,21 +57,38 @@ class FfcvEngine:
     def _stand_in(self, row: np.ndarray) -> np.ndarray:
         image = int(row[self._jit.IMAGE])
         where = self._split.where(image)
-        reason = f"{self._beton}: {where} cannot be decoded; the file is damaged: copy it again or pack again"
+        reason = (
+            f"{self._beton}: {where} cannot be decoded; the file is damaged: copy it again or "
+            "pack again"
+        )
         if self._strict:
             raise UserError(reason)
         self.damaged[image] = reason
-        return stand_in(self._split, image, row[self._jit.TOP : self._jit.FLIP], bool(row[self._jit.FLIP]), self._size, reason)
+        return stand_in(
+            self._split,
+            image,
+            row[self._jit.TOP : self._jit.FLIP],
+            bool(row[self._jit.FLIP]),
+            self._size,
+            reason,
+        )
 
     def _rows(self, batch: Batch) -> np.ndarray:
-        """A batch as (n, ROW) int64. Checked, for compiled code would read beyond the table, or the end of the file."""
+        """A batch as (n, ROW) int64.
+
+        Checked, for compiled code would read beyond the table, or the end of the file.
+        """
         try:
             is_whole = self._beton.stat().st_size == self._bytes
         except OSError:
             is_whole = False
         if not is_whole:
-            raise UserError(f"{self._beton} was changed while it was read: copy it again or pack again")
-        if len(batch.images) and not 0 <= batch.images.min() <= batch.images.max() < len(self._split):
+            raise UserError(
+                f"{self._beton} was changed while it was read: copy it again or pack again"
+            )
+        if len(batch.images) and not 0 <= batch.images.min() <= batch.images.max() < len(
+            self._split
+        ):
             raise IndexError(f"batch.images must lie in 0..{len(self._split) - 1}")
         if (batch.boxes[:, 2:] < 1).any():
             raise ValueError("batch.boxes must be at least one pixel high and wide")

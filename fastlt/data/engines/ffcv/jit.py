@@ -1,7 +1,9 @@
-"""From the bytes in a .beton to the output square, compiled by numba: what images.py says, bit for bit.
+"""From the bytes in a .beton to the output square, compiled by numba: what images.py says, bit for
+bit.
 
-Needs numba and ffcv's shared library; import it through `fastlt.data.engines.ffcv.native`. One file, because numba notices a change of
-this file alone when it decides whether the compiled code that it has kept is still good.
+Needs numba and ffcv's shared library; import it through `fastlt.data.engines.ffcv.native`. One
+file, because numba notices a change of this file alone when it decides whether the compiled code
+that it has kept is still good.
 """
 
 import ctypes
@@ -13,15 +15,35 @@ import numpy as np
 from llvmlite import binding
 from numba import njit, types
 
-IMAGE, TOP, LEFT, HEIGHT, WIDTH, FLIP, STATUS, ROW = 0, 1, 2, 3, 4, 5, 6, 7  # columns of a row of the plan
-STORED_MODE, STORED_TURN, STORED_HEIGHT, STORED_WIDTH, STORED_AT, STORED_SIZE = 0, 1, 2, 3, 4, 5  # columns of an image
+# columns of a row of the plan
+IMAGE, TOP, LEFT, HEIGHT, WIDTH, FLIP, STATUS, ROW = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+)
+# columns of an image
+STORED_MODE, STORED_TURN, STORED_HEIGHT, STORED_WIDTH, STORED_AT, STORED_SIZE = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+)
 JPEG, RAW = 0, 1
 SOUND, DAMAGED = 0, 1
 BITS = 22  # of the weights of Pillow's resampling: 32 less 8 of a pixel and 2 to spare
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at the first call; the code is kept for later processes where there is a folder to keep it in."""
+    """Compiled at the first call; the code is kept for later processes where there is a folder to
+    keep it in.
+    """
     try:
         return njit(function, nogil=True, error_model="numpy", cache=True)
     except RuntimeError:
@@ -29,24 +51,41 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _turbojpeg(name: str, signature: Any) -> Any:
-    # FFCV's own imdecode asks for the fast DCT, which is off by 1.2 grey levels on photos and no faster.
-    library = ctypes.CDLL(ffcv._libffcv.__file__)  # a symbol is looked up in the libraries that it needs, too
+    # FFCV's own imdecode asks for the fast DCT, which is off by 1.2 grey levels on photos and no
+    # faster.
+    # a symbol is looked up in the libraries that it needs, too
+    library = ctypes.CDLL(ffcv._libffcv.__file__)
     binding.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
     return types.ExternalFunction(name, signature)
 
 
 _pointer, _int = types.intp, types.int32
 tj_init = _turbojpeg("tjInitDecompress", _pointer())
-tj_decompress = _turbojpeg("tjDecompress2", _int(_pointer, _pointer, types.uint64, _pointer, _int, _int, _int, _int, _int))
+tj_decompress = _turbojpeg(
+    "tjDecompress2", _int(_pointer, _pointer, types.uint64, _pointer, _int, _int, _int, _int, _int)
+)
 tj_destroy = _turbojpeg("tjDestroy", _int(_pointer))
 
 
 def _decode_jpeg(data, pixels):
-    """data (bytes,) uint8 into pixels (H, W, 3) uint8, not turned. Returns SOUND, or DAMAGED on an error or a warning."""
+    """data (bytes,) uint8 into pixels (H, W, 3) uint8, not turned.
+
+    Returns SOUND, or DAMAGED on an error or a warning.
+    """
     height, width = np.int32(pixels.shape[0]), np.int32(pixels.shape[1])
     handle = tj_init()
     zero = np.int32(0)  # pitch as is, RGB, exact DCT
-    result = tj_decompress(handle, data.ctypes.data, np.uint64(data.size), pixels.ctypes.data, width, zero, height, zero, zero)
+    result = tj_decompress(
+        handle,
+        data.ctypes.data,
+        np.uint64(data.size),
+        pixels.ctypes.data,
+        width,
+        zero,
+        height,
+        zero,
+        zero,
+    )
     tj_destroy(handle)
     return SOUND if result == 0 else DAMAGED
 
@@ -94,7 +133,9 @@ def _cut(pixels, top, left, flip, out):
             for x in range(width):
                 out[y, x, 0] = out[y, x, 1] = out[y, x, 2] = 0
         if inside:
-            copy(pixels[row, left + first : left + last].reshape(-1), out[y, first:last].reshape(-1))
+            copy(
+                pixels[row, left + first : left + last].reshape(-1), out[y, first:last].reshape(-1)
+            )
         if inside and flip:
             mirror(out[y])
 
@@ -113,7 +154,9 @@ cut = compiled(_cut)
 
 
 def _weigh(length, start, extent, size, box):
-    """Pillow's weights from `extent` pixels, of `length`, to `size`: first pixel, number of pixels, fixed-point weights."""
+    """Pillow's weights from `extent` pixels, of `length`, to `size`: first pixel, number of pixels,
+    fixed-point weights.
+    """
     scale = extent / size
     stretch = max(scale, 1.0)
     support = (0.5 if box else 1.0) * stretch
@@ -179,14 +222,23 @@ down = compiled(_down)
 
 
 def _resize(pixels, top, left, height, width, flip, out):
-    """Pillow's resize with box=: BOX where both sides shrink, BILINEAR else; the horizontal pass comes first."""
+    """Pillow's resize with box=:
+
+    BOX where both sides shrink, BILINEAR else; the horizontal pass comes first.
+    """
     size = out.shape[0]
     box = min(height, width) >= size
     first_x, count_x, weights_x = weigh(pixels.shape[1], left, width, size, box)
     first_y, count_y, weights_y = weigh(pixels.shape[0], top, height, size, box)
     start, stop = first_y[0], first_y[size - 1] + count_y[size - 1]
     rows = across(pixels, start, stop, first_x, count_x, weights_x, flip)
-    down(rows.reshape(stop - start, size * 3), first_y - start, count_y, weights_y, out.reshape(size, size * 3))
+    down(
+        rows.reshape(stop - start, size * 3),
+        first_y - start,
+        count_y,
+        weights_y,
+        out.reshape(size, size * 3),
+    )
 
 
 resize = compiled(_resize)
@@ -225,7 +277,9 @@ decode_row = compiled(_decode_row)
 
 
 def _decode_rows(rows, images, file, out):
-    """rows (n, ROW) int64, images (N, 6) int64, file (bytes,) uint8, out (n, size, size, 3) uint8; sets rows[:, STATUS]."""
+    """rows (n, ROW) int64, images (N, 6) int64, file (bytes,) uint8, out (n, size, size, 3) uint8;
+    sets rows[:, STATUS].
+    """
     for i in range(len(rows)):
         rows[i, STATUS] = decode_row(rows[i], images[rows[i, IMAGE]], file, out[i])
 

@@ -1,4 +1,6 @@
-"""The `ffcv` engine over several packs: an engine for each, whose parts of a batch are put together again."""
+"""The `ffcv` engine over several packs: an engine for each, whose parts of a batch are put together
+again.
+"""
 
 import threading
 from collections import deque
@@ -10,25 +12,38 @@ import numpy as np
 import torch
 
 from fastlt.data.engines.ffcv.engine import FfcvEngine
-from fastlt.packing.concat import MixedSplit
 from fastlt.data.plan import Batch
+from fastlt.packing.concat import MixedSplit
 
 
 class MixedFfcvEngine:
     """betons: of each part of the split. Decode, strict and what is raised are as of FfcvEngine."""
 
-    def __init__(self, split: MixedSplit, size: int, workers: int, betons: Sequence[Path], decode: str, strict: bool) -> None:
+    def __init__(
+        self,
+        split: MixedSplit,
+        size: int,
+        workers: int,
+        betons: Sequence[Path],
+        decode: str,
+        strict: bool,
+    ) -> None:
         self._split, self._size = split, size
         self._starts = np.cumsum([0, *(len(part) for part in split.parts)]).tolist()
         self._engines = [
-            FfcvEngine(part, size, workers, beton, decode, strict) for part, beton in zip(split.parts, betons, strict=True)
+            FfcvEngine(part, size, workers, beton, decode, strict)
+            for part, beton in zip(split.parts, betons, strict=True)
         ]
 
     @property
     def damaged(self) -> dict[int, str]:
         """By the image's number in the whole."""
         found = zip(self._starts, self._engines, strict=False)
-        return {start + image: reason for start, engine in found for image, reason in engine.damaged.items()}
+        return {
+            start + image: reason
+            for start, engine in found
+            for image, reason in engine.damaged.items()
+        }
 
     def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
         """The images of each batch, (n, size, size, 3) uint8, the caller's to keep."""
@@ -80,5 +95,7 @@ class Shared:
         for number in np.unique(part).tolist():
             mine = part == number
             images = batch.images[mine] - self._starts[number]
-            self._of[number].append(Batch(images, batch.labels[mine], batch.boxes[mine], batch.flips[mine]))
+            self._of[number].append(
+                Batch(images, batch.labels[mine], batch.boxes[mine], batch.flips[mine])
+            )
         return True

@@ -10,15 +10,20 @@ from fastlt.errors import UserError
 
 
 def import_ffcv() -> tuple[ModuleType, ModuleType]:
-    """(fastlt.data.engines.ffcv.parts, fastlt.data.engines.ffcv.jit). Raises UserError that says how to get FFCV where it is missing."""
+    """(fastlt.data.engines.ffcv.parts, fastlt.data.engines.ffcv.jit).
+
+    Raises UserError that says how to get FFCV where it is missing.
+    """
     try:
         with torch_threads_kept():  # `import ffcv` sets them to 1
             from fastlt.data.engines.ffcv import jit as ffcv_jit
             from fastlt.data.engines.ffcv import parts as ffcv_parts
     except (ImportError, OSError, AttributeError) as error:
         raise UserError(
-            f"the ffcv engine cannot be loaded ({error}): `make setup` installs FFCV with its system libraries "
-            "(libturbojpeg, OpenCV core and imgproc), or install those and then `pip install fastlt[ffcv]`"
+            f"the ffcv engine cannot be loaded ({error}): `make setup` installs FFCV with its "
+            "system libraries "
+            "(libturbojpeg, OpenCV core and imgproc), or install those and then `pip install "
+            "fastlt[ffcv]`"
         ) from error
     return ffcv_parts, ffcv_jit
 

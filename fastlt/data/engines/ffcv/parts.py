@@ -1,4 +1,5 @@
-"""The parts that FFCV is extended by: a field of untouched bytes, its decoder, and an epoch that ends well.
+"""The parts that FFCV is extended by: a field of untouched bytes, its decoder, and an epoch that
+ends well.
 
 Import it through `fastlt.data.engines.ffcv.native`.
 """
@@ -56,19 +57,34 @@ class ImageField(Field):
     def to_binary(self) -> Any:
         return np.zeros(1, dtype=ARG_TYPE)[0]
 
-    def encode(self, destination: np.ndarray, image: StoredImage, malloc: Callable[[int], tuple[int, np.ndarray]]) -> None:
+    def encode(
+        self,
+        destination: np.ndarray,
+        image: StoredImage,
+        malloc: Callable[[int], tuple[int, np.ndarray]],
+    ) -> None:
         address, buffer = malloc(image.data.size)
         buffer[:] = image.data
-        destination[0] = (image.mode, image.turn, image.height, image.width, address, image.data.size)
+        destination[0] = (
+            image.mode,
+            image.turn,
+            image.height,
+            image.width,
+            address,
+            image.data.size,
+        )
 
     def get_decoder_class(self) -> type[Operation]:
         return SquareDecoder
 
 
 class SquareDecoder(Operation):
-    """Rows of the plan to (n, size, size, 3) uint8: FFCV hands a decoder the indices of a batch unseen, so they can be rows.
+    """Rows of the plan to (n, size, size, 3) uint8:
 
-    Threads of our own: numba's prange would abort the process where two loaders run and no tbb or OpenMP is installed.
+    FFCV hands a decoder the indices of a batch unseen, so they can be rows.
+
+    Threads of our own: numba's prange would abort the process where two loaders run and no tbb or
+    OpenMP is installed.
     """
 
     def __init__(self, size: int, workers: int, region: bool) -> None:
@@ -82,10 +98,14 @@ class SquareDecoder(Operation):
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         shape, dtype = (self.size, self.size, 3), np.dtype("<u1")
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(
+            shape, dtype
+        )
 
     def generate_code(self) -> Callable[..., np.ndarray]:
-        def decode(rows: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple[np.ndarray, ...]) -> np.ndarray:
+        def decode(
+            rows: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple[np.ndarray, ...]
+        ) -> np.ndarray:
             file, step = np.asarray(storage[0]), 1 + len(rows) // (PIECES * self.workers)
             parts = [slice(start, start + step) for start in range(0, len(rows), step)]
             list(self.pool.map(lambda part: self._decode(rows[part], file, out[part]), parts))
@@ -103,41 +123,63 @@ class SquareDecoder(Operation):
             jit.decode_rows(rows[i : i + 1], self.images, file, out[i : i + 1])
 
 
-def decode_regions(rows: np.ndarray, images: np.ndarray, file: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """rows (n, ROW) and their images (n, 6) int64, file (bytes,) uint8 to out (n, size, size, 3). Returns which were decoded."""
+def decode_regions(
+    rows: np.ndarray, images: np.ndarray, file: np.ndarray, out: np.ndarray
+) -> np.ndarray:
+    """rows (n, ROW) and their images (n, 6) int64, file (bytes,) uint8 to out (n, size, size, 3).
+
+    Returns which were decoded.
+    """
     addresses = images[:, jit.STORED_AT].astype(np.uint64) + np.uint64(file.ctypes.data)
-    sizes = images[:, jit.STORED_SIZE] * (images[:, jit.STORED_MODE] == jit.JPEG)  # no bytes, nothing decoded
+    # no bytes, nothing decoded
+    sizes = images[:, jit.STORED_SIZE] * (images[:, jit.STORED_MODE] == jit.JPEG)
     heights, widths = images[:, jit.STORED_HEIGHT], images[:, jit.STORED_WIDTH]
     quarter = images[:, jit.STORED_TURN] >= 5
     upright = np.where(quarter, widths, heights), np.where(quarter, heights, widths)
-    return decode_boxes(addresses, sizes, *upright, rows[:, jit.TOP : jit.FLIP], rows[:, jit.FLIP], out)
+    return decode_boxes(
+        addresses, sizes, *upright, rows[:, jit.TOP : jit.FLIP], rows[:, jit.FLIP], out
+    )
 
 
 def image_table(metadata: np.ndarray) -> np.ndarray:
     """The metadata of the field as (N, 6) int64."""
-    return np.stack([metadata[name].astype(np.int64) for name in metadata.dtype.names or ()], axis=1)
+    return np.stack(
+        [metadata[name].astype(np.int64) for name in metadata.dtype.names or ()], axis=1
+    )
 
 
 def make_loader(path: str, decoder: SquareDecoder) -> Loader:
     """FFCV's loader over the images of a .beton, with the plan's order left to `Epoch`.
 
-    What FFCV would compile here (5..10 s for each loader) is a thin call of what ffcv_jit.py keeps compiled, so it is left out.
+    What FFCV would compile here (5..10 s for each loader) is a thin call of what ffcv_jit.py keeps
+    compiled, so it is left out.
     """
     enabled = Compiler.is_enabled
     Compiler.set_enabled(False)
     try:
         with torch_threads_kept():
             fields, pipelines = {FIELD: ImageField}, {FIELD: [decoder]}
-            return Loader(path, 1, 1, os_cache=True, custom_fields=fields, pipelines=pipelines, batches_ahead=2)
+            return Loader(
+                path,
+                1,
+                1,
+                os_cache=True,
+                custom_fields=fields,
+                pipelines=pipelines,
+                batches_ahead=2,
+            )
     finally:
         Compiler.set_enabled(enabled)
 
 
 class Epoch(EpochIterator):
-    """Iterates over (rows, images) of the rows that `plan` yields: FFCV's pipeline in a thread of its own, a few batches ahead.
+    """Iterates over (rows, images) of the rows that `plan` yields:
 
-    FFCV's own loop wants the whole order beforehand, as indices without a place, hands out views that it overwrites, hangs where
-    a stage fails, and leaves its thread behind where the reader stops early. Call `stop` at the end, whichever end it is.
+    FFCV's pipeline in a thread of its own, a few batches ahead.
+
+    FFCV's own loop wants the whole order beforehand, as indices without a place, hands out views
+    that it overwrites, hangs where a stage fails, and leaves its thread behind where the reader
+    stops early. Call `stop` at the end, whichever end it is.
     """
 
     def __init__(self, loader: Loader, plan: Iterator[np.ndarray]) -> None:
@@ -182,8 +224,13 @@ class Epoch(EpochIterator):
             with suppress(Empty):
                 return self.output_queue.get(timeout=1)
             if not self.is_alive() and self.output_queue.empty():
-                raise UserError("the ffcv engine's thread has ended without a word: try data.engine=torch")
-        raise UserError(f"the ffcv engine has waited {PATIENCE} s for one batch: can the disk with the pack be reached?")
+                raise UserError(
+                    "the ffcv engine's thread has ended without a word: try data.engine=torch"
+                )
+        raise UserError(
+            f"the ffcv engine has waited {PATIENCE} s for one batch: can the disk with the pack be "
+            "reached?"
+        )
 
     def stop(self) -> None:
         """Ends the thread; it takes as long as the batch in work."""
