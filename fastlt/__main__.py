@@ -13,7 +13,7 @@ from fastlt.errors import UserError
 
 
 def main() -> None:
-    from fastlt.cli.app import app
+    from fastlt.cli import app
 
     speak_to_the_user(app)
 

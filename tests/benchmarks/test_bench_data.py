@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fastlt.cli.app import app
+from fastlt.cli import app
 from fastlt.config import load_config
 from fastlt.data.engines.ffcv.native import has_ffcv
 from fastlt.decode.region import has_region

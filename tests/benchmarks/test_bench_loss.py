@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fastlt.cli.app import app
+from fastlt.cli import app
 from fastlt.errors import UserError
 from fastlt.utils.results_file import check_place
 from fastlt_benchmarks.loss.contenders import (

@@ -1,0 +1,132 @@
+"""`fastlt curate`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastlt.cli.app import console, curate, stopped_in_words
+from fastlt.errors import extra
+
+Curation = Annotated[
+    Path, typer.Option(help="The folder of the curation, which each step adds to.")
+]
+TargetPack = Annotated[str, typer.Argument(metavar="PACK", help="The pack of the targets.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Of propose, retrieve and filter."),
+]
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="A .toml file of settings; by default what the last step kept, config.toml.",
+    ),
+]
+AllowPrivate = Annotated[
+    bool,
+    typer.Option(
+        "--allow-private",
+        help="Fetch from this machine and private networks too: retrieve.allow_private=true.",
+    ),
+]
+
+
+class Control(str, Enum):
+    random = "random"
+
+
+@curate.command()
+def propose(
+    targets: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PACK", help="A pack, or a text file with a name or WordNet id on each line."
+        ),
+    ],
+    out: Curation,
+    settings: Settings = None,
+    config: SettingsFile = None,
+    control: Annotated[
+        Control | None,
+        typer.Option(
+            help="random: as many categories, drawn from all of WordNet, as the paper's control."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the prompts and about what they cost; ask nobody."),
+    ] = False,
+) -> None:
+    """Find neighbours of each target: by WordNet, a language model, or a file of your own."""
+    from fastlt.curate.propose import run_propose
+    from fastlt.curate.settings import read_settings
+
+    run_propose(
+        targets, out, read_settings(out, config, with_control(settings, control)), dry_run, console
+    )
+
+
+@curate.command()
+def retrieve(
+    out: Curation,
+    settings: Settings = None,
+    config: SettingsFile = None,
+    allow_private: AllowPrivate = False,
+) -> None:
+    """Fetch images of each auxiliary class, with licence and author.
+
+    Called again, it goes on, and retries what may work now.
+    """
+    from fastlt.curate.settings import read_settings
+
+    with extra("curate"):
+        from fastlt.curate.retrieve import run_retrieve
+    with stopped_in_words():
+        run_retrieve(out, read_settings(out, config, settings or [], allow_private), console)
+
+
+@curate.command("filter")
+def filter_images(
+    pack: TargetPack, out: Curation, settings: Settings = None, config: SettingsFile = None
+) -> None:
+    """Keep the images that are like their class and not like one another, and none that the targets
+    have.
+    """
+    from fastlt.curate.settings import read_settings
+
+    with extra("curate"):
+        from fastlt.curate.filter import run_filter
+    run_filter(pack, out, read_settings(out, config, settings or []), console)
+
+
+@curate.command("all")
+def curate_all(
+    pack: TargetPack,
+    out: Curation,
+    settings: Settings = None,
+    config: SettingsFile = None,
+    control: Annotated[Control | None, typer.Option(help="As of `propose`.")] = None,
+    allow_private: AllowPrivate = False,
+) -> None:
+    """Propose, retrieve and filter."""
+    from fastlt.curate.propose import run_propose
+    from fastlt.curate.settings import read_settings
+
+    with extra("curate"):
+        from fastlt.curate.features import open_backbone
+        from fastlt.curate.filter import run_filter
+        from fastlt.curate.retrieve import run_retrieve
+    read = read_settings(out, config, with_control(settings, control), allow_private)
+    open_backbone(read.filter)  # what it lacks is told now, not after hours of fetching
+    with stopped_in_words():
+        run_propose(Path(pack), out, read, False, console)
+        run_retrieve(out, read, console)
+        run_filter(pack, out, read, console)
+
+
+def with_control(settings: list[str] | None, control: Control | None) -> list[str]:
+    return [*(settings or []), *([f"propose.control={control.value}"] if control else [])]

@@ -1,0 +1,92 @@
+"""`fastlt granularity`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastlt.cli.app import console, granularity, pack_place
+
+HIERARCHY = "a CSV with the columns class,parent, cifar100:DIR, wordnet:FOLDER or wn:LEXICON"
+
+
+@granularity.command("score")
+def granularity_score(
+    data: Annotated[
+        str, typer.Argument(metavar="PACK", help="The pack whose training images are looked at.")
+    ],
+    weights: Annotated[
+        str, typer.Option(help="A RUN whose backbone makes the features, or a file for --backbone.")
+    ] = "",
+    backbone: Annotated[
+        str, typer.Option(help="Any timm model; by default that of `fastlt curate filter`.")
+    ] = "",
+    hierarchy: Annotated[
+        str,
+        typer.Option(
+            help=f"What the targets belong to, scored beside them: {HIERARCHY}.", show_default=False
+        ),
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Figures, and all pairs of nearest targets."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+) -> None:
+    """How fine the classes of a pack are, which targets are nearest, and which auxiliary lies
+    between; nothing is trained.
+    """
+    from fastlt.curate.settings import FilterConfig
+    from fastlt.studies.granularity import run_granularity
+
+    chosen = {
+        "weights": weights,
+        "batch": batch,
+        "device": device,
+        **({"backbone": backbone} if backbone else {}),
+    }
+    settings = FilterConfig.model_validate(chosen)
+    run_granularity(pack_place(data), settings, hierarchy, out, console)
+
+
+@granularity.command("train")
+def granularity_train(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="PACK",
+            help="A pack whose classes have many images each, such as all of CIFAR-100.",
+        ),
+    ],
+    hierarchy: Annotated[str, typer.Option(help=f"What the classes belong to: {HIERARCHY}.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Packs and runs; what has finished there is not run again."
+        ),
+    ],
+    draws: Annotated[int, typer.Option(min=1, help="Of classes, images and trainings.")] = 3,
+    parallel: Annotated[
+        int, typer.Option(min=1, help="Runs at a time; the cores are shared among them.")
+    ] = 1,
+    imbalance: Annotated[
+        float, typer.Option(min=1, help="Most over fewest images of a class.")
+    ] = 100,
+    csv: Annotated[
+        Path | None, typer.Option(help="Add the figures of every run to this file.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help="Settings of every run."),
+    ] = None,
+) -> None:
+    """Balanced and long-tailed trainings at several granularities: does a long tail hurt less where
+    classes are finer?
+    """
+    from fastlt.studies.granularity_training import Asked, run_granularity_study
+
+    asked = Asked(pack_place(data), hierarchy, out, draws, parallel, imbalance, settings or [])
+    run_granularity_study(asked, csv, console)

@@ -1,0 +1,153 @@
+"""`fastlt eval`, `export`, `report` and `compare`: what is done with finished runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastlt.cli.app import Run, app, console
+from fastlt.cli.tables import (
+    print_classes,
+    print_post_hoc,
+    print_result,
+    write_figures,
+)
+from fastlt.errors import UserError
+
+# as fastlt.evaluation.posthoc has them, which imports torch
+POST_HOC = (
+    "tau-norm",
+    "logit-adjustment",
+    "cosine",
+    "angular",
+)
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Another pack with the same targets; by default the run's own."),
+    ] = None,
+    post_hoc: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD",
+            help=f"Compare with this made of it, without training: {', '.join(POST_HOC)} or all.",
+        ),
+    ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACK", help="A pack on whose validation images the strength is chosen."
+        ),
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=0.9,
+            help="Without --validation: the share of images it is chosen on, which are not scored; "
+            "0.2.",
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(min=0, help="The strength itself, of one method: nothing is chosen."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures to this file.")
+    ] = None,
+) -> None:
+    """Score a trained model: top-1 over the targets, by group and by class."""
+    from fastlt.evaluation.evaluate import evaluate_post_hoc, evaluate_run
+
+    if not post_hoc:
+        if validation or strength is not None or share is not None:
+            raise UserError(
+                "--validation, --share and --strength are for --post-hoc: name a method, or leave "
+                "them out"
+            )
+        result = evaluate_run(run, data)
+        print_classes(result, run)
+        print_result(result, str(run))
+        write_figures(json_file, result)
+        return
+    if strength is not None and validation:
+        raise UserError(
+            "--strength and --validation exclude each other: the one fixes what the other is for"
+        )
+    if share is not None and (validation or strength is not None):
+        raise UserError(
+            "--share is for choosing on the run's own images: leave it out with --validation and "
+            "--strength"
+        )
+    names = ["all"] if "all" in post_hoc else list(dict.fromkeys(post_hoc))
+    if strength is not None and (names == ["all"] or len(names) > 1):
+        raise UserError(
+            "--strength is of one method, as it means something else for each: name one with "
+            "--post-hoc"
+        )
+    if strength is not None and not math.isfinite(strength):
+        raise UserError(f"--strength {strength} must be a finite number")
+    results = evaluate_post_hoc(
+        run, names, data, validation, 0.2 if share is None else share, strength
+    )
+    print_post_hoc(results, str(run), validation)
+    write_figures(json_file, results)
+
+
+@app.command()
+def export(
+    run: Run, to: Annotated[Path, typer.Option(help="A name that ends in .safetensors or .onnx.")]
+) -> None:
+    """Write the model with its targets alone, checked to predict the same."""
+    from fastlt.models.export import export_run
+
+    console.print(f"{to}: {export_run(run, to)}")
+
+
+@app.command()
+def report(
+    place: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What `fastlt train` or `fastlt sweep` wrote.")
+    ],
+    axes: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Of a sweep: the two axes of the heat map; by default the strongest.",
+        ),
+    ] = "",
+) -> None:
+    """Write DIR/report.html, of a run or a sweep: one page that needs nothing else."""
+    if (place / "sweep.toml").is_file():
+        from fastlt.sweep.report import write_sweep_report
+
+        written = write_sweep_report(place, [axis for axis in axes.split(",") if axis])
+    else:
+        from fastlt.reports.run import write_report
+
+        if axes:
+            raise UserError(f"--axes is for sweeps, and {place} is none")
+        written = write_report(place)
+    console.print(f"report: {written}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN RUN...", help="Finished runs, the one to beat first."),
+    ],
+) -> None:
+    """Runs side by side: figures, the settings in which they differ, and whether that is more than
+    chance.
+    """
+    from fastlt.evaluation.compare import compare as tell
+
+    tell(runs, console)

@@ -1,0 +1,180 @@
+"""`fastlt pack`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastlt.cli.app import app, console
+from fastlt.errors import UserError
+
+if TYPE_CHECKING:
+    from fastlt.packing.collection import Collection
+
+
+class Task(str, Enum):
+    lt = "cifar100-lt"
+    siblings = "cifar100-siblings"
+
+
+@app.command()
+def pack(
+    source: Annotated[
+        str | None, typer.Argument(help="cifar100:DIR, or nothing where --target names the data.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write; it must not exist yet.")
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            help="Target training images: class folders, a split file, a folder of shards, or a "
+            "pack."
+        ),
+    ] = None,
+    auxiliary: Annotated[
+        str | None,
+        typer.Option(
+            help="Auxiliary images, in the same forms; for cifar100: siblings, random or none."
+        ),
+    ] = None,
+    val: Annotated[
+        Path | None, typer.Option(help="Validation images of the targets, in the same forms.")
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV with the columns target,auxiliary: which auxiliary neighbours which target."
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="The folder that the paths of split files start from.")
+    ] = None,
+    class_names: Annotated[
+        Path | None,
+        typer.Option(help="For split files: a class name per line, in the order of the labels."),
+    ] = None,
+    task: Annotated[
+        Task | None, typer.Option(help="For cifar100: which long-tailed task to cut out of it.")
+    ] = None,
+    imbalance: Annotated[
+        float,
+        typer.Option(
+            min=1, help="For cifar100: images of the most frequent class over those of the rarest."
+        ),
+    ] = 100,
+    max_side: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Shrink larger images to this many pixels a side and store JPEG; 0: do not."
+        ),
+    ] = 0,
+    quality: Annotated[
+        int,
+        typer.Option(
+            min=0, max=100, help="Store all images as JPEG of this quality; 0: as they are."
+        ),
+    ] = 0,
+    transcode: Annotated[
+        bool,
+        typer.Option(
+            "--transcode",
+            help="Rewrite JPEGs, losslessly, so that crops of them are decoded faster.",
+        ),
+    ] = False,
+    beton: Annotated[bool, typer.Option("--beton", help="Write the FFCV files too.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first image that cannot be used.")
+    ] = False,
+    drop_leaks: Annotated[
+        bool, typer.Option("--drop-leaks", help="Leave out training images that are also in val.")
+    ] = False,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Larger images are taken for decompression bombs.")
+    ] = 178_956_970,
+    verify: Annotated[
+        str | None,
+        typer.Option(help="Check an existing pack against its manifest, and do nothing else."),
+    ] = None,
+) -> None:
+    """Write target and auxiliary images into one PACK that every loader reads."""
+    from fastlt.packing.remote import is_remote
+    from fastlt.packing.writer import PackOptions, verify_pack, write_pack
+
+    if verify is not None and is_remote(verify):
+        raise UserError(
+            f"{verify} lies elsewhere, and shards of such packs are verified as they come: copy it "
+            "here to verify it whole"
+        )
+    if verify is not None:
+        console.print(
+            f"{verify}: all {verify_pack(Path(verify), console)} files are as the manifest says"
+        )
+        return
+    collection = collect(source, target, auxiliary, val, pairs, root, class_names, task, imbalance)
+    if out is None:
+        raise UserError("no place to write to: name one with --out PACK")
+    options = PackOptions(
+        out=out,
+        workers=workers,
+        max_side=max_side,
+        quality=quality,
+        transcode=transcode,
+        strict=strict,
+        drop_leaks=drop_leaks,
+        beton=beton,
+        max_pixels=max_pixels,
+    )
+    write_pack(collection, options, console)
+
+
+def collect(
+    source: str | None,
+    target: Path | None,
+    auxiliary: str | None,
+    val: Path | None,
+    pairs: Path | None,
+    root: Path | None,
+    class_names: Path | None,
+    task: Task | None,
+    imbalance: float,
+) -> Collection:
+    """The images that the arguments of `pack` name."""
+    from fastlt.packing.sources import is_pack, read_cifar100, read_collection
+
+    if source is None:
+        if target is not None and val is None and is_pack(target):
+            val = target
+        if target is None or val is None:
+            raise UserError(
+                "nothing to pack: name images with --target and --val, or give cifar100:DIR"
+            )
+        if task is not None:
+            raise UserError(
+                f"--task {task.value} is for cifar100:DIR, not for --target: leave it out"
+            )
+        return read_collection(
+            target, Path(auxiliary) if auxiliary else None, val, pairs, root, class_names
+        )
+    kind, _, folder = source.partition(":")
+    if kind != "cifar100" or not folder:
+        raise UserError(
+            f"unknown source '{source}': it must be cifar100:DIR; folders are named with --target, "
+            "--auxiliary and --val"
+        )
+    if target or val or pairs or root or class_names:
+        raise UserError(
+            "--target, --val, --pairs, --root and --class-names do not go with cifar100:DIR: leave "
+            "them out"
+        )
+    if task is None:
+        raise UserError("cifar100 needs --task cifar100-lt or --task cifar100-siblings")
+    controls = ["siblings", "random", "none"]
+    default = "none" if task is Task.lt else "siblings"
+    if auxiliary not in (None, *controls):
+        raise UserError(f"--auxiliary {auxiliary}: for cifar100 it is one of {', '.join(controls)}")
+    return read_cifar100(Path(folder), task.value, imbalance, auxiliary or default)

@@ -1,0 +1,115 @@
+"""What the commands print: tables of figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from fastlt.cli.app import console
+from fastlt.errors import UserError
+
+RESULT_COLUMNS = {
+    "top-1": "top1",
+    "many": "many",
+    "medium": "medium",
+    "few": "few",
+    "balanced": "balanced_accuracy",
+    "harmonic": "harmonic_mean",
+    "ECE": "ece",
+}
+
+
+def print_result(result: dict[str, Any], name: str) -> None:
+    """The last epoch; the best one, chosen by the test images themselves, is named beside it."""
+    table = Table("", *RESULT_COLUMNS, title=escape(name), title_justify="left")
+    table.columns[0].no_wrap = True
+    columns = list(RESULT_COLUMNS.values())
+    table.add_row("last epoch", *(figure(result[column]) for column in columns))
+    if best := result.get("best"):
+        table.add_row(
+            f"best, epoch {best['epoch']}",
+            *(figure(best[column]) for column in columns[:4]),
+            style="dim",
+        )
+    console.print(table)
+    if damaged := result.get("damaged_images"):
+        console.print(
+            f"[yellow]note:[/] {damaged:,} training images could not be decoded; others of their "
+            "classes took their place"
+        )
+    worst = result["worst_class"]
+    console.print(
+        f"worst class: {worst['name']}, {figure(worst['accuracy'])} %",
+        markup=False,
+        highlight=False,
+    )
+
+
+def write_figures(file: Path | None, figures: dict[str, Any]) -> None:
+    from fastlt.utils.files import write_text
+
+    if file is None:
+        return
+    try:
+        write_text(file, json.dumps(figures, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {file} ({error.strerror}): name another file with --json"
+        ) from error
+    console.print(f"written to {file}", highlight=False, soft_wrap=True)
+
+
+def print_post_hoc(results: dict[str, dict[str, Any]], name: str, validation: str | None) -> None:
+    # 80 characters hold no more
+    columns = {title: column for title, column in RESULT_COLUMNS.items() if title != "harmonic"}
+    table = Table(
+        "",
+        "strength",
+        *columns,
+        title=escape(name),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    for method, result in results.items():
+        strength = f"{result['strength']:.3g}" if "strength" in result else ""
+        table.add_row(method, strength, *(figure(result[column]) for column in columns.values()))
+    console.print(table)
+    first = results["as trained"]
+    chosen = (
+        f"strengths chosen on {first['chosen_on']:,} images "
+        f"{f'of {validation}' if validation else 'set aside'}, and "
+    )
+    console.print(
+        f"{chosen if first['chosen_on'] else ''}all scored on the same {first['images']:,}",
+        highlight=False,
+    )
+
+
+def print_classes(result: dict[str, Any], run: Path) -> None:
+    from fastlt.classes import ClassSpace
+
+    space = ClassSpace.load(run / "classes.json")
+    table = Table("class", "training images", "accuracy", "most often taken for")
+    mistaken: dict[int, str] = {}
+    for true, predicted, count in result["confusion"]:  # most frequent first
+        mistaken.setdefault(true, escape(f"{space.target_names[predicted]} ({count} x)"))
+    for target in sorted(range(space.num_targets), key=lambda t: -space.train_counts[t]):
+        accuracy = figure(result["per_class"][target])
+        table.add_row(
+            escape(space.target_names[target]),
+            f"{space.train_counts[target]:,}",
+            accuracy,
+            mistaken.get(target, ""),
+        )
+    console.print(table)
+
+
+def figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,232 @@
+"""`fastlt train`, `demo`, `reproduce` and `sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastlt.cli.app import PackPath, app, console, pack_place, stopped_in_words
+from fastlt.cli.tables import (
+    print_result,
+)
+from fastlt.config import as_override, load_config, recipe_names
+from fastlt.errors import UserError
+from fastlt.methods.presets import ONE_STAGE, SECOND_STAGE, method_settings
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help=f"A recipe ({', '.join(recipe_names())}) or a .toml file.")
+    ],
+    data: PackPath,
+    out: Annotated[
+        Path | None, typer.Option(help="The RUN folder; a run that stopped there goes on.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help="Settings on top of the recipe."),
+    ] = None,
+    exact_decode: Annotated[
+        bool,
+        typer.Option(
+            "--exact-decode", help="Decode whole images, as Pillow does: data.decode=exact."
+        ),
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Stop at an image that cannot be decoded, instead of taking another: "
+            "data.strict=true.",
+        ),
+    ] = False,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Settings of a published method, below your own: "
+            f"{', '.join([*ONE_STAGE, *SECOND_STAGE])}.",
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="A finished run whose model this one begins with; second stages need one.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Tell the memory, the steps and the hours it would take, from a few steps; train "
+            "nothing.",
+        ),
+    ] = False,
+    nproc: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Processes on this machine, one for each GPU; 0: this one alone, or those of "
+            "torchrun.",
+        ),
+    ] = 0,
+    restarts: Annotated[
+        int,
+        typer.Option(min=0, help="With --nproc: how often all are started again where one dies."),
+    ] = 3,
+) -> None:
+    """Train a classifier on a PACK. Killed at any moment and called again, it goes on.
+
+    On several machines: torchrun --nnodes ... --nproc-per-node ... --max-restarts 3 -m fastlt train
+    ...
+    """
+    from fastlt.reports.run import write_report
+    from fastlt.training.distributed import is_first, launch
+    from fastlt.training.loop import train as train_run
+    from fastlt.utils.signals import Stopped
+
+    if exact_decode and any(setting.startswith("data.decode=") for setting in settings or []):
+        raise UserError("--exact-decode and data.decode contradict each other: leave one out")
+    flags = [
+        *(["data.decode=exact"] if exact_decode else []),
+        *(["data.strict=true"] if strict else []),
+    ]
+    begin = method_settings(method, str(Path(start).resolve()) if start else None)
+    config = load_config(
+        recipe, [*(settings or []), *flags, as_override("data.pack", pack_place(data))], begin
+    )
+    if dry_run:
+        from fastlt.training.dry_run import dry_run as tell
+
+        tell(config, max(1, nproc), console)
+        return
+    if out is None:
+        raise UserError("no place for the run: name a folder with --out RUN")
+    if nproc:
+        shown = [
+            f"--{name.replace('_', '-')}"
+            for name, given in (("exact_decode", exact_decode), ("strict", strict))
+            if given
+        ]
+        shown += [
+            part
+            for name, value in (("--method", method), ("--start", start))
+            if value
+            for part in (name, value)
+        ]
+        launch(
+            ["train", recipe, "--data", data, "--out", str(out), *shown, *(settings or [])],
+            nproc,
+            restarts,
+        )
+        return
+    try:
+        result = train_run(config, out, console)
+    except Stopped as stopped:
+        if is_first():
+            console.print(str(stopped))
+        return
+    if not is_first():
+        return
+    print_result(result, str(out))
+    console.print(f"report: {write_report(out)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder for data, packs and runs.")] = Path("demo"),
+) -> None:
+    """The whole way on an embedded data set: pack, train without and with auxiliaries, compare."""
+    from fastlt.demo.run import run_demo
+
+    run_demo(out, console)
+
+
+@app.command()
+def reproduce(
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="cifar100-lt: published methods. cifar100-siblings: do auxiliaries help, and "
+            "which?"
+        ),
+    ],
+    data: Annotated[str, typer.Option(metavar="cifar100:DIR", help="As `fastlt pack` takes it.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The folder for packs and runs; what has finished there is not run again."
+        ),
+    ],
+    epochs: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Fewer than the protocol's, with a schedule drawn together; 0: its own."
+        ),
+    ] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 1,
+    parallel: Annotated[
+        int, typer.Option(min=1, help="Runs at a time; the cores are shared among them.")
+    ] = 1,
+    csv: Annotated[
+        Path | None, typer.Option(help="Add the figures of every run to this file.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help="Settings on top of every run."),
+    ] = None,
+) -> None:
+    """Published figures beside ours, under their own protocol."""
+    from fastlt.studies.reproduce import Asked, run_reproduce
+
+    run_reproduce(task, Asked(data, out, epochs, seeds, parallel, settings or []), csv, console)
+
+
+@app.command()
+def sweep(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SWEEP.toml", help="The axes, and how trials are chosen and placed."
+        ),
+    ],
+    data: PackPath,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="The folder of the sweep: a RUN of each trial, and results.csv."
+        ),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[section.key=value]...", help="Settings of every trial, on top of the file's."
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="A Ray cluster, or auto; DIR and PACK must be seen from all its machines.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with a sweep: what has finished is not run again, what failed is tried "
+            "again.",
+        ),
+    ] = False,
+) -> None:
+    """Train along axes such as neighbours, silence, images and seed, several trials at a time."""
+    from fastlt.sweep.report import write_sweep_report
+    from fastlt.sweep.run import run_sweep
+
+    with stopped_in_words():
+        run_sweep(file, pack_place(data), out, settings or [], address, resume, console)
+    console.print(f"report: {write_sweep_report(out)}", soft_wrap=True)
