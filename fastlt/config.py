@@ -1,17 +1,30 @@
-"""The configuration: one tree of values, read from a recipe, changed by `section.key=value`, kept
-in RUN/config.toml.
+"""The configuration: one tree of values, read from a recipe, changed by `section.key=value`.
+
+What a run was trained with is kept in RUN/config.toml. Sections are closed: a key that no section
+has is refused. Losses and methods bring numbers of their own (`loss.gamma`, `method.teacher`),
+which are checked by their own classes: see `fastlt.losses` and `fastlt.methods`.
 """
 
 import difflib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from fastlt.errors import UserError
 
@@ -30,8 +43,9 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Epoch = Annotated[str, Field(pattern=r"^[0-9]+$")]
 Count = Annotated[int, Field(ge=0)]
 Several = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
 
-# Of a run that goes on: what says how it is trained, not what.
+# Settings that say how a run is trained, not what: they may change when it is resumed.
 MAY_CHANGE = (
     "data.pack",
     "data.cache_gb",
@@ -51,182 +65,248 @@ MAY_CHANGE = (
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    """A table of the configuration; the docstring below a key is its meaning."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 Tree = TypeVar("Tree", bound=Section)
 
+# Sections to which heads, losses and methods add keys of their own: section -> `module:function`
+# that returns its class for a method's name. By name, for these rooms stand above this file.
+OPEN_SECTIONS = {
+    "model": "fastlt.models.heads:section",
+    "loss": "fastlt.losses:section",
+    "method": "fastlt.methods:section",
+}
+# `module:function` -> pairs of whether settings contradict each other, and what to do about it
+CHECKS = ("fastlt.losses:misfits", "fastlt.models.heads:misfits")
+# `module:function` from a method's name to what it sets elsewhere, by `section.key`
+METHOD_SETTINGS = "fastlt.methods:settings_of"
+
 
 class ModelConfig(Section):
-    name: str = "resnet32"  # resnet20, resnet32, ... (6n + 2, for CIFAR), or any timm model
-    pretrained: bool = False  # timm's weights for the name, unless `weights` names others
-    weights: str = ""  # a RUN folder, or a local safetensors file, with backbone weights
+    """The backbone and the head."""
+
+    name: str = "resnet32"
+    """resnet20, resnet32, ... (6n + 2 layers, for CIFAR), or the name of any timm model."""
+    pretrained: bool = False
+    """Start from timm's weights for the name, unless `weights` names others."""
+    weights: str = ""
+    """A RUN folder, or a local safetensors file, with the weights that the backbone starts from."""
     drop_path: Share = 0.0
-    # timm backbones: computed anew in the backward pass; less memory, a third more work
+    """Stochastic depth: the share of residual branches that are dropped, for timm backbones."""
     checkpoint_activations: bool = False
-    # scaled: linear, with a factor per class; class-parallel: linear, and each rank holds a part of
-    # the classes
-    head: Literal["linear", "cosine", "scaled", "class-parallel"] = "linear"
-    head_scale: Positive = 30.0  # of the cosine head
-    scale_alone: bool = False  # of the scaled head the factors learn, and nothing else
-    sync_bn: bool = False  # batch norm over the images of all GPUs
-    # a RUN folder, or a local safetensors file: `weight` (T or C, D), and `bias`, to start the head
-    # from, e.g. CLIP text features
+    """Recompute activations in the backward pass (timm): less memory, a third more work."""
+    head: str = "linear"
+    """linear, cosine, scaled (a factor per class), or class-parallel (classes split over ranks)."""
+    sync_bn: bool = False
+    """Take batch-norm statistics over the images of all GPUs."""
     head_weights: str = ""
+    """A RUN folder, or a safetensors file with `weight` (T or C, D) and perhaps `bias`, that the
+    head starts from, such as CLIP's text features."""
 
 
 class DataConfig(Section):
-    pack: str = ""  # a folder, or an address such as s3://bucket/pack
-    # further packs whose training images are added: folder -> weight of each of its images
+    """The pack, how its images are loaded, and which of them make an epoch."""
+
+    pack: str = ""
+    """The PACK: a folder, or an address such as s3://bucket/pack."""
     mix: dict[str, Positive] = {}
-    # of shards of a pack at an address that are kept on the local disk; for each address
+    """Further packs whose training images are added: folder -> weight of each of its images."""
     cache_gb: Positive = 100.0
+    """Size of the local cache of a pack at an address, in GB; for each address."""
     engine: Literal["auto", "torch", "ffcv", "dali"] = "auto"
-    # of training images; auto: gpu with DALI, region, or else exact
+    """What loads the images; auto takes the fastest that can be had and prints which."""
     decode: Literal["auto", "region", "exact", "gpu"] = "auto"
-    # stop at a training image that cannot be decoded; else another one of its class takes its place
+    """How training images are decoded; auto: gpu with DALI, else region, or else exact."""
     strict: bool = False
+    """Stop at a training image that cannot be decoded, instead of taking another of its class."""
     workers: Annotated[int, Field(ge=0, le=512)] = 2
-    prefetch: Several = 2  # batches ahead, of the dali engine
-    # of the dali engine: share of the JPEGs that a GPU's decoding hardware takes
+    """Processes or threads that load images; 0: the training's own."""
+    prefetch: Several = 2
+    """Batches that the dali engine prepares ahead."""
     hw_decoder_load: Share = 0.65
-    # a folder in which small images are kept decoded, in memory once for all trainings that name it
+    """Share of the JPEGs that a GPU's decoding hardware takes, with the dali engine."""
     shared: str = ""
-    batch: Several = 128  # over all ranks
-    size: Several = 32  # pixels a side
+    """A folder for small decoded images, held in memory once for all trainings that name it."""
+    batch: Several = 128
+    """Images per batch, over all ranks."""
+    size: Several = 32
+    """Pixels a side of what the model is given."""
     crop: Literal["random-resized-crop", "pad-crop", "centre-crop"] = "pad-crop"
+    """How training images are cut."""
     padding: Count = 4
+    """Pixels of padding of pad-crop."""
     scale: tuple[Positive, Positive] = (0.08, 1.0)
+    """Smallest and largest share of the area that random-resized-crop takes."""
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    """Smallest and largest ratio of width to height that random-resized-crop takes."""
     flip: bool = True
-    eval_resize: Count = 0  # shorter side before the centre crop; 0: as `size`
+    """Mirror half of the training images."""
+    eval_resize: Count = 0
+    """Pixels of the shorter side before the centre crop of evaluation; 0: as `size`."""
     mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)
+    """Mean of red, green and blue, of values from 0 to 1, that is taken off."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    auxiliary: bool = True  # false: train on the targets alone
-    # auxiliary classes of each target: the first so many, nearest first by `similarity`; -1: all
+    """Standard deviation of red, green and blue that is divided by."""
+    auxiliary: bool = True
+    """Train on auxiliary classes too; false: on the targets alone."""
     neighbours: OrAll = -1
-    # of the auxiliary classes, drawn at random by train.seed
+    """Auxiliary classes of each target: the first so many, nearest first by `similarity` where
+    that is given; -1: all."""
     auxiliary_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # FILE.npz or FILE.npz:KEY with names and vectors of the classes, which say how near two are
+    """Share of the auxiliary classes that is used, drawn at random by train.seed."""
     similarity: str = ""
-    # cosines of target and neighbour by `similarity`; others are left out
-    band: tuple[Cosine, Cosine] = (
-        -1,
-        1,
-    )
-    # random: a control, in which each target silences as many, but any others
+    """FILE.npz or FILE.npz:KEY with names and vectors of the classes: how near two are."""
+    band: tuple[Cosine, Cosine] = (-1, 1)
+    """Cosines of target and neighbour by `similarity` between which neighbours are used."""
     pairs: Literal["given", "random"] = "given"
+    """random: a control, in which each target silences as many auxiliaries, drawn at random."""
     target_sampling: Literal["once", "class-balanced", "square-root"] = "once"
-    budget: Several = 50  # images per auxiliary class and epoch
-    budgets: dict[str, Count] = {}  # the same for single auxiliary classes, by name
-    # > 0: auxiliary per target images, for budget
+    """How often target images come in an epoch: each once, or by class."""
+    budget: Several = 50
+    """Images per auxiliary class and epoch."""
+    budgets: dict[str, Count] = {}
+    """The budget of single auxiliary classes, by name."""
     auxiliary_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    # times that an image comes in a row, each time cut anew; an epoch has as many images as without
+    """Auxiliary images per target image, in place of `budget`; 0: by `budget`."""
     repeats: Several = 1
-    start_size: Count = 0  # progressive resizing: pixels a side at first; 0: `size` from the start
-    # epochs between which the side grows from start_size to size
-    ramp: tuple[Count, Count] = (
-        0,
-        0,
-    )
+    """Times that an image comes in a row, each time cut anew; the length of an epoch stays."""
+    start_size: Count = 0
+    """Progressive resizing: pixels a side at first; 0: `size` from the start."""
+    ramp: tuple[Count, Count] = (0, 0)
+    """Epochs between which the side grows from `start_size` to `size`."""
     drop_last: bool = False
+    """Leave out the last batch of an epoch where it is short."""
 
 
 class AugmentConfig(Section):
-    """On the compute device, after the crop."""
+    """Augmentation on the compute device, after the crop."""
 
-    mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of the Beta distribution; 0: off
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
-    randaugment: Annotated[int, Field(ge=0, le=10)] = 0  # magnitude; 0: off
+    mixup: NotNegative = 0.0
+    """Alpha of the Beta distribution of mixup; 0: off."""
+    cutmix: NotNegative = 0.0
+    """Alpha of the Beta distribution of CutMix; 0: off."""
+    randaugment: Annotated[int, Field(ge=0, le=10)] = 0
+    """Magnitude of RandAugment; 0: off."""
     randaugment_ops: Several = 2
-    # of brightness, contrast, saturation and hue
-    jitter: tuple[Share, Share, Share, HalfTurn] = (
-        0,
-        0,
-        0,
-        0,
-    )
-    erasing: Share = 0.0  # probability per image
+    """Operations of RandAugment per image."""
+    jitter: tuple[Share, Share, Share, HalfTurn] = (0, 0, 0, 0)
+    """Strength of the changes of brightness, contrast, saturation and hue."""
+    erasing: Share = 0.0
+    """Probability that a rectangle of an image is erased."""
 
 
 class LossConfig(Section):
-    name: Literal[
-        "neighbor-silencing",
-        "balanced-ce",
-        "ce",
-        "focal",
-        "class-balanced",
-        "ldam",
-        "label-aware-smoothing",
-    ] = "neighbor-silencing"
-    silence: Share = 0.1  # lambda_s: 1 = off, 0 = hard mask
-    tau: Annotated[float, Field(ge=0)] = 1.0  # strength of the prior
+    """The loss. Each loss brings further keys of its own, listed with it."""
+
+    name: str = "neighbor-silencing"
+    """neighbor-silencing, balanced-ce, ce, focal, class-balanced, ldam, label-aware-smoothing."""
+    silence: Share = 0.1
+    """lambda_s of neighbour silencing: 1 = off, 0 = hard mask."""
+    tau: NotNegative = 1.0
+    """Strength of the prior of neighbor-silencing and balanced-ce."""
     directions: Literal["both", "target_rows", "aux_rows"] = "both"
-    # silence only around targets with fewer training images; 0: around all
+    """Rows in which neighbours are silenced: all, or those labelled by a target or an auxiliary."""
     few_shot_below: Count = 0
+    """Silence only around targets with fewer training images; 0: around all."""
     label_smoothing: BelowOne = 0.0
-    gamma: Annotated[float, Field(ge=0)] = 2.0  # focal
-    beta: BelowOne = 0.9999  # class-balanced, and the weights of DRW
-    max_margin: Positive = 0.5  # LDAM
-    drw_epoch: Count = 0  # LDAM: from this epoch on, re-weight the classes (DRW); 0: never
-    smooth_head: BelowOne = 0.4  # label-aware smoothing, of the most frequent class
-    smooth_tail: BelowOne = 0.1  # and of the rarest
+    """Label smoothing of neighbor-silencing, balanced-ce and ce."""
 
 
 class OptimConfig(Section):
+    """The optimiser."""
+
     name: Literal["sgd", "adamw"] = "sgd"
+    """sgd or adamw."""
     lr: Positive = 0.1
-    # > 0: lr is per this many images, and scaled by batch / lr_base_batch ("blr" of the release:
-    # 256)
+    """Learning rate, which the schedule multiplies."""
     lr_base_batch: Count = 0
+    """Above 0: `lr` is per this many images and scaled with the batch (256: the release's blr)."""
     momentum: Share = 0.9
+    """Momentum of SGD."""
     nesterov: bool = False
+    """Nesterov's momentum, for SGD."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0)] = 2e-4
-    # learning rate per layer below the head, timm backbones
+    """Betas of AdamW."""
+    weight_decay: NotNegative = 2e-4
+    """Weight decay: of all parameters with SGD, of matrices alone with AdamW."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    clip: Annotated[float, Field(ge=0)] = 0.0  # gradient norm; 0: off
-    # rows of the head grow no longer than this share of the way from the shortest to the longest
-    # that it starts with; 1: off
+    """Factor on the learning rate per layer below the head, for timm backbones."""
+    clip: NotNegative = 0.0
+    """Largest norm of the gradient; 0: any."""
     max_norm: Share = 1.0
-    accumulate: Several = 1  # batches per optimiser step
-    # decay of averaged weights, which are then those evaluated and exported; 0: off
+    """Rows of the head grow no longer than this share of the way from the shortest to the longest
+    that it starts with (MaxNorm); 1: off."""
+    accumulate: Several = 1
+    """Batches per optimiser step."""
     ema: BelowOne = 0.0
+    """Decay of averaged weights, which are then evaluated and exported; 0: off."""
 
 
 class ScheduleConfig(Section):
+    """The learning rate over the epochs."""
+
     name: Literal["cosine", "step", "one-cycle"] = "cosine"
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    final_lr: Annotated[float, Field(ge=0)] = 0.0  # of cosine, as a share of lr
-    # of step: epoch -> factor on lr from that epoch on
-    steps: dict[Epoch, Annotated[float, Field(ge=0)]] = {}
-    head_only_epochs: Count = 0  # the backbone is frozen for these first epochs
-    # but for its batch-norm statistics, which follow the images of those epochs
+    """cosine, step or one-cycle."""
+    warmup_epochs: NotNegative = 0.0
+    """Epochs in which the rate rises to `optim.lr`."""
+    final_lr: NotNegative = 0.0
+    """Where cosine ends, as a share of optim.lr."""
+    steps: dict[Epoch, NotNegative] = {}
+    """For step: epoch -> factor on optim.lr from that epoch on."""
+    head_only_epochs: Count = 0
+    """First epochs in which the backbone is frozen."""
     shift_bn: bool = False
+    """Let the batch-norm statistics of the frozen backbone follow the images of those epochs."""
 
 
 class TrainConfig(Section):
+    """The length of the training, the machine, and checkpoints."""
+
     epochs: Several = 200
+    """Epochs."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything random."""
     device: str = "auto"
-    # auto: bf16 (fp16 where it has none) on a GPU, fp32 on a CPU
+    """A torch device; auto: a GPU where there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
-    # reduce-overhead: by CUDA graphs, so that a GPU does not wait for a slow CPU; max-autotune: and
-    # kernels that are sought longer
+    """auto: bf16 (fp16 where it has none) on a GPU, fp32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on a GPU."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
-    tf32: bool = True  # of float32 products on a GPU: 10 bits of mantissa, several times as fast
+    """reduce-overhead: by CUDA graphs, for small models; max-autotune: a longer search too."""
+    tf32: bool = True
+    """float32 products on a GPU with 10 bits of mantissa, several times as fast."""
     channels_last: bool = True
-    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # of torch on a CPU; 0: as torch finds right
-    eval_every: Several = 1  # epochs
-    checkpoint_minutes: Positive = 10.0  # besides the one after each epoch
-    checkpoint_steps: Count = 0  # and after as many steps; 0: by time alone
-    keep: Several = 2  # checkpoints kept
-    # steps in a row that are skipped because their gradient is not finite; more end the run
+    """Keep images and weights in channels_last memory format."""
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Threads of torch on a CPU; 0: torch's own choice."""
+    eval_every: Several = 1
+    """Epochs between evaluations on the val split."""
+    checkpoint_minutes: Positive = 10.0
+    """Minutes between checkpoints, besides the one after each epoch."""
+    checkpoint_steps: Count = 0
+    """Steps between checkpoints; 0: by time alone."""
+    keep: Several = 2
+    """Checkpoints that are kept."""
     max_skipped: Several = 10
+    """Steps skipped in a row, for gradients that are not finite, after which a run ends."""
+
+
+class MethodConfig(Section):
+    """The method, by its name, with the numbers that its file declares."""
+
+    name: str = "plain"
+    """A file of fastlt/methods: `fastlt methods` lists them."""
 
 
 class Config(Section):
+    """The whole configuration of a training."""
+
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -234,49 +314,21 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
+    method: MethodConfig = MethodConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        for wrong, message in self._misfits():
+        if type(self) is Config:  # without the keys that heads, losses and methods add
+            return self
+        checks = [resolve_name(place)(self) for place in CHECKS]
+        for wrong, message in itertools.chain(*checks, self._misfits()):
             if wrong:
                 raise ValueError(message)
         return self
 
     def _misfits(self) -> Iterator[tuple[bool, str]]:
-        """What each value alone does not tell: (whether it is so, what to do about it)."""
-        loss, data, schedule = self.loss, self.data, self.schedule
-        mixes = bool(self.augment.mixup or self.augment.cutmix or loss.label_smoothing)
-        yield (
-            loss.name == "ldam" and self.model.head != "cosine",
-            "loss.name=ldam needs model.head=cosine, as its margins are angles",
-        )
-        yield (
-            self.model.head == "class-parallel" and loss.name not in LINEAR_LOSSES,
-            f"model.head=class-parallel does not go with loss.name={loss.name}: choose one of "
-            f"{', '.join(LINEAR_LOSSES)}",
-        )
-        yield (
-            self.model.scale_alone and self.model.head != "scaled",
-            "model.scale_alone is for model.head=scaled: set it to false",
-        )
-        yield (
-            self.optim.max_norm < 1 and self.model.head not in ("linear", "scaled"),
-            f"optim.max_norm is for linear heads, not for model.head={self.model.head}: set it to "
-            "1",
-        )
-        yield (
-            schedule.shift_bn and schedule.head_only_epochs == 0,
-            "schedule.shift_bn is for epochs of the head alone: set schedule.head_only_epochs",
-        )
-        yield (
-            loss.drw_epoch > 0 and loss.name != "ldam",
-            "loss.drw_epoch is for loss.name=ldam: set it to 0",
-        )
-        yield (
-            mixes and loss.name not in LINEAR_LOSSES,
-            f"loss.name={loss.name} does not go with mixup, cutmix or label smoothing: switch them "
-            "off",
-        )
+        """Pairs of whether settings contradict each other, and what to do about it."""
+        data, schedule = self.data, self.schedule
         yield (
             schedule.name == "step" and not schedule.steps,
             "schedule.name=step needs schedule.steps, e.g. {160 = 0.01, 180 = 0.0001}",
@@ -326,25 +378,35 @@ class Config(Section):
             f"optim.nesterov is for optim.name=sgd, not {self.optim.name}",
         )
 
-    def never_comes(self) -> list[str]:
-        """Settings for epochs that the run does not reach: no error, for a first look is short, but
-        worth a word.
-        """
-        last, steps = self.train.epochs, self.schedule.steps if self.schedule.name == "step" else {}
-        late: dict[str, float] = {f"schedule.steps {epoch}": int(epoch) for epoch in steps}
-        late |= {
-            "schedule.warmup_epochs": self.schedule.warmup_epochs,
-            "loss.drw_epoch": self.loss.drw_epoch,
-        }
-        return [name for name, epoch in late.items() if epoch >= last]
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by value: the class with the keys of heads, losses and methods has no module."""
+        return _unpickled, (self.model_dump(),)
 
 
-# linear in the label, so mixed and smoothed labels are defined
-LINEAR_LOSSES = (
-    "neighbor-silencing",
-    "balanced-ce",
-    "ce",
-)
+@cache
+def config_type(method: str = "plain") -> type[Config]:
+    """Return the Config with the keys that heads, losses and the named method add to its sections.
+
+    Raises UserError for a method that does not exist.
+    """
+    opened = {name: resolve_name(place)(method) for name, place in OPEN_SECTIONS.items()}
+    fields: dict[str, Any] = {name: (section, section()) for name, section in opened.items()}
+    return create_model("Config", __base__=Config, __module__=__name__, **fields)
+
+
+def _unpickled(tree: dict[str, Any]) -> Config:
+    return config_type(tree["method"]["name"]).model_validate(tree)
+
+
+def never_reached(config: Config) -> list[str]:
+    """Return the settings for epochs that a run does not reach: no error, but worth a note."""
+    last, schedule = config.train.epochs, config.schedule
+    late: dict[str, float] = {}
+    if schedule.name == "step":
+        late |= {f"schedule.steps {epoch}": int(epoch) for epoch in schedule.steps}
+    late["schedule.warmup_epochs"] = schedule.warmup_epochs
+    late |= {f"loss.{name}": value for name, value in config.loss if name.endswith("_epoch")}
+    return [name for name, epoch in late.items() if epoch >= last]
 
 
 def load_config(
@@ -352,34 +414,47 @@ def load_config(
     overrides: Sequence[str] = (),
     method: Callable[[int, int | None], Mapping[str, Any]] | None = None,
 ) -> Config:
-    """A recipe's name or the path of a .toml file, with `section.key=value` on top.
+    """Return the configuration of a recipe with `section.key=value` on top.
 
-    Raises UserError that names the nearest key.
-
-    method: the recipe's epochs, and those of the overrides, to the settings that come between the
-    two.
+    recipe: a name, or the path of a .toml file. method: from the epochs of the recipe, and those of
+    the overrides or None, to the settings that come between the two, by `section.key`: see
+    `fastlt.methods.method_settings`. Raises UserError that names the nearest key.
     """
     tree = read_recipe(recipe)
     changes = [_parsed(override) for override in overrides]
+    name = _last(changes, "method", "name")
+    if name is not None:
+        tree = merged(tree, {"method": {"name": name}})
+        own = resolve_name(METHOD_SETTINGS)(name)
+        changes = [*((key.split("."), value) for key, value in own.items()), *changes]
     if method is not None:
-        asked = next(
-            (value for keys, value in reversed(changes) if keys == ["train", "epochs"]), None
-        )
-        epochs = (
-            checked(merged(tree, {"train": {"epochs": asked}}), recipe).train.epochs
-            if asked is not None
-            else None
-        )
+        asked = _last(changes, "train", "epochs")
+        longer = merged(tree, {"train": {"epochs": asked}})
+        epochs = checked(longer, recipe).train.epochs if asked is not None else None
         between = method(checked(tree, recipe).train.epochs, epochs)
         changes = [*((key.split("."), value) for key, value in between.items()), *changes]
+        tree = merged(tree, {"method": {"name": _last(changes, "method", "name") or _method(tree)}})
     for keys, value in changes:
-        _set(tree, keys, value)
+        _set(tree, keys, value, config_type(_method(tree)))
     return checked(tree, recipe)
 
 
+def _last(changes: Sequence[tuple[list[str], Any]], *keys: str) -> Any:
+    """Return the value that the last of the changes gives to a key; None where none does."""
+    return next((value for key, value in reversed(changes) if key == [*keys]), None)
+
+
+def _method(tree: Mapping[str, Any]) -> str:
+    """Return the method that a tree names, whatever else may be wrong with the tree."""
+    table = tree.get("method")
+    name = table.get("name", "plain") if isinstance(table, dict) else "plain"
+    return name if isinstance(name, str) else "plain"
+
+
 def read_recipe(recipe: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The tables of a recipe on top of those of the recipe that it `extends`, a name or a path
-    beside its own file.
+    """Return the tables of a recipe on top of those of the recipe that it `extends`.
+
+    `extends` is a name, or a path beside the recipe's own file.
     """
     if recipe in extended_by:
         raise UserError(
@@ -420,6 +495,7 @@ def _recipe_text(recipe: str) -> str:
 
 
 def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with fastlt."""
     files = resources.files("fastlt.recipes").iterdir()
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
 
@@ -434,8 +510,9 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_settings(model: type[Tree], file: Path | None, overrides: Sequence[str]) -> Tree:
-    """A tree of sections of its own, from a .toml file if there is one, with `section.key=value` on
-    top.
+    """Return a tree of other sections than a training's.
+
+    It is read from a .toml file if there is one, with `section.key=value` on top.
     """
     tree = read_recipe(str(file)) if file else {}
     if file:
@@ -445,7 +522,12 @@ def with_settings(model: type[Tree], file: Path | None, overrides: Sequence[str]
     return checked(tree, "settings", model)
 
 
-def checked(tree: dict[str, Any], where: str, model: type[Tree] = Config) -> Tree:  # type: ignore[assignment]
+def checked(tree: dict[str, Any], where: str, model: type[Tree] | None = None) -> Tree:
+    """Return the tree as a model, by default the Config of its method.
+
+    Raises UserError that says where the tree comes from, and which key is wrong.
+    """
+    model = model or config_type(_method(tree))  # type: ignore[assignment]
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -472,7 +554,7 @@ def _parsed(override: str) -> tuple[list[str], Any]:
 
 
 def _set(
-    tree: dict[str, Any], keys: list[str], value: Any, model: type[BaseModel] = Config
+    tree: dict[str, Any], keys: list[str], value: Any, model: type[BaseModel] | None = None
 ) -> None:
     name = ".".join(keys)
     known = list(setting_names(model))
@@ -483,28 +565,32 @@ def _set(
         section[keys[1]] = value
 
 
-def setting_names(model: type[BaseModel] = Config) -> Iterator[str]:
+def setting_names(model: type[BaseModel] | None = None) -> Iterator[str]:
+    """The names `section.key` of all settings, by default those of a plain training."""
+    model = model or config_type()
     for section, field in model.model_fields.items():
         for key in field.annotation.model_fields:  # type: ignore[union-attr]
             yield f"{section}.{key}"
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return ", did you mean 'x'?" for the known word nearest to a misspelt one, or nothing."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f", did you mean '{near[0]}'?" if near else ""
 
 
 def as_override(key: str, value: str) -> str:
-    """`key=value` with the value quoted, whatever it contains."""
+    """Return `key=value` with the value quoted, whatever it contains."""
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 def to_toml(config: Section) -> str:
+    """Return a configuration as TOML text."""
     return tomli_w.dumps(config.model_dump(mode="json"))
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """`section.key` -> value."""
+    """Return the values of a configuration by `section.key`."""
     return {
         f"{section}.{key}": value
         for section, values in config.model_dump().items()

@@ -1,13 +1,14 @@
-"""The loss zoo: thin over fastlt_kernels, each loss a short function with its source.
+"""The losses: thin over fastlt_kernels, each with its source, its numbers and what it goes with.
 
-Every loss takes logits (N, C) and targets (N,) and gives a scalar; those that are linear in the
-label take mixed labels too.
+A loss is a class below, listed in `LOSSES` under its `name`, which is what `loss.name` calls it. A
+new one needs nothing else: keys of its own in the section [loss] are declared by its class
+`Numbers`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator
+from functools import cache, partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,41 +16,404 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlt.classes import ClassSpace
-from fastlt.config import LINEAR_LOSSES, LossConfig
+from fastlt.config import (
+    BelowOne,
+    Config,
+    Count,
+    LossConfig,
+    NotNegative,
+    Positive,
+    Section,
+    did_you_mean,
+)
 from fastlt.errors import UserError
-from fastlt.models.classifier import Classifier, CosineHead, LinearHead
 from fastlt_kernels import (
     ClassGraph,
-    ClassParallelLinear,
     LossOutput,
     class_parallel_outputs,
     linear_neighbor_silencing_outputs,
     neighbor_silencing_outputs,
 )
 
-# below, the logits of a batch are small and a plain product is at least as fast
+# Below, the logits of a batch are small and a plain product is at least as fast.
 FUSE_FROM_CLASSES = 4096
 
 
-def check_counts(config: LossConfig, space: ClassSpace, counts: Tensor) -> None:
-    """Losses that divide by the number of images of a class, or take its logarithm, need one of
-    each.
+class Task(NamedTuple):
+    """What a loss or a method may know of what it is trained on."""
+
+    space: ClassSpace
+    counts: Tensor  # (C,) int64, images of each class in an epoch, as sampled
+    loss: LossConfig
+    epochs: int
+    device: torch.device
+
+
+class Step(NamedTuple):
+    """The loss of a batch, and how many of its target images the model got right; each ()."""
+
+    loss: Tensor
+    correct: Tensor  # of mixed labels, the share of the one that was predicted
+    counted: Tensor  # labels that are targets; auxiliaries are not predicted
+
+
+class Loss(ABC):
+    """A loss of logits (N, C) and labels (N,), made for one task.
+
+    head: the head whose logits it is given.
     """
-    needs = {"ldam": "margin", "class-balanced": "weight"}
-    needs |= {"balanced-ce": "prior", "neighbor-silencing": "prior"} if config.tau else {}
-    if config.name in needs and (counts == 0).any():
-        name = space.names[int((counts == 0).nonzero()[0])]
+
+    name: ClassVar[str]
+    Numbers: ClassVar[type[Section]] = Section  # keys of [loss] that it adds
+    is_linear: ClassVar[bool] = False  # in the label, so mixed and smoothed labels are defined
+    silences: ClassVar[bool] = False  # neighbours, so it needs pairs
+    head: ClassVar[str] = ""  # the only `model.head` that it goes with, and why; "": any
+    head_reason: ClassVar[str] = ""
+
+    def __init__(self, task: Task, head: Any) -> None:
+        self.task = task
+        check_counts(self, task)
+
+    @classmethod
+    def needs_of_counts(cls, config: LossConfig) -> str:
+        """Return what the loss makes of a class's count of images, if 0 will not do; else ""."""
+        return ""
+
+    def begin(self, epoch: int) -> Hashable:
+        """Prepare for an epoch. What is compiled is kept as long as this returns the same."""
+        return None
+
+    @abstractmethod
+    def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> Any:
+        """Return the mean loss () of a batch, or a LossOutput, which holds predictions as well.
+
+        mixed: target_b (N,) and mix () or (N,), for losses that are linear in the label.
+        """
+
+    # From features, rows and labels to a LossOutput, without the (N, C) logits; None: not possible.
+    of_features: Callable[..., LossOutput] | None = None
+
+    def step(
+        self,
+        model: Any,
+        images: Tensor,
+        target: Tensor,
+        target_b: Tensor | None,
+        mix: Tensor | None,
+    ) -> Step:
+        """Return the step of a Classifier on images (N, 3, H, W) and labels.
+
+        target and target_b (N,), mix () or (N,).
+        """
+        mixed = {} if target_b is None else {"target_b": target_b, "mix": mix}
+        if self.of_features is not None:
+            features = model.backbone(images)
+            output = self.of_features(
+                features, model.head.weight, target, bias=model.head.bias, **mixed
+            )
+            return self.scored(output.loss, output.prediction, target, target_b, mix)
+        logits = model(images)
+        result = self.of_logits(logits, target, **mixed)
+        if isinstance(result, LossOutput):
+            return self.scored(result.loss, result.prediction, target, target_b, mix)
+        return self.scored(result, self.predicted(logits), target, target_b, mix)
+
+    def predicted(self, logits: Tensor) -> Tensor:
+        """Return the predicted targets (N,) of logits (N, C)."""
+        return logits.detach()[:, : self.task.space.num_targets].argmax(dim=1)
+
+    def scored(
+        self,
+        loss: Tensor,
+        prediction: Tensor,
+        target: Tensor,
+        target_b: Tensor | None = None,
+        mix: Tensor | None = None,
+    ) -> Step:
+        """Return the step of a loss () and predicted targets (N,)."""
+        num_targets = self.task.space.num_targets
+        counted = (target < num_targets).float()
+        correct = counted * (prediction == target)
+        if target_b is not None and mix is not None:
+            counted_b = (target_b < num_targets).float()
+            correct = mix * correct + (1 - mix) * counted_b * (prediction == target_b)
+            counted = mix * counted + (1 - mix) * counted_b
+        return Step(loss, correct.sum(), counted.sum())
+
+
+# --- linear in the label
+
+
+class CrossEntropy(Loss):
+    """Cross entropy. Those below add a prior, and silence neighbours."""
+
+    name = "ce"
+    is_linear = True
+    has_prior: ClassVar[bool] = False
+
+    def __init__(self, task: Task, head: Any) -> None:
+        super().__init__(task, head)
+        config, space, device = task.loss, task.space, task.device
+        graph = silencing_graph(config, space)
+        options: dict[str, Any] = {
+            "num_targets": space.num_targets,
+            "graph": graph.to(device) if graph is not None else None,
+            "log_prior": log_prior(task.counts, config.tau).to(device)
+            if self.has_prior and config.tau
+            else None,
+            "silence": config.silence if graph is not None else 1.0,
+            "label_smoothing": config.label_smoothing,
+        }
+        self._of_logits = partial(neighbor_silencing_outputs, **options)
+        if head.is_sharded:
+            self.of_features = partial(
+                class_parallel_outputs, num_classes=space.num_classes, **options
+            )
+        elif head.is_linear and space.num_classes >= FUSE_FROM_CLASSES:
+            self.of_features = partial(linear_neighbor_silencing_outputs, **options)
+
+    @classmethod
+    def needs_of_counts(cls, config: LossConfig) -> str:
+        """Return that the prior takes the logarithm of counts."""
+        return "prior" if cls.has_prior and config.tau else ""
+
+    def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> LossOutput:
+        """Return the loss and the predictions of a batch; see `Loss.of_logits`."""
+        return self._of_logits(logits, target, **mixed)
+
+
+class BalancedCrossEntropy(CrossEntropy):
+    """Cross entropy of logits plus tau times the log prior.
+
+    Balanced Softmax (Ren et al. 2020, arXiv 2007.10740), logit adjustment (Menon et al. 2021, arXiv
+    2007.07314, eq. 10).
+    """
+
+    name = "balanced-ce"
+    has_prior = True
+
+
+class NeighborSilencing(BalancedCrossEntropy):
+    """Balanced cross entropy in which a label's neighbours count `silence` times.
+
+    arXiv 2410.15980. With silence = 1 it is balanced cross entropy; with silence = 0 neighbours are left out.
+    """
+
+    name = "neighbor-silencing"
+    silences = True
+
+
+# --- others
+
+
+class Focal(Loss):
+    """The mean of (1 - p_y)^gamma * CE (Lin et al. 2017, arXiv 1708.02002)."""
+
+    name = "focal"
+
+    class Numbers(Section):
+        """The key of the focal loss."""
+
+        gamma: NotNegative = 2.0
+        """Exponent of the focal loss."""
+
+    def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> Tensor:
+        """Return the mean loss () of a batch."""
+        ce = F.cross_entropy(logits.float(), target, reduction="none")
+        # the gradient of 0 ** gamma is not finite for gamma below 1
+        missing = (1 - torch.exp(-ce)).clamp(min=1e-8)
+        return (missing**self.task.loss.gamma * ce).mean()  # type: ignore[attr-defined]
+
+
+class EffectiveNumber(Section):
+    """The key of losses that weigh classes by their effective number of images."""
+
+    beta: BelowOne = 0.9999
+    """Beta of the effective number of images: of class-balanced, and of LDAM's re-weighting."""
+
+
+class ClassBalanced(Loss):
+    """Cross entropy with weights by the effective number of images (arXiv 1901.05555)."""
+
+    name = "class-balanced"
+    Numbers = EffectiveNumber
+
+    def __init__(self, task: Task, head: Any) -> None:
+        super().__init__(task, head)
+        self.weights = effective_number_weights(task.counts, task.loss.beta).to(task.device)  # type: ignore[attr-defined]
+
+    @classmethod
+    def needs_of_counts(cls, config: LossConfig) -> str:
+        """Return that weights divide by counts."""
+        return "weight"
+
+    def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> Tensor:
+        """Return the weighted mean loss () of a batch."""
+        return weighted_ce(logits, target, self.weights)
+
+
+class LDAM(Loss):
+    """Label-distribution-aware margins, with deferred re-weighting (Cao et al. 2019, arXiv
+    1906.07413, eq. 13).
+    """
+
+    name = "ldam"
+    head = "cosine"
+    head_reason = "as its margins are angles"
+
+    class Numbers(EffectiveNumber):
+        """The keys of LDAM."""
+
+        max_margin: Positive = 0.5
+        """Margin of the rarest class, with ldam."""
+        drw_epoch: Count = 0
+        """Re-weight the classes from this epoch on (DRW), with ldam; 0: never."""
+
+    def __init__(self, task: Task, head: Any) -> None:
+        super().__init__(task, head)
+        config: Any = task.loss
+        self.scale = head.scale
+        self.margin = margins(task.counts, config.max_margin).to(task.device)
+        self.weights: Tensor | None = None
+
+    @classmethod
+    def needs_of_counts(cls, config: LossConfig) -> str:
+        """Return that margins divide by counts."""
+        return "margin"
+
+    def begin(self, epoch: int) -> bool:
+        """Weigh the classes from `drw_epoch` on; return whether they are."""
+        config: Any = self.task.loss
+        is_weighted = 0 < config.drw_epoch <= epoch
+        weights = effective_number_weights(self.task.counts, config.beta)
+        self.weights = weights.to(self.task.device) if is_weighted else None
+        return is_weighted
+
+    def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> Tensor:
+        """Return the loss () of a batch; logits are `scale * cos`.
+
+        The true class loses scale * margin_y before the cross entropy.
+        """
+        margin = F.one_hot(target, logits.shape[1]) * (self.scale * self.margin[target])[:, None]
+        return weighted_ce(logits.float() - margin, target, self.weights)
+
+
+class LabelAwareSmoothing(Loss):
+    """Cross entropy that takes smoothing_y from the true class and spreads it over the others
+    (MiSLAS, Zhong et al. 2021, arXiv 2104.00466, eq. 4 and 5).
+    """
+
+    name = "label-aware-smoothing"
+
+    class Numbers(Section):
+        """The keys of label-aware smoothing."""
+
+        smooth_head: BelowOne = 0.4
+        """Label-aware smoothing of the most frequent class."""
+        smooth_tail: BelowOne = 0.1
+        """Label-aware smoothing of the rarest class."""
+
+    def __init__(self, task: Task, head: Any) -> None:
+        super().__init__(task, head)
+        config: Any = task.loss
+        # stored counts, not sampled ones: the second stage samples all classes alike
+        stored = torch.tensor(task.space.train_counts)
+        smoothing = smoothing_by_class(stored, config.smooth_head, config.smooth_tail)
+        self.smoothing = smoothing.to(task.device)
+
+    def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> Tensor:
+        """Return the mean loss () of a batch."""
+        smoothing = self.smoothing[target]
+        log_p = logits.float().log_softmax(dim=1)
+        true = log_p.gather(1, target[:, None]).squeeze(1)
+        others = (log_p.sum(dim=1) - true) / (logits.shape[1] - 1)
+        return -((1 - smoothing) * true + smoothing * others).mean()
+
+
+LOSSES: dict[str, type[Loss]] = {
+    loss.name: loss
+    for loss in (
+        NeighborSilencing,
+        BalancedCrossEntropy,
+        CrossEntropy,
+        Focal,
+        ClassBalanced,
+        LDAM,
+        LabelAwareSmoothing,
+    )
+}
+
+
+def build_loss(task: Task, head: Any) -> Loss:
+    """Return the configured loss for logits of `head`.
+
+    Raises UserError where a class has no image but the loss needs one, and where silencing was
+    asked for but silences nothing.
+    """
+    return LOSSES[task.loss.name](task, head)
+
+
+# --- the section [loss]
+
+
+@cache
+def section(method: str = "plain") -> type[LossConfig]:
+    """Return the class of the section [loss]: with the keys of every loss."""
+    found = dict.fromkeys(loss.Numbers for loss in LOSSES.values() if loss.Numbers is not Section)
+    # one that another extends comes with that one
+    numbers = [n for n in found if not any(n is not m and issubclass(m, n) for m in found)]
+    doc = {"__doc__": LossConfig.__doc__, "__module__": __name__}
+    return type("LossConfig", (*numbers, LossConfig), doc)
+
+
+def misfits(config: Config) -> Iterator[tuple[bool, str]]:
+    """Yield whether settings of [loss] contradict others, and what to do about it."""
+    name, head = config.loss.name, config.model.head
+    linear = ", ".join(loss.name for loss in LOSSES.values() if loss.is_linear)
+    yield (
+        name not in LOSSES,
+        f"there is no loss '{name}'{did_you_mean(name, list(LOSSES))}: loss.name is one of "
+        f"{', '.join(LOSSES)}",
+    )
+    loss = LOSSES.get(name, CrossEntropy)
+    yield (
+        loss.head not in ("", head),
+        f"loss.name={name} needs model.head={loss.head}, {loss.head_reason}",
+    )
+    yield (
+        head == "class-parallel" and not loss.is_linear,
+        f"model.head=class-parallel does not go with loss.name={name}: choose one of {linear}",
+    )
+    numbers: Any = config.loss
+    yield (
+        numbers.drw_epoch > 0 and name != LDAM.name,
+        "loss.drw_epoch is for loss.name=ldam: set it to 0",
+    )
+    mixes = bool(config.augment.mixup or config.augment.cutmix or config.loss.label_smoothing)
+    yield (
+        mixes and not loss.is_linear,
+        f"loss.name={name} does not go with mixup, cutmix or label smoothing: switch them off",
+    )
+
+
+# --- what they are made of
+
+
+def check_counts(loss: Loss, task: Task) -> None:
+    """Raise UserError where the loss divides by the images of a class, and there are none."""
+    need = loss.needs_of_counts(task.loss)
+    if need and (task.counts == 0).any():
+        name = task.space.names[int((task.counts == 0).nonzero()[0])]
         raise UserError(
-            f"'{name}' has no training image in an epoch, so loss.name={config.name} has no "
-            f"{needs[config.name]} for it: "
-            "give it a data.budgets above 0, or pack without it"
+            f"'{name}' has no training image in an epoch, so loss.name={loss.name} has no {need} "
+            "for it: give it a data.budgets above 0, or pack without it"
         )
 
 
 def log_prior(counts: Tensor, tau: float) -> Tensor:
-    """tau * log(n_j / sum(n)), (C,) float32; counts (C,) are images per epoch, as sampled.
+    """Return tau * log(n_j / sum(n)), (C,) float32.
 
-    Zero counts are an error.
+    counts (C,) are images per epoch, as sampled. Zero counts are an error.
     """
     if (counts == 0).any():
         raise UserError(
@@ -60,56 +424,38 @@ def log_prior(counts: Tensor, tau: float) -> Tensor:
 
 
 def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
-    """Class weights (1 - beta) / (1 - beta^n), scaled to a mean of 1 (Cui et al. 2019, arXiv
-    1901.05555). counts (C,).
+    """Return class weights (1 - beta) / (1 - beta^n), (C,) float32, scaled to a mean of 1.
+
+    Cui et al. 2019, arXiv 1901.05555. counts (C,).
     """
     weights = (1 - beta) / (1 - beta ** counts.double())
     return (weights * len(counts) / weights.sum()).float()
 
 
-def focal(logits: Tensor, target: Tensor, *, gamma: float) -> Tensor:
-    """Mean of (1 - p_y)^gamma * CE (Lin et al. 2017, arXiv 1708.02002)."""
-    ce = F.cross_entropy(logits.float(), target, reduction="none")
-    # the gradient of 0 ** gamma is not finite for gamma below 1
-    missing = (1 - torch.exp(-ce)).clamp(min=1e-8)
-    return (missing**gamma * ce).mean()
+def weighted_ce(logits: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+    """Return cross entropy with a weight per class, divided by the sum of the batch's weights.
 
-
-def weighted_ce(logits: Tensor, target: Tensor, *, weights: Tensor | None) -> Tensor:
-    """Cross entropy with a weight per class, divided by the sum of the weights in the batch (as
-    torch does), of all ranks.
+    The sum is over all ranks. weights (C,).
     """
     if weights is None or not dist.is_initialized():
         return F.cross_entropy(logits.float(), target, weight=weights)
     total = weights[target].sum()
     dist.all_reduce(total)
-    return F.cross_entropy(logits.float(), target, weight=weights, reduction="sum") * (
-        dist.get_world_size() / total
-    )
+    loss = F.cross_entropy(logits.float(), target, weight=weights, reduction="sum")
+    return loss * (dist.get_world_size() / total)
 
 
 def margins(counts: Tensor, max_margin: float) -> Tensor:
-    """LDAM's margin per class, n^(-1/4) scaled so that the rarest has max_margin (Cao et al. 2019,
-    arXiv 1906.07413).
+    """Return LDAM's margin per class, n^(-1/4) scaled so that the rarest has max_margin, (C,).
+
+    Cao et al. 2019, arXiv 1906.07413. counts (C,).
     """
     raw = counts.double() ** -0.25
     return (raw * max_margin / raw.max()).float()
 
 
-def ldam(
-    logits: Tensor, target: Tensor, *, margin: Tensor, scale: float, weights: Tensor | None
-) -> Tensor:
-    """Logits are `scale * cos`; the true class loses scale * margin_y before the cross entropy
-    (arXiv 1906.07413, eq. 13).
-    """
-    lowered = (
-        logits.float() - F.one_hot(target, logits.shape[1]) * (scale * margin[target])[:, None]
-    )
-    return weighted_ce(lowered, target, weights=weights)
-
-
 def smoothing_by_class(counts: Tensor, head: float, tail: float) -> Tensor:
-    """What label-aware smoothing takes from each class:
+    """Return what label-aware smoothing takes from each class, (C,) float32.
 
     `head` of the most frequent, `tail` of the rarest, a quarter sine between (MiSLAS, arXiv
     2104.00466, eq. 6). counts (C,).
@@ -119,149 +465,13 @@ def smoothing_by_class(counts: Tensor, head: float, tail: float) -> Tensor:
     return (tail + (head - tail) * torch.sin(share * torch.pi / 2)).float()
 
 
-def label_aware_smoothing(logits: Tensor, target: Tensor, *, smoothing: Tensor) -> Tensor:
-    """Cross entropy that takes smoothing_y from the true class and spreads it over the others
-    (arXiv 2104.00466, eq. 4 and 5).
-    """
-    taken = smoothing[target]
-    log_p = logits.float().log_softmax(dim=1)
-    of_true = log_p.gather(1, target[:, None]).squeeze(1)
-    of_others = (log_p.sum(dim=1) - of_true) / (logits.shape[1] - 1)
-    return -((1 - taken) * of_true + taken * of_others).mean()
-
-
-class Step(NamedTuple):
-    """The loss of a batch, and how many of its target images the model got right in the same pass;
-    each ().
-    """
-
-    loss: Tensor
-    correct: Tensor  # of mixed labels, the share of the one that was predicted
-    counted: Tensor  # labels that are targets; auxiliaries are not predicted
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """Model and labels to loss."""
-
-    of_logits: Callable[..., Tensor | LossOutput]
-    num_targets: int
-    # never makes the (N, C) logits; where that pays
-    of_features: Callable[..., LossOutput] | None = None
-
-    def step(
-        self,
-        model: Classifier,
-        images: Tensor,
-        target: Tensor,
-        target_b: Tensor | None,
-        mix: Tensor | None,
-    ) -> Step:
-        """images (N, 3, H, W), target and target_b (N,), mix () or (N,)."""
-        mixed = {} if target_b is None else {"target_b": target_b, "mix": mix}
-        if self.of_features is not None:
-            features = model.backbone(images)
-            output = self.of_features(
-                features, model.head.weight, target, bias=model.head.bias, **mixed
-            )
-            return self._scored(output.loss, output.prediction, target, target_b, mix)
-        logits = model(images)
-        result = self.of_logits(logits, target, **mixed)
-        if isinstance(result, LossOutput):
-            return self._scored(result.loss, result.prediction, target, target_b, mix)
-        return self._scored(
-            result, logits.detach()[:, : self.num_targets].argmax(dim=1), target, target_b, mix
-        )
-
-    def _scored(
-        self,
-        loss: Tensor,
-        prediction: Tensor,
-        target: Tensor,
-        target_b: Tensor | None,
-        mix: Tensor | None,
-    ) -> Step:
-        counted = (target < self.num_targets).float()
-        correct = counted * (prediction == target)
-        if target_b is not None and mix is not None:
-            counted_b = (target_b < self.num_targets).float()
-            correct = mix * correct + (1 - mix) * counted_b * (prediction == target_b)
-            counted = mix * counted + (1 - mix) * counted_b
-        return Step(loss, correct.sum(), counted.sum())
-
-
-def in_drw(config: LossConfig, epoch: int) -> bool:
-    """Deferred re-weighting (arXiv 1906.07413): the classes are weighted from `drw_epoch` on."""
-    return 0 < config.drw_epoch <= epoch
-
-
-def build_criterion(
-    config: LossConfig,
-    space: ClassSpace,
-    counts: Tensor,
-    model: Classifier,
-    drw: bool,
-    device: torch.device,
-) -> Criterion:
-    """The configured loss. counts (C,) are images per epoch; `drw` tells whether the epoch is one
-    of deferred re-weighting.
-
-    Raises UserError where silencing was asked for but silences nothing.
-    """
-    check_counts(config, space, counts)
-    if config.name in LINEAR_LOSSES:
-        return _linear_in_the_label(config, space, counts, model, device)
-    weights = None
-    if drw or config.name == "class-balanced":
-        weights = effective_number_weights(counts, config.beta).to(device)
-    if config.name == "focal":
-        return Criterion(partial(focal, gamma=config.gamma), space.num_targets)
-    if config.name == "class-balanced":
-        return Criterion(partial(weighted_ce, weights=weights), space.num_targets)
-    if config.name == "label-aware-smoothing":
-        # of whom there is enough: the second stage samples all alike
-        stored = torch.tensor(space.train_counts)
-        smoothing = smoothing_by_class(stored, config.smooth_head, config.smooth_tail).to(device)
-        return Criterion(partial(label_aware_smoothing, smoothing=smoothing), space.num_targets)
-    assert isinstance(model.head, CosineHead)  # the configuration was refused otherwise
-    margin = margins(counts, config.max_margin).to(device)
-    return Criterion(
-        partial(ldam, margin=margin, scale=model.head.scale, weights=weights), space.num_targets
-    )
-
-
-def _linear_in_the_label(
-    config: LossConfig, space: ClassSpace, counts: Tensor, model: Classifier, device: torch.device
-) -> Criterion:
-    silent = silencing_graph(config, space)
-    options: dict[str, Any] = {
-        "num_targets": space.num_targets,
-        "graph": silent.to(device) if silent is not None else None,
-        "log_prior": None
-        if config.name == "ce" or config.tau == 0
-        else log_prior(counts, config.tau).to(device),
-        "silence": config.silence if silent is not None else 1.0,
-        "label_smoothing": config.label_smoothing,
-    }
-    if isinstance(model.head, ClassParallelLinear):
-        of_features: Callable[..., LossOutput] = partial(
-            class_parallel_outputs, num_classes=space.num_classes, **options
-        )
-        return Criterion(
-            partial(neighbor_silencing_outputs, **options), space.num_targets, of_features
-        )
-    fuse = type(model.head) is LinearHead and space.num_classes >= FUSE_FROM_CLASSES
-    fused = partial(linear_neighbor_silencing_outputs, **options) if fuse else None
-    return Criterion(partial(neighbor_silencing_outputs, **options), space.num_targets, fused)
-
-
 def silencing_graph(config: LossConfig, space: ClassSpace) -> ClassGraph | None:
-    """The graph whose rows are the silenced sets, or None where the loss does not silence.
+    """Return the graph whose rows are the silenced sets, or None where the loss does not silence.
 
     Silencing that was asked for and finds no pair is an error: the release's ablations silenced
     nothing without noticing.
     """
-    if config.name != "neighbor-silencing" or config.silence == 1.0:
+    if not LOSSES[config.name].silences or config.silence == 1.0:
         return None
     graph = space.graph()
     if config.few_shot_below:
@@ -271,7 +481,7 @@ def silencing_graph(config: LossConfig, space: ClassSpace) -> ClassGraph | None:
     if graph.indices.numel() == 0:
         raise UserError(
             f"loss.silence={config.silence} asks for silencing, but no pair of classes is "
-            "silenced: pack auxiliaries with pairs, "
-            "relax loss.few_shot_below, or choose loss.name=balanced-ce"
+            "silenced: pack auxiliaries with pairs, relax loss.few_shot_below, or choose "
+            "loss.name=balanced-ce"
         )
     return graph

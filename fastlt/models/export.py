@@ -2,55 +2,48 @@
 
 import json
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastlt.config import Config, ModelConfig
+from fastlt.config import Config
 from fastlt.errors import UserError
-from fastlt.models.classifier import Classifier, ScaledHead, build_model
-from fastlt.training.checkpoint import copies, load_weights, write_tensors
+from fastlt.models.classifier import Classifier, build_model
+from fastlt.models.heads import section
+from fastlt.models.weights import copies, load_weights, write_tensors
 from fastlt.utils.files import whole_file
 
 # of logits between torch and onnxruntime, relative to their largest magnitude
+# `module:function` that gives a model the architecture of its method; by name, as it stands above.
+METHODS = "fastlt.methods:built"
 MAX_DIFFERENCE = 1e-3
 
 
 def targets_only(model: Classifier, num_targets: int) -> dict[str, Tensor]:
-    """The model's tensors with rows 0..T-1 of the head; the factors of a scaled head are worked
-    into its rows.
-    """
-    tensors = copies(model.state_dict())
-    if isinstance(model.head, ScaledHead):
-        scale = tensors.pop("head.scale")
-        tensors["head.weight"], tensors["head.bias"] = (
-            tensors["head.weight"] * scale[:, None],
-            tensors["head.bias"] * scale,
-        )
-    for name in ("head.weight", "head.bias"):
-        if name in tensors:
-            tensors[name] = tensors[name][:num_targets].clone()
-    return tensors
+    """Return the tensors, on the CPU, of the model with a head of the targets alone."""
+    return copies(model.predicting(num_targets).state_dict())
 
 
 def export_safetensors(
     model: Classifier, config: Config, target_names: list[str], path: Path
 ) -> None:
-    """Weights, and as metadata all that is needed to build the model again: under one key, for
-    their order would be random.
+    """Write the weights, and as metadata all that is needed to build the model again.
+
+    The metadata are under one key, for their order would be random.
     """
-    head = "cosine" if config.model.head == "cosine" else "linear"  # what the others come to
+    head = {"head": model.head.exported_as, "scale_alone": False}
     description = {
-        "model": {**config.model.model_dump(mode="json"), "head": head, "scale_alone": False},
+        "model": {**config.model.model_dump(mode="json"), **head},
         "data": config.data.model_dump(mode="json", include={"size", "eval_resize", "mean", "std"}),
+        "method": config.method.model_dump(mode="json"),
         "classes": target_names,
     }
     with whole_file(path) as temporary:
-        write_tensors(
-            temporary, targets_only(model, len(target_names)), {"fastlt": json.dumps(description)}
-        )
+        tensors = targets_only(model, len(target_names))
+        write_tensors(temporary, tensors, {"fastlt": json.dumps(description)})
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -73,12 +66,12 @@ def find_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def load_exported(path: Path) -> tuple[Classifier, list[str]]:
-    """The model in evaluation mode on the CPU, and the names of its classes."""
+    """Return the model in evaluation mode on the CPU, and the names of its classes."""
     metadata = read_metadata(path)
-    architecture = ModelConfig(
-        **{**metadata["model"], "pretrained": False, "weights": "", "head_weights": ""}
-    )
-    model = build_model(architecture, len(metadata["classes"]), metadata["data"]["size"])
+    start = {"pretrained": False, "weights": "", "head_weights": ""}
+    config = section().model_validate({**metadata["model"], **start})
+    model = build_model(config, len(metadata["classes"]), metadata["data"]["size"])
+    model = resolve_name(METHODS)(metadata.get("method", {"name": "plain"}), model)
     load_weights(path, model)
     return model.eval(), metadata["classes"]
 

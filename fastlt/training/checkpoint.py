@@ -57,15 +57,6 @@ def snapshot(model: nn.Module, optimizer: Optimizer, ema: nn.Module | None) -> S
     return {file: copies(part) for file, part in tensors.items()}
 
 
-def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous ones on the CPU: safetensors refuses channels_last."""
-    return {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-        for name, tensor in tensors.items()
-        if not hasattr(tensor, "to_local")
-    }
-
-
 def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """`index.name` -> tensor for every state tensor of what is not sharded, parameters counted
     through the groups.
@@ -165,17 +156,6 @@ def write_checkpoint(
             flush_to_disk(file)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
-
-
-def write_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Raises OSError, as others do, where safetensors raises an error of its own."""
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
 class Writer:
@@ -286,28 +266,6 @@ def load_checkpoint(
         load_weights(checkpoint / "ema.safetensors", ema)
     if optimizer is not None and (head := head_tensors(model, optimizer, ema)):
         load_head(checkpoint / "head", head)
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    own_only = isinstance(getattr(model, "head", None), ClassParallelLinear)
-    try:
-        missing, unexpected = model.load_state_dict(read_tensors(path), strict=not own_only)
-        if unexpected or any(not name.startswith("head.") for name in missing):
-            raise RuntimeError(f"{len(missing)} tensors are missing, {len(unexpected)} unknown")
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} does not fit the model of this configuration: use another RUN folder"
-        ) from error
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors raises OSError or its own, undocumented, types
-        raise UserError(
-            f"{path} is missing or damaged: remove its folder to go on from the checkpoint before "
-            f"({error})"
-        ) from error
 
 
 def fill_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:

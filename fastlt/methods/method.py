@@ -1,0 +1,135 @@
+"""What the training loop trains: the interface of a method.
+
+A method is one file beside this one that defines `class Method(Base)`. Its name is the file's, with
+hyphens for underscores; its first line of documentation is what `fastlt methods` prints.
+"""
+
+import copy
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastlt.config import MethodConfig
+from fastlt.losses import Step, Task, build_loss
+from fastlt.models.classifier import Classifier
+from fastlt_kernels import LossOutput
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a training that has settings of its own.
+
+    Each stage has its own order of images, optimiser and schedule, and is resumed where it was
+    stopped; the model goes on from one to the next.
+    """
+
+    name: str = ""
+    # section.key -> value, over the run's; `train.epochs` included
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    trained: tuple[str, ...] = ("",)  # prefixes of the names of the parameters that are trained
+
+
+class Base(nn.Module):
+    """A model and how it is trained.
+
+    `self.model` is evaluated, averaged and exported. Whatever else is registered (projections,
+    memories) is trained and kept in checkpoints, and never exported. torch's generators are seeded
+    anew in each step, so a run that was killed draws the same numbers when it is resumed.
+
+    config: the section [method]; task: the classes, counts, loss, epochs and device.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig  # what [method] of a recipe may set
+    SETTINGS: ClassVar[dict[str, Any]] = {}  # section.key -> value, below the user's own settings
+    PAPER: ClassVar[str] = ""  # authors, year and arXiv number
+    takes_sharded_heads: ClassVar[bool] = False  # model.head=class-parallel
+
+    @staticmethod
+    def build(config: Any, model: Classifier) -> Classifier:
+        """Return the model with what the method changes of its architecture.
+
+        It is called for training, and wherever an exported model is loaded.
+        """
+        return model
+
+    def __init__(self, config: Any, model: Classifier, task: Task) -> None:
+        super().__init__()
+        self.config, self.model, self.task = config, model, task
+        self.criterion = build_loss(task, model.head)
+
+    def stages(self) -> list[Stage]:
+        """Return the stages of the training, in their order."""
+        return [Stage()]
+
+    def begin(self, epoch: int) -> Hashable:
+        """Prepare for an epoch of the stage, counted from 0.
+
+        What is compiled is kept as long as this returns the same.
+        """
+        return self.criterion.begin(epoch)
+
+    def forward(
+        self,
+        images: Tensor,
+        target: Tensor,
+        target_b: Tensor | None = None,
+        mix: Tensor | None = None,
+    ) -> Step:
+        """Return loss and hits of images (N, 3, H, W) and labels (N,), by default the configured.
+
+        target_b (N,) and mix () or (N,) are given where images are mixed: the label is `target`
+        with weight mix, and `target_b` with 1 - mix.
+        """
+        return self.criterion.step(self.model, images, target, target_b, mix)
+
+    def predictor(self) -> Classifier:
+        """Return what is evaluated and exported, with training-only parts folded in."""
+        return self.model
+
+    def loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        target_b: Tensor | None = None,
+        mix: Tensor | None = None,
+    ) -> Tensor:
+        """Return the configured loss () of logits (N, C), silencing and prior included."""
+        mixed = {} if target_b is None else {"target_b": target_b, "mix": mix}
+        found = self.criterion.of_logits(logits, target, **mixed)
+        return found.loss if isinstance(found, LossOutput) else found
+
+    def scored(self, loss: Tensor, logits: Tensor, *labels: Tensor | None) -> Step:
+        """Return a step by its loss () and the logits (N, C) that the model would predict by."""
+        return self.criterion.scored(loss, self.criterion.predicted(logits), *labels)  # type: ignore[arg-type]
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Return what the method trains or keeps besides the model, for checkpoints."""
+        state = self.state_dict()
+        return {name: state[name] for name in state if not name.startswith("model.")}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Base":
+        """Copy modules and tensors; task, loss and teachers, which nothing changes, are shared."""
+        shared = [self.task, self.criterion]
+        shared += [value for value in vars(self).values() if isinstance(value, Frozen)]
+        memo.update({id(value): value for value in shared})
+        twin = copy.copy(self)
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+
+class Frozen:
+    """A trained model that is asked, not trained.
+
+    It is no parameter of the method, in no checkpoint, and always in evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model = model.eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return what the model makes of images (N, 3, H, W)."""
+        return self.model(images)

@@ -1,0 +1,137 @@
+"""Tensors on disk, and weights that a model starts from. Files are safetensors: none runs code."""
+
+import errno
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastlt.errors import UserError
+from fastlt.models.heads import Head
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous ones on the CPU: safetensors refuses channels_last."""
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+        for name, tensor in tensors.items()
+        if not hasattr(tensor, "to_local")
+    }
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Raises OSError, as others do, where safetensors raises an error of its own."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises OSError or its own, undocumented, types
+        raise UserError(
+            f"{path} is missing or damaged: remove its folder to go on from the checkpoint before "
+            f"({error})"
+        ) from error
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    own_only = getattr(getattr(model, "head", None), "is_sharded", False)
+    try:
+        missing, unexpected = model.load_state_dict(read_tensors(path), strict=not own_only)
+        if unexpected or any(not name.startswith("head.") for name in missing):
+            raise RuntimeError(f"{len(missing)} tensors are missing, {len(unexpected)} unknown")
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} does not fit the model of this configuration: use another RUN folder"
+        ) from error
+
+
+def load_backbone(backbone: nn.Module, path: Path) -> None:
+    """Weights from a safetensors file, which must hold all of the backbone's; what else it holds is
+    passed over.
+    """
+    weights = read_weights(path)
+    own = backbone.state_dict()
+    weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
+    if "pos_embed" in own and "pos_embed" in weights:
+        weights["pos_embed"] = of_size(weights["pos_embed"], backbone)
+    missing = [name for name in own if name not in weights]
+    wrong = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    if missing or wrong:
+        raise UserError(
+            f"{path} does not fit the model: {len(missing)} tensors are missing and {len(wrong)} "
+            "have another shape; "
+            f"the first is {(missing + wrong)[0]}"
+        )
+    backbone.load_state_dict({name: weights[name] for name in own})
+
+
+def of_size(pos_embed: Tensor, backbone: nn.Module) -> Tensor:
+    """Position embeddings (1, tokens, D) of a vision transformer, resampled where they are of
+    images of another size.
+    """
+    if pos_embed.ndim != 3 or pos_embed.shape == backbone.pos_embed.shape:
+        return pos_embed
+    from timm.layers import resample_abs_pos_embed
+
+    # Prefix tokens, such as that of the class, may have positions of their own, or none, as the
+    # model was made.
+    prefix = (
+        0
+        if getattr(backbone, "no_embed_class", False)
+        else int(getattr(backbone, "num_prefix_tokens", 1))
+    )
+    patches: Any = backbone.patch_embed
+    return resample_abs_pos_embed(
+        pos_embed, new_size=list(patches.grid_size), num_prefix_tokens=prefix
+    )
+
+
+def start_head(head: Head, path: Path) -> None:
+    """Copies the rows of `weight` in the file, (T, D) or (C, D), and of `bias`, into the first rows
+    of the head. `head.weight` and `head.bias`, as a trained model has them, will do as well.
+    """
+    found = {name.removeprefix("head."): tensor for name, tensor in read_weights(path).items()}
+    rows, bias = found.get("weight"), found.get("bias")
+    if (
+        rows is None
+        or rows.ndim != 2
+        or rows.shape[1] != head.weight.shape[1]
+        or len(rows) > len(head.weight)
+    ):
+        shape = "no `weight`" if rows is None else f"a weight of shape {tuple(rows.shape)}"
+        raise UserError(
+            f"{path} has {shape}; the head is {tuple(head.weight.shape)} and takes its first rows "
+            "from it"
+        )
+    with torch.no_grad():
+        head.weight[: len(rows)] = rows
+        if bias is not None and head.bias is not None and not head.is_sharded:
+            head.bias[: len(bias)] = bias
+
+
+def weights_file(place: str) -> Path:
+    """Of a RUN folder, its trained model."""
+    path = Path(place)
+    if path.is_dir() and not (path / "model.safetensors").is_file():
+        raise UserError(f"{path} has no model.safetensors: name a run that has finished")
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read the weights {path}: it must be a safetensors file ({error})"
+        ) from error
