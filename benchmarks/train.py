@@ -81,14 +81,10 @@ def run_bench_train(
         quiet = Console(quiet=True)
         place = data or str(random_pack(Path(folder), load_config(recipe, settings), quiet))
         config = load_config(recipe, [*settings, as_override("data.pack", place)])
-        trainer = prepare(config, Path(folder) / "run", open_packs(config.data))
-        try:
+        with prepare(config, Path(folder) / "run", open_packs(config.data)) as trainer:
             flops = flops_per_image(trainer)
             measured = measure(trainer, steps, rounds, console)
             work = Work(flops, ceiling_of(trainer), peak_memory_mb(trainer.device))
-        finally:
-            trainer.train_loader.close()
-            trainer.val_loader.close()
     show(measured, work, trainer, recipe, console)
     if csv is not None:
         append_rows(csv, [row(measured, work, trainer, recipe, steps)])

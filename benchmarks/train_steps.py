@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlt.data.prefetch import staged
-from fastlt.training.loop import forward_of, make_input, train_step
+from fastlt.training.loop import make_input, steps
 from fastlt.training.setup import Trainer
 
 
@@ -54,19 +53,11 @@ def loop_steps(trainer: Trainer, marks: Marks) -> Iterator[int]:
 
     Yields the images of each step.
     """
-    forward = forward_of(trainer, 0)
-    for epoch in itertools.count():
-        trainer.at.step_in_epoch = 0
-        for batch, pixels in staged(
-            trainer.train_loader.iterate(trainer.plan.epoch(epoch)), trainer.device
-        ):
-            marks("wait")
-            train_step(trainer, forward, batch, pixels, marks)
-            trainer.at.step, trainer.at.step_in_epoch = (
-                trainer.at.step + 1,
-                trainer.at.step_in_epoch + 1,
-            )
+    while True:
+        trainer.state.step_in_epoch = 0
+        for batch, _ in steps(trainer, marks):
             yield len(batch.labels)
+        trainer.state.epoch += 1
 
 
 def bare_steps(trainer: Trainer, compiled: bool) -> Iterator[int]:

@@ -451,6 +451,14 @@ def _method(tree: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) else "plain"
 
 
+def with_changes(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Return a configuration with other values for some `section.key`."""
+    tree = config.model_dump()
+    for key, value in settings.items():
+        _set(tree, key.split("."), value, config_type(_method(tree)))
+    return checked(tree, "settings")
+
+
 def read_recipe(recipe: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the tables of a recipe on top of those of the recipe that it `extends`.
 
@@ -522,16 +530,16 @@ def with_settings(model: type[Tree], file: Path | None, overrides: Sequence[str]
     return checked(tree, "settings", model)
 
 
-def checked(tree: dict[str, Any], where: str, model: type[Tree] | None = None) -> Tree:
+def checked(tree: dict[str, Any], where: str, model: type[Tree] | None = None) -> Any:
     """Return the tree as a model, by default the Config of its method.
 
     Raises UserError that says where the tree comes from, and which key is wrong.
     """
-    model = model or config_type(_method(tree))  # type: ignore[assignment]
+    kind: Any = model or config_type(_method(tree))
     try:
-        return model.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_in_words(error.errors()[0], model)}") from error
+        raise UserError(f"{where}: {_in_words(error.errors()[0], kind)}") from error
 
 
 def _in_words(error: Any, model: type[BaseModel]) -> str:

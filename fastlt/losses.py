@@ -164,7 +164,7 @@ class CrossEntropy(Loss):
             "silence": config.silence if graph is not None else 1.0,
             "label_smoothing": config.label_smoothing,
         }
-        self._of_logits = partial(neighbor_silencing_outputs, **options)
+        self._of_logits: Callable[..., LossOutput] = partial(neighbor_silencing_outputs, **options)
         if head.is_sharded:
             self.of_features = partial(
                 class_parallel_outputs, num_classes=space.num_classes, **options
@@ -196,7 +196,8 @@ class BalancedCrossEntropy(CrossEntropy):
 class NeighborSilencing(BalancedCrossEntropy):
     """Balanced cross entropy in which a label's neighbours count `silence` times.
 
-    arXiv 2410.15980. With silence = 1 it is balanced cross entropy; with silence = 0 neighbours are left out.
+    arXiv 2410.15980. With silence = 1 it is balanced cross entropy; with silence = 0 neighbours are
+    left out.
     """
 
     name = "neighbor-silencing"

@@ -17,7 +17,8 @@ from fastlt.losses import (
     silencing_graph,
     smoothing_by_class,
 )
-from fastlt.models.classifier import Classifier, CosineHead, LinearHead
+from fastlt.models.classifier import Classifier
+from fastlt.models.heads import CosineHead, LinearHead
 from fastlt_kernels.reference import reference_loss
 
 TARGETS, AUXILIARIES = 5, 7

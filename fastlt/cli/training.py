@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from fastlt.cli.app import PackPath, app, console, pack_place, stopped_in_words
 from fastlt.cli.tables import (
@@ -13,7 +15,7 @@ from fastlt.cli.tables import (
 )
 from fastlt.config import as_override, load_config, recipe_names
 from fastlt.errors import UserError
-from fastlt.methods.presets import ONE_STAGE, SECOND_STAGE, method_settings
+from fastlt.methods import method_settings
 
 
 @app.command()
@@ -47,8 +49,7 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Settings of a published method, below your own: "
-            f"{', '.join([*ONE_STAGE, *SECOND_STAGE])}.",
+            help="A method, whose settings come below your own; `fastlt methods` lists them.",
         ),
     ] = None,
     start: Annotated[
@@ -134,6 +135,21 @@ def train(
         return
     print_result(result, str(out))
     console.print(f"report: {write_report(out)}")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods for `fastlt train --method NAME`, each with its paper."""
+    from fastlt.methods import listed_methods
+
+    table = Table("method", "kind", "what it does", "paper", box=SIMPLE_HEAD, pad_edge=False)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    for method in listed_methods():
+        table.add_row(*method)
+    console.print(table)
+    console.print(
+        "a second stage begins with another run: --start RUN; numbers of a method: method.KEY=VALUE"
+    )
 
 
 @app.command()

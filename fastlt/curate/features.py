@@ -24,10 +24,11 @@ from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import evaluation_batches
 from fastlt.errors import UserError
-from fastlt.models.classifier import build_model, weights_file
+from fastlt.models.classifier import build_model
+from fastlt.models.device import best_precision, find_device
 from fastlt.models.export import find_metadata, load_exported
+from fastlt.models.weights import weights_file
 from fastlt.packing.reader import Split
-from fastlt.training.setup import best_precision, find_device
 from fastlt.utils.files import sha256_of
 
 ROWS, COLUMNS = 2048, 32768  # of similarities at a time: 256 MB

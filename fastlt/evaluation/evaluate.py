@@ -30,9 +30,9 @@ from fastlt.evaluation.posthoc import (
 )
 from fastlt.losses import log_prior as log_prior_of
 from fastlt.models.classifier import Classifier
+from fastlt.models.device import choose_device, on_device
 from fastlt.models.export import load_exported
 from fastlt.packing.reader import Pack, Split, open_pack
-from fastlt.training.setup import choose_device, on_device
 from fastlt.utils.files import whole_file
 
 EVALUATION_BATCH = 256

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlt.config import did_you_mean
 from fastlt.errors import UserError
 from fastlt.evaluation.metrics import Predictions
-from fastlt.models.classifier import Classifier, CosineHead
+from fastlt.models.classifier import Classifier
 
 BLOCK = 4096  # images whose logits are held at a time
 
@@ -104,7 +104,7 @@ def check_methods(names: list[str], model: Classifier) -> None:
 
 
 def applies(name: str, model: Classifier) -> bool:
-    return name != "tau-norm" or not isinstance(model.head, CosineHead)
+    return name != "tau-norm" or model.head.limits_rows
 
 
 def set_aside(labels: np.ndarray, share: float) -> np.ndarray:

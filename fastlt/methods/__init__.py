@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module, resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastlt.config import MethodConfig, did_you_mean
 from fastlt.errors import UserError
 from fastlt.methods.presets import PRESETS, SECOND_STAGE, Settings, preset_settings
-from fastlt.models.classifier import Classifier
+
+if TYPE_CHECKING:
+    from fastlt.models.classifier import Classifier
 
 NOT_METHODS = ("__init__", "method", "presets")
 
@@ -75,7 +77,7 @@ def settings_of(name: str) -> Mapping[str, Any]:
     return method_type(name).SETTINGS
 
 
-def built(config: Mapping[str, Any], model: Classifier) -> Classifier:
+def built(config: Mapping[str, Any], model: "Classifier") -> "Classifier":
     """Return a model with what a method changes of its architecture; config: its [method]."""
     kind = method_type(config["name"])
     return kind.build(kind.Config.model_validate(dict(config)), model)

@@ -64,6 +64,11 @@ class Base(nn.Module):
         """Return the stages of the training, in their order."""
         return [Stage()]
 
+    def enter_stage(self, task: Task) -> None:
+        """Take up the task of a stage that has settings of its own, its loss included."""
+        self.task = task
+        self.criterion = build_loss(task, self.model.head)
+
     def begin(self, epoch: int) -> Hashable:
         """Prepare for an epoch of the stage, counted from 0.
 
@@ -115,7 +120,8 @@ class Base(nn.Module):
         shared = [self.task, self.criterion]
         shared += [value for value in vars(self).values() if isinstance(value, Frozen)]
         memo.update({id(value): value for value in shared})
-        twin = copy.copy(self)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
 

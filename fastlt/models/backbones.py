@@ -1,10 +1,9 @@
 """Backbones: images (N, 3, H, W) to features (N, D), D being `num_features`.
 
-Besides being called, a backbone gives `maps(images)`, its feature maps (N, D, h, w), and
-`pool(maps)`, which makes features of them.
+`feature_maps` and `pooled` are the two halves of that for any backbone, with the maps (N, D, h, w)
+between.
 """
 
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -127,13 +126,11 @@ def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
     if config.drop_path:
         options["drop_path_rate"] = config.drop_path
     try:
-        return with_maps(
-            timm.create_model(
-                config.name,
-                pretrained=config.pretrained and not config.weights,
-                num_classes=0,
-                **options,
-            )
+        return timm.create_model(
+            config.name,
+            pretrained=config.pretrained and not config.weights,
+            num_classes=0,
+            **options,
         )
     except TypeError as error:
         raise UserError(
@@ -146,15 +143,10 @@ def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
         ) from error
 
 
-def with_maps(backbone: nn.Module) -> nn.Module:
-    """Give a timm backbone the methods `maps` and `pool`."""
-    backbone.maps = MethodType(_timm_maps, backbone)  # type: ignore[assignment]
-    backbone.pool = MethodType(_timm_pool, backbone)  # type: ignore[assignment]
-    return backbone
-
-
-def _timm_maps(backbone: Any, images: Tensor) -> Tensor:
-    """Return feature maps (N, D, h, w); of a vision transformer, its patch tokens."""
+def feature_maps(backbone: Any, images: Tensor) -> Tensor:
+    """Return the feature maps (N, D, h, w) of a backbone; of a transformer, its patch tokens."""
+    if isinstance(backbone, CifarResNet):
+        return backbone.maps(images)
     maps = backbone.forward_features(images)
     if maps.ndim == 3:  # (N, tokens, D)
         height, width = backbone.patch_embed.grid_size
@@ -165,11 +157,13 @@ def _timm_maps(backbone: Any, images: Tensor) -> Tensor:
     return maps
 
 
-def _timm_pool(backbone: Any, maps: Tensor) -> Tensor:
-    """Return features (N, D): as the backbone's own forward pass does where it pools maps.
+def pooled(backbone: Any, maps: Tensor) -> Tensor:
+    """Return the features (N, D) of feature maps: as the backbone's own forward pass pools them.
 
     Transformers, most of which take the class token instead, get the mean of their patch tokens.
     """
+    if isinstance(backbone, CifarResNet):
+        return backbone.pool(maps)
     if hasattr(backbone, "patch_embed"):
         return maps.mean(dim=(2, 3))
     return backbone.forward_head(maps, pre_logits=True)

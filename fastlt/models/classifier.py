@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from fastlt.config import ModelConfig
-from fastlt.models.backbones import build_backbone
+from fastlt.models.backbones import build_backbone, feature_maps, pooled
 from fastlt.models.heads import HEADS, Head
 from fastlt.models.weights import load_backbone, start_head, weights_file
 
@@ -19,6 +19,14 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, C) of images (N, 3, H, W)."""
         return self.head(self.backbone(images))
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Return the backbone's feature maps (N, D, h, w) of images (N, 3, H, W)."""
+        return feature_maps(self.backbone, images)
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """Return the features (N, D) of feature maps, which the head takes."""
+        return pooled(self.backbone, maps)
 
     def predicting(self, targets: int) -> "Classifier":
         """Return a model of the same backbone with a head of the targets alone.

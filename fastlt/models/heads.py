@@ -29,7 +29,7 @@ class Head(nn.Module, ABC):
     limits_rows: ClassVar[bool] = True  # the length of a row counts, so it can be limited
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # Tensor (C,), or None
 
     @classmethod
     @abstractmethod
@@ -158,9 +158,7 @@ class ClassParallelHead(ClassParallelLinear, Head):  # type: ignore[misc]
     def of_targets(self, targets: int) -> LinearHead:
         """Return a linear head with rows 0..T-1 on every rank; all ranks call it together."""
         head = LinearHead(self.in_features, targets)
-        return with_values(
-            head, *(self._gathered(part, targets) for part in (self.weight, self.bias))
-        )
+        return with_values(head, *(self._gathered(part, targets) for part in self.parameters()))
 
     def _gathered(self, part: Tensor, targets: int) -> Tensor:
         """Return rows 0..T-1 of a parameter of which this rank holds some."""

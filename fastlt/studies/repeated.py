@@ -29,7 +29,7 @@ from rich.table import Table
 
 from fastlt.config import load_config
 from fastlt.errors import UserError
-from fastlt.methods.presets import method_settings
+from fastlt.methods import method_settings
 from fastlt.utils.pool import cores
 
 LOOK_EVERY = 1.0  # seconds

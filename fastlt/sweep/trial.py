@@ -17,7 +17,7 @@ import numpy as np
 
 from fastlt.config import MAY_CHANGE, Config, flat, load_config
 from fastlt.errors import UserError
-from fastlt.methods.presets import method_settings
+from fastlt.methods import method_settings
 from fastlt.packing.remote import is_remote
 from fastlt.sweep.spec import SHORT, Axis, Sweep, Values, choose, settings_of
 

@@ -7,18 +7,15 @@ RUN/checkpoints/step-00001234/
     head/*.safetensors, where the classes are split over ranks: any number of ranks can load it
 """
 
-import errno
 import hashlib
 import json
-import re
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.optim import Optimizer
@@ -26,8 +23,8 @@ from torch.optim import Optimizer
 from fastlt.classes import ClassSpace
 from fastlt.errors import UserError
 from fastlt.models.classifier import Classifier
+from fastlt.models.weights import copies, load_weights, read_tensors, write_tensors
 from fastlt.utils.files import flush_to_disk, sha256_of, whole_folder
-from fastlt_kernels import ClassParallelLinear
 
 Snapshot = dict[str, dict[str, Tensor]]  # tensors on the CPU, by file
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
@@ -43,10 +40,16 @@ def class_space_id(space: ClassSpace) -> str:
 # --- writing
 
 
-def snapshot(model: nn.Module, optimizer: Optimizer, ema: nn.Module | None) -> Snapshot:
-    """Copies, so that training can go on while they are written.
+def snapshot(
+    model: nn.Module,
+    optimizer: Optimizer,
+    ema: nn.Module | None,
+    extra: Mapping[str, dict[str, Tensor]] | None = None,
+) -> Snapshot:
+    """Return copies on the CPU, so that training can go on while they are written.
 
-    What is sharded over ranks is left out: see `write_head`.
+    What is sharded over ranks is left out: see `write_head`. extra: what a method has besides its
+    model, by file; files without tensors are left out.
     """
     tensors = {
         "model.safetensors": model.state_dict(),
@@ -54,6 +57,7 @@ def snapshot(model: nn.Module, optimizer: Optimizer, ema: nn.Module | None) -> S
     }
     if ema is not None:
         tensors["ema.safetensors"] = ema.state_dict()
+    tensors |= {file: part for file, part in (extra or {}).items() if part}
     return {file: copies(part) for file, part in tensors.items()}
 
 
@@ -61,10 +65,10 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
     """`index.name` -> tensor for every state tensor of what is not sharded, parameters counted
     through the groups.
     """
-    head = getattr(model, "head", None)
+    head: Any = getattr(model, "head", None)
     sharded = (
         {id(parameter) for parameter in head.parameters()}
-        if isinstance(head, ClassParallelLinear)
+        if getattr(head, "is_sharded", False)
         else set()
     )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -80,19 +84,19 @@ def head_tensors(model: Classifier, optimizer: Optimizer, ema: Classifier | None
     """DTensors over the memory of a class-parallel head, its average and the optimiser's buffers;
     empty for other heads.
     """
-    if not isinstance(model.head, ClassParallelLinear):
+    if not model.head.is_sharded:
         return {}
-    found = {}
-    for name, parameter in model.head.named_parameters():
-        found[name] = model.head.sharded(parameter)
+    found: dict[str, Any] = {}
+    head: Any = model.head
+    for name, parameter in head.named_parameters():
+        found[name] = head.sharded(parameter)
         for kind, value in optimizer.state[parameter].items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                found[f"{name}.{kind}"] = model.head.sharded(value)
-    if ema is not None and isinstance(ema.head, ClassParallelLinear):
-        found |= {
-            f"ema.{name}": ema.head.sharded(parameter)
-            for name, parameter in ema.head.named_parameters()
-        }
+                found[f"{name}.{kind}"] = head.sharded(value)
+    average: Any = ema.head if ema is not None else None
+    if average is not None and average.is_sharded:
+        for name, parameter in average.named_parameters():
+            found[f"ema.{name}"] = average.sharded(parameter)
     return found
 
 
@@ -224,9 +228,14 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint keeps besides tensors; `version` is of the fastlt that wrote it."""
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return {key: state[key] for key in ("step", "class_space", "pack", "at", "loss_scale")}
+        state = {"version": "0.1.0", **state}  # which did not write it down
+        if "at" in state:  # as version 0.1.0 called it
+            state["state"] = state.pop("at")
+        names = ("step", "class_space", "pack", "state", "loss_scale", "version")
+        return {key: state[key] for key in names}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{checkpoint} is no readable checkpoint: remove it to go on from the one before"

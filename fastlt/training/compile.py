@@ -1,4 +1,4 @@
-"""Model and loss as one module: what DistributedDataParallel and torch.compile are given."""
+"""A method as DistributedDataParallel and torch.compile make it."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -7,26 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastlt.losses import Criterion, Step
-from fastlt.models.classifier import Classifier
+from fastlt.losses import Step
+from fastlt.methods.method import Base
 from fastlt.training.distributed import Ranks
-from fastlt_kernels import ClassParallelLinear
-
-
-class Forward(nn.Module):
-    def __init__(self, model: Classifier, criterion: Criterion) -> None:
-        super().__init__()
-        self.model, self.criterion = model, criterion
-
-    def forward(
-        self,
-        images: Tensor,
-        target: Tensor,
-        target_b: Tensor | None = None,
-        mix: Tensor | None = None,
-    ) -> Step:
-        """images (N, 3, H, W), target and target_b (N,), mix () or (N,), of this rank."""
-        return self.criterion.step(self.model, images, target, target_b, mix)
 
 
 class CompiledForBatch:
@@ -44,30 +27,28 @@ class CompiledForBatch:
         return (self.compiled if len(images) == self.batch else self.module)(images, *labels)
 
 
-def build_forward(
-    model: Classifier, criterion: Criterion, ranks: Ranks, mode: str | None, batch: int
-) -> Callable[..., Step]:
-    """`forward(images, target, target_b, mix)`; with several ranks the gradients become those of
-    the mean over ranks.
+def build_forward(method: Base, ranks: Ranks, mode: str | None, batch: int) -> Callable[..., Step]:
+    """Return `forward(images, target, target_b, mix)`.
 
-    mode: of torch.compile; None: not compiled. batch: images of a rank's usual batch.
+    With several ranks the gradients become those of the mean over ranks. mode: of torch.compile;
+    None: not compiled. batch: images of a rank's usual batch.
     """
-    forward: nn.Module = Forward(model, criterion)
+    forward: nn.Module = method
     trains_anything = any(
-        p.requires_grad
-        for name, p in forward.named_parameters()
-        if not _is_whole_already(model, name)
+        parameter.requires_grad
+        for name, parameter in method.named_parameters()
+        if not _is_whole_already(method, name)
     )
     if ranks.world > 1 and trains_anything:
-        own = [name for name, _ in forward.named_parameters() if _is_whole_already(model, name)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(forward, own)
-        device = next(model.parameters()).device
+        own = [name for name, _ in method.named_parameters() if _is_whole_already(method, name)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(method, own)
+        device = next(method.parameters()).device
         forward = DistributedDataParallel(
-            forward, device_ids=[device] if device.type == "cuda" else None
+            method, device_ids=[device] if device.type == "cuda" else None
         )
     return CompiledForBatch(forward, mode, batch) if mode else forward
 
 
-def _is_whole_already(model: Classifier, name: str) -> bool:
-    """Whether a parameter belongs to a head of which each rank has its own classes."""
-    return isinstance(model.head, ClassParallelLinear) and name.startswith("model.head.")
+def _is_whole_already(method: Base, name: str) -> bool:
+    """Return whether a parameter belongs to a head of which each rank has its own classes."""
+    return method.model.head.is_sharded and name.startswith("model.head.")

@@ -79,7 +79,7 @@ def is_first() -> bool:
 
 
 @contextmanager
-def joined(with_group: bool) -> Iterator[Ranks]:
+def process_group(with_group: bool) -> Iterator[Ranks]:
     """Joins the processes that torchrun has started. with_group: alone, too, a process group is
     made.
     """

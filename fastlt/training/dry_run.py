@@ -19,12 +19,12 @@ from rich.console import Console
 from torch import Tensor
 
 from fastlt.config import Config
-from fastlt.data.prefetch import staged
 from fastlt.errors import UserError
-from fastlt.models.classifier import cifar_backbone
-from fastlt.training.distributed import joined
-from fastlt.training.loop import forward_of, make_input, open_packs, set_modes, train_step
-from fastlt.training.setup import Trainer, grow, introduce, prepare
+from fastlt.models.backbones import cifar_backbone
+from fastlt.training.distributed import process_group
+from fastlt.training.loop import forward_of, make_input, open_packs, set_modes, steps
+from fastlt.training.messages import report_setup
+from fastlt.training.setup import Trainer, grow, prepare
 
 PROBED = 2  # images of the first look; batch norm needs as many
 STEP_SECONDS = 2.0  # the batch that is measured takes about as long
@@ -64,24 +64,21 @@ def dry_run(config: Config, processes: int, console: Console) -> None:
             f"data.batch={config.data.batch} cannot be shared equally by {processes} processes: "
             "choose a multiple"
         )
-    with joined(config.model.head == "class-parallel"), console.status("measuring a few steps"):
-        trainer = prepare(config, Path(os.devnull), open_packs(config.data))
-        try:
-            introduce(trainer, console)
-            whole = trainer.plan.steps_per_epoch, trainer.plan.images_per_epoch
-            memory, speed = measure(trainer, config.data.batch // processes)
-        finally:
-            trainer.forward = None
-            trainer.train_loader.close()
-            trainer.val_loader.close()
-            trainer.writer.close()
+    with (
+        process_group(config.model.head == "class-parallel"),
+        console.status("measuring a few steps"),
+        prepare(config, Path(os.devnull), open_packs(config.data)) as trainer,
+    ):
+        report_setup(trainer, console)
+        whole = trainer.plan.steps_per_epoch, trainer.plan.images_per_epoch
+        memory, speed = measure(trainer, config.data.batch // processes)
     for name, text in estimate(config, processes, whole, memory, speed, trainer.device).items():
         console.print(f"[bold]{name:>9}[/]  {text}", highlight=False, soft_wrap=True)
 
 
 def measure(trainer: Trainer, batch: int) -> tuple[Memory, Speed]:
     """In the last epoch, when images are largest and all is trained."""
-    trainer.at.epoch = trainer.config.train.epochs - 1
+    trainer.state.epoch = trainer.config.train.epochs - 1
     grow(trainer)
     set_modes(trainer)
     per_image, seconds = probe(trainer, min(PROBED, batch))
@@ -106,7 +103,7 @@ def probe(trainer: Trainer, images: int) -> tuple[int, float]:
         trainer.device,
         trainer.dtype,
     )
-    forward = forward_of(trainer, trainer.at.epoch)
+    forward = forward_of(trainer)
     kept: dict[int, int] = {}
     known = {
         tensor.untyped_storage().data_ptr()
@@ -142,7 +139,7 @@ def memory_of(trainer: Trainer, per_image: int) -> Memory:
     states = [
         state for group in trainer.updater.optimizer.state.values() for state in group.values()
     ]
-    averaged = list(trainer.ema.model.parameters()) if trainer.ema is not None else []
+    averaged = list(trainer.ema.average.parameters()) if trainer.ema is not None else []
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return Memory(
         size_of(parameters), size_of(trained), size_of(states), size_of(averaged), per_image
@@ -181,17 +178,10 @@ def timed(trainer: Trainer, batch: int) -> Speed:
 
 
 def own_steps(trainer: Trainer) -> Iterator[None]:
-    forward = forward_of(trainer, trainer.at.epoch)
+    """Take the trainer's own steps, epoch after epoch."""
     while True:
-        trainer.at.step_in_epoch = 0
-        for batch, pixels in staged(
-            trainer.train_loader.iterate(trainer.plan.epoch(trainer.at.epoch)), trainer.device
-        ):
-            train_step(trainer, forward, batch, pixels)
-            trainer.at.step, trainer.at.step_in_epoch = (
-                trainer.at.step + 1,
-                trainer.at.step_in_epoch + 1,
-            )
+        trainer.state.step_in_epoch = 0
+        for _ in steps(trainer):
             yield
 
 
@@ -209,9 +199,9 @@ def estimate(
     device: torch.device,
 ) -> dict[str, str]:
     """In words, by what it is about."""
-    steps, images = whole
+    per_epoch, images = whole
     # what is dropped at the end of an epoch takes no time
-    images = min(images, steps * config.data.batch)
+    images = min(images, per_epoch * config.data.batch)
     epochs, share = config.train.epochs, config.data.batch // processes
     need, have = memory.at(share), memory_bytes(device)
     hours = epochs * images / (speed.images_per_second * processes) / 3600
@@ -226,11 +216,11 @@ def estimate(
         "" if cifar_backbone(config.model) else " or set model.checkpoint_activations=true"
     )
     batches = (
-        f" ({steps:,} batches, {config.optim.accumulate} to a step)"
+        f" ({per_epoch:,} batches, {config.optim.accumulate} to a step)"
         if config.optim.accumulate > 1
         else ""
     )
-    updates = -(-steps // config.optim.accumulate)
+    updates = -(-per_epoch // config.optim.accumulate)
     each = f"each of {processes} processes" if processes > 1 else "one process"
     return {
         "memory": f"{in_words(need)} of {each}: {listed}, and {share:,} images of "

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -38,20 +36,27 @@ from fastlt.evaluation.evaluate import (
     save_predictions,
 )
 from fastlt.evaluation.metrics import Predictions, confusions, joined_predictions, score
-from fastlt.losses import Step, build_criterion, in_drw
-from fastlt.models.classifier import Classifier, whole_targets
+from fastlt.losses import Step
+from fastlt.models.classifier import Classifier
 from fastlt.models.export import export_safetensors
 from fastlt.packing.concat import mix_packs
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.training.compile import build_forward
-from fastlt.training.distributed import joined
+from fastlt.training.distributed import process_group
+from fastlt.training.messages import (
+    epoch_line,
+    progress_bar,
+    report_damaged,
+    report_setup,
+    report_skipped,
+    shown,
+)
 from fastlt.training.optim import set_lr
 from fastlt.training.run_folder import check_config, disk_errors, finished, only_run, resume, save
-from fastlt.training.setup import Phase, Progressed, Trainer, grow, introduce, prepare
+from fastlt.training.setup import Trainer, TrainState, grow, next_stage, prepare
 from fastlt.utils.files import write_text
 from fastlt.utils.signals import Stopped, stop_on_signals
 
-DAMAGED_SHOWN = 5  # images that are named at the end of an epoch
 UNKNOWN = -1.0  # the norm of a gradient that is still being accumulated
 ASK_EVERY = 10  # steps, of several ranks: whether one of them wants a checkpoint, or to stop
 OnEpoch = Callable[[dict[str, Any]], None]
@@ -61,14 +66,12 @@ READ_LOSS_EVERY = 20  # steps between looks at the loss: each look waits for the
 def train(
     config: Config, run: Path, console: Console, on_epoch: OnEpoch | None = None
 ) -> dict[str, Any]:
-    """`fastlt train`: goes on where an earlier call in the same RUN stopped.
+    """Train into the folder `run`, from where an earlier call stopped; return result.json's values.
 
-    Returns what result.json holds.
-
-    on_epoch is told what metrics.jsonl is told, once the epoch is saved. Raises Stopped where
+    on_epoch is called with each line of metrics.jsonl, once the epoch is saved. Raises Stopped if
     SIGTERM or Ctrl-C ended it early, once it is saved.
     """
-    with joined(config.model.head == "class-parallel") as ranks:
+    with process_group(config.model.head == "class-parallel") as ranks:
         if not ranks.is_first:
             console = Console(quiet=True)
         pack = open_packs(config.data)
@@ -78,34 +81,28 @@ def train(
             dead_workers_in_words(),
             stop_on_signals(console) as stop,
         ):
-            check_config(config, run)
-            trainer = prepare(config, run, pack, ranks)
-            trainer.stop = stop
-            try:
-                return carry_out(trainer, console, on_epoch)
-            finally:
-                trainer.forward = None  # before the process group, to which it holds on
-                trainer.train_loader.close()
-                trainer.val_loader.close()
-                trainer.writer.close()
+            config = check_config(config, run, pack, console)
+            with prepare(config, run, pack, ranks) as trainer:
+                trainer.stop = stop
+                return run_training(trainer, console, on_epoch)
 
 
-def carry_out(
+def run_training(
     trainer: Trainer, console: Console, on_epoch: OnEpoch | None = None
 ) -> dict[str, Any]:
-    config, run = trainer.config, trainer.run
+    """Resume, train what is left, and write the result, which is returned."""
     if trainer.ranks.is_first:
-        write_text(run / "config.toml", to_toml(config))
+        write_text(trainer.run / "config.toml", to_toml(trainer.run_config))
     resume(trainer, console)
     if (result := finished(trainer)) is not None:
-        console.print(f"{run} has finished already")
+        console.print(f"{trainer.run} has finished already")
         return result
-    introduce(trainer, console)
+    report_setup(trainer, console)
     return finish(trainer, fit(trainer, console, on_epoch))
 
 
 def open_packs(data: DataConfig) -> Pack:
-    """The pack of the configuration, with those that it mixes in."""
+    """Return the pack of the configuration, with those that it mixes in."""
     if not data.pack:
         raise UserError("no pack to train on: name one with --data PACK")
     main = open_pack(data.pack, round(data.cache_gb * 1e9))
@@ -121,38 +118,32 @@ def open_packs(data: DataConfig) -> Pack:
 
 def fit(trainer: Trainer, console: Console, on_epoch: OnEpoch | None = None) -> Predictions | None:
     """Train all epochs that are left; return the predictions of the last, None if none was left."""
-    config, at = trainer.config, trainer.at
-    predictions = None
-    events = (
-        SummaryWriter(str(trainer.run), purge_step=at.step + 1) if trainer.ranks.is_first else None
-    )
+    state, predictions = trainer.state, None
+    is_first = trainer.ranks.is_first
+    events = SummaryWriter(str(trainer.run), purge_step=state.step + 1) if is_first else None
+    epochs = trainer.epochs
     with events or nullcontext(), progress_bar(console) as bar:
-        task = bar.add_task(
-            "",
-            total=config.train.epochs * trainer.plan.steps_per_epoch,
-            completed=at.step,
-            rate=0.0,
-            note="",
-        )
-        while at.epoch < config.train.epochs:
+        task = bar.add_task("", total=total_steps(trainer), completed=state.step, rate=0.0, note="")
+
+        def show(rate: float, note: str) -> None:
+            bar.update(task, completed=state.step, rate=rate, note=note)
+
+        while not trainer.is_done:
+            if state.epoch >= trainer.config.train.epochs:
+                next_stage(trainer)
             grow(trainer)
-            rate = train_epoch(
-                trainer,
-                lambda done, note: bar.update(
-                    task, completed=trainer.at.step, rate=done, note=note
-                ),
-            )
-            tell_damaged(trainer, bar.console)
-            tell_skipped(trainer.at, bar.console)
-            predictions = evaluate(trainer) if is_evaluated(config, at.epoch) else None
+            rate = train_epoch(trainer, show)
+            report_damaged(trainer, bar.console)
+            report_skipped(state, bar.console)
+            evaluated = is_evaluated(trainer.config, state.epoch)
+            predictions = evaluate(trainer) if evaluated else None
             record = record_epoch(trainer, rate, predictions)
             for name, value in record.items():
                 if events is not None and isinstance(value, float):
-                    events.add_scalar(name, value, at.step)
+                    events.add_scalar(name, value, state.step)
             if "top1" in record:
-                bar.console.print(
-                    epoch_line(record, config.train.epochs), highlight=False, soft_wrap=True
-                )
+                line = epoch_line(record, epochs)
+                bar.console.print(line, highlight=False, soft_wrap=True)
             save(trainer)
             if on_epoch is not None:
                 on_epoch(record)
@@ -161,41 +152,63 @@ def fit(trainer: Trainer, console: Console, on_epoch: OnEpoch | None = None) -> 
     return predictions
 
 
+def total_steps(trainer: Trainer) -> int:
+    """Return the steps of all stages; those of stages to come as if their epochs were as long."""
+    left = trainer.epochs - trainer.state.epochs_done
+    return trainer.state.step - trainer.state.step_in_epoch + left * trainer.plan.steps_per_epoch
+
+
 def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float:
-    """One epoch from where `trainer.at` stands. Returns images/s."""
-    config, at, plan = trainer.config, trainer.at, trainer.plan
+    """Train one epoch from where the state stands. Returns images/s.
+
+    report is called with images/s so far and a note for the progress bar.
+    """
+    config, state, plan = trainer.config, trainer.state, trainer.plan
     set_modes(trainer)
-    forward = forward_of(trainer, at.epoch)
-    steps: list[Tensor] = []
+    values: list[Tensor] = []
     began = last_saved = time.perf_counter()
-    images_before, seconds_before = at.images, at.seconds
-    loaded = trainer.train_loader.iterate(plan.epoch(at.epoch, at.step_in_epoch))
-    for batch, pixels in staged(loaded, trainer.device):
-        _, is_last = accumulation(config.optim.accumulate, at.step_in_epoch, plan.steps_per_epoch)
-        trainer.guard.begin(at.step, batch.images, is_last)
-        steps.append(train_step(trainer, forward, batch, pixels))
-        at.step, at.step_in_epoch = at.step + 1, at.step_in_epoch + 1
-        at.images += len(batch.labels) * trainer.ranks.world
-        if at.step % READ_LOSS_EVERY == 0:
-            read_steps(steps, trainer)
+    images_before, seconds_before = state.images, state.seconds
+    for batch, value in steps(trainer):
+        _, is_last = accumulation(
+            config.optim.accumulate, state.step_in_epoch - 1, plan.steps_per_epoch
+        )
+        trainer.guard.begin(state.step - 1, batch.images, is_last)
+        values.append(value)
+        state.images += len(batch.labels) * trainer.ranks.world
+        if state.step % READ_LOSS_EVERY == 0:
+            read_steps(values, trainer)
             report(
-                (at.images - images_before) / (time.perf_counter() - began),
-                f"epoch {at.epoch + 1} loss {shown(mean_loss(at), 3)} train {train_top1(at):.1f}",
+                (state.images - images_before) / (time.perf_counter() - began),
+                f"epoch {state.epochs_done + 1} loss {shown(mean_loss(state), 3)} "
+                f"train {train_top1(state):.1f}",
             )
-        if (
-            is_last
-            and at.step_in_epoch < plan.steps_per_epoch
-            and asks_for_checkpoint(trainer, last_saved)
-        ):
-            read_steps(steps, trainer)
-            at.seconds = seconds_before + time.perf_counter() - began
+        is_within = is_last and state.step_in_epoch < plan.steps_per_epoch
+        if is_within and asks_for_checkpoint(trainer, last_saved):
+            read_steps(values, trainer)
+            state.seconds = seconds_before + time.perf_counter() - began
             save(trainer)
             stop_if_asked(trainer)
             last_saved = time.perf_counter()
-    read_steps(steps, trainer)
+    read_steps(values, trainer)
     seconds = time.perf_counter() - began
-    at.seconds = seconds_before + seconds
-    return (at.images - images_before) / max(1e-9, seconds)
+    state.seconds = seconds_before + seconds
+    return (state.images - images_before) / max(1e-9, seconds)
+
+
+def steps(
+    trainer: Trainer, mark: Callable[[str], None] = lambda part: None
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Take the steps of an epoch that are left; yield each batch and what `train_step` returned.
+
+    mark is called with the name of each part of a step that is done, `wait` for images included.
+    """
+    state, forward = trainer.state, forward_of(trainer)
+    loaded = trainer.train_loader.iterate(trainer.plan.epoch(state.epoch, state.step_in_epoch))
+    for batch, pixels in staged(loaded, trainer.device):
+        mark("wait")
+        value = train_step(trainer, forward, batch, pixels, mark)
+        state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
+        yield batch, value
 
 
 def asks_for_checkpoint(trainer: Trainer, last_saved: float) -> bool:
@@ -204,11 +217,11 @@ def asks_for_checkpoint(trainer: Trainer, last_saved: float) -> bool:
     Several ranks do not agree on the time, nor on when they heard that they are to stop: they ask
     each other, but not in every step.
     """
-    wanted = trainer.stop.made or is_due(trainer.config.train, trainer.at.step, last_saved)
+    wanted = trainer.stop.made or is_due(trainer.config.train, trainer.state.step, last_saved)
     if trainer.ranks.world == 1:
         return wanted
-    by_steps = is_due(trainer.config.train, trainer.at.step, math.inf)
-    if not by_steps and trainer.at.step % ASK_EVERY:
+    by_steps = is_due(trainer.config.train, trainer.state.step, math.inf)
+    if not by_steps and trainer.state.step % ASK_EVERY:
         return False
     trainer.stop.made = trainer.ranks.any(trainer.stop.made, trainer.device)
     return trainer.ranks.any(wanted, trainer.device)
@@ -221,58 +234,36 @@ def is_due(config: TrainConfig, step: int, last_saved: float) -> bool:
 
 def stop_if_asked(trainer: Trainer) -> None:
     """Right after a checkpoint. Raises Stopped once it is on the disk."""
-    at = trainer.at
+    state = trainer.state
     trainer.stop.made = trainer.ranks.any(trainer.stop.made, trainer.device)
-    if trainer.stop.made and at.epoch < trainer.config.train.epochs:
+    if trainer.stop.made and state.epoch < trainer.config.train.epochs:
         trainer.writer.wait()
         raise Stopped(
-            f"stopped at epoch {at.epoch + 1}, step {at.step_in_epoch}: the same command goes on "
-            "from there"
-        )
-
-
-def tell_damaged(trainer: Trainer, console: Console) -> None:
-    """Names the images that were found to be damaged since the last time."""
-    damaged = {
-        image: reason
-        for part in trainer.ranks.all(trainer.train_loader.damaged)
-        for image, reason in part.items()
-    }
-    found = {image: reason for image, reason in damaged.items() if image not in trainer.at.damaged}
-    for reason in list(found.values())[:DAMAGED_SHOWN]:
-        console.print(
-            f"[yellow]note:[/] {escape(reason)}; another image of its class was taken",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if len(found) > DAMAGED_SHOWN:
-        console.print(
-            f"[yellow]note:[/] and {len(found) - DAMAGED_SHOWN} more; `fastlt pack --verify` reads "
-            "the whole pack"
-        )
-    trainer.at.damaged = sorted({*trainer.at.damaged, *found})
-
-
-def tell_skipped(at: Progressed, console: Console) -> None:
-    """Of the epoch."""
-    if skipped := at.skipped - at.skipped_before:
-        console.print(
-            f"[yellow]note:[/] {skipped:,} steps of epoch {at.epoch + 1} were skipped: their "
-            "gradient was not finite",
-            highlight=False,
-            soft_wrap=True,
+            f"stopped at epoch {state.epochs_done + 1}, step {state.step_in_epoch}: the same "
+            "command goes on from there"
         )
 
 
 def set_modes(trainer: Trainer) -> None:
-    """In the head-only epochs the backbone stands still, its batch-norm statistics too, unless they
+    """Put the parts that are trained into training mode, the others into evaluation mode.
+
+    In the head-only epochs the backbone stands still, its batch-norm statistics too, unless they
     are to follow.
     """
     schedule = trainer.config.schedule
-    trainer.model.train()
+    trainer.method.train()
     if schedule.head_only_epochs:
-        frozen = trainer.at.epoch < schedule.head_only_epochs
+        frozen = trainer.state.epoch < schedule.head_only_epochs
         trainer.model.backbone.requires_grad_(not frozen).train(not frozen or schedule.shift_bn)
+    trained = trainer.stages[trainer.state.stage].trained
+    if trained != ("",):
+        for name, module in trainer.method.named_modules():
+            is_within = any(f"{name}.".startswith(prefix) for prefix in trained)
+            is_around = any(prefix.startswith(f"{name}.") or not name for prefix in trained)
+            if not is_within and not is_around:
+                module.training = False
+        for name, parameter in trainer.method.named_parameters():
+            parameter.requires_grad_(name.startswith(trained))
 
 
 def train_step(
@@ -285,20 +276,20 @@ def train_step(
     """One batch: its `Step` and the norm of the gradient as one tensor (4,), still on the device.
     mark is told of parts done.
     """
-    config, at, device = trainer.config, trainer.at, trainer.device
+    config, state, device = trainer.config, trainer.state, trainer.device
     generator = torch.Generator().manual_seed(
-        step_seed(config.train.seed, at.step, 0, trainer.ranks.rank)
+        step_seed(config.train.seed, state.step, 0, trainer.ranks.rank)
     )
     # dropout and the like
-    torch.manual_seed(step_seed(config.train.seed, at.step, 1, trainer.ranks.rank))
-    factor = trainer.factor(at.epoch + at.step_in_epoch / trainer.plan.steps_per_epoch)
+    torch.manual_seed(step_seed(config.train.seed, state.step, 1, trainer.ranks.rank))
+    factor = trainer.factor(state.epoch + state.step_in_epoch / trainer.plan.steps_per_epoch)
     set_lr(trainer.updater.optimizer, factor)
     images, target, target_b, mix = make_input(
         config, pixels, torch.from_numpy(batch.labels), generator, device, trainer.dtype
     )
     mark("input")
     group, is_last = accumulation(
-        config.optim.accumulate, at.step_in_epoch, trainer.plan.steps_per_epoch
+        config.optim.accumulate, state.step_in_epoch, trainer.plan.steps_per_epoch
     )
     with nullcontext() if is_last else unsynchronised(forward):
         with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
@@ -308,7 +299,7 @@ def train_step(
     mark("backward")
     norm = trainer.updater.step() if is_last else torch.full_like(loss, UNKNOWN)
     if is_last and trainer.ema is not None:
-        trainer.ema.update(trainer.model, at.step // config.optim.accumulate)
+        trainer.ema.update(trainer.method, state.step // config.optim.accumulate)
     mark("optimiser")
     return torch.stack([loss.detach(), correct, counted, norm])
 
@@ -377,29 +368,18 @@ def step_seed(seed: int, step: int, stream: int, rank: int = 0) -> int:
     )
 
 
-def forward_of(trainer: Trainer, epoch: int) -> Callable[..., Step]:
-    """`forward(images, target, target_b, mix)` to loss and hits: model and loss as one graph where
-    that is compiled.
+def forward_of(trainer: Trainer) -> Callable[..., Step]:
+    """Return `forward(images, target, target_b, mix)`, the method as it trains in this epoch.
+
+    It gives loss and hits; model and loss are one graph where that is compiled.
     """
-    config = trainer.config
-    phase = Phase(in_drw(config.loss, epoch), epoch < config.schedule.head_only_epochs)
+    config, epoch = trainer.config, trainer.state.epoch
+    phase = trainer.method.begin(epoch), epoch < config.schedule.head_only_epochs
     if trainer.forward is None or trainer.forward[0] != phase:
-        counts = torch.from_numpy(trainer.plan.class_counts[: trainer.space.num_classes])
-        criterion = build_criterion(
-            config.loss, trainer.space, counts, trainer.model, phase.drw, trainer.device
-        )
         trainer.forward = None  # first: what it has hung on the parameters goes with it
         mode = config.train.compile_mode if is_compiled(config, trainer.device) else None
-        trainer.forward = (
-            phase,
-            build_forward(
-                trainer.model,
-                criterion,
-                trainer.ranks,
-                mode,
-                trainer.plan.batch // trainer.ranks.world,
-            ),
-        )
+        batch = trainer.plan.batch // trainer.ranks.world
+        trainer.forward = phase, build_forward(trainer.method, trainer.ranks, mode, batch)
     return trainer.forward[1]
 
 
@@ -416,32 +396,34 @@ def read_steps(steps: list[Tensor], trainer: Trainer) -> None:
     """
     if not steps:
         return
-    at, world = trainer.at, trainer.ranks.world
+    state, world = trainer.state, trainer.ranks.world
     # hits add up over ranks, losses and norms are averaged
     means = torch.tensor([1 / world, 1.0, 1.0, 1 / world])
     rows = (trainer.ranks.total(torch.stack(steps)).cpu() * means).tolist()
     steps.clear()
     for loss, correct, counted, _ in rows:
         if math.isfinite(loss):
-            at.loss_sum, at.summed = at.loss_sum + loss, at.summed + 1
-            at.correct, at.counted = at.correct + correct, at.counted + counted
+            state.loss_sum, state.summed = state.loss_sum + loss, state.summed + 1
+            state.correct, state.counted = state.correct + correct, state.counted + counted
     is_finite = [math.isfinite(norm) for *_, norm in rows if not norm < 0]
-    skipped, at.skipped_in_row = trainer.guard.look(
-        is_finite, at.skipped_in_row, f"epoch {at.epoch + 1}, step {at.step_in_epoch}"
+    skipped, state.skipped_in_row = trainer.guard.look(
+        is_finite,
+        state.skipped_in_row,
+        f"epoch {state.epochs_done + 1}, step {state.step_in_epoch}",
     )
-    at.skipped += skipped
+    state.skipped += skipped
 
 
-def mean_loss(at: Progressed) -> float | None:
+def mean_loss(state: TrainState) -> float | None:
     """None where no step was finite."""
-    return at.loss_sum / at.summed if at.summed else None
+    return state.loss_sum / state.summed if state.summed else None
 
 
-def train_top1(at: Progressed) -> float:
+def train_top1(state: TrainState) -> float:
     """Percent of this epoch's target images that the model, as it was at their step, got right
     among the targets.
     """
-    return 100 * at.correct / max(1e-9, at.counted)
+    return 100 * state.correct / max(1e-9, state.counted)
 
 
 # --- after an epoch
@@ -453,39 +435,39 @@ def is_evaluated(config: Config, epoch: int) -> bool:
 
 def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None) -> dict[str, Any]:
     """Scores the predictions, writes the line of metrics.jsonl, and moves on to the next epoch."""
-    at = trainer.at
+    state = trainer.state
     record: dict[str, Any] = {
-        "epoch": at.epoch,
-        "step": at.step,
-        "loss": mean_loss(at),
-        "train_top1": train_top1(at),
+        "epoch": state.epoch,
+        "step": state.step,
+        "loss": mean_loss(state),
+        "train_top1": train_top1(state),
         "lr": trainer.updater.optimizer.param_groups[-1]["lr"],
         "images_per_second": rate,
-        "seconds": at.seconds,
-        "skipped_steps": at.skipped,
-        "damaged_images": len(at.damaged),
+        "seconds": state.seconds,
+        "skipped_steps": state.skipped,
+        "damaged_images": len(state.damaged),
     }
     if predictions is not None:
         figures = score(predictions, trainer.space)
         record |= {name: figures[name] for name in ("top1", "many", "medium", "few")}
-        if figures["top1"] > at.best.get("top1", -1.0):
-            at.best = {
-                "epoch": at.epoch + 1,
+        if figures["top1"] > state.best.get("top1", -1.0):
+            state.best = {
+                "epoch": state.epoch + 1,
                 **{name: figures[name] for name in ("top1", "many", "medium", "few")},
             }
     if trainer.ranks.is_first:
         with (trainer.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-    at.epoch, at.step_in_epoch, at.skipped_before = at.epoch + 1, 0, at.skipped
-    at.loss_sum, at.summed, at.correct, at.counted = 0.0, 0, 0.0, 0.0
+    state.epoch, state.step_in_epoch, state.skipped_before = state.epoch + 1, 0, state.skipped
+    state.loss_sum, state.summed, state.correct, state.counted = 0.0, 0, 0.0, 0.0
     return record
 
 
 def evaluated_model(trainer: Trainer) -> Classifier:
-    """All ranks have to ask together."""
-    return whole_targets(
-        trainer.model if trainer.ema is None else trainer.ema.model, trainer.space.num_targets
-    )
+    """Return what is evaluated and exported; all ranks call it together."""
+    method = trainer.method if trainer.ema is None else trainer.ema.average
+    model = method.predictor()
+    return model.predicting(trainer.space.num_targets) if model.head.is_sharded else model
 
 
 def evaluate(trainer: Trainer) -> Predictions:
@@ -527,14 +509,14 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
     model = evaluated_model(trainer)
     result = score(predictions, trainer.space)
     result |= {
-        "best": trainer.at.best,
+        "best": trainer.state.best,
         "epochs": trainer.config.train.epochs,
         "confusion": confusions(predictions),
-        "seconds": trainer.at.seconds,
-        "images": trainer.at.images,
-        "images_per_second": trainer.at.images / max(1e-9, trainer.at.seconds),
-        "damaged_images": len(trainer.at.damaged),
-        "skipped_steps": trainer.at.skipped,
+        "seconds": trainer.state.seconds,
+        "images": trainer.state.images,
+        "images_per_second": trainer.state.images / max(1e-9, trainer.state.seconds),
+        "damaged_images": len(trainer.state.damaged),
+        "skipped_steps": trainer.state.skipped,
     }
     if trainer.ranks.is_first:
         export_safetensors(
@@ -544,33 +526,3 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
         save_predictions(predictions, trainer.run / "val_predictions.npz")
         write_text(trainer.run / "result.json", json.dumps(result, indent=1) + "\n")
     return result
-
-
-# --- on screen
-
-
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.fields[note]:<36}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[rate]:>7,.0f} images/s"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-
-
-def epoch_line(record: dict[str, Any], epochs: int) -> str:
-    groups = "  ".join(f"{name} {shown(record[name])}" for name in ("many", "medium", "few"))
-    return (
-        f"epoch {record['epoch'] + 1:>3}/{epochs}  loss {shown(record['loss'], 3):>6}  top-1 "
-        f"{record['top1']:5.1f}  ({groups})"
-        f"  {record['images_per_second']:,.0f} images/s"
-    )
-
-
-def shown(value: float | None, digits: int = 1) -> str:
-    return "   -" if value is None else f"{value:4.{digits}f}"

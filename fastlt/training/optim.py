@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,25 +11,26 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from fastlt.config import OptimConfig, ScheduleConfig
 from fastlt.errors import UserError
-from fastlt.models.classifier import CifarResNet, Classifier
 
 
-def build_optimizer(config: OptimConfig, model: Classifier, batch: int) -> Optimizer:
-    """Each group carries `base_lr`; the schedule multiplies it."""
-    lr = (
-        config.lr * batch * config.accumulate / config.lr_base_batch
-        if config.lr_base_batch
-        else config.lr
-    )
-    groups = parameter_groups(config, model)
+def build_optimizer(
+    config: OptimConfig, method: nn.Module, batch: int, trained: tuple[str, ...] = ("",)
+) -> Optimizer:
+    """Return the optimiser of a method's parameters whose names begin with one of `trained`.
+
+    Each group carries `base_lr`, which the schedule multiplies. batch: images of a step's batch.
+    """
+    scale = batch * config.accumulate / config.lr_base_batch if config.lr_base_batch else 1
+    lr = config.lr * scale
+    named = {id(p) for name, p in method.named_parameters() if name.startswith(trained)}
+    groups = parameter_groups(config, method)
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) in named]
+    groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
+        decay, momentum = config.weight_decay, config.momentum
         optimizer: Optimizer = SGD(
-            groups,
-            lr,
-            config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.nesterov,
-            fused=True,
+            groups, lr, momentum, weight_decay=decay, nesterov=config.nesterov, fused=True
         )
     else:
         optimizer = AdamW(groups, lr, config.betas, weight_decay=config.weight_decay, fused=True)
@@ -37,27 +39,31 @@ def build_optimizer(config: OptimConfig, model: Classifier, batch: int) -> Optim
     return optimizer
 
 
-def parameter_groups(config: OptimConfig, model: Classifier) -> list[dict]:
-    """SGD decays everything, as the CIFAR and ImageNet-LT protocols do; AdamW spares biases, norms
-    and what timm names (position embeddings, class tokens). With layer decay a layer's rate is the
+def parameter_groups(config: OptimConfig, method: nn.Module) -> list[dict]:
+    """Return the parameters of a method, or of a bare Classifier, by their rate and decay.
+
+    SGD decays everything, as the CIFAR and ImageNet-LT protocols do; AdamW spares biases, norms and
+    what timm names (position embeddings, class tokens). With layer decay a layer's rate is the
     smaller, the deeper it lies below the head (BEiT, arXiv 2106.08254), and the same are spared.
     """
+    backbone: Any = getattr(method, "model", method).backbone
+    names = spared_names(backbone)
+    spared = {id(parameter) for name, parameter in backbone.named_parameters() if name in names}
     if config.layer_decay < 1:
-        return [
-            *_layer_decay_groups(config, model.backbone),
-            *_decay_groups(model.head, config.weight_decay),
-        ]
+        below = {id(parameter) for parameter in backbone.parameters()}
+        above = [parameter for parameter in method.parameters() if id(parameter) not in below]
+        decayed = _decay_groups(above, spared, config.weight_decay)
+        return [*_layer_decay_groups(config, backbone), *decayed]
     if config.name == "sgd":
-        return [{"params": list(model.parameters())}]
-    return _decay_groups(model, config.weight_decay)
+        return [{"params": list(method.parameters())}]
+    return _decay_groups(list(method.parameters()), spared, config.weight_decay)
 
 
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    spared = spared_names(model.backbone, "backbone.") if isinstance(model, Classifier) else set()
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (others if parameter.ndim <= 1 or name in spared else decayed).append(parameter)
+def _decay_groups(
+    parameters: list[nn.Parameter], spared: set[int], weight_decay: float
+) -> list[dict]:
+    decayed = [p for p in parameters if p.ndim > 1 and id(p) not in spared]
+    others = [p for p in parameters if p.ndim <= 1 or id(p) in spared]
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -65,14 +71,13 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def spared_names(backbone: nn.Module, prefix: str = "") -> set[str]:
-    """Parameters that a timm backbone wants without weight decay."""
-    names = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()  # type: ignore[operator]
-    return {prefix + name for name in names}
+def spared_names(backbone: nn.Module) -> set[str]:
+    """Return the names of parameters that a timm backbone wants without weight decay."""
+    return backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()  # type: ignore[operator]
 
 
 def _layer_decay_groups(config: OptimConfig, backbone: nn.Module) -> list[dict]:
-    if isinstance(backbone, CifarResNet):
+    if not hasattr(backbone, "group_matcher"):  # by which timm tells a model's layers
         raise UserError(
             "optim.layer_decay is for timm backbones: set it to 1 for the CIFAR ResNets"
         )
@@ -89,7 +94,7 @@ def _layer_decay_groups(config: OptimConfig, backbone: nn.Module) -> list[dict]:
 
 
 def lr_factor(config: ScheduleConfig, epochs: int) -> Callable[[float], float]:
-    """The schedule: epochs done, as a float, to the factor on the base rate."""
+    """Return the schedule: from epochs done, as a float, to the factor on the base rate."""
     return {"cosine": _cosine, "step": _step, "one-cycle": _one_cycle}[config.name](config, epochs)
 
 
@@ -136,35 +141,34 @@ def _one_cycle(config: ScheduleConfig, epochs: int) -> Callable[[float], float]:
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:
+    """Set the rate of each group to `factor` times its base rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 
 class Averaged:
-    """Exponential moving average of weights and batch-norm statistics, which belong together.
+    """The exponential moving average of a method's weights and batch-norm statistics.
 
     The decay warms up as (1 + n) / (10 + n) over the steps n, or the first, random weights would
     linger.
     """
 
-    def __init__(self, model: Classifier, decay: float):
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+    def __init__(self, method: Any, decay: float):
+        self.average = copy.deepcopy(method).requires_grad_(False).eval()
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, model: nn.Module, steps: int) -> None:
-        """steps: optimiser steps so far, from the caller, so that it needs no state of its own and
-        no wait for the device.
+    def update(self, method: nn.Module, steps: int) -> None:
+        """Move the average towards the method as it is.
+
+        steps: optimiser steps so far, from the caller, so that it needs no state of its own and no
+        wait for the device.
         """
         weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
-        mine, theirs = ([*net.parameters(), *net.buffers()] for net in (self.model, model))
+        mine, theirs = ([*net.parameters(), *net.buffers()] for net in (self.average, method))
         smooth = [i for i, tensor in enumerate(mine) if tensor.is_floating_point()]
         torch._foreach_lerp_(
             [mine[i] for i in smooth], [theirs[i].detach() for i in smooth], weight
         )
         for i in set(range(len(mine))) - set(smooth):
             mine[i].copy_(theirs[i])
-
-
-def averaged(config: OptimConfig, model: Classifier) -> Averaged | None:
-    return Averaged(model, config.ema) if config.ema else None

@@ -12,11 +12,16 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from fastlt.config import MAY_CHANGE, Config, flat, load_config
+from fastlt import __version__
+from fastlt.config import MAY_CHANGE, Config, flat, load_config, with_changes
+from fastlt.data.engines import resident
 from fastlt.errors import UserError
+from fastlt.methods.method import Base
+from fastlt.models.weights import read_tensors
+from fastlt.packing.reader import Pack
 from fastlt.training import checkpoint as ckpt
 from fastlt.training.distributed import ALONE, Ranks
-from fastlt.training.setup import Progressed, Trainer
+from fastlt.training.setup import Trainer, TrainState, enter_stage
 from fastlt.utils.files import sibling, write_text
 from fastlt.utils.lock import alone_in
 
@@ -49,25 +54,46 @@ def disk_errors(run: Path) -> Iterator[None]:
         ) from error
 
 
-def check_config(config: Config, run: Path) -> None:
-    """A run that went on under another configuration would be neither the one nor the other.
+def check_config(config: Config, run: Path, pack: Pack, console: Console) -> Config:
+    """Return the configuration that a run is trained with; UserError where it began with another.
 
-    What says how, not what, may change. The pack may move: whether it is the same is told by its
-    content.
+    A run that was resumed under another configuration would be neither the one nor the other. What
+    says how, not what, may change. The pack may move: its content says whether it is the same.
     """
     path = run / "config.toml"
-    if path.is_file() and ckpt.checkpoints(run):
-        kept, wanted = (flat(c) for c in (load_config(str(path)), config))
-        if changed := [key for key in wanted if wanted[key] != kept[key] and key not in MAY_CHANGE]:
-            what = f"{changed[0]} = {kept[changed[0]]!r}, not {wanted[changed[0]]!r}"
+    saved = ckpt.checkpoints(run)
+    if not path.is_file() or not saved:
+        return config
+    kept, wanted = (flat(c) for c in (load_config(str(path)), config))
+    for key, value in wanted.items():
+        if value != kept.get(key) and key not in MAY_CHANGE:
+            what = f"{key} = {kept.get(key)!r}, not {value!r}"
             raise UserError(
                 f"{run} holds a run with another configuration ({what}): choose another --out, or "
                 "remove the folder"
             )
+    return _with_engine_of_old(config, saved[-1], pack, console)
+
+
+def _with_engine_of_old(config: Config, checkpoint: Path, pack: Pack, console: Console) -> Config:
+    """Return the configuration with the engine that version 0.1.0 used where it said `torch`.
+
+    It decoded small images of one size exactly and kept them in memory: the resident engine.
+    """
+    is_old = ckpt.read_state(checkpoint)["version"] == "0.1.0"
+    if not (is_old and config.data.engine == "torch" and resident.fits(pack.train)):
+        return config
+    console.print(
+        "[yellow]note:[/] this run was begun by fastlt 0.1.0, whose data.engine=torch was the "
+        "resident engine for small images: it is resumed with data.engine=resident",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return with_changes(config, {"data.engine": "resident"})
 
 
 def resume(trainer: Trainer, console: Console) -> None:
-    """Takes up the newest checkpoint that is sound and cuts metrics.jsonl back to it.
+    """Take up the newest checkpoint that is sound and cut metrics.jsonl back to it.
 
     The first rank says which one.
     """
@@ -76,28 +102,53 @@ def resume(trainer: Trainer, console: Console) -> None:
         ckpt.remove_leftovers(trainer.run)
         saved = newest_sound(trainer.run, console)
     if saved := trainer.ranks.firsts(saved):
-        state = ckpt.read_state(saved)
-        ckpt.check_pack(saved, state, trainer.space, trainer.pack.id)
-        ema = trainer.ema.model if trainer.ema is not None else None
-        ckpt.load_checkpoint(saved, trainer.model, trainer.updater.optimizer, ema)
-        trainer.updater.load(state["loss_scale"])
-        trainer.guard.keep()
-        trainer.at = Progressed(**state["at"])
+        load(trainer, saved)
         if finished(trainer) is not None:
             return
+        state = trainer.state
         console.print(
-            f"going on from {saved.name}: epoch {trainer.at.epoch + 1}, step "
-            f"{trainer.at.step_in_epoch}"
+            f"resumed from {saved.name}: epoch {state.epochs_done + 1}, step {state.step_in_epoch}"
         )
     if trainer.ranks.is_first:
-        keep_lines(trainer.run / "metrics.jsonl", trainer.at.epoch)
+        keep_lines(trainer.run / "metrics.jsonl", trainer.state.epochs_done)
+
+
+def load(trainer: Trainer, checkpoint: Path) -> None:
+    """Fill the trainer with a checkpoint, of whichever stage it is."""
+    kept = ckpt.read_state(checkpoint)
+    ckpt.check_pack(checkpoint, kept, trainer.space, trainer.pack.id)
+    state = TrainState(**kept["state"])
+    if state.stage:
+        enter_stage(trainer, state.stage)
+    average = trainer.ema.average if trainer.ema is not None else None
+    ckpt.load_checkpoint(
+        checkpoint,
+        trainer.model,
+        trainer.updater.optimizer,
+        average.model if average is not None else None,
+    )
+    for file, method in methods_by_file(trainer).items():
+        if method.extra_state():
+            method.load_state_dict(read_tensors(checkpoint / file), strict=False)
+    trainer.updater.load(kept["loss_scale"])
+    trainer.guard.keep()
+    trainer.state = state
+
+
+def methods_by_file(trainer: Trainer) -> dict[str, Base]:
+    """Return the method and its average by the file that holds what they have besides the model."""
+    found = {"method.safetensors": trainer.method}
+    if trainer.ema is not None:
+        found["ema_method.safetensors"] = trainer.ema.average
+    return found
 
 
 def finished(trainer: Trainer) -> dict[str, Any] | None:
-    """The result of a run all of whose steps are done; None where they are not, or the result
-    cannot be read: it is made anew.
+    """Return the result of a run all of whose steps are done.
+
+    None where they are not, or the result cannot be read: it is made anew.
     """
-    if trainer.at.step < trainer.config.train.epochs * trainer.plan.steps_per_epoch:
+    if not trainer.is_done:
         return None
     try:
         result = json.loads((trainer.run / "result.json").read_text(encoding="utf-8"))
@@ -141,25 +192,29 @@ def keep_lines(path: Path, epochs: int) -> None:
 
 
 def save(trainer: Trainer) -> None:
-    """A checkpoint; all ranks together. It is on the disk once trainer.writer has waited."""
-    at = copy.deepcopy(vars(trainer.at))  # it goes on while this is written
-    state = {"class_space": ckpt.class_space_id(trainer.space), "pack": trainer.pack.id, "at": at}
-    state["loss_scale"] = trainer.updater.state()
-    ema = trainer.ema.model if trainer.ema is not None else None
+    """Save a checkpoint; all ranks together. It is on the disk once trainer.writer has waited."""
+    kept = {
+        "version": __version__,
+        "class_space": ckpt.class_space_id(trainer.space),
+        "pack": trainer.pack.id,
+        "state": copy.deepcopy(vars(trainer.state)),  # it changes while this is written
+        "loss_scale": trainer.updater.state(),
+    }
+    ema = trainer.ema.average.model if trainer.ema is not None else None
     head = save_head(trainer)
     if trainer.ranks.is_first:
-        tensors = ckpt.snapshot(trainer.model, trainer.updater.optimizer, ema)
-        trainer.writer.write(
-            trainer.run, trainer.at.step, tensors, state, trainer.config.train.keep, head
-        )
+        extra = {file: method.extra_state() for file, method in methods_by_file(trainer).items()}
+        tensors = ckpt.snapshot(trainer.model, trainer.updater.optimizer, ema, extra)
+        keep = trainer.config.train.keep
+        trainer.writer.write(trainer.run, trainer.state.step, tensors, kept, keep, head)
 
 
 def save_head(trainer: Trainer) -> Path | None:
     """What all ranks have to write together; the rest is written in the background."""
-    ema = trainer.ema.model if trainer.ema is not None else None
+    ema = trainer.ema.average.model if trainer.ema is not None else None
     tensors = ckpt.head_tensors(trainer.model, trainer.updater.optimizer, ema)
     if not tensors or trainer.ranks.any(
-        ckpt.path_of(trainer.run, trainer.at.step).exists(), trainer.device
+        ckpt.path_of(trainer.run, trainer.state.step).exists(), trainer.device
     ):
         return None
     head = trainer.ranks.firsts(sibling(trainer.run / "checkpoints" / "head"))

@@ -1,44 +1,44 @@
 """From a configuration and a pack to all that a run needs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
+from torch import Tensor
 
 from fastlt.classes import ClassSpace
-from fastlt.config import Config, DataConfig
+from fastlt.config import Config, DataConfig, with_changes
 from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import Plan, Sampling, spread_budget
 from fastlt.errors import UserError
-from fastlt.losses import Step, silencing_graph
-from fastlt.models.classifier import Classifier, build_model, weights_file
+from fastlt.losses import Step, Task
+from fastlt.methods import method_type
+from fastlt.methods.method import Base, Stage
+from fastlt.models.classifier import Classifier, build_model
+from fastlt.models.device import choose_device, on_device
 from fastlt.models.export import find_metadata
+from fastlt.models.weights import weights_file
 from fastlt.packing.reader import Pack
 from fastlt.packing.subset import view
 from fastlt.training.checkpoint import Writer
 from fastlt.training.distributed import ALONE, Ranks
 from fastlt.training.nonfinite import Guard
-from fastlt.training.optim import Averaged, averaged, build_optimizer, lr_factor
+from fastlt.training.optim import Averaged, build_optimizer, lr_factor
 from fastlt.training.step import MaxNorm, Updater
-from fastlt.utils.pool import cores
 from fastlt.utils.signals import StopRequest
-from fastlt_kernels import ClassParallelLinear
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass
-class Progressed:
+class TrainState:
     """What a checkpoint must know besides tensors."""
 
-    epoch: int = 0
+    epoch: int = 0  # of the stage
     step_in_epoch: int = 0
-    step: int = 0
+    step: int = 0  # of all stages
     loss_sum: float = 0.0  # of this epoch so far
     summed: int = 0  # steps in it: those whose loss was finite
     # target images of this epoch so far that the model got right while it trained
@@ -52,87 +52,208 @@ class Progressed:
     best: dict[str, Any] = field(default_factory=dict)
     # training images that could not be decoded, and were replaced
     damaged: list[int] = field(default_factory=list)
+    stage: int = 0
+    epochs_before: int = 0  # of earlier stages
 
-
-class Phase(NamedTuple):
-    """Of epochs that train the same parameters by the same loss."""
-
-    drw: bool
-    frozen: bool  # the backbone
+    @property
+    def epochs_done(self) -> int:
+        """Epochs of all stages that are done."""
+        return self.epochs_before + self.epoch
 
 
 @dataclass
 class Trainer:
-    """All that a run needs, made once by `prepare`."""
+    """All that a run needs, made by `prepare`; a context manager that closes what it holds.
+
+    `config`, `plan`, `train_loader`, `updater`, `guard` and `factor` are of the current stage.
+    """
 
     config: Config
+    run_config: Config
     run: Path
     pack: Pack
     space: ClassSpace
     ranks: Ranks
-    plan: Plan
     device: torch.device
     dtype: torch.dtype
-    train_loader: Loader
+    method: Base
+    stages: list[Stage]
     val_loader: Loader
-    model: Classifier
     ema: Averaged | None
+    writer: Writer
+    stop: StopRequest
+    state: TrainState
+    plan: Plan
+    train_loader: Loader
+    updater: Updater
+    guard: Guard
+    factor: Callable[[float], float]  # from epochs of the stage to the factor on the base rate
+    # phase and compiled function: compiled once, not once an epoch
+    forward: tuple[Hashable, Callable[..., Step]] | None = None
+
+    @property
+    def model(self) -> Classifier:
+        """The model that is trained."""
+        return self.method.model
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all stages."""
+        return sum(stage_config(self.run_config, stage).train.epochs for stage in self.stages)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all epochs of the last stage are done."""
+        last = self.state.stage == len(self.stages) - 1
+        return last and self.state.epoch >= self.config.train.epochs
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End worker processes and threads, and let go of the process group."""
+        self.forward = None  # DDP holds on to the group
+        self.train_loader.close()
+        self.val_loader.close()
+        self.writer.close()
+
+
+class StageParts(NamedTuple):
+    """The parts of a Trainer that are made anew for each stage."""
+
+    config: Config
+    plan: Plan
+    train_loader: Loader
     updater: Updater
     guard: Guard
     factor: Callable[[float], float]
-    at: Progressed
-    writer: Writer
-    stop: StopRequest
-    forward: tuple[Phase, Callable[..., Step]] | None = None  # compiled once, not once an epoch
 
 
 def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trainer:
+    """Return the Trainer of a run, at the start of its first stage."""
     device, dtype = choose_device(config, ranks.local)
     pack, space = view(pack, config.data, config.train.seed)
-    data = config.data
-    plan = build_plan(config, pack, space, size_at(data, 0), ranks)
+    counts = build_plan(config, pack, space).class_counts[: space.num_classes]
+    method = build_method(config, space, torch.from_numpy(counts), ranks, device)
+    ema = Averaged(method, config.optim.ema) if config.optim.ema else None
+    stages = method.stages()
+    parts = stage_parts(config, stages[0], run, pack, space, ranks, device, dtype, method, ema)
+    return Trainer(
+        **parts._asdict(),
+        run_config=config,
+        run=run,
+        pack=pack,
+        space=space,
+        ranks=ranks,
+        device=device,
+        dtype=dtype,
+        method=method,
+        stages=stages,
+        val_loader=val_loader(config.data, pack, device),
+        ema=ema,
+        writer=Writer(),
+        stop=StopRequest(),
+        state=TrainState(),
+    )
+
+
+def build_method(
+    config: Config, space: ClassSpace, counts: Tensor, ranks: Ranks, device: torch.device
+) -> Base:
+    """Return the configured method with its model, on the device. counts (C,): images per epoch."""
+    check_head_weights(config, space)
+    kind = method_type(config.method.name)
+    if config.model.head == "class-parallel" and not kind.takes_sharded_heads:
+        raise UserError(
+            f"method.name={config.method.name} does not go with model.head=class-parallel: set "
+            "model.head=linear"
+        )
+    torch.manual_seed(config.train.seed)
+    model = kind.build(
+        config.method, build_model(config.model, space.num_classes, config.data.size)
+    )
+    model = on_device(model, config, device)
+    if config.model.sync_bn:
+        model = synchronised(model, ranks, device)
+    check_sizes(model, config, device)
+    task = Task(space, counts, config.loss, config.train.epochs, device)
+    return kind(config.method, model, task).to(device)
+
+
+def stage_config(config: Config, stage: Stage) -> Config:
+    """Return the configuration of a run with the settings of a stage."""
+    return with_changes(config, stage.settings) if stage.settings else config
+
+
+def stage_parts(
+    config: Config,
+    stage: Stage,
+    run: Path,
+    pack: Pack,
+    space: ClassSpace,
+    ranks: Ranks,
+    device: torch.device,
+    dtype: torch.dtype,
+    method: Base,
+    ema: Averaged | None,
+) -> StageParts:
+    """Return the parts of a stage. Raises UserError where an epoch is less than a batch."""
+    config = stage_config(config, stage)
+    plan = build_plan(config, pack, space, size_at(config.data, 0), ranks)
     if plan.steps_per_epoch == 0:
         raise UserError(
             f"an epoch has {plan.images_per_epoch} images, less than one batch of "
             f"{config.data.batch}: set data.batch lower"
         )
-    check_head_weights(config, space)
-    torch.manual_seed(config.train.seed)
-    model = on_device(build_model(config.model, space.num_classes, data.size), config, device)
-    if config.model.sync_bn:
-        model = synchronised(model, ranks, device)
-    check_sizes(model, config, device)
-    ema = averaged(config.optim, model)
-    sharded = list(model.head.parameters()) if isinstance(model.head, ClassParallelLinear) else []
-    max_norm = (
-        MaxNorm(model.head.weight, config.optim.max_norm) if config.optim.max_norm < 1 else None
+    if stage.settings:
+        counts = torch.from_numpy(plan.class_counts[: space.num_classes])
+        method.enter_stage(Task(space, counts, config.loss, config.train.epochs, device))
+    head = method.model.head
+    optimizer = build_optimizer(config.optim, method, config.data.batch, stage.trained)
+    updater = Updater(
+        optimizer,
+        config.optim.clip,
+        dtype == torch.float16,
+        list(head.parameters()) if head.is_sharded else [],
+        MaxNorm(head.weight, config.optim.max_norm) if config.optim.max_norm < 1 else None,
     )
-    optimizer = build_optimizer(config.optim, model, data.batch)
-    updater = Updater(optimizer, config.optim.clip, dtype == torch.float16, sharded, max_norm)
     listed = run / ("nonfinite.txt" if ranks.is_first else f"nonfinite-rank{ranks.rank}.txt")
-    guard = Guard(
-        [model, *([ema.model] if ema else [])], config.train.max_skipped, listed, pack.train
+    kept = [method, *([ema.average] if ema else [])]
+    guard = Guard(kept, config.train.max_skipped, listed, pack.train)
+    loader = train_loader(config.data, pack, device, plan.geometry.size)
+    factor = lr_factor(config.schedule, config.train.epochs)
+    return StageParts(config, plan, loader, updater, guard, factor)
+
+
+def enter_stage(trainer: Trainer, number: int) -> None:
+    """Make the parts of another stage; the model, its average and the state's counts stay."""
+    trainer.train_loader.close()
+    trainer.forward = None
+    parts = stage_parts(
+        trainer.run_config,
+        trainer.stages[number],
+        trainer.run,
+        trainer.pack,
+        trainer.space,
+        trainer.ranks,
+        trainer.device,
+        trainer.dtype,
+        trainer.method,
+        trainer.ema,
     )
-    return Trainer(
-        config,
-        run,
-        pack,
-        space,
-        ranks,
-        plan,
-        device,
-        dtype,
-        train_loader(data, pack, device, plan.geometry.size),
-        val_loader(data, pack, device),
-        model,
-        ema,
-        updater,
-        guard,
-        lr_factor(config.schedule, config.train.epochs),
-        Progressed(),
-        Writer(),
-        StopRequest(),
-    )
+    for name, part in parts._asdict().items():
+        setattr(trainer, name, part)
+
+
+def next_stage(trainer: Trainer) -> None:
+    """Go from the end of a stage to the start of the next."""
+    state = trainer.state
+    enter_stage(trainer, state.stage + 1)
+    state.epochs_before += state.epoch
+    state.stage, state.epoch, state.step_in_epoch = state.stage + 1, 0, 0
 
 
 def check_head_weights(config: Config, space: ClassSpace) -> None:
@@ -140,17 +261,17 @@ def check_head_weights(config: Config, space: ClassSpace) -> None:
     if not config.model.head_weights:
         return
     path = weights_file(config.model.head_weights)
-    told = find_metadata(path)
-    if told is None:
+    described = find_metadata(path)
+    if described is None:
         return
-    if told["classes"] != space.target_names:
+    if described["classes"] != space.target_names:
         raise UserError(
             f"{path} was trained for other targets than those of {config.data.pack}: begin with a "
             "run of the same ones"
         )
-    if (told["model"]["head"] == "cosine") != (config.model.head == "cosine"):
+    if (described["model"]["head"] == "cosine") != (config.model.head == "cosine"):
         raise UserError(
-            f"{path} has a {told['model']['head']} head, which is no start for "
+            f"{path} has a {described['model']['head']} head, which is no start for "
             f"model.head={config.model.head}"
         )
 
@@ -172,8 +293,8 @@ def check_sizes(model: Classifier, config: Config, device: torch.device) -> None
 
 
 def grow(trainer: Trainer) -> None:
-    """Plan and loader for images of this epoch's size."""
-    size = size_at(trainer.config.data, trainer.at.epoch)
+    """Replace plan and loader where images of this epoch are of another size."""
+    size = size_at(trainer.config.data, trainer.state.epoch)
     if size != trainer.plan.geometry.size:
         trainer.train_loader.close()
         trainer.plan = build_plan(trainer.config, trainer.pack, trainer.space, size, trainer.ranks)
@@ -217,51 +338,10 @@ def shared_by(data: DataConfig) -> Path | None:
     return Path(data.shared) if data.shared else None
 
 
-def choose_device(config: Config, local: int = 0) -> tuple[torch.device, torch.dtype]:
-    """local: of several processes on this machine, each of which takes a GPU of its own."""
-    device = find_device(config.train.device)
-    if device.type == "cuda" and device.index is None:
-        device = find_device(f"cuda:{local}")
-        torch.cuda.set_device(device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = config.train.tf32
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    return device, PRECISIONS[
-        config.train.precision if config.train.precision != "auto" else best_precision(device)
-    ]
-
-
-def best_precision(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def find_device(name: str) -> torch.device:
-    try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        )
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"train.device={name}, but torch finds no such device here: set train.device=auto"
-        ) from error
-    return device
-
-
 def synchronised(model: Classifier, ranks: Ranks, device: torch.device) -> Classifier:
     if ranks.world > 1 and device.type != "cuda":
         raise UserError("model.sync_bn needs GPUs: set it to false")
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-
-def on_device(model: Classifier, config: Config, device: torch.device) -> Classifier:
-    """The model on the device, in the memory format of the configuration."""
-    model = model.to(device)
-    return model.to(memory_format=torch.channels_last) if config.train.channels_last else model  # type: ignore[call-overload]
 
 
 def build_plan(
@@ -336,57 +416,3 @@ def size_at(data: DataConfig, epoch: int) -> int:
     return (
         data.size if share == 1 else min(data.size, max(data.start_size, round(size / step) * step))
     )
-
-
-def introduce(trainer: Trainer, console: Console) -> None:
-    """Print what is about to be trained, before the first step: set-up errors show here."""
-    config, space, plan = trainer.config, trainer.space, trainer.plan
-    graph = silencing_graph(config.loss, space)
-    groups = ", ".join(f"{len(members)} {name}" for name, members in space.groups().items())
-    auxiliary_images = int(plan.class_counts[space.num_targets :].sum())
-    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-    optimiser = f"{config.optim.name}, {config.schedule.name} schedule"
-    silenced = (
-        "nothing"
-        if graph is None
-        else f"{graph.num_pairs:,} pairs ({config.loss.directions}), lambda_s = "
-        f"{config.loss.silence:g}"
-    )
-    several = f"{trainer.ranks.world} processes on " if trainer.ranks.world > 1 else ""
-    lines = {
-        "classes": f"{space.num_targets:,} targets ({groups}) + {space.num_auxiliaries:,} "
-        "auxiliaries",
-        "silenced": silenced,
-        "images": f"{plan.images_per_epoch:,} an epoch, of which {auxiliary_images:,} auxiliary; "
-        f"{plan.steps_per_epoch:,} steps of {config.data.batch}",
-        "model": f"{config.model.name}, {parameters:.2f} M parameters; loss {config.loss.name}; "
-        f"{optimiser}",
-        "machine": f"{several}{trainer.device.type}, {str(trainer.dtype).removeprefix('torch.')}, "
-        f"loader {trainer.train_loader.engine_name}, {trainer.train_loader.decode} decode",
-    }
-    for name, text in lines.items():
-        console.print(f"[bold]{name:>9}[/]  {text}", highlight=False, soft_wrap=True)
-    for note in notes(config):
-        console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
-
-
-def notes(config: Config) -> Iterator[str]:
-    """What is no error, but worth a word."""
-    if late := config.never_comes():
-        yield f"not reached in {config.train.epochs} epochs: {', '.join(late)}"
-    starts_somewhere = config.model.pretrained or config.model.weights
-    if config.schedule.head_only_epochs >= config.train.epochs and not starts_somewhere:
-        yield (
-            "the backbone stays as random as it starts: "
-            f"schedule.head_only_epochs={config.schedule.head_only_epochs}"
-        )
-    if config.model.scale_alone and not config.model.head_weights:
-        yield (
-            "the rows of the head stay as random as they start: model.scale_alone without "
-            "model.head_weights"
-        )
-    if config.data.workers > cores():
-        yield (
-            f"data.workers={config.data.workers}, but there are {cores()} cores: fewer may be "
-            "faster"
-        )

@@ -27,7 +27,8 @@ from fastlt.evaluation.posthoc import (
     look,
     set_aside,
 )
-from fastlt.models.classifier import Classifier, CosineHead, LinearHead
+from fastlt.models.classifier import Classifier
+from fastlt.models.heads import CosineHead, LinearHead
 from fastlt.packing.sources import read_collection
 from fastlt.packing.writer import PackOptions, write_pack
 from fastlt.training.loop import train

@@ -9,12 +9,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fastlt.config import load_config
+from fastlt.config import load_config, never_reached
 from fastlt.errors import UserError
 from fastlt.evaluation.evaluate import evaluate_run
-from fastlt.methods.presets import ONE_STAGE, SECOND_STAGE, method_settings
-from fastlt.models.classifier import ScaledHead
+from fastlt.methods import method_settings
+from fastlt.methods.presets import ONE_STAGE, SECOND_STAGE
 from fastlt.models.export import load_exported
+from fastlt.models.heads import ScaledHead
 from fastlt.packing.reader import open_pack
 from fastlt.training.loop import train
 from fastlt.training.setup import check_head_weights
@@ -157,7 +158,7 @@ def test_second_stages_are_short_freeze_the_backbone_and_fit_every_recipe(method
     ):
         config = load_config(recipe, [], method_settings(method, "run"))
         assert config.train.epochs == config.schedule.head_only_epochs == 10
-        assert config.model.weights == "run" and not config.never_comes()
+        assert config.model.weights == "run" and not never_reached(config)
         longer = load_config(recipe, ["train.epochs=30"], method_settings(method, "run"))
         assert longer.train.epochs == longer.schedule.head_only_epochs == 30
 

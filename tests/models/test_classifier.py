@@ -4,7 +4,9 @@ from safetensors.torch import save_file
 
 from fastlt.config import ModelConfig
 from fastlt.errors import UserError
-from fastlt.models.classifier import BasicBlock, CifarResNet, CosineHead, build_model
+from fastlt.models.backbones import BasicBlock, CifarResNet
+from fastlt.models.classifier import build_model
+from fastlt.models.heads import CosineHead
 
 
 def test_resnet32_has_the_published_size():

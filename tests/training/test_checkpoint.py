@@ -6,7 +6,9 @@ import torch
 from fastlt.classes import ClassSpace
 from fastlt.config import OptimConfig
 from fastlt.errors import UserError
-from fastlt.models.classifier import CifarResNet, Classifier, LinearHead
+from fastlt.models.backbones import CifarResNet
+from fastlt.models.classifier import Classifier
+from fastlt.models.heads import LinearHead
 from fastlt.training import checkpoint as ckpt
 from fastlt.training.optim import build_optimizer
 

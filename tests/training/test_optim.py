@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from fastlt.config import OptimConfig, ScheduleConfig
-from fastlt.models.classifier import CifarResNet, Classifier, LinearHead
+from fastlt.models.backbones import CifarResNet
+from fastlt.models.classifier import Classifier
+from fastlt.models.heads import LinearHead
 from fastlt.training.optim import averaged, build_optimizer, lr_factor, set_lr
 
 

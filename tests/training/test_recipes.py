@@ -66,7 +66,7 @@ def test_a_step_of_each_large_recipe(packs, tmp_path, recipe):
         stored = sum(trainer.space.train_counts[:targets])
         assert trainer.space.num_targets == targets and images in (None, stored)
         assert trainer.plan.images_per_epoch == stored + 50 * trainer.space.num_auxiliaries
-        trainer.at.epoch = config.schedule.head_only_epochs  # all of it is trained from there on
+        trainer.state.epoch = config.schedule.head_only_epochs  # all of it is trained from there on
         trainer.factor = lambda epoch: 1.0
         set_modes(trainer)
         before = trainer.model.head.weight.detach().clone()
@@ -74,7 +74,7 @@ def test_a_step_of_each_large_recipe(packs, tmp_path, recipe):
         batch, pixels = next(iter(trainer.train_loader.iterate(trainer.plan.epoch(0))))
         assert pixels.shape == (4, 224, 224, 3) and pixels.dtype == torch.uint8
         loss, correct, counted, norm = train_step(
-            trainer, forward_of(trainer, trainer.at.epoch), batch, pixels
+            trainer, forward_of(trainer), batch, pixels
         ).tolist()
         assert 0 < loss < 100 and 0 <= correct <= counted <= 4 and 0 < norm < float("inf")
         assert trainer.model.head.weight.shape == (

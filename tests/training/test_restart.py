@@ -195,7 +195,7 @@ def test_a_run_that_stops_in_an_evaluation_evaluates_once_more(
 
     def stop_in_first(trainer, batches):
         if not asked:
-            asked.append(trainer.at.epoch)
+            asked.append(trainer.state.epoch)
             trainer.stop.made = True
         return original(trainer, batches)
 
@@ -414,7 +414,7 @@ def test_a_run_that_was_stopped_in_its_last_evaluation_has_finished_after_the_ne
     original = training.until_asked_to_stop
 
     def stop_in_last(trainer, batches):
-        if trainer.at.epoch == 3:
+        if trainer.state.epoch == 3:
             trainer.stop.made = True
         return original(trainer, batches)
 

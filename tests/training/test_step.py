@@ -6,7 +6,9 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from fastlt.config import OptimConfig
-from fastlt.models.classifier import CifarResNet, Classifier, LinearHead
+from fastlt.models.backbones import CifarResNet
+from fastlt.models.classifier import Classifier
+from fastlt.models.heads import LinearHead
 from fastlt.training.optim import build_optimizer
 from fastlt.training.step import FIRST_SCALE, GROWS_AFTER, Updater
 
