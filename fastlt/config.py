@@ -118,7 +118,7 @@ class DataConfig(Section):
     """Further packs whose training images are added: folder -> weight of each of its images."""
     cache_gb: Positive = 100.0
     """Size of the local cache of a pack at an address, in GB; for each address."""
-    engine: Literal["auto", "torch", "ffcv", "dali"] = "auto"
+    engine: Literal["auto", "resident", "torch", "ffcv", "dali"] = "auto"
     """What loads the images; auto takes the fastest that can be had and prints which."""
     decode: Literal["auto", "region", "exact", "gpu"] = "auto"
     """How training images are decoded; auto: gpu with DALI, else region, or else exact."""
@@ -329,6 +329,10 @@ class Config(Section):
     def _misfits(self) -> Iterator[tuple[bool, str]]:
         """Pairs of whether settings contradict each other, and what to do about it."""
         data, schedule = self.data, self.schedule
+        yield (
+            schedule.shift_bn and schedule.head_only_epochs == 0,
+            "schedule.shift_bn is for epochs of the head alone: set schedule.head_only_epochs",
+        )
         yield (
             schedule.name == "step" and not schedule.steps,
             "schedule.name=step needs schedule.steps, e.g. {160 = 0.01, 180 = 0.0001}",

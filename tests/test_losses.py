@@ -5,15 +5,16 @@ import torch
 from torch.nn import functional as F
 
 from fastlt.classes import ClassSpace
-from fastlt.config import LossConfig
 from fastlt.errors import UserError
 from fastlt.losses import (
     FUSE_FROM_CLASSES,
-    build_criterion,
+    LOSSES,
+    Task,
+    build_loss,
     effective_number_weights,
-    in_drw,
     log_prior,
     margins,
+    section,
     silencing_graph,
     smoothing_by_class,
 )
@@ -24,6 +25,7 @@ from fastlt_kernels.reference import reference_loss
 TARGETS, AUXILIARIES = 5, 7
 COUNTS = torch.tensor([100, 50, 20, 8, 3] + [50] * AUXILIARIES)
 CPU = torch.device("cpu")
+LossConfig = section()  # with the numbers of every loss
 
 
 def space(pairs=((0, 5), (0, 6), (1, 6), (3, 9), (4, 11))):
@@ -43,12 +45,18 @@ def model(classes=TARGETS + AUXILIARIES, cosine=False):
     )
 
 
-def value(config, mixed=False, drw=False, cosine=False):
+def build(config, space, counts, net, epoch=0):
+    loss = build_loss(Task(space, counts, config, 200, CPU), net.head)
+    loss.begin(epoch)
+    return loss
+
+
+def value(config, mixed=False, epoch=0, cosine=False):
     torch.manual_seed(1)
     net = model(cosine=cosine)
     features, target = torch.randn(33, 16), torch.randint(12, (33,))
     target_b, mix = (target.flip(0), torch.tensor(0.3)) if mixed else (None, None)
-    criterion = build_criterion(config, space(), COUNTS, net, drw, CPU)
+    criterion = build(config, space(), COUNTS, net, epoch)
     return criterion.step(net, features, target, target_b, mix).loss, net(features), target
 
 
@@ -92,13 +100,9 @@ def test_directions_silence_only_their_rows(directions):
     torch.manual_seed(2)
     net, features = model(), torch.randn(12, 16)
     target = torch.arange(12)
-    one = build_criterion(
-        LossConfig(directions=directions), space(), COUNTS, net, False, CPU
-    ).of_logits
-    both = build_criterion(LossConfig(), space(), COUNTS, net, False, CPU).of_logits
-    off = build_criterion(
-        LossConfig(name="balanced-ce"), space(), COUNTS, net, False, CPU
-    ).of_logits
+    one = build(LossConfig(directions=directions), space(), COUNTS, net).of_logits
+    both = build(LossConfig(), space(), COUNTS, net).of_logits
+    off = build(LossConfig(name="balanced-ce"), space(), COUNTS, net).of_logits
     logits = net(features)
     for row in range(12):
         expected = both if (row < TARGETS) == (directions == "target_rows") else off
@@ -118,7 +122,7 @@ def test_hits_are_counted_among_the_targets(name):
     torch.manual_seed(3)
     net, features = model(), torch.randn(12, 16)
     best = net(features)[:, :TARGETS].argmax(dim=1)
-    criterion = build_criterion(LossConfig(name=name), space(), COUNTS, net, False, CPU)
+    criterion = build(LossConfig(name=name), space(), COUNTS, net)
     # every third a target that is hit, the others auxiliaries
     target = torch.where(torch.arange(12) % 3 == 0, best, TARGETS)
     step = criterion.step(net, features, target, None, None)
@@ -131,7 +135,7 @@ def test_hits_of_mixed_labels_count_their_share():
     torch.manual_seed(4)
     net, features = model(), torch.randn(12, 16)
     best = net(features)[:, :TARGETS].argmax(dim=1)
-    criterion = build_criterion(LossConfig(), space(), COUNTS, net, False, CPU)
+    criterion = build(LossConfig(), space(), COUNTS, net)
     step = criterion.step(net, features, best, torch.full((12,), TARGETS), torch.tensor(0.25))
     assert (step.correct, step.counted) == (3, 3)
 
@@ -185,9 +189,7 @@ def test_label_aware_smoothing_takes_more_from_the_frequent():
     torch.testing.assert_close(mass.sum(dim=1), torch.ones(33))
     torch.testing.assert_close(loss, F.cross_entropy(logits, mass))
     net = model()
-    alike = build_criterion(
-        LossConfig(name="label-aware-smoothing"), space(), torch.full((12,), 20), net, False, CPU
-    )
+    alike = build(LossConfig(name="label-aware-smoothing"), space(), torch.full((12,), 20), net)
     # however the classes are sampled
     torch.testing.assert_close(alike.of_logits(logits, target), loss)
     assert torch.equal(smoothing_by_class(torch.tensor([7, 7]), 0.4, 0.1), torch.tensor([0.1, 0.1]))
@@ -195,11 +197,21 @@ def test_label_aware_smoothing_takes_more_from_the_frequent():
 
 def test_drw_weighs_classes_only_from_its_epoch_on():
     config = LossConfig(name="ldam", drw_epoch=160)
-    assert [in_drw(config, epoch) for epoch in (0, 159, 160, 199)] == [False, False, True, True]
-    assert not in_drw(LossConfig(name="ldam"), 0)
-    before, after = (value(config, drw=drw, cosine=True)[0] for drw in (False, True))
+    loss = build(config, space(), COUNTS, model(cosine=True))
+    assert [loss.begin(epoch) for epoch in (0, 159, 160, 199)] == [False, False, True, True]
+    assert not build(LossConfig(name="ldam"), space(), COUNTS, model(cosine=True)).begin(0)
+    before, after = (value(config, epoch=epoch, cosine=True)[0] for epoch in (159, 160))
     assert torch.equal(before, value(LossConfig(name="ldam"), cosine=True)[0])
     assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_documented_and_says_what_it_goes_with(name):
+    loss = LOSSES[name]
+    assert loss.name == name and loss.__doc__
+    fields = loss.Numbers.model_fields
+    assert fields.keys() <= section().model_fields.keys()
+    assert all(field.description for field in fields.values())
 
 
 def test_many_classes_take_the_fused_loss_with_the_same_value():
@@ -213,7 +225,7 @@ def test_many_classes_take_the_fused_loss_with_the_same_value():
     )
     torch.manual_seed(3)
     net, features, target = model(classes), torch.randn(9, 16), torch.randint(classes, (9,))
-    criterion = build_criterion(LossConfig(), big, torch.full((classes,), 9), net, False, CPU)
+    criterion = build(LossConfig(), big, torch.full((classes,), 9), net)
     assert criterion.of_features is not None
     torch.testing.assert_close(
         criterion.step(net, features, target, None, None).loss,
@@ -238,6 +250,4 @@ def test_a_class_without_images_is_refused_by_losses_that_count_them(name, what)
         UserError,
         match=f"'b' has no training image in an epoch, so loss.name={name} has no {what} for it",
     ):
-        build_criterion(
-            LossConfig(name=name), space, torch.tensor([3, 0]), model, False, torch.device("cpu")
-        )
+        build(LossConfig(name=name), space, torch.tensor([3, 0]), model)

@@ -27,6 +27,7 @@ from fastlt.models.weights import copies, load_weights, read_tensors, write_tens
 from fastlt.utils.files import flush_to_disk, sha256_of, whole_folder
 
 Snapshot = dict[str, dict[str, Tensor]]  # tensors on the CPU, by file
+FIRST_VERSION = "0.1.0"  # which did not write its number down
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 
 
@@ -231,7 +232,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint keeps besides tensors; `version` is of the fastlt that wrote it."""
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        state = {"version": "0.1.0", **state}  # which did not write it down
+        state = {"version": FIRST_VERSION, **state}
         if "at" in state:  # as version 0.1.0 called it
             state["state"] = state.pop("at")
         names = ("step", "class_space", "pack", "state", "loss_scale", "version")
@@ -240,6 +241,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(
             f"{checkpoint} is no readable checkpoint: remove it to go on from the one before"
         ) from error
+
+
+def version_of(checkpoint: Path) -> str | None:
+    """Return the version of fastlt that wrote a checkpoint; None where it cannot be read."""
+    try:
+        return read_state(checkpoint)["version"]
+    except UserError:
+        return None
 
 
 def check_pack(checkpoint: Path, state: dict[str, Any], space: ClassSpace, pack_id: str) -> None:

@@ -437,7 +437,7 @@ def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None)
     """Scores the predictions, writes the line of metrics.jsonl, and moves on to the next epoch."""
     state = trainer.state
     record: dict[str, Any] = {
-        "epoch": state.epoch,
+        "epoch": state.epochs_done,
         "step": state.step,
         "loss": mean_loss(state),
         "train_top1": train_top1(state),

@@ -72,16 +72,17 @@ def check_config(config: Config, run: Path, pack: Pack, console: Console) -> Con
                 f"{run} holds a run with another configuration ({what}): choose another --out, or "
                 "remove the folder"
             )
-    return _with_engine_of_old(config, saved[-1], pack, console)
+    return _with_engine_of_old(config, saved, pack, console)
 
 
-def _with_engine_of_old(config: Config, checkpoint: Path, pack: Pack, console: Console) -> Config:
+def _with_engine_of_old(config: Config, saved: list[Path], pack: Pack, console: Console) -> Config:
     """Return the configuration with the engine that version 0.1.0 used where it said `torch`.
 
     It decoded small images of one size exactly and kept them in memory: the resident engine.
     """
-    is_old = ckpt.read_state(checkpoint)["version"] == "0.1.0"
-    if not (is_old and config.data.engine == "torch" and resident.fits(pack.train)):
+    if config.data.engine != "torch" or not resident.fits(pack.train):
+        return config
+    if not any(ckpt.version_of(checkpoint) == ckpt.FIRST_VERSION for checkpoint in saved):
         return config
     console.print(
         "[yellow]note:[/] this run was begun by fastlt 0.1.0, whose data.engine=torch was the "
@@ -148,7 +149,7 @@ def finished(trainer: Trainer) -> dict[str, Any] | None:
 
     None where they are not, or the result cannot be read: it is made anew.
     """
-    if not trainer.is_done:
+    if not trainer.has_all_steps:
         return None
     try:
         result = json.loads((trainer.run / "result.json").read_text(encoding="utf-8"))

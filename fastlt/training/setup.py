@@ -107,6 +107,14 @@ class Trainer:
         last = self.state.stage == len(self.stages) - 1
         return last and self.state.epoch >= self.config.train.epochs
 
+    @property
+    def has_all_steps(self) -> bool:
+        """Whether all steps are done, though the last evaluation may not be."""
+        state, plan = self.state, self.plan
+        last = state.stage == len(self.stages) - 1
+        done = state.epoch * plan.steps_per_epoch + state.step_in_epoch
+        return last and done >= self.config.train.epochs * plan.steps_per_epoch
+
     def __enter__(self) -> "Trainer":
         return self
 

@@ -2,18 +2,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastlt.config import ModelConfig
 from fastlt.errors import UserError
 from fastlt.models.backbones import BasicBlock, CifarResNet
 from fastlt.models.classifier import build_model
-from fastlt.models.heads import CosineHead
+from fastlt.models.heads import CosineHead, section
 
 
 def test_resnet32_has_the_published_size():
     """He et al. 2016, table 6: 0.46 M parameters (with option A shortcuts there are none besides
     convolutions and norms).
     """
-    model = build_model(ModelConfig(name="resnet32"), 10, 32)
+    model = build_model(section()(name="resnet32"), 10, 32)
     assert sum(p.numel() for p in model.parameters()) == 464_154
     assert sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) == 31
 
@@ -44,13 +43,13 @@ def test_weights_of_a_vision_transformer_may_be_of_another_image_size(name, tmp_
     """As DINOv2's are, stored for 518 pixels: position embeddings are resampled, all else is taken
     as it is.
     """
-    stored = build_model(ModelConfig(name=name), 7, 224).backbone
+    stored = build_model(section()(name=name), 7, 224).backbone
     with torch.no_grad():  # positions that vary smoothly are about the same when they are resampled
         grid = torch.linspace(-1, 1, 14)[:, None] + torch.linspace(0, 2, 14)
         stored.pos_embed[:, -196:] = grid.reshape(1, -1, 1)
     save_file(stored.state_dict(), tmp_path / "w.safetensors")
     found = build_model(
-        ModelConfig(name=name, weights=str(tmp_path / "w.safetensors")), 7, 112
+        section()(name=name, weights=str(tmp_path / "w.safetensors")), 7, 112
     ).backbone
     assert torch.equal(found.patch_embed.proj.weight, stored.patch_embed.proj.weight)
     # of the class token
@@ -61,9 +60,9 @@ def test_weights_of_a_vision_transformer_may_be_of_another_image_size(name, tmp_
 
 
 def test_a_timm_backbone_gets_our_head():
-    model = build_model(ModelConfig(name="resnet18"), 7, 64)
+    model = build_model(section()(name="resnet18"), 7, 64)
     assert model(torch.rand(2, 3, 64, 64)).shape == (2, 7)
-    vit = build_model(ModelConfig(name="vit_tiny_patch16_224", drop_path=0.1), 7, 32)
+    vit = build_model(section()(name="vit_tiny_patch16_224", drop_path=0.1), 7, 32)
     assert vit(torch.rand(2, 3, 32, 32)).shape == (2, 7)
 
 
@@ -71,9 +70,7 @@ def test_activations_that_are_computed_anew_change_no_gradient():
     gradients = []
     for anew in (False, True):
         torch.manual_seed(0)
-        model = build_model(
-            ModelConfig(name="test_vit", checkpoint_activations=anew), 5, 32
-        ).train()
+        model = build_model(section()(name="test_vit", checkpoint_activations=anew), 5, 32).train()
         model(
             torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
         ).square().sum().backward()
@@ -81,12 +78,12 @@ def test_activations_that_are_computed_anew_change_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert model.backbone.grad_checkpointing
     with pytest.raises(UserError, match="resnet8 cannot compute its activations anew"):
-        build_model(ModelConfig(name="resnet8", checkpoint_activations=True), 5, 32)
+        build_model(section()(name="resnet8", checkpoint_activations=True), 5, 32)
 
 
 def test_an_unknown_model_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'resnet50"):
-        build_model(ModelConfig(name="resnett50"), 7, 64)
+        build_model(section()(name="resnett50"), 7, 64)
 
 
 def test_weights_from_a_file_and_from_one_that_does_not_fit(tmp_path):
@@ -95,22 +92,20 @@ def test_weights_from_a_file_and_from_one_that_does_not_fit(tmp_path):
         {**source.state_dict(), "head.weight": torch.zeros(3, 64)}, tmp_path / "good.safetensors"
     )
     model = build_model(
-        ModelConfig(name="resnet8", weights=str(tmp_path / "good.safetensors")), 10, 32
+        section()(name="resnet8", weights=str(tmp_path / "good.safetensors")), 10, 32
     )
     assert torch.equal(model.backbone.conv1.weight, source.conv1.weight)
     with pytest.raises(UserError, match="72 tensors are missing and 20 have another shape"):
-        build_model(
-            ModelConfig(name="resnet20", weights=str(tmp_path / "good.safetensors")), 10, 32
-        )
+        build_model(section()(name="resnet20", weights=str(tmp_path / "good.safetensors")), 10, 32)
     (tmp_path / "bad.safetensors").write_bytes(b"pickle?")
     with pytest.raises(UserError, match="must be a safetensors file"):
-        build_model(ModelConfig(name="resnet8", weights=str(tmp_path / "bad.safetensors")), 10, 32)
+        build_model(section()(name="resnet8", weights=str(tmp_path / "bad.safetensors")), 10, 32)
 
 
 def test_the_head_starts_from_given_rows(tmp_path):
     rows = torch.randn(4, 64)
     save_file({"weight": rows}, tmp_path / "text.safetensors")
-    config = ModelConfig(
+    config = section()(
         name="resnet8", head="cosine", head_weights=str(tmp_path / "text.safetensors")
     )
     assert torch.equal(build_model(config, 10, 32).head.weight[:4], rows)
@@ -120,4 +115,16 @@ def test_the_head_starts_from_given_rows(tmp_path):
 
 def test_pretrained_weights_of_a_cifar_resnet_do_not_exist():
     with pytest.raises(UserError, match="no pretrained weights for resnet32"):
-        build_model(ModelConfig(name="resnet32", pretrained=True), 10, 32)
+        build_model(section()(name="resnet32", pretrained=True), 10, 32)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "test_vit", "tf_efficientnet_lite0"])
+def test_maps_and_their_pooling_make_the_features(name):
+    model = build_model(section()(name=name), 5, 64).eval()
+    images = torch.randn(2, 3, 64, 64)
+    maps = model.maps(images)
+    width = model.backbone.num_features
+    assert maps.ndim == 4 and maps.shape[:2] == (2, width)
+    assert model.pool(maps).shape == (2, width)
+    if name != "test_vit":  # which takes its class token instead
+        torch.testing.assert_close(model.pool(maps), model.backbone(images))

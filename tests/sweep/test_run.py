@@ -253,7 +253,7 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(small_pack,
     assert process.returncode == 0, said
     assert [row["status"] for row in table(out)] == ["finished"] * 4
     assert all(epochs_of(run) == 40 for run in out.glob("runs/*"))
-    assert any("going on from" in (run / "log.txt").read_text() for run in out.glob("runs/*"))
+    assert any("resumed from" in (run / "log.txt").read_text() for run in out.glob("runs/*"))
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ def kill_ranks(small_pack: Path, run: Path, kills: int, *settings: str) -> str:
 @pytest.mark.parametrize("case", ["linear", "class-parallel"])
 def test_a_killed_process_is_started_again_and_nothing_is_lost(small_pack, tmp_path, case):
     out = kill_ranks(small_pack, tmp_path / "killed", 1, *CASES[case], *LONG)
-    assert "all are started again" in out and "going on from step-" in out
+    assert "all are started again" in out and "resumed from step-" in out
     assert run_together(small_pack, tmp_path / "undisturbed", *CASES[case], *LONG).returncode == 0
     assert curve(tmp_path / "killed") == curve(tmp_path / "undisturbed")
     ours, theirs = (
@@ -205,7 +205,7 @@ def test_another_number_of_processes_goes_on(small_pack, tmp_path, case, first, 
     )
     assert not (tmp_path / "run/result.json").exists()
     ended = run_together(small_pack, tmp_path / "run", *settings, processes=then)
-    assert ended.returncode == 0 and "going on from step-" in ended.stdout, ended.stderr
+    assert ended.returncode == 0 and "resumed from step-" in ended.stdout, ended.stderr
     run_alone(small_pack, tmp_path / "alone", *settings)
     assert_near(tmp_path / "run", tmp_path / "alone")
 

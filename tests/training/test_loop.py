@@ -144,7 +144,7 @@ def test_a_run_killed_with_9_goes_on_to_the_same_bits(small_pack, tmp_path, mome
     assert not (killed / "result.json").exists()
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    assert "going on from step-" in ended.stdout
+    assert "resumed from step-" in ended.stdout
     wanted, got = (
         load_file(undisturbed / "model.safetensors"),
         load_file(killed / "model.safetensors"),

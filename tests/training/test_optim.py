@@ -7,7 +7,7 @@ from fastlt.config import OptimConfig, ScheduleConfig
 from fastlt.models.backbones import CifarResNet
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import LinearHead
-from fastlt.training.optim import averaged, build_optimizer, lr_factor, set_lr
+from fastlt.training.optim import Averaged, build_optimizer, lr_factor, set_lr
 
 
 def classifier():
@@ -71,17 +71,17 @@ def test_the_base_rate_scales_with_the_batch():
 
 def test_averaged_weights_forget_the_start_and_follow():
     model = classifier()
-    average = averaged(OptimConfig(ema=0.9999), model)
+    average = Averaged(model, 0.9999)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
         model.backbone.bn1.running_mean.fill_(2.0)
         for step in range(1, 200):
             average.update(model, step)
-    for parameter in average.model.parameters():
+    for parameter in average.average.parameters():
         torch.testing.assert_close(parameter, torch.ones_like(parameter), rtol=0, atol=1e-3)
     torch.testing.assert_close(
-        average.model.backbone.bn1.running_mean, torch.full((16,), 2.0), rtol=0, atol=1e-2
+        average.average.backbone.bn1.running_mean, torch.full((16,), 2.0), rtol=0, atol=1e-2
     )
 
 

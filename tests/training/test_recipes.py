@@ -20,7 +20,8 @@ from fastlt.config import load_config, recipe_names
 from fastlt.models.export import targets_only
 from fastlt.packing.reader import open_pack
 from fastlt.training.loop import forward_of, set_modes, train_step
-from fastlt.training.setup import introduce, prepare
+from fastlt.training.messages import report_setup
+from fastlt.training.setup import prepare
 
 pytestmark = pytest.mark.slow
 if find_spec("timm") is None:
@@ -61,7 +62,7 @@ def test_a_step_of_each_large_recipe(packs, tmp_path, recipe):
     config = load_config(recipe, [*HERE, f"data.pack={json.dumps(str(packs[name]))}"])
     trainer = prepare(config, tmp_path, open_pack(packs[name]))
     try:
-        introduce(trainer, Console(quiet=True))
+        report_setup(trainer, Console(quiet=True))
         targets, images = EXPECTED[name]
         stored = sum(trainer.space.train_counts[:targets])
         assert trainer.space.num_targets == targets and images in (None, stored)

@@ -129,7 +129,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     assert not (tmp_path / "run/result.json").exists()
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
-    assert "going on from step-" in again.stdout
+    assert "resumed from step-" in again.stdout
     if not workers:
         assert same_weights(undisturbed, tmp_path / "run")
 
@@ -262,7 +262,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     console = Console(record=True, width=300, file=io.StringIO())
     training.train(config_of(small_pack), run, console)
     said = console.export_text()
-    assert f"{newest.name} is damaged" in said and "going on from step-" in said
+    assert f"{newest.name} is damaged" in said and "resumed from step-" in said
     assert same_weights(undisturbed, run)
 
 
@@ -427,7 +427,7 @@ def test_a_run_that_was_stopped_in_its_last_evaluation_has_finished_after_the_ne
     console = Console(record=True, width=200, file=io.StringIO())
     assert training.train(config_of(small_pack), tmp_path / "run", console) == result
     said = console.export_text()
-    assert "has finished already" in said and "going on" not in said
+    assert "has finished already" in said and "resumed" not in said
     assert (tmp_path / "run/metrics.jsonl").read_text() == lines and lines.count("\n") == 4
     assert same_weights(undisturbed, tmp_path / "run")
 

@@ -14,7 +14,8 @@ from fastlt.errors import UserError
 from fastlt.packing.reader import open_pack
 from fastlt.packing.subset import view
 from fastlt.training.loop import train
-from fastlt.training.setup import budgets_of, build_plan, notes, prepare, size_at
+from fastlt.training.messages import notes
+from fastlt.training.setup import budgets_of, build_plan, prepare, size_at
 from fastlt.utils.pool import cores
 
 QUIET = Console(quiet=True)
