@@ -81,7 +81,7 @@ class DataConfig(Section):
     mix: dict[str, Positive] = {}
     # of shards of a pack at an address that are kept on the local disk; for each address
     cache_gb: Positive = 100.0
-    engine: Literal["auto", "torch", "ffcv", "dali"] = "auto"
+    engine: Literal["auto", "resident", "dali", "ffcv", "torch"] = "auto"
     # of training images; auto: gpu with DALI, region, or else exact
     decode: Literal["auto", "region", "exact", "gpu"] = "auto"
     # stop at a training image that cannot be decoded; else another one of its class takes its place

@@ -68,14 +68,14 @@ def has_transcoder() -> bool:
     return _transcoder() is not None
 
 
-def check_region(asker: str) -> None:
-    """Raises UserError where there is no decoder; `asker` is what needs it."""
-    if not has_region():
-        raise UserError(
-            f"{asker} needs fastlt's JPEG decoder, which was not compiled when fastlt was "
-            "installed: `make setup` does it, "
-            "or install a C compiler and then fastlt again"
-        )
+def region_obstacle(option: str) -> str | None:
+    """Return why `option` cannot be used without the decoder; None where it was compiled."""
+    if has_region():
+        return None
+    return (
+        f"{option} needs fastlt's JPEG decoder, which was not compiled when fastlt was installed: "
+        "`make setup` does it, or install a C compiler and then fastlt again"
+    )
 
 
 def check_transcoder(asker: str) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from fastlt.data.engines.dali import has_dali
 from fastlt.data.engines.ffcv.native import has_ffcv
 from fastlt.data.engines.gpu import GpuEngine
+from fastlt.data.engines.interface import Options
 from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
@@ -154,7 +155,7 @@ def test_damage_is_found_by_every_engine(hit_pack, way):
 
     def loader(strict: bool) -> Loader | GpuEngine:
         if way == "gpu":
-            return GpuEngine(pack.train, SIZE, 2, torch.device("cpu"), strict, by_pillow)
+            return GpuEngine(pack.train, Options(SIZE, 2, strict=strict), by_pillow)
         engine, decode = way.split()
         return Loader(
             pack.train, SIZE, engine, 2, pack.betons("train"), decode=decode, strict=strict
