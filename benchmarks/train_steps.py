@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlt.data.prefetch import staged
+from fastlt.data.prefetch import prefetch_to_device
 from fastlt.training.loop import forward_of, make_input, train_step
 from fastlt.training.setup import Trainer
 
@@ -57,7 +57,7 @@ def loop_steps(trainer: Trainer, marks: Marks) -> Iterator[int]:
     forward = forward_of(trainer, 0)
     for epoch in itertools.count():
         trainer.at.step_in_epoch = 0
-        for batch, pixels in staged(
+        for batch, pixels in prefetch_to_device(
             trainer.train_loader.iterate(trainer.plan.epoch(epoch)), trainer.device
         ):
             marks("wait")

@@ -23,6 +23,7 @@ from fastlt.data.augment import normalise
 from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import evaluation_batches
+from fastlt.data.prefetch import to_device
 from fastlt.errors import UserError
 from fastlt.models.classifier import build_model, weights_file
 from fastlt.models.export import find_metadata, load_exported
@@ -112,7 +113,7 @@ def extract(
     ) as loader:
         for made, images in loader.iterate(evaluation_batches(split, geometry, batch)):
             pixels = normalise(
-                images.to(backbone.device), backbone.mean, backbone.std, channels_last=True
+                to_device(images, backbone.device), backbone.mean, backbone.std, channels_last=True
             )
             with torch.autocast(backbone.device.type, torch.bfloat16, enabled=is_half):
                 features = backbone.model(pixels)

@@ -19,6 +19,7 @@ from fastlt.errors import UserError
 from fastlt.packing.remote import TABLES, Remote, fetch_tables, is_remote
 
 FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
 MAPPED_AT_ONCE = 4  # shards of a remote pack
 ATTEMPTS = 5
 COLUMNS = {
@@ -33,7 +34,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Split:
-    """The images of `train` or `val`.
+    """The images of `train`, `val` or `test`.
 
     Every column has one entry per image; height and width are those of the upright image.
     """
@@ -135,6 +136,7 @@ class Pack:
     space: ClassSpace
     train: Split
     val: Split
+    test: Split | None = None  # images that training never reads
 
     @property
     def id(self) -> str:
@@ -159,10 +161,11 @@ def open_pack(path: Path | str, cache_bytes: int = 100 * 10**9) -> Pack:
     path = fetch_tables(url) if url else Path(path)
     manifest = read_manifest(path)
     check_sizes(path, manifest, TABLES if url else manifest["files"])
-    columns = _read_index(path / "index.npz")
+    names = [name for name in SPLITS if name in ("train", "val") or name in manifest["shards"]]
+    columns = _read_index(path / "index.npz", names)
     remote = Remote(url, path, cache_bytes, manifest["files"]) if url else None
-    train, val = (_split(path, name, manifest, columns, remote) for name in ("train", "val"))
-    return Pack(path, manifest, ClassSpace.load(path / "classes.json"), train, val)
+    splits = {name: _split(path, name, manifest, columns, remote) for name in names}
+    return Pack(path, manifest, ClassSpace.load(path / "classes.json"), **splits)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -192,14 +195,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_index(file: Path) -> dict[str, np.ndarray]:
+def _read_index(file: Path, splits: list[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(file) as index:
             columns = {name: index[name] for name in index.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged ({error}): pack again, or copy it again") from error
     if missing := [
-        name for split in ("train", "val") for name in COLUMNS if f"{split}_{name}" not in columns
+        name for split in splits for name in COLUMNS if f"{split}_{name}" not in columns
     ]:
         raise UserError(
             f"{file} is damaged: it has no column {missing[0]}; pack again, or copy it again"

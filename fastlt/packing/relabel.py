@@ -52,12 +52,18 @@ def derive_pack(pack: Pack, out: Path, names: list[str], train: Selection, val: 
         space.save(folder / "classes.json")
         with whole_file(folder / "index.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, **columns)
-        files = {name: entry for name, entry in pack.manifest["files"].items() if "/" in name}
+        shards = {split: pack.manifest["shards"][split] for split in ("train", "val")}
+        files = {
+            name: entry
+            for name, entry in pack.manifest["files"].items()
+            if name.partition("/")[0] in shards
+        }
         files |= {name: entry_of(folder / name) for name in ("classes.json", "index.npz")}
         manifest = pack.manifest | {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "derived_from": pack.id,
             "files": files,
+            "shards": shards,
             "counts": {
                 "train": len(train.images),
                 "val": len(val.images),

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastlt.config import Config
-from fastlt.data.prefetch import staged
+from fastlt.data.prefetch import prefetch_to_device
 from fastlt.errors import UserError
 from fastlt.models.classifier import cifar_backbone
 from fastlt.training.distributed import joined
@@ -184,7 +184,7 @@ def own_steps(trainer: Trainer) -> Iterator[None]:
     forward = forward_of(trainer, trainer.at.epoch)
     while True:
         trainer.at.step_in_epoch = 0
-        for batch, pixels in staged(
+        for batch, pixels in prefetch_to_device(
             trainer.train_loader.iterate(trainer.plan.epoch(trainer.at.epoch)), trainer.device
         ):
             train_step(trainer, forward, batch, pixels)

@@ -28,7 +28,7 @@ from fastlt.data.engines.torch import dead_workers_in_words
 from fastlt.data.jitter import colour_jitter
 from fastlt.data.mixup import draw
 from fastlt.data.plan import Batch, evaluation_batches
-from fastlt.data.prefetch import staged
+from fastlt.data.prefetch import prefetch_to_device, to_device
 from fastlt.data.randaugment import randaugment
 from fastlt.errors import UserError
 from fastlt.evaluation.evaluate import (
@@ -170,7 +170,7 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
     began = last_saved = time.perf_counter()
     images_before, seconds_before = at.images, at.seconds
     loaded = trainer.train_loader.iterate(plan.epoch(at.epoch, at.step_in_epoch))
-    for batch, pixels in staged(loaded, trainer.device):
+    for batch, pixels in prefetch_to_device(loaded, trainer.device):
         _, is_last = accumulation(config.optim.accumulate, at.step_in_epoch, plan.steps_per_epoch)
         trainer.guard.begin(at.step, batch.images, is_last)
         steps.append(train_step(trainer, forward, batch, pixels))
@@ -359,13 +359,6 @@ def make_input(
         if draws.mix is None
         else (images, target, target.flip(0), draws.mix[0])
     )
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory the copy runs beside the computation; what is there already stays."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def step_seed(seed: int, step: int, stream: int, rank: int = 0) -> int:

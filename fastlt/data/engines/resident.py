@@ -12,6 +12,7 @@ from PIL import Image
 
 from fastlt.data.engines.interface import NO_GPU_DECODER, Options
 from fastlt.data.plan import Batch
+from fastlt.data.prefetch import to_device
 from fastlt.decode.images import fill_box
 from fastlt.packing.reader import Split, check_shards, identity, picture
 from fastlt.utils.files import whole_file
@@ -118,9 +119,8 @@ class ResidentEngine:
                 batch.flips,
             ]
         )
-        places = torch.from_numpy(rows.astype(np.int64))
-        places = places.pin_memory() if images.is_cuda else places
-        return shifted(images, places.to(self._device, non_blocking=True), self._size)
+        places = to_device(torch.from_numpy(rows.astype(np.int64)), self._device)
+        return shifted(images, places, self._size)
 
     def _shifted(self, batch: Batch) -> np.ndarray:
         """Crops of the output's own size, by one gather out of all possible windows: numpy does it
