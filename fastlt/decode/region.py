@@ -78,11 +78,11 @@ def region_obstacle(option: str) -> str | None:
     )
 
 
-def check_transcoder(asker: str) -> None:
-    """Raises UserError where transcoding was not compiled; `asker` is what needs it."""
+def check_transcoder(option: str) -> None:
+    """Raises UserError where transcoding was not compiled; `option` is what needs it."""
     if not has_transcoder():
         raise UserError(
-            f"{asker} needs libjpeg, whose headers were missing when fastlt was installed: `make "
+            f"{option} needs libjpeg, whose headers were missing when fastlt was installed: `make "
             "setup` does it, "
             "or install a C compiler and libjpeg's headers (libjpeg-turbo) and then fastlt again"
         )

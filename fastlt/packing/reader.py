@@ -233,14 +233,14 @@ def identity(split: Split) -> str:
     the same sizes there.
     """
     used, shard = np.unique(split.shard, return_inverse=True)
-    told = hashlib.sha256(
+    digest = hashlib.sha256(
         json.dumps(
             [str(split.folder.resolve()), *(split.shards[i] for i in used.tolist())]
         ).encode()
     )
     for column in (shard.astype(np.int32), split.offset, split.size):
-        told.update(column.tobytes())
-    return told.hexdigest()[:24]
+        digest.update(column.tobytes())
+    return digest.hexdigest()[:24]
 
 
 def check_shards(split: Split) -> None:

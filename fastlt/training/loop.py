@@ -41,7 +41,7 @@ from fastlt.evaluation.metrics import Predictions, confusions, joined_prediction
 from fastlt.losses import Step, build_criterion, in_drw
 from fastlt.models.classifier import Classifier, whole_targets
 from fastlt.models.export import export_safetensors
-from fastlt.packing.concat import mix_packs
+from fastlt.packing.concat import concat_packs
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.training.compile import build_forward
 from fastlt.training.distributed import joined
@@ -110,7 +110,7 @@ def open_packs(data: DataConfig) -> Pack:
         raise UserError("no pack to train on: name one with --data PACK")
     main = open_pack(data.pack, round(data.cache_gb * 1e9))
     return (
-        mix_packs(main, {place: open_pack(place) for place in data.mix}, data.mix)
+        concat_packs(main, {place: open_pack(place) for place in data.mix}, data.mix)
         if data.mix
         else main
     )

@@ -19,7 +19,7 @@ from fastlt.losses import Step, silencing_graph
 from fastlt.models.classifier import Classifier, build_model, weights_file
 from fastlt.models.export import find_metadata
 from fastlt.packing.reader import Pack
-from fastlt.packing.subset import view
+from fastlt.packing.subset import subset
 from fastlt.training.checkpoint import Writer
 from fastlt.training.distributed import ALONE, Ranks
 from fastlt.training.nonfinite import Guard
@@ -88,7 +88,7 @@ class Trainer:
 
 def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trainer:
     device, dtype = choose_device(config, ranks.local)
-    pack, space = view(pack, config.data, config.train.seed)
+    pack, space = subset(pack, config.data, config.train.seed)
     data = config.data
     plan = build_plan(config, pack, space, size_at(data, 0), ranks)
     if plan.steps_per_epoch == 0:

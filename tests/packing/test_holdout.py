@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from fastlt.cli import app
 from fastlt.errors import UserError
 from fastlt.packing.collection import Collection, ImageRef
-from fastlt.packing.concat import mix_packs
+from fastlt.packing.concat import concat_packs
 from fastlt.packing.holdout import hold_out
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.packing.relabel import Selection, derive_pack
@@ -172,7 +172,7 @@ def test_test_images_in_train_and_val_are_reported(folders, tmp_path, drop):
 
 def test_tables_made_from_a_pack_with_test_images(folders, tmp_path):
     pack = packed(folders, tmp_path / "pack")
-    mixed = mix_packs(pack, {"again": pack}, {"again": 1.0})
+    mixed = concat_packs(pack, {"again": pack}, {"again": 1.0})
     assert mixed.test is pack.test
     again = read_collection(pack.path, None, pack.path, test=pack.path)
     assert [ref.label for ref in again.test] == [0, 0, 2]
