@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 class Task(str, Enum):
+    """A long-tailed task that is cut out of CIFAR-100."""
+
     lt = "cifar100-lt"
     siblings = "cifar100-siblings"
 

@@ -107,7 +107,7 @@ def draw_pasted(
 
 
 def erase(images: Tensor, holes: Tensor, noise: Tensor) -> Tensor:
-    """images (N, 3, H, W), normalised."""
+    """Return normalised images (N, 3, H, W) with noise in the holes."""
     return torch.where(_inside(holes, *images.shape[2:]), noise.to(images.dtype), images)
 
 
@@ -119,7 +119,7 @@ def mix(images: Tensor, weights: Tensor, pasted: Tensor | None) -> Tensor:
 
 
 def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
-    """(N, 1, H, W) bool"""
+    """Return which pixels lie in the boxes, (N, 1, H, W) bool."""
     rows, columns = (
         torch.arange(height, device=boxes.device),
         torch.arange(width, device=boxes.device),

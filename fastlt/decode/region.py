@@ -61,10 +61,12 @@ def _load(name: str) -> ctypes.CDLL | None:
 
 
 def has_region() -> bool:
+    """Return whether the decoder of regions was compiled."""
     return _library() is not None
 
 
 def has_transcoder() -> bool:
+    """Return whether transcoding was compiled."""
     return _transcoder() is not None
 
 
@@ -130,7 +132,7 @@ def decode_boxes(
 
 
 def examine(data: bytes | memoryview) -> int:
-    """By the code of a whole JPEG:
+    """Return whether the code of a whole JPEG is sound.
 
     SOUND; DAMAGED, broken or ending before the pixels do, where decoders that conceal it make
     something up; or UNSURE, without the compiled decoder, and of what is progressive, unusual or no

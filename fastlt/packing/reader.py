@@ -131,6 +131,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Pack:
+    """An opened pack: its classes, and the images of each split."""
+
     path: Path
     manifest: dict[str, Any]
     space: ClassSpace
@@ -169,6 +171,7 @@ def open_pack(path: Path | str, cache_bytes: int = 100 * 10**9) -> Pack:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """Return manifest.json. Raises UserError where it is missing, damaged or too new."""
     if not path.is_dir():
         raise UserError(f"there is no pack at {path}: make one with `fastlt pack`")
     try:

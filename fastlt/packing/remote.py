@@ -29,6 +29,7 @@ BATCHES_AHEAD = 64  # of the plan, whose shards are fetched meanwhile
 
 
 def is_remote(place: str) -> bool:
+    """Return whether `place` is an address, such as s3://bucket/pack."""
     return re.match(r"[a-z][a-z0-9+.-]+://", place) is not None
 
 
@@ -94,7 +95,7 @@ def fetch_tables(url: str) -> Path:
 
 
 def download(url: str, path: Path, entry: dict[str, Any] | None) -> None:
-    """url to path, whole or not at all; entry: the size and sha256 that it must have.
+    """Fetch `url` into the file `path`; `entry` has the size and sha256 that it must have.
 
     Tried several times. Raises UserError.
     """

@@ -41,6 +41,8 @@ SHOWN = 3  # examples of what was skipped, on screen; the manifest holds all
 
 @dataclass(frozen=True)
 class PackOptions:
+    """The options of `fastlt pack` that do not say which images are packed."""
+
     out: Path
     workers: int = 0  # processes; 0: one per core
     max_side: int = 0  # pixels; larger images are shrunk and stored as JPEG; 0: none
@@ -75,6 +77,7 @@ class Packed:
     digests: dict[bytes, str] = field(default_factory=dict)
 
     def columns(self) -> dict[str, Any]:
+        """Return the columns of the split's index."""
         table = np.asarray(self.rows, dtype=np.int64).reshape(-1, len(COLUMNS))
         return {name: table[:, i].astype(kind) for i, (name, kind) in enumerate(COLUMNS.items())}
 

@@ -1,6 +1,6 @@
-"""The `dali` engine:
+"""The `dali` engine, in which NVIDIA DALI decodes, crops and resizes.
 
-NVIDIA DALI decodes, crops and resizes; on a GPU there, with its JPEG hardware, else on the CPU.
+It does so on a GPU, with its JPEG hardware, or else on the CPU.
 
 The plan's boxes, on the plan's images, in the plan's order. Pixels are close to the other engines',
 not equal: shrinking weighs pixels by a triangle, where those average over areas.

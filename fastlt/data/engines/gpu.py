@@ -177,13 +177,13 @@ class GpuEngine:
         return torch.from_numpy(np.array(pixels)).to(self._device)
 
     def close(self) -> None:
-        """Ends the threads."""
+        """End the threads."""
         self._inspector.close()
         self._reader.shutdown(cancel_futures=True)
 
 
 def turned(image: Tensor, encoded: Tensor) -> Tensor | None:
-    """image (3, H, W) as its EXIF orientation wants it; None where the header cannot be read."""
+    """Return image (3, H, W) turned by its EXIF orientation; None if its header is unreadable."""
     try:
         turn = orientation(open_image(encoded.numpy().tobytes()))
     except BadImage:

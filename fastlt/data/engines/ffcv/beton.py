@@ -143,6 +143,7 @@ class BetonFile:
             self.buffer = None
 
     def finish(self, name: str, field: Any) -> None:
+        """Write the tables and the header, which complete the file."""
         from ffcv.types import CURRENT_VERSION
 
         self._flush()
