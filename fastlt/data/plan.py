@@ -68,7 +68,7 @@ def spread_budget(total: int, stored: np.ndarray) -> tuple[int, ...]:
 class Plan:
     """The training order. `batch` is the global batch; a rank gets every world-th image of it.
 
-    window > 0 is for shards that are not all at hand: that many bytes of them are shuffled
+    window > 0 is for shards that are not all on this machine: that many bytes of them are shuffled
     together, then the next ones, and a rank gets neighbouring shards of a batch, so that it needs
     few.
     """

@@ -105,7 +105,7 @@ def decode_boxes(
     kind.
 
     As images.fill_box, but that nothing is rounded but the result. Of progressive, CMYK and other
-    unusual JPEGs there is nothing to be had by parts. The GIL is released meanwhile.
+    unusual JPEGs decoding by parts gains nothing. The GIL is released meanwhile.
     """
     library = _library()
     assert library is not None

@@ -27,9 +27,9 @@ class Selection:
 
 
 def derive_pack(pack: Pack, out: Path, names: list[str], train: Selection, val: Selection) -> Path:
-    """The targets `names`, without auxiliaries.
+    """Write a pack of the targets `names`, without auxiliaries, and return its folder.
 
-    Raises UserError where the pack is at an address, whose shards are not at hand.
+    Raises UserError where the pack is at an address, whose shards are not on this machine.
     """
     if pack.train.remote is not None:
         raise UserError("a pack at an address cannot be relabelled: copy it to this machine first")

@@ -247,4 +247,4 @@ class Fetcher:
             try:
                 self._split.fetched(shard)
             except UserError:
-                return  # the engine will come to the same, and tell
+                return  # the engine meets the same error, and reports it

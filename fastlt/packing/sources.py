@@ -31,7 +31,7 @@ class Listing:
 
     where: Path
     refs: list[ImageRef]
-    names: dict[int, str]  # by label; empty where the source does not tell
+    names: dict[int, str]  # by label; empty where the source names none
     numbered: bool = False  # labels are integers that the user chose, so target and val share them
     # files that are no images, by extension
     left_out: Counter[str] = field(default_factory=Counter)

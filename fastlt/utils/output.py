@@ -54,8 +54,9 @@ def _remove_stale(place: Path, out: Path) -> None:
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """A lock that ends with this process, however it ends: that tells a live writer's folder from a
-    dead one's.
+    """Hold a lock that ends with this process, however it ends.
+
+    It distinguishes the folder of a live writer from that of a dead one.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

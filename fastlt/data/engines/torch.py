@@ -35,8 +35,9 @@ ADVICE = "try fewer data.workers, and `fastlt pack --verify` if a shard may have
 
 @contextmanager
 def dead_workers_in_words() -> Iterator[None]:
-    """PyTorch tells of a worker that was killed by an error that may come up anywhere in the main
-    thread, at any moment.
+    """Raise UserError where PyTorch reports a killed worker.
+
+    Its error may come up anywhere in the main thread, at any moment.
     """
     try:
         yield
@@ -95,7 +96,7 @@ class TorchEngine:
                 images, damaged = made
                 self.damaged |= damaged
                 yield images
-        except (RuntimeError, OSError, EOFError) as error:  # as DataLoader tells of a dead worker
+        except (RuntimeError, OSError, EOFError) as error:  # as DataLoader reports a dead worker
             if not self._workers:
                 raise
             self.close()
@@ -142,8 +143,9 @@ class BatchDataset(Dataset):
         self._sound = np.zeros(len(split), bool)  # images that were decoded before
 
     def __getitem__(self, batch: Batch) -> Made | str:
-        """(n, size, size, 3) uint8, or what the user must be told: an exception would come out of a
-        worker as a traceback.
+        """Return (n, size, size, 3) uint8, or the message for the user.
+
+        An exception would come out of a worker as a traceback.
         """
         out = np.empty((len(batch.images), self.size, self.size, 3), np.uint8)
         damaged: dict[int, str] = {}

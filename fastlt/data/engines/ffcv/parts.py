@@ -123,7 +123,7 @@ class SquareDecoder(Operation):
         return decode
 
     def _decode(self, rows: np.ndarray, file: np.ndarray, out: np.ndarray) -> None:
-        """Where a region alone was not to be had, the whole image is decoded."""
+        """Decode the whole image where a region alone could not be decoded."""
         if not self.region:
             jit.decode_rows(rows, self.images, file, out)
             return
