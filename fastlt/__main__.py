@@ -2,7 +2,6 @@
 and keeps its traceback.
 """
 
-import errno
 import sys
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastlt.errors import UserError
+from fastlt.utils.files import is_disk_full
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def speak_to_the_user(app: Callable[[], object]) -> None:
         )
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         where = f" with {error.filename}" if error.filename else ""
         Console(stderr=True).print(

@@ -5,8 +5,6 @@ takes, byte for byte the same.
 from __future__ import annotations
 
 import shutil
-import signal
-import sys
 import tempfile
 from collections.abc import Collection as Names
 from collections.abc import Iterator
@@ -14,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
 
+from fastlt.data.engines.ffcv.beton import write_beton
 from fastlt.data.engines.ffcv.native import has_ffcv
 from fastlt.decode.images import EXTENSIONS, BadImage, open_image
 from fastlt.decode.region import has_transcoder
@@ -29,6 +27,7 @@ from fastlt.packing.encode import read_bytes
 from fastlt.packing.reader import Pack, Split, open_pack
 from fastlt.packing.writer import PackOptions, write_pack
 from fastlt.utils.pool import cores
+from fastlt.utils.signals import exit_on_sigterm
 from fastlt_benchmarks.loaders.limits import decodes, turbojpeg
 from fastlt_benchmarks.loaders.photos import WORTH_A_PROCESS, write_photos
 
@@ -74,22 +73,17 @@ class Images:
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Removed at the end, SIGTERM included. Raises UserError where there is no place for one."""
-
-    def leave(number: int, _: Any) -> None:
-        sys.exit(128 + number)
-
     try:
         folder = Path(tempfile.mkdtemp(prefix="fastlt-bench-data-"))
     except OSError as error:
         raise UserError(
             f"there is no folder for temporary files ({error.strerror}): name one with TMPDIR"
         ) from error
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        signal.signal(signal.SIGTERM, before)
+    with exit_on_sigterm():
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def choose_images(
@@ -226,8 +220,9 @@ def check_space(choice: Choice, forms: Names[str], folder: Path) -> None:
 def pack_in(folder: Path, refs: list[ImageRef], transcode: bool) -> Pack:
     """All as one class; validation is not loaded, but has to hold something."""
     workers = min(cores(), 1 + len(refs) // WORTH_A_PROCESS)
-    options = PackOptions(folder, workers, transcode=transcode, beton=has_ffcv())
-    return open_pack(write_pack(Collection(["images"], refs, refs[:1]), options, QUIET))
+    options = PackOptions(folder, workers, transcode=transcode)
+    beton = write_beton if has_ffcv() else None
+    return open_pack(write_pack(Collection(["images"], refs, refs[:1]), options, QUIET, beton))
 
 
 def write_files(split: Split, folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,11 @@ POST_HOC = (
 )
 
 
+class ScoredSplit(str, Enum):
+    val = "val"
+    test = "test"
+
+
 @app.command("eval")
 def evaluate(
     run: Run,
@@ -33,6 +39,10 @@ def evaluate(
         str | None,
         typer.Option(help="Another pack with the same targets; by default the run's own."),
     ] = None,
+    split: Annotated[
+        ScoredSplit,
+        typer.Option(help="The images to score on; test writes RUN/test.json too."),
+    ] = ScoredSplit.val,
     post_hoc: Annotated[
         list[str] | None,
         typer.Option(
@@ -72,11 +82,13 @@ def evaluate(
                 "--validation, --share and --strength are for --post-hoc: name a method, or leave "
                 "them out"
             )
-        result = evaluate_run(run, data)
+        result = evaluate_run(run, data, split.value)
         print_classes(result, run)
         print_result(result, str(run))
         write_figures(json_file, result)
         return
+    if split is ScoredSplit.test:
+        raise UserError("--split test does not go with --post-hoc: leave one of them out")
     if strength is not None and validation:
         raise UserError(
             "--strength and --validation exclude each other: the one fixes what the other is for"

@@ -13,9 +13,12 @@ from fastlt.errors import UserError
 
 if TYPE_CHECKING:
     from fastlt.packing.collection import Collection
+    from fastlt.packing.writer import WriteBeton
 
 
 class Task(str, Enum):
+    """A long-tailed task that is cut out of CIFAR-100."""
+
     lt = "cifar100-lt"
     siblings = "cifar100-siblings"
 
@@ -44,6 +47,22 @@ def pack(
     val: Annotated[
         Path | None, typer.Option(help="Validation images of the targets, in the same forms.")
     ] = None,
+    test: Annotated[
+        Path | None,
+        typer.Option(
+            help="Test images of the targets, in the same forms; training never reads them."
+        ),
+    ] = None,
+    holdout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=0.9,
+            metavar="SHARE",
+            help="Instead of --val: take this share of each target class out of training as "
+            "validation images, such as 0.1; for cifar100, the official test images become --test.",
+        ),
+    ] = 0.0,
     pairs: Annotated[
         Path | None,
         typer.Option(
@@ -91,7 +110,10 @@ def pack(
         bool, typer.Option("--strict", help="Stop at the first image that cannot be used.")
     ] = False,
     drop_leaks: Annotated[
-        bool, typer.Option("--drop-leaks", help="Leave out training images that are also in val.")
+        bool,
+        typer.Option(
+            "--drop-leaks", help="Leave out training images that are also in val or test."
+        ),
     ] = False,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Larger images are taken for decompression bombs.")
@@ -102,6 +124,9 @@ def pack(
     ] = None,
 ) -> None:
     """Write target and auxiliary images into one PACK that every loader reads."""
+    given = dict(locals())
+    from dataclasses import fields
+
     from fastlt.packing.remote import is_remote
     from fastlt.packing.writer import PackOptions, verify_pack, write_pack
 
@@ -115,21 +140,28 @@ def pack(
             f"{verify}: all {verify_pack(Path(verify), console)} files are as the manifest says"
         )
         return
-    collection = collect(source, target, auxiliary, val, pairs, root, class_names, task, imbalance)
+    write_beton = beton_writer() if beton else None
+    collection = collect(
+        source, target, auxiliary, val, test, holdout, pairs, root, class_names, task, imbalance
+    )
     if out is None:
         raise UserError("no place to write to: name one with --out PACK")
     options = PackOptions(
-        out=out,
-        workers=workers,
-        max_side=max_side,
-        quality=quality,
-        transcode=transcode,
-        strict=strict,
-        drop_leaks=drop_leaks,
-        beton=beton,
-        max_pixels=max_pixels,
+        **{one.name: given[one.name] for one in fields(PackOptions) if one.name in given}
     )
-    write_pack(collection, options, console)
+    write_pack(collection, options, console, write_beton)
+
+
+def beton_writer() -> WriteBeton:
+    """Return the function that writes FFCV files.
+
+    Raises UserError now, and not after an hour of packing, where FFCV is missing.
+    """
+    from fastlt.data.engines.ffcv.beton import write_beton
+    from fastlt.data.engines.ffcv.native import import_ffcv
+
+    import_ffcv()
+    return write_beton
 
 
 def collect(
@@ -137,39 +169,48 @@ def collect(
     target: Path | None,
     auxiliary: str | None,
     val: Path | None,
+    test: Path | None,
+    holdout: float,
     pairs: Path | None,
     root: Path | None,
     class_names: Path | None,
     task: Task | None,
     imbalance: float,
 ) -> Collection:
-    """The images that the arguments of `pack` name."""
+    """Return the images that the arguments of `pack` name."""
+    from fastlt.packing.holdout import hold_out
     from fastlt.packing.sources import is_pack, read_cifar100, read_collection
 
+    if holdout and val is not None:
+        raise UserError("--holdout takes the place of --val: leave one of them out")
     if source is None:
-        if target is not None and val is None and is_pack(target):
+        if not holdout and target is not None and val is None and is_pack(target):
             val = target
-        if target is None or val is None:
+        if target is None or (val is None and not holdout):
             raise UserError(
-                "nothing to pack: name images with --target and --val, or give cifar100:DIR"
+                "nothing to pack: name images with --target and --val (or --holdout), or give "
+                "cifar100:DIR"
             )
         if task is not None:
             raise UserError(
                 f"--task {task.value} is for cifar100:DIR, not for --target: leave it out"
             )
-        return read_collection(
-            target, Path(auxiliary) if auxiliary else None, val, pairs, root, class_names
+        collection = read_collection(
+            target, Path(auxiliary) if auxiliary else None, val, pairs, root, class_names, test
         )
+        if holdout:
+            hold_out(collection, holdout)
+        return collection
     kind, _, folder = source.partition(":")
     if kind != "cifar100" or not folder:
         raise UserError(
             f"unknown source '{source}': it must be cifar100:DIR; folders are named with --target, "
             "--auxiliary and --val"
         )
-    if target or val or pairs or root or class_names:
+    if target or val or test or pairs or root or class_names:
         raise UserError(
-            "--target, --val, --pairs, --root and --class-names do not go with cifar100:DIR: leave "
-            "them out"
+            "--target, --val, --test, --pairs, --root and --class-names do not go with "
+            "cifar100:DIR: leave them out"
         )
     if task is None:
         raise UserError("cifar100 needs --task cifar100-lt or --task cifar100-siblings")
@@ -177,4 +218,8 @@ def collect(
     default = "none" if task is Task.lt else "siblings"
     if auxiliary not in (None, *controls):
         raise UserError(f"--auxiliary {auxiliary}: for cifar100 it is one of {', '.join(controls)}")
-    return read_cifar100(Path(folder), task.value, imbalance, auxiliary or default)
+    collection = read_cifar100(Path(folder), task.value, imbalance, auxiliary or default)
+    if holdout:
+        collection.val, collection.test = [], collection.val
+        hold_out(collection, holdout)
+    return collection

@@ -23,6 +23,7 @@ from fastlt.data.augment import normalise
 from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import evaluation_batches
+from fastlt.data.prefetch import to_device
 from fastlt.errors import UserError
 from fastlt.models.classifier import build_model
 from fastlt.models.device import best_precision, find_device
@@ -113,7 +114,7 @@ def extract(
     ) as loader:
         for made, images in loader.iterate(evaluation_batches(split, geometry, batch)):
             pixels = normalise(
-                images.to(backbone.device), backbone.mean, backbone.std, channels_last=True
+                to_device(images, backbone.device), backbone.mean, backbone.std, channels_last=True
             )
             with torch.autocast(backbone.device.type, torch.bfloat16, enabled=is_half):
                 features = backbone.model(pixels)

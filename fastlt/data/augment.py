@@ -14,8 +14,9 @@ from fastlt.data.mixup import Draws, erase, mix
 def normalise(
     images: Tensor, mean: Sequence[float], std: Sequence[float], channels_last: bool = False
 ) -> Tensor:
-    """images (n, H, W, 3) uint8 to (images / 255 - mean) / std, (n, 3, H, W) float32, on the device
-    where they are.
+    """Return (images / 255 - mean) / std of images (n, H, W, 3) uint8, as (n, 3, H, W) float32.
+
+    The result is on the device of the images.
     """
     return scaled(images, *scale_and_shift(tuple(mean), tuple(std), images.device), channels_last)
 
@@ -32,7 +33,7 @@ def scale_and_shift(
 
 
 def scaled(images: Tensor, scale: Tensor, shift: Tensor, channels_last: bool) -> Tensor:
-    """images (n, H, W, 3) uint8 * scale + shift, (n, 3, H, W) float32."""
+    """Return images (n, H, W, 3) uint8 * scale + shift, as (n, 3, H, W) float32."""
     count, height, width, _ = images.shape
     if not channels_last:
         planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
@@ -52,7 +53,7 @@ def finish(
     channels_last: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """pixels (N, H, W, 3) uint8, normalised, erased and mixed: (N, 3, H, W) of dtype.
+    """Return pixels (N, H, W, 3) uint8 normalised, erased and mixed, as (N, 3, H, W) of dtype.
 
     In float32 up to there: 8-bit input in bf16 arithmetic would lose a bit or two.
     """
@@ -66,4 +67,5 @@ def finish(
 
 @cache
 def compiled_finish() -> Callable[..., Tensor]:
+    """Return `finish`, compiled once for the process."""
     return torch.compile(finish, fullgraph=True)

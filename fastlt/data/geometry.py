@@ -37,9 +37,9 @@ def boxes_of(
     seed: int,
     epoch: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """heights, widths, places:
+    """Return boxes (n, 4) int32 (top, left, height, width) and flips (n,) bool.
 
-    (n,) int. Returns boxes (n, 4) int32 (top, left, height, width) and flips (n,) bool.
+    heights, widths and places are (n,) int.
     """
     heights, widths = heights.astype(np.int64), widths.astype(np.int64)
     uniforms = place_uniforms(places, seed, epoch, 4 * ATTEMPTS + 1)

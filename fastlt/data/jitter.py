@@ -16,7 +16,9 @@ GREY = (0.2989, 0.587, 0.114)  # of red, green and blue, as torchvision has them
 def colour_jitter(
     images: Tensor, strengths: Sequence[float], generator: torch.Generator, compiled: bool = False
 ) -> Tensor:
-    """images (N, 3, H, W) uint8; strengths of brightness, contrast, saturation (factors 1 - s to 1
+    """Return images (N, 3, H, W) uint8 with jittered colours.
+
+    `strengths` are those of brightness, contrast, saturation (factors 1 - s to 1
     + s) and hue (turns -s to s).
 
     compiled: each step is, for there are 24 orders of them.
@@ -35,15 +37,17 @@ def colour_jitter(
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """images (N, 3, H, W) in 0..1, here and below; factor (N, 1, 1, 1)."""
+    """Return images (N, 3, H, W) in 0..1, here and below, times factor (N, 1, 1, 1)."""
     return (images * factor).clamp(0, 1)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Return images blended with their mean grey."""
     return _blend(images, _grey(images).mean(dim=(1, 2, 3), keepdim=True), factor)
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Return images blended with their grey version."""
     return _blend(images, _grey(images), factor)
 
 
@@ -78,6 +82,6 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """(N, 1, H, W)"""
+    """Return the brightness of each pixel, (N, 1, H, W)."""
     red, green, blue = images.split(1, dim=1)
     return GREY[0] * red + GREY[1] * green + GREY[2] * blue

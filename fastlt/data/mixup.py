@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlt.config import AugmentConfig
+from fastlt.data.prefetch import to_device
 
 
 class Draws(NamedTuple):
@@ -54,9 +55,12 @@ def draw(
     pasted = None
     if cut:
         box, share = draw_pasted(share, height, width, generator)
-        pasted = _sent(torch.tensor(box), device)
+        pasted = to_device(torch.tensor(box), device)
     return Draws(
-        holes, noise, _sent(torch.tensor([share, 1 - share], dtype=torch.float32), device), pasted
+        holes,
+        noise,
+        to_device(torch.tensor([share, 1 - share], dtype=torch.float32), device),
+        pasted,
     )
 
 
@@ -84,7 +88,7 @@ def draw_holes(
     holes = torch.stack([top, left, top + h, left + w], dim=1).long()
     # all that noise is not to be copied there
     on_device = torch.Generator(device).manual_seed(generator.initial_seed())
-    return _sent(holes, device), torch.randn(
+    return to_device(holes, device), torch.randn(
         count, 3, height, width, generator=on_device, device=device
     )
 
@@ -103,7 +107,7 @@ def draw_pasted(
 
 
 def erase(images: Tensor, holes: Tensor, noise: Tensor) -> Tensor:
-    """images (N, 3, H, W), normalised."""
+    """Return normalised images (N, 3, H, W) with noise in the holes."""
     return torch.where(_inside(holes, *images.shape[2:]), noise.to(images.dtype), images)
 
 
@@ -115,7 +119,7 @@ def mix(images: Tensor, weights: Tensor, pasted: Tensor | None) -> Tensor:
 
 
 def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
-    """(N, 1, H, W) bool"""
+    """Return which pixels lie in the boxes, (N, 1, H, W) bool."""
     rows, columns = (
         torch.arange(height, device=boxes.device),
         torch.arange(width, device=boxes.device),
@@ -123,15 +127,6 @@ def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
     top, left, bottom, right = boxes[:, :, None].unbind(dim=1)
     in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
     return in_rows[:, None, :, None] & in_columns[:, None, None, :]
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory the copy runs beside the computation."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
 
 
 def _uniform(generator: torch.Generator) -> float:

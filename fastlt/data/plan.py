@@ -68,7 +68,7 @@ def spread_budget(total: int, stored: np.ndarray) -> tuple[int, ...]:
 class Plan:
     """The training order. `batch` is the global batch; a rank gets every world-th image of it.
 
-    window > 0 is for shards that are not all at hand: that many bytes of them are shuffled
+    window > 0 is for shards that are not all on this machine: that many bytes of them are shuffled
     together, then the next ones, and a rank gets neighbouring shards of a batch, so that it needs
     few.
     """
@@ -129,10 +129,12 @@ class Plan:
 
     @cached_property
     def images_per_epoch(self) -> int:
+        """The number of images that an epoch draws, over all ranks."""
         return int(self.class_counts.sum())
 
     @cached_property
     def steps_per_epoch(self) -> int:
+        """The number of batches of an epoch."""
         whole, rest = divmod(self.images_per_epoch, self.batch)
         return whole + (1 if rest >= self.world and not self.drop_last else 0)
 
@@ -146,7 +148,7 @@ class Plan:
             yield self._batch(order[places], places, epoch)
 
     def _own(self, places: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """This rank's of a batch's places in the epoch."""
+        """Return those places of a batch that belong to this rank."""
         if not self.window:
             return places[self.rank :: self.world]
         by_shard = places[np.argsort(self.split.shard[order[places]], kind="stable")]
@@ -196,7 +198,7 @@ def target_counts(stored: np.ndarray, sampling: str) -> np.ndarray:
 
 
 def _times(labels: np.ndarray, counts: np.ndarray, repeats: int) -> np.ndarray:
-    """How often each of the drawn images comes:
+    """Return how often each of the drawn images comes.
 
     `repeats` times, but the last of a class as often as its count leaves.
     """
@@ -208,8 +210,9 @@ def _times(labels: np.ndarray, counts: np.ndarray, repeats: int) -> np.ndarray:
 
 
 def shared_out(counts: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """counts (C,) int in proportion to shares (C, P), (C, P) int64; what rounding leaves goes to
-    the largest remainders.
+    """Return counts (C,) int split in proportion to shares (C, P), (C, P) int64.
+
+    What rounding leaves goes to the largest remainders.
     """
     exact = counts[:, None] * shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-300)
     parts = np.floor(exact + 1e-9).astype(np.int64)

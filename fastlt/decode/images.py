@@ -47,7 +47,7 @@ def decode(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> np.ndarray
 def decode_pil(
     data: bytes | memoryview, max_pixels: int = MAX_PIXELS, is_sound: bool = False
 ) -> Image.Image:
-    """As `decode`, an RGB Pillow image:
+    """Return an image as `decode` does, but as an RGB Pillow image.
 
     EXIF rotation applied, 16 bits scaled to 8, transparency laid over white.
 
@@ -106,6 +106,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image) -> Image.Image:
+    """Return the image turned by its EXIF orientation."""
     turn = TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 

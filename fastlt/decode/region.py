@@ -61,28 +61,30 @@ def _load(name: str) -> ctypes.CDLL | None:
 
 
 def has_region() -> bool:
+    """Return whether the decoder of regions was compiled."""
     return _library() is not None
 
 
 def has_transcoder() -> bool:
+    """Return whether transcoding was compiled."""
     return _transcoder() is not None
 
 
-def check_region(asker: str) -> None:
-    """Raises UserError where there is no decoder; `asker` is what needs it."""
-    if not has_region():
-        raise UserError(
-            f"{asker} needs fastlt's JPEG decoder, which was not compiled when fastlt was "
-            "installed: `make setup` does it, "
-            "or install a C compiler and then fastlt again"
-        )
+def region_obstacle(option: str) -> str | None:
+    """Return why `option` cannot be used without the decoder; None where it was compiled."""
+    if has_region():
+        return None
+    return (
+        f"{option} needs fastlt's JPEG decoder, which was not compiled when fastlt was installed: "
+        "`make setup` does it, or install a C compiler and then fastlt again"
+    )
 
 
-def check_transcoder(asker: str) -> None:
-    """Raises UserError where transcoding was not compiled; `asker` is what needs it."""
+def check_transcoder(option: str) -> None:
+    """Raises UserError where transcoding was not compiled; `option` is what needs it."""
     if not has_transcoder():
         raise UserError(
-            f"{asker} needs libjpeg, whose headers were missing when fastlt was installed: `make "
+            f"{option} needs libjpeg, whose headers were missing when fastlt was installed: `make "
             "setup` does it, "
             "or install a C compiler and libjpeg's headers (libjpeg-turbo) and then fastlt again"
         )
@@ -103,7 +105,7 @@ def decode_boxes(
     kind.
 
     As images.fill_box, but that nothing is rounded but the result. Of progressive, CMYK and other
-    unusual JPEGs there is nothing to be had by parts. The GIL is released meanwhile.
+    unusual JPEGs decoding by parts gains nothing. The GIL is released meanwhile.
     """
     library = _library()
     assert library is not None
@@ -130,7 +132,7 @@ def decode_boxes(
 
 
 def examine(data: bytes | memoryview) -> int:
-    """By the code of a whole JPEG:
+    """Return whether the code of a whole JPEG is sound.
 
     SOUND; DAMAGED, broken or ending before the pixels do, where decoders that conceal it make
     something up; or UNSURE, without the compiled decoder, and of what is progressive, unusual or no

@@ -25,6 +25,7 @@ from PIL import Image
 
 from fastlt.errors import UserError
 from fastlt.utils.files import whole_folder
+from fastlt.utils.long_tail import long_tail
 
 Array = np.ndarray
 Cell = tuple[int, int]
@@ -128,7 +129,7 @@ def write_demo_data(
     classes = choose_targets(targets, seed)
     auxiliaries, pairs = choose_auxiliaries(classes, auxiliaries_per_target)
     splits = (
-        ("target", classes, long_tail(head, imbalance, targets)),
+        ("target", classes, long_tail(head, imbalance, targets, least=1)),
         ("auxiliary", auxiliaries, [images_per_auxiliary] * len(auxiliaries)),
         ("val", classes, [val_per_class] * targets),
     )
@@ -144,16 +145,6 @@ def write_demo_data(
                 )
         rows = [f"{target},{auxiliary}\n" for target, auxiliary in pairs]
         (temporary / "pairs.csv").write_text("target,auxiliary\n" + "".join(rows), encoding="utf-8")
-
-
-def long_tail(head: int, imbalance: float, targets: int) -> list[int]:
-    """Images per class, most frequent first:
-
-    `head * imbalance ** (-i / (targets - 1))`, rounded down, at least one.
-    """
-    return [
-        max(1, int(head * (1 / imbalance) ** (i / max(1, targets - 1)))) for i in range(targets)
-    ]
 
 
 def choose_targets(targets: int, seed: int) -> list[Texture]:

@@ -17,6 +17,7 @@ from fastlt.data.augment import normalise
 from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import Batch, evaluation_batches, target_counts
+from fastlt.data.prefetch import to_device
 from fastlt.errors import UserError
 from fastlt.evaluation.metrics import Predictions, confusions, score
 from fastlt.evaluation.posthoc import (
@@ -33,7 +34,7 @@ from fastlt.models.classifier import Classifier
 from fastlt.models.device import choose_device, on_device
 from fastlt.models.export import load_exported
 from fastlt.packing.reader import Pack, Split, open_pack
-from fastlt.utils.files import whole_file
+from fastlt.utils.files import whole_file, write_text
 
 EVALUATION_BATCH = 256
 
@@ -57,9 +58,7 @@ def predict(
     model.eval()
     rows: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor]] = []
     for batch, images in loader.iterate(batches):
-        x = normalise(
-            images.to(device, non_blocking=True), config.mean, config.std, channels_last=True
-        )
+        x = normalise(to_device(images, device), config.mean, config.std, channels_last=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(x)
         probabilities = logits[:, : space.num_targets].float().softmax(dim=1)
@@ -91,47 +90,56 @@ class Opened(NamedTuple):
     pack: Pack
     device: torch.device
     dtype: torch.dtype
+    split: Split
 
     def batches(self) -> Iterator[Batch]:
         return evaluation_batches(
-            self.pack.val, evaluation_geometry(self.config.data), EVALUATION_BATCH
+            self.split, evaluation_geometry(self.config.data), EVALUATION_BATCH
         )
 
 
 @contextmanager
-def opened(run: Path, pack: Path | str | None) -> Iterator[Opened]:
-    """Device and engine are what this machine has, wherever the model was trained."""
+def opened(run: Path, pack: Path | str | None, split: str = "val") -> Iterator[Opened]:
+    """Open a run, and the images of `val` or `test` to score it on.
+
+    Device and engine are what this machine has, wherever the model was trained."""
     config = run_config(run)
     config = config.model_copy(update={"train": config.train.model_copy(update={"device": "auto"})})
     images = open_pack(pack or config.data.pack, round(config.data.cache_gb * 1e9))
     model, names = load_exported(run / "model.safetensors")
     check_targets(names, images)
     device, dtype = choose_device(config)
-    loader = Loader(images.val, config.data.size, "auto", config.data.workers, images.betons("val"))
+    scored = images.test if split == "test" else images.val
+    if scored is None:
+        raise UserError(
+            f"the pack {images.path} has no test images: pack it with --test, or leave out "
+            "--split test"
+        )
+    loader = Loader(scored, config.data.size, "auto", config.data.workers, images.betons(split))
     try:
         space = ClassSpace.load(run / "classes.json")
-        yield Opened(config, space, on_device(model, config, device), loader, images, device, dtype)
+        model = on_device(model, config, device)
+        yield Opened(config, space, model, loader, images, device, dtype, scored)
     finally:
         loader.close()
 
 
-def evaluate_run(run: Path, pack: Path | str | None = None) -> dict[str, Any]:
-    """`fastlt eval`: scores RUN/model.safetensors on the val split of its pack, or of another one
-    with the same targets.
+def evaluate_run(run: Path, pack: Path | str | None = None, split: str = "val") -> dict[str, Any]:
+    """Score RUN/model.safetensors on a split of its pack, or of another one of the same targets.
 
     Returns what `score` does and the confusions, and `best` where the images are those that the run
-    was evaluated on. Groups are by the run's own training images.
+    was evaluated on. Groups are by the run's own training images. The result on the `test` images
+    of the run's own pack is written to RUN/test.json too.
     """
-    with opened(run, pack) as it:
+    with opened(run, pack, split) as it:
         predictions = predict(
             it.model, it.loader, it.batches(), it.config.data, it.pack.space, it.device, it.dtype
         )
         result = score(predictions, it.space)
-    return {
-        **result,
-        "confusion": confusions(predictions),
-        **({"best": best_of(run)} if pack is None else {}),
-    }
+    result = {**result, "confusion": confusions(predictions)}
+    if pack is None and split == "test":
+        write_text(run / "test.json", json.dumps(result, indent=1) + "\n")
+    return result | ({"best": best_of(run)} if pack is None and split == "val" else {})
 
 
 @torch.inference_mode()
@@ -141,7 +149,7 @@ def features_of(it: Opened) -> Features:
     images, labels, values = [], [], []
     for batch, pixels in it.loader.iterate(it.batches()):
         x = normalise(
-            pixels.to(it.device, non_blocking=True),
+            to_device(pixels, it.device),
             it.config.data.mean,
             it.config.data.std,
             channels_last=True,

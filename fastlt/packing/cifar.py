@@ -20,6 +20,7 @@ from PIL import Image
 from fastlt.decode.images import BadImage, decode
 from fastlt.errors import UserError
 from fastlt.packing.collection import Collection, ImageRef
+from fastlt.utils.long_tail import long_tail
 
 SIDE = 32
 CLASSES, SUPERCLASSES = 100, 20
@@ -83,13 +84,13 @@ def read_cifar100(
 
 
 def tail_counts(largest: int, imbalance: float, classes: int) -> list[int]:
-    """n_i = int(largest * mu ** (i / (classes - 1))) with mu = 1 / imbalance."""
+    """Return the images of each class. Raises UserError where the imbalance cannot be had."""
     if imbalance < 1:
         raise UserError(
             f"the imbalance is {imbalance}: it must be 1 or more, the largest class over the "
             "smallest"
         )
-    counts = [int(largest * (1 / imbalance) ** (i / (classes - 1))) for i in range(classes)]
+    counts = long_tail(largest, imbalance, classes)
     if counts[-1] < 1:
         raise UserError(
             f"an imbalance of {imbalance} leaves classes without images: it can be {largest} at "

@@ -21,7 +21,7 @@ class ImageRef:
 
 @dataclass
 class Collection:
-    """Targets have ids 0..T-1, auxiliaries T..C-1; `val` holds targets only."""
+    """Targets have ids 0..T-1, auxiliaries T..C-1; `val` and `test` hold targets only."""
 
     target_names: list[str]
     train: list[ImageRef]
@@ -33,3 +33,4 @@ class Collection:
     # the summary card of `fastlt curate`, if it made the auxiliaries
     curation: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    test: list[ImageRef] = field(default_factory=list)

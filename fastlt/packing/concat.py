@@ -22,17 +22,17 @@ class MixedSplit(Split):
 
     @cached_property
     def part(self) -> np.ndarray:
-        """(n,) int64, which part an image is of."""
+        """The number of the part that each image is of, (n,) int64."""
         return np.repeat(np.arange(len(self.parts)), [len(part) for part in self.parts])
 
     def where(self, image: int) -> str:
-        """For messages: shard and key of an image."""
+        """Return the shard and key of an image, for messages."""
         number = int(self.part[image])
         return self.parts[number].where(image - sum(len(part) for part in self.parts[:number]))
 
 
-def mix_packs(main: Pack, others: Mapping[str, Pack], weights: Mapping[str, float]) -> Pack:
-    """main with the training images of the others; what is validated on is main's.
+def concat_packs(main: Pack, others: Mapping[str, Pack], weights: Mapping[str, float]) -> Pack:
+    """Return `main` with the training images of the others; val and test are those of `main`.
 
     Others may bring auxiliary classes and pairs, but no target class that main lacks. Raises
     UserError where classes clash.
@@ -43,25 +43,28 @@ def mix_packs(main: Pack, others: Mapping[str, Pack], weights: Mapping[str, floa
     splits = [main.train, *(_relabelled(other, space) for other in others.values())]
     if any(split.remote is not None for split in splits):
         raise UserError("packs at an address cannot be mixed: copy them to this machine first")
-    train = _joined(splits, (1.0, *(weights[name] for name in others)))
+    train = _concatenated(splits, (1.0, *(weights[name] for name in others)))
     counts = np.bincount(train.label, minlength=space.num_classes).tolist()
     manifest = main.manifest | {"mixed": {name: other.id for name, other in others.items()}}
     space = space.model_copy(update={"train_counts": counts})
-    return MixedPack(main.path, manifest, space, train, main.val, (main, *others.values()))
+    return MixedPack(
+        main.path, manifest, space, train, main.val, main.test, (main, *others.values())
+    )
 
 
 @dataclass(frozen=True)
 class MixedPack(Pack):
-    """trained_on: the packs, the main one first."""
+    """Several packs as one; `trained_on` lists them, the main one first."""
 
     trained_on: tuple[Pack, ...] = ()
 
     @property
     def id(self) -> str:
+        """A string that changes with any of the packs."""
         return "-".join([super().id, *self.manifest["mixed"].values()])
 
     def betons(self, split: str) -> tuple[Path, ...]:
-        """Of the training images, one of each pack; nothing where one of them has none."""
+        """Return the FFCV files of a split, one of each pack; none where a pack has none."""
         if split != "train":
             return super().betons(split)
         found = tuple(path for pack in self.trained_on for path in pack.betons("train"))
@@ -69,7 +72,7 @@ class MixedPack(Pack):
 
 
 def _merged(space: ClassSpace, other: ClassSpace, name: str) -> ClassSpace:
-    """Without counts of the images, which are counted at the end."""
+    """Return both class spaces in one, without the counts, which come at the end."""
     if unknown := [target for target in other.target_names if target not in space.target_names]:
         raise UserError(
             f"the pack {name} has a target class '{unknown[0]}' that the first lacks: mix packs of "
@@ -109,7 +112,7 @@ def _relabelled(other: Pack, space: ClassSpace) -> Split:
     return replace(other.train, label=table[other.train.label])
 
 
-def _joined(splits: list[Split], weights: tuple[float, ...]) -> MixedSplit:
+def _concatenated(splits: list[Split], weights: tuple[float, ...]) -> MixedSplit:
     columns: dict[str, Any] = {
         name: np.concatenate([getattr(split, name) for split in splits]) for name in COLUMNS
     }

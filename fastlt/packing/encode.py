@@ -27,6 +27,8 @@ DEFAULT_QUALITY = 95  # of JPEG, where images are shrunk and no quality is given
 
 @dataclass(frozen=True)
 class ImageSettings:
+    """The options of a pack that change what is stored of an image."""
+
     max_side: int  # pixels; larger images are shrunk and stored as JPEG; 0: none
     quality: int  # of JPEG; without max_side all images are stored so; 0: as they are
     max_pixels: int
@@ -36,6 +38,8 @@ class ImageSettings:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
+    """The bytes that are stored of one image, and what the tables say of it."""
+
     data: bytes
     extension: str  # .jpg, .png or .webp
     height: int  # pixels, of the upright image

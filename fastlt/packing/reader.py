@@ -19,6 +19,7 @@ from fastlt.errors import UserError
 from fastlt.packing.remote import TABLES, Remote, fetch_tables, is_remote
 
 FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
 MAPPED_AT_ONCE = 4  # shards of a remote pack
 ATTEMPTS = 5
 COLUMNS = {
@@ -33,7 +34,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Split:
-    """The images of `train` or `val`.
+    """The images of `train`, `val` or `test`.
 
     Every column has one entry per image; height and width are those of the upright image.
     """
@@ -130,11 +131,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Pack:
+    """An opened pack: its classes, and the images of each split."""
+
     path: Path
     manifest: dict[str, Any]
     space: ClassSpace
     train: Split
     val: Split
+    test: Split | None = None  # images that training never reads
 
     @property
     def id(self) -> str:
@@ -159,13 +163,15 @@ def open_pack(path: Path | str, cache_bytes: int = 100 * 10**9) -> Pack:
     path = fetch_tables(url) if url else Path(path)
     manifest = read_manifest(path)
     check_sizes(path, manifest, TABLES if url else manifest["files"])
-    columns = _read_index(path / "index.npz")
+    names = [name for name in SPLITS if name in ("train", "val") or name in manifest["shards"]]
+    columns = _read_index(path / "index.npz", names)
     remote = Remote(url, path, cache_bytes, manifest["files"]) if url else None
-    train, val = (_split(path, name, manifest, columns, remote) for name in ("train", "val"))
-    return Pack(path, manifest, ClassSpace.load(path / "classes.json"), train, val)
+    splits = {name: _split(path, name, manifest, columns, remote) for name in names}
+    return Pack(path, manifest, ClassSpace.load(path / "classes.json"), **splits)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """Return manifest.json. Raises UserError where it is missing, damaged or too new."""
     if not path.is_dir():
         raise UserError(f"there is no pack at {path}: make one with `fastlt pack`")
     try:
@@ -192,14 +198,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_index(file: Path) -> dict[str, np.ndarray]:
+def _read_index(file: Path, splits: list[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(file) as index:
             columns = {name: index[name] for name in index.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged ({error}): pack again, or copy it again") from error
     if missing := [
-        name for split in ("train", "val") for name in COLUMNS if f"{split}_{name}" not in columns
+        name for split in splits for name in COLUMNS if f"{split}_{name}" not in columns
     ]:
         raise UserError(
             f"{file} is damaged: it has no column {missing[0]}; pack again, or copy it again"
@@ -230,14 +236,14 @@ def identity(split: Split) -> str:
     the same sizes there.
     """
     used, shard = np.unique(split.shard, return_inverse=True)
-    told = hashlib.sha256(
+    digest = hashlib.sha256(
         json.dumps(
             [str(split.folder.resolve()), *(split.shards[i] for i in used.tolist())]
         ).encode()
     )
     for column in (shard.astype(np.int32), split.offset, split.size):
-        told.update(column.tobytes())
-    return told.hexdigest()[:24]
+        digest.update(column.tobytes())
+    return digest.hexdigest()[:24]
 
 
 def check_shards(split: Split) -> None:

@@ -27,9 +27,9 @@ class Selection:
 
 
 def derive_pack(pack: Pack, out: Path, names: list[str], train: Selection, val: Selection) -> Path:
-    """The targets `names`, without auxiliaries.
+    """Write a pack of the targets `names`, without auxiliaries, and return its folder.
 
-    Raises UserError where the pack is at an address, whose shards are not at hand.
+    Raises UserError where the pack is at an address, whose shards are not on this machine.
     """
     if pack.train.remote is not None:
         raise UserError("a pack at an address cannot be relabelled: copy it to this machine first")
@@ -52,12 +52,18 @@ def derive_pack(pack: Pack, out: Path, names: list[str], train: Selection, val: 
         space.save(folder / "classes.json")
         with whole_file(folder / "index.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, **columns)
-        files = {name: entry for name, entry in pack.manifest["files"].items() if "/" in name}
+        shards = {split: pack.manifest["shards"][split] for split in ("train", "val")}
+        files = {
+            name: entry
+            for name, entry in pack.manifest["files"].items()
+            if name.partition("/")[0] in shards
+        }
         files |= {name: entry_of(folder / name) for name in ("classes.json", "index.npz")}
         manifest = pack.manifest | {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "derived_from": pack.id,
             "files": files,
+            "shards": shards,
             "counts": {
                 "train": len(train.images),
                 "val": len(val.images),

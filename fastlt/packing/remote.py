@@ -3,8 +3,6 @@ asked for, and stay on the local disk up to a bound, the least recently used goi
 share what is there. Every wait has an end.
 """
 
-import errno
-import fcntl
 import hashlib
 import os
 import queue
@@ -19,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlt.errors import UserError
-from fastlt.utils.files import whole_file
+from fastlt.utils.files import is_disk_full, whole_file
+from fastlt.utils.lock import take_lock
 
 TABLES = ("manifest.json", "classes.json", "index.npz")
 ATTEMPTS = 3
@@ -30,6 +29,7 @@ BATCHES_AHEAD = 64  # of the plan, whose shards are fetched meanwhile
 
 
 def is_remote(place: str) -> bool:
+    """Return whether `place` is an address, such as s3://bucket/pack."""
     return re.match(r"[a-z][a-z0-9+.-]+://", place) is not None
 
 
@@ -95,7 +95,7 @@ def fetch_tables(url: str) -> Path:
 
 
 def download(url: str, path: Path, entry: dict[str, Any] | None) -> None:
-    """url to path, whole or not at all; entry: the size and sha256 that it must have.
+    """Fetch `url` into the file `path`; `entry` has the size and sha256 that it must have.
 
     Tried several times. Raises UserError.
     """
@@ -115,7 +115,7 @@ def download(url: str, path: Path, entry: dict[str, Any] | None) -> None:
                 f"{url} needs a package that is not installed ({error}): pip install fastlt[remote]"
             ) from error
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_disk_full(error):
                 raise UserError(
                     f"the disk with the cache {path.parent} is full: free some space, or set "
                     "FASTLT_CACHE"
@@ -189,16 +189,14 @@ def _locked(path: Path) -> Iterator[None]:
     until = time.monotonic() + LOCK_PATIENCE
     with path.open("w") as file:
         while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if take_lock(file):
                 break
-            except BlockingIOError as error:
-                if time.monotonic() > until:
-                    raise UserError(
-                        f"another process has held {path} for {LOCK_PATIENCE} s: end it, or remove "
-                        "the file"
-                    ) from error
-                time.sleep(0.05)
+            if time.monotonic() > until:
+                raise UserError(
+                    f"another process has held {path} for {LOCK_PATIENCE} s: end it, or remove "
+                    "the file"
+                )
+            time.sleep(0.05)
         yield
 
 
@@ -249,4 +247,4 @@ class Fetcher:
             try:
                 self._split.fetched(shard)
             except UserError:
-                return  # the engine will come to the same, and tell
+                return  # the engine meets the same error, and reports it

@@ -35,14 +35,14 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self._file: BinaryIO | None = None
 
     def add(
-        self, key: str, extension: str, data: bytes, label: int | str, told: bytes = b""
+        self, key: str, extension: str, data: bytes, label: int | str, sidecar: bytes = b""
     ) -> tuple[int, int]:
-        """told:
+        """Add an image and return (shard, offset of the image's bytes in it).
 
-        JSON of the image, for key.json. Returns (shard, offset of the image's bytes in it).
+        `sidecar` is JSON that is written as key.json.
         """
         sample = _member(key + extension, data) + _member(key + ".cls", str(label).encode())
-        sample += _member(key + ".json", told) if told else b""
+        sample += _member(key + ".json", sidecar) if sidecar else b""
         if self._file is None or self._position + len(sample) + 2 * BLOCK > self.shard_size:
             self._close()
             self._open()

@@ -31,7 +31,7 @@ class Listing:
 
     where: Path
     refs: list[ImageRef]
-    names: dict[int, str]  # by label; empty where the source does not tell
+    names: dict[int, str]  # by label; empty where the source names none
     numbered: bool = False  # labels are integers that the user chose, so target and val share them
     # files that are no images, by extension
     left_out: Counter[str] = field(default_factory=Counter)
@@ -40,14 +40,18 @@ class Listing:
 def read_collection(
     target: Path,
     auxiliary: Path | None,
-    val: Path,
+    val: Path | None,
     pairs: Path | None = None,
     root: Path | None = None,
     class_names: Path | None = None,
+    test: Path | None = None,
 ) -> Collection:
-    """Each of target, auxiliary and val is a folder of class sub-folders, a split file
+    """Return the images and classes of a pack to be.
+
+    Each of target, auxiliary, val and test is a folder of class sub-folders, a split file
     (`relative/path label` per line, below `root`, by default the split file's folder), or a .tar
-    shard or a folder of them; target and val may also be a pack, of which the targets are taken.
+    shard or a folder of them; all but auxiliary may also be a pack, of which the targets of the
+    split of that name are taken. Without `val`, the collection has no validation images yet.
     `pairs` is a CSV with the header `target,auxiliary`; `class_names` names the integer labels of
     the targets, one a line. Raises UserError on bad input.
     """
@@ -72,15 +76,17 @@ def read_collection(
             "leave it out"
         )
     target_names = _class_names(targets, given)
-    validation = (
-        _list_pack(val, "val")
-        if is_pack(val)
-        else _list(val, root, limit=len(target_names), may_be_empty=True)
-    )
-    collection = Collection(
-        target_names, targets.refs, _as_targets(validation, targets, target_names)
-    )
-    collection.warnings += _left_out(targets) + _left_out(validation)
+    collection = Collection(target_names, targets.refs, [])
+    collection.warnings += _left_out(targets)
+    for split, place in (("val", val), ("test", test)):
+        if place is not None:
+            listing = (
+                _list_pack(place, split)
+                if is_pack(place)
+                else _list(place, root, limit=len(target_names), may_be_empty=True)
+            )
+            setattr(collection, split, _as_targets(listing, targets, target_names, split))
+            collection.warnings += _left_out(listing)
     if auxiliary is not None and pairs is not None:
         _add_auxiliaries(collection, _list(auxiliary, root), pairs)
     return collection
@@ -129,7 +135,9 @@ def is_pack(path: Path) -> bool:
 def _list_pack(path: Path, name: str) -> Listing:
     """The images of the targets in a split of a pack."""
     pack = open_pack(path)
-    split = pack.train if name == "train" else pack.val
+    split = getattr(pack, name)
+    if split is None:
+        raise UserError(f"the pack {path} has no test images: pack it again with --test")
     refs = [
         ImageRef(
             split.key(image).rpartition(".")[0],
@@ -396,10 +404,13 @@ def _class_names(listing: Listing, given: list[str], prefix: str = "") -> list[s
     return given or [listing.names.get(label, f"{prefix}{label}") for label in range(count)]
 
 
-def _as_targets(validation: Listing, targets: Listing, target_names: list[str]) -> list[ImageRef]:
-    """The validation images with the targets' ids."""
+def _as_targets(
+    validation: Listing, targets: Listing, target_names: list[str], split: str
+) -> list[ImageRef]:
+    """The images of `val` or `test` with the targets' ids."""
+    kind = "validation" if split == "val" else "test"
     if not validation.refs:
-        raise UserError(f"{validation.where} holds no validation images")
+        raise UserError(f"{validation.where} holds no {kind} images")
     if validation.numbered:
         known = targets.names or dict(enumerate(target_names))
         for label, name in validation.names.items():
@@ -414,7 +425,7 @@ def _as_targets(validation: Listing, targets: Listing, target_names: list[str]) 
     for name in validation.names.values():
         if name not in ids:
             raise UserError(
-                f"{validation.where}: the validation class '{name}' is no class of the training "
+                f"{validation.where}: the {kind} class '{name}' is no class of the training "
                 f"set {targets.where}"
             )
     return [replace(ref, label=ids[validation.names[ref.label]]) for ref in validation.refs]

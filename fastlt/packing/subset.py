@@ -1,4 +1,4 @@
-"""A view of a pack: some of its auxiliary classes alone.
+"""A subset of a pack: some of its auxiliary classes alone.
 
 The tables are others, the shards and the images' numbers stay.
 
@@ -20,12 +20,11 @@ from fastlt.utils.embeddings import read_embeddings
 Pairs = list[tuple[int, int]]  # target id, auxiliary id
 
 
-def view(pack: Pack, data: DataConfig, seed: int) -> tuple[Pack, ClassSpace]:
-    """The pack with its auxiliaries in another order, and the class space of those that `data` asks
-    for.
+def subset(pack: Pack, data: DataConfig, seed: int) -> tuple[Pack, ClassSpace]:
+    """Return the pack with its auxiliaries reordered, and the class space that `data` asks for.
 
-    seed: of what is drawn at random. Raises UserError where vectors are missing, or no auxiliary is
-    left.
+    `seed` is of what is drawn at random. Raises UserError where vectors are missing, or no
+    auxiliary is left.
     """
     if not data.auxiliary or data.neighbours == 0:
         return pack, pack.space.targets_only()
@@ -57,7 +56,7 @@ def view(pack: Pack, data: DataConfig, seed: int) -> tuple[Pack, ClassSpace]:
 
 
 def nearest_first(space: ClassSpace, data: DataConfig) -> Pairs:
-    """The pairs whose names' vectors have a cosine within the band, the most similar ones first."""
+    """Return the pairs whose names' vectors have a cosine within the band, most similar first."""
     vectors = read_embeddings(data.similarity)
     cosines = {
         pair: vectors.similarity([space.names[pair[0]]], [space.names[pair[1]]])
@@ -79,7 +78,7 @@ def nearest_first(space: ClassSpace, data: DataConfig) -> Pairs:
 
 
 def first_of_each(pairs: Pairs, most: int) -> set[int]:
-    """The auxiliaries among the first `most` of any target; of negative, all."""
+    """Return the auxiliaries among the first `most` of any target; all, if it is negative."""
     times: defaultdict[int, int] = defaultdict(int)
     chosen = set()
     for target, auxiliary in pairs:
@@ -90,8 +89,9 @@ def first_of_each(pairs: Pairs, most: int) -> set[int]:
 
 
 def random_pairs(pairs: Pairs, auxiliaries: list[int], rng: np.random.Generator) -> Pairs:
-    """As many for each target, but with auxiliaries that are none of its neighbours, as far as
-    there are others.
+    """Return as many pairs for each target with auxiliaries that are not its neighbours.
+
+    A target has fewer where there are not enough others.
     """
     own: defaultdict[int, list[int]] = defaultdict(list)
     for target, auxiliary in pairs:
@@ -106,6 +106,7 @@ def random_pairs(pairs: Pairs, auxiliaries: list[int], rng: np.random.Generator)
 
 
 def reordered(pack: Pack, kept: list[int], pairs: Pairs) -> tuple[Pack, ClassSpace]:
+    """Return the pack with `kept` first among its auxiliaries, and the space of those alone."""
     space, first, is_kept = pack.space, pack.space.num_targets, set(kept)
     order = [*kept, *(a for a in range(first, space.num_classes) if a not in is_kept)]
     place = np.arange(space.num_classes, dtype=np.int32)
@@ -135,4 +136,5 @@ def reordered(pack: Pack, kept: list[int], pairs: Pairs) -> tuple[Pack, ClassSpa
 
 
 def renamed(pairs: Pairs, place: np.ndarray) -> Pairs:
+    """Return the pairs with the ids that `place` (C,) gives their auxiliaries."""
     return sorted((target, int(place[auxiliary])) for target, auxiliary in pairs)

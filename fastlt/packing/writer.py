@@ -1,4 +1,4 @@
-"""`fastlt pack`: a collection of images becomes the one folder that every loader reads; packed.py
+"""`fastlt pack`: a collection of images becomes the one folder that every loader reads; reader.py
 is the other end.
 
 The shards depend on the collection and the options alone, not on the number of workers.
@@ -8,10 +8,11 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,14 @@ from fastlt.utils.pool import OrderedMap, cores, ordered_map
 from fastlt.utils.progress import rated_progress
 
 BATCH = 16  # images that travel to a worker at a time
+WORDS = {"train": "training", "val": "validation", "test": "test"}
 SHOWN = 3  # examples of what was skipped, on screen; the manifest holds all
 
 
 @dataclass(frozen=True)
 class PackOptions:
+    """The options of `fastlt pack` that do not say which images are packed."""
+
     out: Path
     workers: int = 0  # processes; 0: one per core
     max_side: int = 0  # pixels; larger images are shrunk and stored as JPEG; 0: none
@@ -47,10 +51,18 @@ class PackOptions:
     # rewrite JPEGs losslessly, with restart markers: crops of them are decoded faster
     transcode: bool = False
     strict: bool = False  # stop at the first image that cannot be used
-    drop_leaks: bool = False  # leave out training images that are in val as well
-    beton: bool = False  # write the FFCV files too
+    drop_leaks: bool = False  # leave out training images that are in val or test as well
     max_pixels: int = MAX_PIXELS  # of one image
     shard_size: int = 256 * 2**20  # bytes
+
+    @property
+    def images(self) -> ImageSettings:
+        """The options that change what is stored of an image."""
+        return ImageSettings(**{one.name: getattr(self, one.name) for one in fields(ImageSettings)})
+
+
+# (split, path, workers, advance): writes another file of the images of a split
+WriteBeton = Callable[[Split, Path, int, Callable[[int], None]], None]
 
 
 @dataclass
@@ -61,18 +73,25 @@ class Packed:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # shard name -> size, sha256
     skipped: list[dict[str, str]] = field(default_factory=list)
     leaks: list[dict[str, Any]] = field(default_factory=list)
-    # of val: sha256 of the source -> key of the first such image
+    # of val and test: sha256 of the source -> key of the first such image
     digests: dict[bytes, str] = field(default_factory=dict)
 
     def columns(self) -> dict[str, Any]:
+        """Return the columns of the split's index."""
         table = np.asarray(self.rows, dtype=np.int64).reshape(-1, len(COLUMNS))
         return {name: table[:, i].astype(kind) for i, (name, kind) in enumerate(COLUMNS.items())}
 
 
-def write_pack(collection: Collection, options: PackOptions, console: Console) -> Path:
-    """Writes the pack, prints a summary, and returns the pack's folder.
+def write_pack(
+    collection: Collection,
+    options: PackOptions,
+    console: Console,
+    write_beton: WriteBeton | None = None,
+) -> Path:
+    """Write the pack, print a summary, and return the pack's folder.
 
-    A pack is whole or not there.
+    A pack is whole or not there. `write_beton` writes the FFCV file of a split, where that is
+    wanted.
 
     Raises UserError where the output exists, the disk is full, a class or all of val has no usable
     image left, a worker dies, or, with `strict`, an image cannot be used.
@@ -80,17 +99,17 @@ def write_pack(collection: Collection, options: PackOptions, console: Console) -
     _check(collection, options)
     start = time.perf_counter()
     with whole_output(options.out) as folder:
-        space, train, val = _write_images(collection, options, folder, console)
-        _write_tables(options, folder, space, {"train": train, "val": val}, console)
+        space, splits = _write_images(collection, options, folder, console)
+        _write_tables(options, folder, space, splits, console, write_beton)
     seconds = time.perf_counter() - start
-    _print_summary(collection, options, space, train, val, seconds, console)
+    _print_summary(collection, options, space, splits, seconds, console)
     return options.out
 
 
 def verify_pack(path: Path, console: Console | None = None) -> int:
-    """Reads every byte of the pack and compares it with the manifest.
+    """Read every byte of the pack, compare it with the manifest, and return the number of files.
 
-    Returns the number of files; UserError names a bad one.
+    Raises UserError that names a file whose bytes are not those of the manifest.
     """
     manifest = read_manifest(path)
     check_sizes(path, manifest, manifest["files"])
@@ -138,46 +157,42 @@ def _check(collection: Collection, options: PackOptions) -> None:
         )
     if options.transcode:
         check_transcoder("--transcode")
-    if options.beton:
-        from fastlt.data.engines.ffcv.native import import_ffcv  # an extra that not everyone has
-
-        import_ffcv()  # where it is missing, told now and not after an hour of packing
 
 
 def _write_images(
     collection: Collection, options: PackOptions, folder: Path, console: Console
-) -> tuple[ClassSpace, Packed, Packed]:
-    """Val first, so that train can be compared with it."""
-    keys = member_keys(ref.key for ref in collection.train + collection.val)
-    train_keys, val_keys = keys[: len(collection.train)], keys[len(collection.train) :]
+) -> tuple[ClassSpace, dict[str, Packed]]:
+    """Write val and test first, so that train can be compared with them."""
+    refs = {"train": collection.train, "val": collection.val}
+    refs |= {"test": collection.test} if collection.test else {}
+    every_key = iter(member_keys(ref.key for part in refs.values() for ref in part))
+    keys = {name: list(islice(every_key, len(part))) for name, part in refs.items()}
     names = collection.target_names + collection.auxiliary_names
+    done: dict[str, Packed] = {}
     with (
         ordered_map(options.workers or cores()) as apply,
         rated_progress(console, "images/s") as progress,
     ):
-        task = progress.add_task("packing", total=len(keys))
-        val_results = _results(collection.val, options, apply, partial(progress.advance, task))
-        val = _write_split(folder / "val", collection.val, val_keys, val_results, options, names)
-        if not val.rows:
-            raise UserError(
-                "none of the validation images can be used; the first, "
-                f"{_described(val.skipped[0])}"
+        task = progress.add_task("packing", total=sum(map(len, refs.values())))
+        for name in sorted(refs, key=("val", "test", "train").index):
+            results = _results(refs[name], options, apply, partial(progress.advance, task))
+            done[name] = _write_split(
+                folder / name, refs[name], keys[name], results, options, names, done
             )
-        train_results = _results(collection.train, options, apply, partial(progress.advance, task))
-        train = _write_split(
-            folder / "train", collection.train, train_keys, train_results, options, names, val
-        )
-    return _class_space(collection, train, val), train, val
+            if not done[name].rows:
+                raise UserError(
+                    f"none of the {WORDS[name]} images can be used; the first, "
+                    f"{_described(done[name].skipped[0])}"
+                )
+    splits = {name: done[name] for name in refs}
+    return _class_space(collection, splits["train"], splits["val"]), splits
 
 
 def _results(
     refs: list[ImageRef], options: PackOptions, apply: OrderedMap, advance: Callable[[int], None]
 ) -> Iterator[Stored | str]:
-    settings = ImageSettings(
-        options.max_side, options.quality, options.max_pixels, options.transcode
-    )
     batches = (refs[start : start + BATCH] for start in range(0, len(refs), BATCH))
-    for batch in apply(partial(store_batch, settings=settings), batches):
+    for batch in apply(partial(store_batch, settings=options.images), batches):
         advance(len(batch))
         yield from batch
 
@@ -189,12 +204,14 @@ def _write_split(
     results: Iterator[Stored | str],
     options: PackOptions,
     names: list[str],
-    val: Packed | None = None,
+    done: dict[str, Packed],
 ) -> Packed:
-    """With `val` this is train: its images are compared with those of val, and every class must
-    keep one.
+    """Write the shards of a split; its images are compared with those of the splits in `done`.
+
+    Every class of train must keep an image.
     """
     packed = Packed()
+    is_train = folder.name == "train"
     left = Counter(ref.label for ref in refs)
     with ShardWriter(folder, options.shard_size) as shards:
         for ref, key, result in zip(refs, keys, results, strict=True):
@@ -208,10 +225,10 @@ def _write_split(
                         f"{_described(packed.skipped[-1])}; mend or remove it, or pack without "
                         "--strict to skip it"
                     )
-            elif val and _is_dropped(key, result, packed, val, options):
-                cause = "it is a validation image too"
+            elif leaked := _leaks_into(folder.name, key, result, packed, done, options):
+                cause = f"it is a {leaked} image too"
             else:
-                if val is None:
+                if not is_train:
                     packed.digests.setdefault(result.digest, key)
                 shard, offset = shards.add(key, result.extension, result.data, ref.label)
                 packed.rows.append(
@@ -219,7 +236,7 @@ def _write_split(
                 )
                 continue
             left[ref.label] -= 1
-            if val and not left[ref.label]:
+            if is_train and not left[ref.label]:
                 raise UserError(
                     f"no training image of class '{names[ref.label]}' can be used; the last, "
                     f"{ref.path}: {cause}"
@@ -228,16 +245,25 @@ def _write_split(
     return packed
 
 
-def _is_dropped(
-    key: str, stored: Stored, packed: Packed, val: Packed, options: PackOptions
-) -> bool:
-    """Notes a leak; whether the image is to be left out for it."""
-    if stored.digest not in val.digests:
-        return False
-    packed.leaks.append(
-        {"train": key, "val": val.digests[stored.digest], "dropped": options.drop_leaks}
-    )
-    return options.drop_leaks
+def _leaks_into(
+    split: str,
+    key: str,
+    stored: Stored,
+    packed: Packed,
+    done: dict[str, Packed],
+    options: PackOptions,
+) -> str | None:
+    """Note where the image is in a split that was written before.
+
+    Return the word for that split where the image is to be left out for it.
+    """
+    found = [name for name, other in done.items() if stored.digest in other.digests]
+    dropped = options.drop_leaks and split == "train"
+    for name in found:
+        packed.leaks.append(
+            {split: key, name: done[name].digests[stored.digest], "dropped": dropped}
+        )
+    return WORDS[found[0]] if found and dropped else None
 
 
 def _class_space(collection: Collection, train: Packed, val: Packed) -> ClassSpace:
@@ -261,8 +287,9 @@ def _write_tables(
     space: ClassSpace,
     splits: dict[str, Packed],
     console: Console,
+    write_beton: WriteBeton | None,
 ) -> None:
-    """classes.json, index.npz, the FFCV files where asked for, and the manifest last."""
+    """Write classes.json, index.npz, the FFCV files where wanted, and the manifest last."""
     space.save(folder / "classes.json")
     columns: dict[str, Any] = {
         f"{name}_{column}": values
@@ -271,8 +298,8 @@ def _write_tables(
     }
     with whole_file(folder / "index.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, **columns)
-    if options.beton:
-        _write_betons(options, folder, splits, console)
+    if write_beton is not None:
+        _write_betons(options, folder, splits, console, write_beton)
     files = {
         f"{name}/{shard}": entry
         for name, packed in splits.items()
@@ -286,10 +313,12 @@ def _write_tables(
 
 
 def _write_betons(
-    options: PackOptions, folder: Path, splits: dict[str, Packed], console: Console
+    options: PackOptions,
+    folder: Path,
+    splits: dict[str, Packed],
+    console: Console,
+    write_beton: WriteBeton,
 ) -> None:
-    from fastlt.data.engines.ffcv.engine import write_beton
-
     with rated_progress(console, "images/s") as progress:
         task = progress.add_task(
             "writing .beton", total=sum(len(packed.rows) for packed in splits.values())
@@ -317,10 +346,7 @@ def _manifest(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "fastlt": version("fastlt"),
         "counts": {name: len(packed.rows) for name, packed in splits.items()} | counts,
-        "images": {
-            name: getattr(options, name)
-            for name in ("max_side", "quality", "max_pixels", "transcode")
-        },
+        "images": asdict(options.images),
         "files": files,
         "shards": {name: list(packed.files) for name, packed in splits.items()},
         "skipped": [entry for packed in splits.values() for entry in packed.skipped],
@@ -329,7 +355,7 @@ def _manifest(
 
 
 def entry_of(path: Path) -> dict[str, Any]:
-    """As the manifest has it."""
+    """Return the size and the SHA-256 of a file, as the manifest lists them."""
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
@@ -337,19 +363,19 @@ def _print_summary(
     collection: Collection,
     options: PackOptions,
     space: ClassSpace,
-    train: Packed,
-    val: Packed,
+    splits: dict[str, Packed],
     seconds: float,
     console: Console,
 ) -> None:
-    images = len(train.rows) + len(val.rows)
-    megabytes = (
-        sum(entry["size"] for packed in (train, val) for entry in packed.files.values()) / 1e6
-    )
-    skipped, leaks = val.skipped + train.skipped, train.leaks
+    images = sum(len(packed.rows) for packed in splits.values())
+    files = [entry for packed in splits.values() for entry in packed.files.values()]
+    megabytes = sum(entry["size"] for entry in files) / 1e6
+    written = [packed for name, packed in splits.items() if name != "train"] + [splits["train"]]
+    skipped = [entry for packed in written for entry in packed.skipped]
+    leaks = [entry for packed in splits.values() for entry in packed.leaks]
     table = Table(title=f"pack {escape(str(options.out))}", show_header=False, title_justify="left")
-    table.add_row("training images", f"{len(train.rows):,}")
-    table.add_row("validation images", f"{len(val.rows):,}")
+    for name, packed in splits.items():
+        table.add_row(f"{WORDS[name]} images", f"{len(packed.rows):,}")
     table.add_row("target classes", f"{space.num_targets:,}: " + _groups(space))
     table.add_row(
         "auxiliary classes",
@@ -358,11 +384,11 @@ def _print_summary(
         else "none",
     )
     table.add_row("skipped images", f"{len(skipped):,}")
-    table.add_row(
-        "in train and val",
-        f"{len(leaks):,}" + (" (left out of train)" if leaks and options.drop_leaks else ""),
-    )
-    table.add_row("shards", f"{len(train.files) + len(val.files)}, {megabytes:,.1f} MB")
+    for one, other in combinations(splits, 2):
+        both = [leak for leak in leaks if one in leak and other in leak]
+        left_out = " (left out of train)" if any(leak["dropped"] for leak in both) else ""
+        table.add_row(f"in {one} and {other}", f"{len(both):,}{left_out}")
+    table.add_row("shards", f"{len(files)}, {megabytes:,.1f} MB")
     table.add_row("time", f"{seconds:,.1f} s, {images / seconds:,.0f} images/s")
     console.print(table)
     for warning in _warnings(collection, options, space, skipped, leaks):
@@ -398,12 +424,14 @@ def _warnings(
             f"{len(skipped)} images were skipped (all are in manifest.json): "
             f"{_some([_described(e) for e in skipped], '; ')}"
         )
-    if leaks and not options.drop_leaks:
-        pairs = _some([f"{leak['train']} = {leak['val']}" for leak in leaks])
-        yield (
-            f"{len(leaks)} training images are validation images too (--drop-leaks leaves them "
-            f"out): {pairs}"
-        )
+    for one, other in (("train", "val"), ("train", "test"), ("test", "val")):
+        both = [e for e in leaks if one in e and other in e and not e["dropped"]]
+        pairs = _some([f"{leak[one]} = {leak[other]}" for leak in both])
+        advice = " (--drop-leaks leaves them out)" if one == "train" else ""
+        if both:
+            yield (
+                f"{len(both)} {WORDS[one]} images are {WORDS[other]} images too{advice}: {pairs}"
+            )
 
 
 def _some(items: list[str], separator: str = ", ") -> str:

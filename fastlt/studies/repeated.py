@@ -4,7 +4,6 @@ accuracy share.
 
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.methods import method_settings
 from fastlt.utils.pool import cores
+from fastlt.utils.signals import exit_on_sigterm
 
 LOOK_EVERY = 1.0  # seconds
 GROUPS = ("top1", "many", "medium", "few")
@@ -71,7 +71,7 @@ def train_all(
                 **_train(recipe, controls[name], places[job], seed, runner),
             }
 
-    with ended_by_sigterm(), ThreadPoolExecutor(parallel) as pool:
+    with exit_on_sigterm(), ThreadPoolExecutor(parallel) as pool:
         waiting = [pool.submit(run, job) for job in jobs]
         total = seeds * sum(epochs_of(recipe, control) for control in controls.values())
         try:
@@ -139,19 +139,6 @@ class Runner:
         except BaseException as error:
             self.stop(tell=True, because=error)
             raise
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM becomes SystemExit, so that what was begun is ended as well."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def epochs_of(recipe: str, control: Control) -> int:

@@ -3,9 +3,7 @@
 import logging
 import os
 import shutil
-import signal
 import socket
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +30,7 @@ from fastlt.sweep.trial import Trial
 from fastlt.sweep.worker import train_trial
 from fastlt.utils.files import write_text
 from fastlt.utils.pool import cores
-from fastlt.utils.signals import SIGNALS
+from fastlt.utils.signals import SIGNALS, handled
 
 # Ray's tables of progress, its files of results and its way to stop, which ours stand for; and a
 # warning on its future.
@@ -114,19 +112,12 @@ def check_room(nodes: Sequence[dict[str, Any]], sweep: Sweep) -> None:
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
     """SIGTERM and Ctrl-C raise KeyboardInterrupt, for which Ray has other habits."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
-    try:
+    with handled(interrupt, *SIGNALS):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def follow(board: Board, tune: Any, drawn: dict[str, Any], total: int, console: Console) -> None:

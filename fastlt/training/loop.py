@@ -26,7 +26,7 @@ from fastlt.data.engines.torch import dead_workers_in_words
 from fastlt.data.jitter import colour_jitter
 from fastlt.data.mixup import draw
 from fastlt.data.plan import Batch, evaluation_batches
-from fastlt.data.prefetch import staged
+from fastlt.data.prefetch import prefetch_to_device, to_device
 from fastlt.data.randaugment import randaugment
 from fastlt.errors import UserError
 from fastlt.evaluation.evaluate import (
@@ -39,7 +39,7 @@ from fastlt.evaluation.metrics import Predictions, confusions, joined_prediction
 from fastlt.losses import Step
 from fastlt.models.classifier import Classifier
 from fastlt.models.export import export_safetensors
-from fastlt.packing.concat import mix_packs
+from fastlt.packing.concat import concat_packs
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.training.compile import build_forward
 from fastlt.training.distributed import process_group
@@ -107,7 +107,7 @@ def open_packs(data: DataConfig) -> Pack:
         raise UserError("no pack to train on: name one with --data PACK")
     main = open_pack(data.pack, round(data.cache_gb * 1e9))
     return (
-        mix_packs(main, {place: open_pack(place) for place in data.mix}, data.mix)
+        concat_packs(main, {place: open_pack(place) for place in data.mix}, data.mix)
         if data.mix
         else main
     )
@@ -204,7 +204,7 @@ def steps(
     """
     state, forward = trainer.state, forward_of(trainer)
     loaded = trainer.train_loader.iterate(trainer.plan.epoch(state.epoch, state.step_in_epoch))
-    for batch, pixels in staged(loaded, trainer.device):
+    for batch, pixels in prefetch_to_device(loaded, trainer.device):
         mark("wait")
         value = train_step(trainer, forward, batch, pixels, mark)
         state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
@@ -350,13 +350,6 @@ def make_input(
         if draws.mix is None
         else (images, target, target.flip(0), draws.mix[0])
     )
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory the copy runs beside the computation; what is there already stays."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def step_seed(seed: int, step: int, stream: int, rank: int = 0) -> int:

@@ -1,7 +1,6 @@
 """The RUN folder: who may use it, what is taken up from it, and what is saved to it."""
 
 import copy
-import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from fastlt.packing.reader import Pack
 from fastlt.training import checkpoint as ckpt
 from fastlt.training.distributed import ALONE, Ranks
 from fastlt.training.setup import Trainer, TrainState, enter_stage
-from fastlt.utils.files import sibling, write_text
+from fastlt.utils.files import is_disk_full, sibling, write_text
 from fastlt.utils.lock import alone_in
 
 
@@ -44,7 +43,7 @@ def disk_errors(run: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         saved = ckpt.checkpoints(run)
         where = f"from {saved[-1].name}" if saved else "from the start, for nothing was saved yet"

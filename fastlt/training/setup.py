@@ -23,7 +23,7 @@ from fastlt.models.device import choose_device, on_device
 from fastlt.models.export import find_metadata
 from fastlt.models.weights import weights_file
 from fastlt.packing.reader import Pack
-from fastlt.packing.subset import view
+from fastlt.packing.subset import subset
 from fastlt.training.checkpoint import Writer
 from fastlt.training.distributed import ALONE, Ranks
 from fastlt.training.nonfinite import Guard
@@ -143,7 +143,7 @@ class StageParts(NamedTuple):
 def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trainer:
     """Return the Trainer of a run, at the start of its first stage."""
     device, dtype = choose_device(config, ranks.local)
-    pack, space = view(pack, config.data, config.train.seed)
+    pack, space = subset(pack, config.data, config.train.seed)
     counts = build_plan(config, pack, space).class_counts[: space.num_classes]
     method = build_method(config, space, torch.from_numpy(counts), ranks, device)
     ema = Averaged(method, config.optim.ema) if config.optim.ema else None

@@ -13,6 +13,8 @@ from fastlt.utils.names import normalised
 
 @dataclass(frozen=True)
 class Embeddings:
+    """The vectors of class names."""
+
     vectors: Mapping[str, np.ndarray]  # normalised name -> (D,) of length 1
 
     def similarity(self, names: Sequence[str], others: Sequence[str]) -> float | None:

@@ -1,5 +1,6 @@
 """Files that are either whole or not there: write to a temporary name, then rename."""
 
+import errno
 import hashlib
 import os
 import secrets
@@ -9,14 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def is_disk_full(error: OSError) -> bool:
+    """Return whether the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def sibling(path: Path) -> Path:
-    """A temporary name in the folder of `path`, so that renaming it to `path` is atomic."""
+    """Return a temporary name in the folder of `path`, so that renaming it to `path` is atomic."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path; renames it to `path` if the block ends well, removes it if not."""
+    """Yield a temporary path; rename it to `path` if the block ends well, remove it if not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = sibling(path)
     try:
@@ -29,7 +35,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder: `path` must not exist yet, or be empty."""
+    """Yield a temporary folder that becomes `path`, which must not exist yet or be empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = sibling(path)
     temporary.mkdir()
@@ -43,11 +49,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file that is whole or not there."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def flush_to_disk(path: Path) -> None:
+    """Wait until what was written to the file is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,6 +64,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

@@ -6,18 +6,35 @@ The kernel releases a lock however the process ends.
 import fcntl
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from fastlt.errors import UserError
 
 LOCK = ".lock"
 
 
+def take_lock(file: IO[str] | int, wait: bool = False) -> bool:
+    """Take the lock on an open file, and return whether it was free.
+
+    It ends when the file is closed. With `wait`, this returns once the file is free. On file
+    systems without locks every process gets it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 @contextmanager
 def alone_in(folder: Path, who: str) -> Iterator[None]:
-    """Raises UserError where another process is there, or the folder cannot be made. who: as in
-    "another training".
+    """Hold the folder's lock within the block; `who` is named in the error ("another training").
+
+    Raises UserError where another process holds it, or the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,12 +44,8 @@ def alone_in(folder: Path, who: str) -> Iterator[None]:
             f"cannot write to {folder}: {error.strerror}; choose another --out"
         ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{who} is at work in {folder}: wait for it, or choose another --out"
-            ) from error
+        if not take_lock(lock):
+            raise UserError(f"{who} is at work in {folder}: wait for it, or choose another --out")
         try:
             yield
         finally:
@@ -42,9 +55,8 @@ def alone_in(folder: Path, who: str) -> Iterator[None]:
 
 @contextmanager
 def in_turn(file: Path) -> Iterator[None]:
-    """Waits until no other process is inside; on file systems without locks it does not."""
+    """Wait until no other process is in the block; on file systems without locks, do not wait."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        take_lock(lock, wait=True)
         yield

@@ -2,31 +2,29 @@
 writing.
 """
 
-import errno
-import fcntl
 import os
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from fastlt.errors import UserError
-from fastlt.utils.files import whole_folder
+from fastlt.utils.files import is_disk_full, whole_folder
+from fastlt.utils.lock import take_lock
+from fastlt.utils.signals import exit_on_sigterm
 
 
 @contextmanager
 def whole_output(out: Path) -> Iterator[Path]:
-    """Yields a hidden folder that becomes `out` if the block ends well; an error, Ctrl-C or SIGTERM
-    removes it.
+    """Yield a hidden folder that becomes `out` if the block ends well.
+
+    An error, Ctrl-C or SIGTERM removes it.
 
     What an earlier writer that was killed outright left behind is removed first. UserError where
     `out` exists, another process writes it now, or it cannot be written (full disk, no permission).
     """
-    with _disk_errors(out), _terminable():
+    with _disk_errors(out), exit_on_sigterm():
         place = out.resolve()
         if place.exists() and not (place.is_dir() and not any(place.iterdir())):
             raise UserError(f"{out} exists already: remove it or choose another --out")
@@ -56,39 +54,17 @@ def _remove_stale(place: Path, out: Path) -> None:
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """A lock that ends with this process, however it ends: that tells a live writer's folder from a
-    dead one's.
+    """Hold a lock that ends with this process, however it ends.
+
+    It distinguishes the folder of a live writer from that of a dead one.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass  # a file system without locks
+        if not take_lock(descriptor):
+            raise BlockingIOError
         yield
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises SystemExit instead of ending the process on the spot, so that what is half
-    written is removed.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _exit)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _exit(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 @contextmanager
@@ -98,7 +74,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
     except (BlockingIOError, BrokenPipeError):
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise UserError(
                 f"the disk is full, so {out} was not written: free some space or choose another "
                 "--out"

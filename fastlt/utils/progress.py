@@ -21,6 +21,7 @@ class Rate(ProgressColumn):
         self.unit, self.scale = unit, scale
 
     def render(self, task: Task) -> Text:
+        """Return the rate in words."""
         speed = self.scale * (task.finished_speed or task.speed or 0)
         return Text(f"{speed:,.{0 if speed >= 10 else 1}f} {self.unit}" if speed else "")
 
@@ -42,5 +43,8 @@ def rated_progress(
 
 
 class Note(ProgressColumn):
+    """The task's note."""
+
     def render(self, task: Task) -> Text:
+        """Return the note, empty if the task has none."""
         return Text(str(task.fields.get("note", "")))

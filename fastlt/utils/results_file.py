@@ -22,6 +22,7 @@ def machine() -> str:
 
 
 def processor() -> str:
+    """Return the name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

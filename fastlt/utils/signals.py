@@ -2,9 +2,10 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
@@ -16,18 +17,45 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """`made` from the first signal on."""
+    """Whether a signal has asked the run to stop."""
 
     made = False
 
 
 @contextmanager
-def stop_on_signals(console: Console) -> Iterator[StopRequest]:
-    """Within a thread that is not the main one, which alone gets signals, nothing changes."""
-    request = StopRequest()
+def handled(
+    handler: Callable[[int, FrameType | None], Any], *numbers: signal.Signals
+) -> Iterator[None]:
+    """Call `handler` for these signals within the block.
+
+    Within a thread that is not the main one, which alone gets signals, nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield
         return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Raise SystemExit at SIGTERM within the block, so that what was begun is cleaned up."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    with handled(leave, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def stop_on_signals(console: Console) -> Iterator[StopRequest]:
+    """Yield a request that is made at the first SIGTERM or Ctrl-C; the second one ends the run."""
+    request = StopRequest()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if request.made:
@@ -37,9 +65,5 @@ def stop_on_signals(console: Console) -> Iterator[StopRequest]:
             "\nstopping: the step is finished and saved; once more stops at once", highlight=False
         )
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
+    with handled(stop, *SIGNALS):
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,14 +12,21 @@ import torch
 from helpers.scenes import ORIENTATION, mixed_images, scene
 from PIL import Image
 
-from fastlt.data import loader as loader_module
+from fastlt.data.engines import dali as dali_engine
+from fastlt.data.engines import gpu as gpu_engine
 from fastlt.data.engines import resident
+from fastlt.data.engines.choice import choose
+from fastlt.data.engines.dali import DaliEngine
+from fastlt.data.engines.ffcv import engine as ffcv_engine
+from fastlt.data.engines.gpu import GpuEngine
+from fastlt.data.engines.interface import Options
 from fastlt.data.engines.resident import ResidentEngine
 from fastlt.data.engines.torch import TorchEngine
 from fastlt.data.geometry import Geometry
-from fastlt.data.loader import Loader, choose_engine
+from fastlt.data.loader import Loader
 from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
 from fastlt.decode.images import decode, fill_box
+from fastlt.decode.region import has_region
 from fastlt.errors import UserError
 from fastlt.packing.reader import open_pack
 
@@ -31,9 +38,6 @@ CROPS = {
 }
 
 
-CPU = torch.device("cpu")
-
-
 class OnDevice(ResidentEngine):
     """As a GPU's, but that the device is the CPU."""
 
@@ -42,9 +46,9 @@ class OnDevice(ResidentEngine):
 
 
 MAKERS = {
-    "torch": lambda split, size: TorchEngine(split, size, 0),
-    "resident": lambda split, size: ResidentEngine(split, size, CPU),
-    "resident, on the device": lambda split, size: OnDevice(split, size, CPU),
+    "torch": lambda split, size: TorchEngine(split, Options(size, 0)),
+    "resident": lambda split, size: ResidentEngine(split, Options(size)),
+    "resident, on the device": lambda split, size: OnDevice(split, Options(size)),
 }
 
 
@@ -87,7 +91,7 @@ def test_an_engine_gives_each_batch_as_the_reference(pack, make, geometry):
 
 def test_workers_give_the_same_in_the_same_order_and_live_through_epochs(pack):
     plan = plan_of(pack, CROPS["random-resized-crop"])
-    alone, shared = TorchEngine(pack.train, 24, 0), TorchEngine(pack.train, 24, 2)
+    alone, shared = TorchEngine(pack.train, Options(24, 0)), TorchEngine(pack.train, Options(24, 2))
     pids = []
     for epoch in range(2):
         made = list(shared.batches(plan.epoch(epoch)))
@@ -102,7 +106,7 @@ def test_workers_give_the_same_in_the_same_order_and_live_through_epochs(pack):
 
 def test_leaving_early_leaves_an_engine_that_starts_anew_and_nothing_after_close(pack):
     plan = plan_of(pack, CROPS["pad-crop"])
-    engine = TorchEngine(pack.train, 16, 2)
+    engine = TorchEngine(pack.train, Options(16, 2))
     early = engine.batches(plan.epoch(0))
     next(early)
     with pytest.raises(RuntimeError, match="another epoch"):
@@ -126,7 +130,7 @@ class Deadly:
 
 
 def test_a_dead_worker_is_told_and_not_waited_for(pack):
-    engine, plan = TorchEngine(pack.train, 16, 1), plan_of(pack, CROPS["pad-crop"])
+    engine, plan = TorchEngine(pack.train, Options(16, 1)), plan_of(pack, CROPS["pad-crop"])
     with pytest.raises(UserError, match="a worker of the torch engine failed"):
         list(engine.batches([next(plan.epoch(0)), Deadly()]))
     assert len(list(engine.batches(plan.epoch(0)))) == plan.steps_per_epoch  # new workers
@@ -150,7 +154,7 @@ def test_kept_batches_are_not_overwritten(pack, make):
 @pytest.mark.parametrize("padding", [0, 1, 4, 40])
 def test_resident_crops_reach_over_the_edge_as_far_as_asked(pack, padding, make):
     geometry = Geometry("pad-crop", 16, flip=True, padding=padding)
-    engine = make(pack.train, 16, CPU)
+    engine = make(pack.train, Options(16))
     for size in (padding, 2, padding):  # the margin grows and stays
         batches = list(plan_of(pack, replace(geometry, padding=size)).epoch(0))
         made = list(engine.batches(batches))
@@ -165,7 +169,7 @@ def test_resident_crops_reach_over_the_edge_as_far_as_asked(pack, padding, make)
 def test_every_stored_kind_of_image_comes_upright(mixed_pack):
     split = mixed_pack.train
     batches = list(evaluation_batches(split, Geometry("centre-crop", 32, resize=32), 5))
-    made = torch.cat(list(TorchEngine(split, 32, 0).batches(batches)))
+    made = torch.cat(list(TorchEngine(split, Options(32, 0)).batches(batches)))
     keys = [split.key(image).rsplit("/", 1)[-1] for image in range(len(split))]
     assert sorted(keys) == sorted(mixed_images())
     turns = {turn: made[keys.index(f"turned{turn}.jpg")] for turn in range(1, 9)}
@@ -220,7 +224,7 @@ def test_a_missing_shard_is_named(damaged_pack):
     shard = damaged_pack.train.folder / damaged_pack.train.shards[0]
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name} is missing"):
-        TorchEngine(damaged_pack.train, 16, 0)
+        TorchEngine(damaged_pack.train, Options(16, 0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -229,8 +233,8 @@ def test_a_damaged_image_is_named_whatever_reads_it(damaged_pack, workers):
     overwrite(split, 3, b"\0" * 40)
     name = f"{split.shards[0]}:{split.key(3)}: .* pack again"
     with pytest.raises(UserError, match=name):
-        ResidentEngine(split, 16, CPU)
-    engine = TorchEngine(split, 16, workers)
+        ResidentEngine(split, Options(16))
+    engine = TorchEngine(split, Options(16, workers))
     batches = list(evaluation_batches(split, CROPS["pad-crop"], 3))
     images = engine.batches(batches)
     next(images)  # 0, 1, 2 are sound
@@ -243,7 +247,11 @@ def test_a_damaged_image_is_named_whatever_reads_it(damaged_pack, workers):
 def test_an_index_of_other_sizes_is_told(damaged_pack):
     split = replace(damaged_pack.train, width=damaged_pack.train.width + 1, _maps={})
     with pytest.raises(UserError, match=r"16 x 16 pixels, the index says 17 x 16: pack again"):
-        list(TorchEngine(split, 16, 0).batches(evaluation_batches(split, CROPS["pad-crop"], 3)))
+        list(
+            TorchEngine(split, Options(16, 0)).batches(
+                evaluation_batches(split, CROPS["pad-crop"], 3)
+            )
+        )
 
 
 def overwrite(split, image: int, data: bytes) -> None:
@@ -255,12 +263,56 @@ def overwrite(split, image: int, data: bytes) -> None:
 # --- the front
 
 
-@pytest.mark.parametrize("engine", ["auto", "torch"])
-def test_small_images_of_one_size_stay_in_memory(pack, mixed_pack, engine):
-    assert (
-        choose_engine(pack.train, [], engine) == choose_engine(pack.val, [], engine) == "resident"
-    )
-    assert choose_engine(mixed_pack.train, [], engine) == "torch"
+def chosen(split, name="auto", **options):
+    return choose(split, Options(16, **options), name)
+
+
+@pytest.mark.parametrize("name", ["auto", "resident"])
+def test_small_images_of_one_size_stay_in_memory(pack, name):
+    assert chosen(pack.train, name) is chosen(pack.val, name) is ResidentEngine
+
+
+def test_the_torch_engine_is_the_torch_engine(pack, mixed_pack):
+    assert chosen(pack.train, "torch") is TorchEngine
+    assert chosen(mixed_pack.train, "torch") is chosen(mixed_pack.train) is TorchEngine
+    front = Loader(pack.train, 16, "torch", 0)
+    assert front.engine_name == "torch"
+
+
+def test_images_of_several_sizes_cannot_be_resident(mixed_pack):
+    assert ResidentEngine.obstacle(mixed_pack.train, Options(16))
+    with pytest.raises(UserError, match=r"the resident engine keeps images of one size"):
+        chosen(mixed_pack.train, "resident")
+
+
+@pytest.mark.parametrize(
+    ("device", "decode", "dali", "wanted"),
+    [
+        ("cuda", "auto", True, DaliEngine),
+        ("cuda", "gpu", True, DaliEngine),
+        ("cuda", "region", True, TorchEngine),
+        ("cuda", "auto", False, TorchEngine),
+        ("cuda", "gpu", False, GpuEngine),
+        ("cpu", "auto", True, TorchEngine),
+    ],
+)
+def test_auto_chooses_by_device_and_decode(mixed_pack, monkeypatch, device, decode, dali, wanted):
+    if decode == "region" and not has_region():
+        pytest.skip("fastlt's JPEG decoder is not compiled here")
+
+    def missing():
+        raise UserError("no DALI")
+
+    monkeypatch.setattr(dali_engine, "import_dali", (lambda: None) if dali else missing)
+    monkeypatch.setattr(gpu_engine, "torchvision_decoder", lambda device: None)
+    assert chosen(mixed_pack.train, decode=decode, device=torch.device(device)) is wanted
+
+
+@pytest.mark.parametrize("name", ["auto", "resident", "dali", "ffcv", "torch"])
+def test_decoding_on_a_gpu_needs_one(pack, mixed_pack, monkeypatch, name):
+    split = pack.train if name == "resident" else mixed_pack.train
+    with pytest.raises(UserError, match=r"data\.decode=gpu needs an NVIDIA GPU"):
+        chosen(split, name, decode="gpu", betons=(mixed_pack.path / "train.beton",))
 
 
 def test_what_does_not_fit_is_not_kept_in_memory(pack, monkeypatch):
@@ -273,23 +325,24 @@ def test_what_does_not_fit_is_not_kept_in_memory(pack, monkeypatch):
 
 def test_an_engine_that_cannot_be_had_is_refused(pack):
     with pytest.raises(
-        UserError, match=r"there is no engine 'cv': data\.engine is one of auto, torch, ffcv, dali"
+        UserError,
+        match=r"there is no engine 'cv': data\.engine is one of auto, resident, dali, ffcv, torch",
     ):
-        choose_engine(pack.train, [], "cv")
+        chosen(pack.train, "cv")
 
 
 def test_ffcv_without_its_file_or_its_package_says_what_to_do(pack, monkeypatch):
     def missing():
         raise UserError("the ffcv engine cannot be loaded: pip install fastlt[ffcv]")
 
-    monkeypatch.setattr(loader_module, "import_ffcv", lambda: None)
+    monkeypatch.setattr(ffcv_engine, "import_ffcv", lambda: None)
     with pytest.raises(
         UserError, match=r"train\.beton: pack again with --beton, or set data\.engine=torch"
     ):
-        choose_engine(pack.train, [], "ffcv")
-    monkeypatch.setattr(loader_module, "import_ffcv", missing)
+        chosen(pack.train, "ffcv")
+    monkeypatch.setattr(ffcv_engine, "import_ffcv", missing)
     with pytest.raises(UserError, match=r"pip install fastlt\[ffcv\]"):
-        choose_engine(pack.train, [], "ffcv")
+        chosen(pack.train, "ffcv", betons=(pack.path / "train.beton",))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -297,7 +350,7 @@ def test_ffcv_without_its_file_or_its_package_says_what_to_do(pack, monkeypatch)
 def test_the_front_pairs_each_batch_with_its_images(mixed_pack, pack, workers, name):
     for opened in (mixed_pack, pack):
         plan = plan_of(opened, CROPS["random-resized-crop"], batch=3)
-        front = Loader(opened.train, 24, choose_engine(opened.train, [], name), workers)
+        front = Loader(opened.train, 24, name, workers)
         pairs = list(front.iterate(plan.epoch(0)))
         front.close()
         assert len(pairs) == plan.steps_per_epoch

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastlt.data.plan import Batch
-from fastlt.data.prefetch import staged
+from fastlt.data.prefetch import prefetch_to_device
 
 
 def batches(count: int) -> list[tuple[Batch, torch.Tensor]]:
@@ -27,7 +27,7 @@ def test_the_batches_are_the_same_and_in_order(device, count):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU here")
     given = batches(count)
-    made = list(staged(iter(given), torch.device(device)))
+    made = list(prefetch_to_device(iter(given), torch.device(device)))
     assert [batch.images[0] for batch, _ in made] == list(range(count))
     for (_, images), (_, wanted) in zip(made, given, strict=True):
         assert images.device.type == device and torch.equal(images.cpu(), wanted)
@@ -41,6 +41,6 @@ def test_a_batch_is_handed_over_before_the_next_is_asked_for():
             asked.append(1)
             yield pair
 
-    made = staged(slow(), torch.device("cpu"))
+    made = prefetch_to_device(slow(), torch.device("cpu"))
     next(made)
     assert len(asked) == 1

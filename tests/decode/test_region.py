@@ -15,9 +15,10 @@ from rich.console import Console
 
 from fastlt.data.damage import stand_in
 from fastlt.data.engines.ffcv.native import has_ffcv
+from fastlt.data.engines.interface import Options
 from fastlt.data.engines.torch import TorchEngine
 from fastlt.data.geometry import Geometry, boxes_of
-from fastlt.data.loader import Loader, choose_decode
+from fastlt.data.loader import Loader
 from fastlt.data.plan import Batch, Plan, Sampling
 from fastlt.decode import region
 from fastlt.decode.images import decode, decode_pil, fill_box
@@ -366,8 +367,8 @@ def test_the_engines_agree(plan_and_pack, tmp_path):
 
     batches, pack = plan_and_pack
     write_beton(pack.train, tmp_path / "train.beton", 1)
-    ours = FfcvEngine(pack.train, 24, 2, tmp_path / "train.beton", "region")
-    theirs = TorchEngine(pack.train, 24, 0, "region")
+    ours = FfcvEngine(pack.train, Options(24, 2, (tmp_path / "train.beton",), "region"))
+    theirs = TorchEngine(pack.train, Options(24, 0, decode="region"))
     for made, wanted in zip(ours.batches(batches), theirs.batches(batches), strict=True):
         assert (
             made.int() - wanted.int()
@@ -379,8 +380,8 @@ def test_the_engines_agree(plan_and_pack, tmp_path):
 def test_workers_change_nothing(plan_and_pack):
     batches, pack = plan_and_pack
     alone, shared = (
-        TorchEngine(pack.train, 24, 0, "region"),
-        TorchEngine(pack.train, 24, 2, "region"),
+        TorchEngine(pack.train, Options(24, 0, decode="region")),
+        TorchEngine(pack.train, Options(24, 2, decode="region")),
     )
     assert all(
         torch.equal(a, b)
@@ -393,13 +394,17 @@ def test_the_choice_of_decode(mixed_pack, monkeypatch):
     assert Loader(mixed_pack.train, 24, "torch", 0, decode="auto").decode == "region"
     assert Loader(mixed_pack.train, 24, "torch", 0, decode="exact").decode == "exact"
     monkeypatch.setattr(region, "_library", lambda: None)
-    assert choose_decode("auto", "torch") == "exact"
+
+    def loader(decode: str) -> Loader:
+        return Loader(mixed_pack.train, 24, "torch", 0, decode=decode)
+
+    assert loader("auto").decode == "exact"
     with pytest.raises(UserError, match=r"data\.decode=region needs fastlt's JPEG decoder"):
-        choose_decode("region", "torch")
+        loader("region")
     with pytest.raises(UserError, match=r"data\.decode=gpu needs an NVIDIA GPU"):
-        choose_decode("gpu", "torch")
+        loader("gpu")
     with pytest.raises(UserError, match="no decode 'fast'"):
-        choose_decode("fast", "torch")
+        loader("fast")
 
 
 # --- damaged images

@@ -18,11 +18,11 @@ from fastlt.demo.procedural import (
     Texture,
     choose_auxiliaries,
     choose_targets,
-    long_tail,
     render,
     write_demo_data,
 )
 from fastlt.errors import UserError
+from fastlt.utils.long_tail import long_tail
 
 
 def counts(folder: Path) -> dict[str, int]:
@@ -51,7 +51,7 @@ def test_class_counts_follow_the_long_tail(data: Path) -> None:
 def test_the_defaults_reach_imbalance_100_exactly() -> None:
     tail = long_tail(200, 100, 20)
     assert (tail[0], tail[-1]) == (200, 2)
-    assert long_tail(5, 100, 4) == [5, 1, 1, 1]
+    assert long_tail(5, 100, 4, least=1) == [5, 1, 1, 1]
 
 
 def test_at_least_forty_auxiliaries_all_with_an_owner_and_some_with_two(data: Path) -> None:

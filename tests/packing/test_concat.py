@@ -11,7 +11,7 @@ from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import Plan, Sampling, shared_out
 from fastlt.errors import UserError
-from fastlt.packing.concat import mix_packs
+from fastlt.packing.concat import concat_packs
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.packing.sources import read_collection
 from fastlt.packing.writer import PackOptions, write_pack
@@ -49,7 +49,7 @@ def packs(tmp_path_factory) -> tuple[Pack, Pack]:
 
 
 def mixed(packs, weight: float = 0.5) -> Pack:
-    return mix_packs(packs[0], {"second": packs[1]}, {"second": weight})
+    return concat_packs(packs[0], {"second": packs[1]}, {"second": weight})
 
 
 def test_classes_go_by_their_names(packs):
@@ -97,12 +97,12 @@ def test_messages_name_the_pack_of_an_image(packs):
 def test_classes_that_clash_are_refused(packs, tmp_path):
     strange = pack_of(tmp_path / "a", {"cow": 3}, {}, "", 1)
     with pytest.raises(UserError, match="target class 'cow' that the first lacks"):
-        mix_packs(packs[0], {"strange": strange}, {"strange": 1.0})
+        concat_packs(packs[0], {"strange": strange}, {"strange": 1.0})
     swapped = pack_of(tmp_path / "b", {"dog": 3}, {"cat": 2}, "dog,cat\n", 1)
     with pytest.raises(
         UserError, match="'cat' is a target class, and an auxiliary one in the pack swapped"
     ):
-        mix_packs(packs[0], {"swapped": swapped}, {"swapped": 1.0})
+        concat_packs(packs[0], {"swapped": swapped}, {"swapped": 1.0})
 
 
 def test_counts_are_shared_out_exactly():

@@ -9,7 +9,7 @@ from rich.console import Console
 from fastlt.config import DataConfig, load_config
 from fastlt.errors import UserError
 from fastlt.packing.reader import open_pack
-from fastlt.packing.subset import view
+from fastlt.packing.subset import subset
 from fastlt.training.loop import train
 from fastlt.training.setup import build_plan
 
@@ -29,28 +29,28 @@ def vectors(tmp_path):
 
 def test_without_a_wish_nothing_changes(small_pack):
     pack = open_pack(small_pack)
-    seen, space = view(pack, DataConfig(), 0)
+    seen, space = subset(pack, DataConfig(), 0)
     assert seen is pack and space is pack.space
     for none in (DataConfig(auxiliary=False), DataConfig(neighbours=0)):
-        assert view(pack, none, 0) == (pack, pack.space.targets_only())
+        assert subset(pack, none, 0) == (pack, pack.space.targets_only())
 
 
 def test_the_first_neighbours_of_each_target(small_pack, vectors):
     pack = open_pack(small_pack)
-    _, space = view(pack, DataConfig(neighbours=1), 0)
+    _, space = subset(pack, DataConfig(neighbours=1), 0)
     assert space.auxiliary_names == ["x"] and names_of(space) == [("a", "x"), ("b", "x")]
-    _, space = view(pack, DataConfig(neighbours=1, similarity=vectors), 0)
+    _, space = subset(pack, DataConfig(neighbours=1, similarity=vectors), 0)
     assert space.auxiliary_names == ["x", "y"]  # for b, y is nearer
     assert set(names_of(space)) == {("a", "x"), ("b", "x"), ("b", "y")}
 
 
 def test_a_band_of_similarities(small_pack, vectors):
-    _, space = view(open_pack(small_pack), DataConfig(band=(0.7, 1), similarity=vectors), 0)
+    _, space = subset(open_pack(small_pack), DataConfig(band=(0.7, 1), similarity=vectors), 0)
     assert set(names_of(space)) == {("a", "x"), ("b", "y")}
-    _, space = view(open_pack(small_pack), DataConfig(band=(0.85, 1), similarity=vectors), 0)
+    _, space = subset(open_pack(small_pack), DataConfig(band=(0.85, 1), similarity=vectors), 0)
     assert space.auxiliary_names == ["y"] and names_of(space) == [("b", "y")]
     with pytest.raises(UserError, match="no auxiliary class is left"):
-        view(open_pack(small_pack), DataConfig(band=(0.99, 1), similarity=vectors), 0)
+        subset(open_pack(small_pack), DataConfig(band=(0.99, 1), similarity=vectors), 0)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -60,7 +60,7 @@ def test_a_view_has_the_images_of_its_classes_alone(small_pack, vectors, seed):
         "demo",
         ["data.batch=4", "data.similarity=" + vectors, "data.band=[0.85, 1]", "data.budget=7"],
     )
-    seen, space = view(pack, config.data, seed)
+    seen, space = subset(pack, config.data, seed)
     plan = build_plan(config, seen, space)
     stored = {
         name: np.flatnonzero(pack.train.label == i) for i, name in enumerate(pack.space.names)
@@ -76,14 +76,16 @@ def test_a_view_has_the_images_of_its_classes_alone(small_pack, vectors, seed):
 
 def test_a_share_is_drawn_by_the_seed(small_pack):
     drawn = {
-        tuple(view(open_pack(small_pack), DataConfig(auxiliary_share=0.5), seed)[1].auxiliary_names)
+        tuple(
+            subset(open_pack(small_pack), DataConfig(auxiliary_share=0.5), seed)[1].auxiliary_names
+        )
         for seed in range(10)
     }
     assert drawn == {("x",), ("y",)}
 
 
 def test_random_pairs_are_as_many_and_none_of_the_given_ones(small_pack):
-    _, space = view(open_pack(small_pack), DataConfig(pairs="random"), 0)
+    _, space = subset(open_pack(small_pack), DataConfig(pairs="random"), 0)
     assert names_of(space) == [("a", "y")]  # b has no other left
     assert space.auxiliary_names == ["x", "y"]
 
@@ -91,7 +93,7 @@ def test_random_pairs_are_as_many_and_none_of_the_given_ones(small_pack):
 def test_what_has_no_vector_is_named(small_pack, tmp_path):
     np.savez(tmp_path / "v.npz", names=["a", "b"], v=np.eye(2))
     with pytest.raises(UserError, match=r"has no vectors for 3 pairs, the first is \(a, x\)"):
-        view(open_pack(small_pack), DataConfig(similarity=str(tmp_path / "v.npz")), 0)
+        subset(open_pack(small_pack), DataConfig(similarity=str(tmp_path / "v.npz")), 0)
     with pytest.raises(UserError, match=r"data\.band needs data\.similarity"):
         load_config("demo", ["data.band=[0, 1]"])
 

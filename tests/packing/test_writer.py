@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from fastlt.data.engines.ffcv.beton import write_beton
 from fastlt.data.engines.ffcv.native import has_ffcv
 from fastlt.decode.images import MAX_PIXELS, decode
 from fastlt.errors import UserError
@@ -33,7 +34,7 @@ from fastlt.packing.encode import ImageSettings, encode
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.packing.shards import ShardWriter, member_keys
 from fastlt.packing.sources import read_cifar100, read_collection
-from fastlt.packing.writer import PackOptions, verify_pack, write_pack
+from fastlt.packing.writer import PackOptions, WriteBeton, verify_pack, write_pack
 
 AS_THEY_ARE = ImageSettings(max_side=0, quality=0, max_pixels=MAX_PIXELS)
 ORIENTATION = 0x0112
@@ -78,10 +79,14 @@ def pack(
     out: Path,
     workers: int = 1,
     console: Console | None = None,
+    write_beton: WriteBeton | None = None,
     **options: Any,
 ) -> Pack:
     write_pack(
-        collection, PackOptions(out, workers=workers, **options), console or Console(quiet=True)
+        collection,
+        PackOptions(out, workers=workers, **options),
+        console or Console(quiet=True),
+        write_beton,
     )
     return open_pack(out)
 
@@ -256,7 +261,7 @@ def test_member_keys() -> None:
 def test_beton_files_belong_to_the_pack(pets: Path, tmp_path: Path) -> None:
     if not has_ffcv():
         pytest.skip("FFCV is not installed")
-    found = pack(collect(pets), tmp_path / "pack", beton=True)
+    found = pack(collect(pets), tmp_path / "pack", write_beton=write_beton)
     assert found.betons("train") == (found.path / "train.beton",) and found.betons("val") == (
         found.path / "val.beton",
     )
@@ -731,7 +736,6 @@ KILLED = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from fastlt.data.engines.ffcv.native import has_ffcv
 from fastlt.packing.writer import PackOptions, write_pack
 from fastlt.packing.sources import read_collection
 root, out = map(Path, sys.argv[1:])

@@ -12,7 +12,7 @@ from rich.console import Console
 from fastlt.config import DataConfig, load_config
 from fastlt.errors import UserError
 from fastlt.packing.reader import open_pack
-from fastlt.packing.subset import view
+from fastlt.packing.subset import subset
 from fastlt.training.loop import train
 from fastlt.training.messages import notes
 from fastlt.training.setup import budgets_of, build_plan, prepare, size_at
@@ -71,7 +71,7 @@ def test_budgets_by_name_and_by_ratio(small_pack):
 )
 def test_the_prior_counts_what_an_epoch_holds(small_pack, settings):
     pack, config = open_pack(small_pack), config_of(small_pack, *settings)
-    plan = build_plan(config, *view(pack, config.data, 0))
+    plan = build_plan(config, *subset(pack, config.data, 0))
     seen = np.bincount(open_pack(small_pack).train.label[plan.order(4)], minlength=5)
     assert seen.tolist() == plan.class_counts.tolist()
 

@@ -1,6 +1,6 @@
-"""The `dali` engine:
+"""The `dali` engine, in which NVIDIA DALI decodes, crops and resizes.
 
-NVIDIA DALI decodes, crops and resizes; on a GPU there, with its JPEG hardware, else on the CPU.
+It does so on a GPU, with its JPEG hardware, or else on the CPU.
 
 The plan's boxes, on the plan's images, in the plan's order. Pixels are close to the other engines',
 not equal: shrinking weighs pixels by a triangle, where those average over areas.
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from fastlt.data.damage import Inspector
+from fastlt.data.engines.interface import HW_DECODER_LOAD as HW_DECODER_LOAD
+from fastlt.data.engines.interface import NO_GPU_DECODER, Options
+from fastlt.data.engines.interface import PREFETCH as PREFETCH
 from fastlt.data.engines.torch import BatchDataset
 from fastlt.data.plan import Batch
 from fastlt.errors import UserError
 from fastlt.packing.reader import Split, check_shards, picture
 
-PREFETCH = 2  # batches
-# share of the JPEGs that a GPU's decoding hardware takes, where there is some
-HW_DECODER_LOAD = 0.65
 LARGEST_BATCH = 2048
 # which are damaged, and the inputs, which DALI reads where they are
 Fed = tuple[Batch, np.ndarray, tuple[Any, ...]]
@@ -42,6 +42,7 @@ def import_dali() -> tuple[Any, Any, Any]:
 
 
 def has_dali() -> bool:
+    """Return whether DALI can be imported."""
     try:
         import_dali()
     except UserError:
@@ -50,33 +51,53 @@ def has_dali() -> bool:
 
 
 class DaliEngine:
-    """device: where images are decoded and handed over. strict and `damaged` as in TorchEngine.
+    """The engine that decodes regions with NVIDIA DALI and delivers the images on `device`.
 
-    Raises UserError where DALI is missing or cannot use the device.
+    strict and `damaged` are as in TorchEngine. Raises UserError where DALI is missing or cannot
+    use the device.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        size: int,
-        workers: int,
-        device: torch.device,
-        strict: bool = True,
-        prefetch: int = PREFETCH,
-        hw_decoder_load: float = HW_DECODER_LOAD,
-    ) -> None:
+    name = "dali"
+
+    def __init__(self, split: Split, options: Options) -> None:
         check_shards(split)
+        size, device = options.size, options.device
         self.damaged: dict[int, str] = {}
+        self.decode = "gpu" if device.type == "cuda" else "region"
         self._split, self._size, self._device = split, size, device
-        self._whole = BatchDataset(split, size, False, strict)
-        self._inspector = Inspector(split, workers)
+        self._whole = BatchDataset(split, size, False, options.strict)
+        self._inspector = Inspector(split, options.workers)
         self._feed: Iterator[tuple[Any, ...]] = iter(())
         self._reading = False
-        settings = {"num_threads": max(1, workers), "prefetch_queue_depth": prefetch}
+        settings = {
+            "num_threads": max(1, options.workers),
+            "prefetch_queue_depth": options.prefetch,
+        }
         self._build = lambda: _build(
-            lambda: next(self._feed), size, device, settings, hw_decoder_load
+            lambda: next(self._feed), size, device, settings, options.hw_decoder_load
         )
         self._pipeline: Any = self._build()
+
+    @staticmethod
+    def suits(split: Split, options: Options) -> bool:
+        """Return whether images may be decoded on a GPU: on a CPU, others are faster."""
+        return options.device.type == "cuda" and options.decode in ("auto", "gpu")
+
+    @staticmethod
+    def obstacle(split: Split, options: Options) -> str | None:
+        """Return a sentence where DALI is missing, or cannot decode as asked."""
+        if options.decode == "exact":
+            return (
+                "the dali engine decodes regions only: set data.engine=torch or ffcv for exact "
+                "decoding"
+            )
+        if options.decode == "gpu" and options.device.type != "cuda":
+            return NO_GPU_DECODER
+        try:
+            import_dali()
+        except UserError as error:
+            return str(error)
+        return None
 
     def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
         """The images of each batch, (n, size, size, 3) uint8 on the engine's device, the caller's

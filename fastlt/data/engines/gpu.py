@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlt.data.damage import Inspector, stand_in
 from fastlt.data.engines.dali import placed
+from fastlt.data.engines.interface import NO_GPU_DECODER, Options
 from fastlt.data.plan import Batch
 from fastlt.decode.images import TURNS, BadImage, open_image, orientation
 from fastlt.errors import UserError
@@ -26,44 +27,58 @@ Decoder = Callable[[list[Tensor]], list[Tensor]]
 
 
 def torchvision_decoder(device: torch.device) -> Decoder:
-    """Raises UserError where torchvision's decoder, or a GPU, is missing."""
+    """Return torchvision's decoder. Raises UserError where it, or a GPU, is missing."""
     if device.type != "cuda":
-        raise UserError("data.decode=gpu needs an NVIDIA GPU: set data.decode=auto")
+        raise UserError(NO_GPU_DECODER)
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
     except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"data.decode=gpu needs torchvision or DALI ({error}): pip install fastlt[timm] or "
-            "fastlt[dali]"
-        ) from error
+        raise UserError(f"{NO_GPU_DECODER} ({error})") from error
 
     def decode(data: list[Tensor]) -> list[Tensor]:
+        # torchvision decodes on a stream of its own that does not wait for the caller's, into
+        # memory that kernels queued before may still read or write: without this, a training with
+        # work queued ahead learns from corrupted images and overwrites its own tensors.
+        torch.cuda.current_stream(device).synchronize()
         return decode_jpeg(data, mode=ImageReadMode.RGB, device=device)
 
     return decode
 
 
 class GpuEngine:
-    """strict and `damaged` as in TorchEngine.
+    """The torch engine for `data.decode=gpu`; strict and `damaged` are as in TorchEngine.
 
-    What is no JPEG, or cannot be decoded on the device, is left to Pillow.
+    An image that is no JPEG, or that the device cannot decode, is left to Pillow. `decoder` is
+    torchvision's unless another one is given.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        size: int,
-        workers: int,
-        device: torch.device,
-        strict: bool = True,
-        decode: Decoder | None = None,
-    ) -> None:
+    name = "torch"
+    decode = "gpu"
+
+    def __init__(self, split: Split, options: Options, decoder: Decoder | None = None) -> None:
         check_shards(split)
         self.damaged: dict[int, str] = {}
-        self._split, self._size, self._device, self._strict = split, size, device, strict
-        self._decode = decode or torchvision_decoder(device)
+        self._split, self._size = split, options.size
+        self._device, self._strict = options.device, options.strict
+        self._decode = decoder or torchvision_decoder(options.device)
         self._reader = ThreadPoolExecutor(1, "fastlt-read")
-        self._inspector = Inspector(split, workers)
+        self._inspector = Inspector(split, options.workers)
+
+    @staticmethod
+    def suits(split: Split, options: Options) -> bool:
+        """Return whether decoding on a GPU was asked for."""
+        return options.decode == "gpu"
+
+    @staticmethod
+    def obstacle(split: Split, options: Options) -> str | None:
+        """Return a sentence where another decode is asked for, or the decoder is missing."""
+        if options.decode != "gpu":
+            return "this engine is for data.decode=gpu"
+        try:
+            torchvision_decoder(options.device)
+        except UserError as error:
+            return str(error)
+        return None
 
     def batches(self, batches: Iterable[Batch]) -> Generator[Tensor, None, None]:
         """The images of each batch, (n, size, size, 3) uint8 on the device, the caller's to keep.
@@ -162,13 +177,13 @@ class GpuEngine:
         return torch.from_numpy(np.array(pixels)).to(self._device)
 
     def close(self) -> None:
-        """Ends the threads."""
+        """End the threads."""
         self._inspector.close()
         self._reader.shutdown(cancel_futures=True)
 
 
 def turned(image: Tensor, encoded: Tensor) -> Tensor | None:
-    """image (3, H, W) as its EXIF orientation wants it; None where the header cannot be read."""
+    """Return image (3, H, W) turned by its EXIF orientation; None if its header is unreadable."""
     try:
         turn = orientation(open_image(encoded.numpy().tobytes()))
     except BadImage:

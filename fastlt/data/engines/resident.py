@@ -4,14 +4,15 @@ than handing them over.
 
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
 from PIL import Image
 
+from fastlt.data.engines.interface import NO_GPU_DECODER, Options
 from fastlt.data.plan import Batch
+from fastlt.data.prefetch import to_device
 from fastlt.decode.images import fill_box
 from fastlt.packing.reader import Split, check_shards, identity, picture
 from fastlt.utils.files import whole_file
@@ -41,24 +42,42 @@ def decoded(split: Split) -> np.ndarray:
 
 
 class ResidentEngine:
-    """Decodes all images at the start; on a GPU they are kept, cropped and flipped there.
+    """The engine of small images: all are decoded at the start, exactly, whatever `decode` says.
 
-    Raises UserError naming a damaged one.
-
-    shared: a folder where what is decoded is kept as a file that is mapped into memory, once for
-    all processes that train on the same images.
+    On a GPU they are kept, cropped and flipped there. With `shared`, the decoded images are a file
+    in that folder that is mapped into memory, once for all processes that train on them. Raises
+    UserError naming a damaged image.
     """
 
-    def __init__(
-        self, split: Split, size: int, device: torch.device, shared: Path | None = None
-    ) -> None:
+    name = "resident"
+    decode = "exact"
+
+    def __init__(self, split: Split, options: Options) -> None:
         check_shards(split)
         self.damaged: dict[int, str] = {}
-        self._size, self._device = size, device
-        self._shared, self._split = shared, split
+        self._size, self._device = options.size, options.device
+        self._shared, self._split = options.shared, split
         self._margin = 0  # black pixels around each image
         self._images = self._kept(partial(decoded, split))
         self._send()
+
+    @staticmethod
+    def suits(split: Split, options: Options) -> bool:
+        """Return True: where it can be used, nothing is faster."""
+        return True
+
+    @staticmethod
+    def obstacle(split: Split, options: Options) -> str | None:
+        """Return a sentence where the images differ in size or do not fit into memory."""
+        if options.decode == "gpu" and options.device.type != "cuda":
+            return NO_GPU_DECODER
+        if fits(split):
+            return None
+        return (
+            f"the resident engine keeps images of one size, at most {MAX_SIDE} pixels a side and "
+            f"{MAX_BYTES // 2**20} MiB in all, and those of {split.folder} are not such: set "
+            "data.engine=auto"
+        )
 
     def _kept(self, make: Callable[[], np.ndarray]) -> np.ndarray:
         """What is made, in memory or, where it is to be shared, in a file, which may be there
@@ -100,9 +119,8 @@ class ResidentEngine:
                 batch.flips,
             ]
         )
-        places = torch.from_numpy(rows.astype(np.int64))
-        places = places.pin_memory() if images.is_cuda else places
-        return shifted(images, places.to(self._device, non_blocking=True), self._size)
+        places = to_device(torch.from_numpy(rows.astype(np.int64)), self._device)
+        return shifted(images, places, self._size)
 
     def _shifted(self, batch: Batch) -> np.ndarray:
         """Crops of the output's own size, by one gather out of all possible windows: numpy does it

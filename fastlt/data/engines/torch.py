@@ -17,9 +17,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastlt.data.damage import stand_in
+from fastlt.data.engines.interface import NO_GPU_DECODER, Options
 from fastlt.data.plan import Batch
 from fastlt.decode.images import fill_box
-from fastlt.decode.region import decode_boxes
+from fastlt.decode.region import decode_boxes, has_region, region_obstacle
 from fastlt.errors import UserError
 from fastlt.packing.reader import Split, check_shards, picture
 
@@ -34,8 +35,9 @@ ADVICE = "try fewer data.workers, and `fastlt pack --verify` if a shard may have
 
 @contextmanager
 def dead_workers_in_words() -> Iterator[None]:
-    """PyTorch tells of a worker that was killed by an error that may come up anywhere in the main
-    thread, at any moment.
+    """Raise UserError where PyTorch reports a killed worker.
+
+    Its error may come up anywhere in the main thread, at any moment.
     """
     try:
         yield
@@ -46,25 +48,37 @@ def dead_workers_in_words() -> Iterator[None]:
 
 
 class TorchEngine:
-    """A worker makes a whole batch, so no image is copied twice. workers 0: in this thread.
+    """The engine that works everywhere: each worker process makes whole batches.
 
-    Workers last until `close`.
-
-    decode: `exact`, or `region` for JPEGs (see region.py). An image that cannot be decoded is a
-    UserError if `strict`; else another one of its class takes its place, and `damaged` says why, by
-    image.
+    No image is copied twice. Without workers the images are made in this thread. Workers last
+    until `close`. JPEGs are decoded by region where `decode` is not `exact` and the decoder was
+    compiled. An image that cannot be decoded is a UserError if `strict`; else another one of its
+    class takes its place, and `damaged` says why, by image.
     """
 
-    def __init__(
-        self, split: Split, size: int, workers: int, decode: str = "exact", strict: bool = True
-    ) -> None:
+    name = "torch"
+
+    def __init__(self, split: Split, options: Options) -> None:
         check_shards(split)
         self.damaged: dict[int, str] = {}
-        self._dataset = BatchDataset(split, size, decode == "region", strict)
-        self._workers = workers
+        self.decode = "region" if options.decode != "exact" and has_region() else "exact"
+        self._dataset = BatchDataset(split, options.size, self.decode == "region", options.strict)
+        self._workers = options.workers
         self._epoch = EpochSampler()
         self._loader: DataLoader | None = None
         self._reading = False
+
+    @staticmethod
+    def suits(split: Split, options: Options) -> bool:
+        """Return True: `auto` ends here where no faster engine can be used."""
+        return True
+
+    @staticmethod
+    def obstacle(split: Split, options: Options) -> str | None:
+        """Return a sentence where `decode` asks for a decoder that is missing."""
+        if options.decode == "gpu":  # where it can be done, gpu.py does it
+            return NO_GPU_DECODER
+        return region_obstacle("data.decode=region") if options.decode == "region" else None
 
     def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
         """The images of each batch, (n, size, size, 3) uint8, the caller's to keep.
@@ -82,7 +96,7 @@ class TorchEngine:
                 images, damaged = made
                 self.damaged |= damaged
                 yield images
-        except (RuntimeError, OSError, EOFError) as error:  # as DataLoader tells of a dead worker
+        except (RuntimeError, OSError, EOFError) as error:  # as DataLoader reports a dead worker
             if not self._workers:
                 raise
             self.close()
@@ -129,8 +143,9 @@ class BatchDataset(Dataset):
         self._sound = np.zeros(len(split), bool)  # images that were decoded before
 
     def __getitem__(self, batch: Batch) -> Made | str:
-        """(n, size, size, 3) uint8, or what the user must be told: an exception would come out of a
-        worker as a traceback.
+        """Return (n, size, size, 3) uint8, or the message for the user.
+
+        An exception would come out of a worker as a traceback.
         """
         out = np.empty((len(batch.images), self.size, self.size, 3), np.uint8)
         damaged: dict[int, str] = {}

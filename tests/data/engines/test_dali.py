@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastlt.data.engines.interface import Options
 from fastlt.data.engines.torch import TorchEngine
 from fastlt.data.geometry import Geometry
 from fastlt.data.plan import Batch, Plan, Sampling
@@ -36,7 +37,7 @@ def batches_of(pack: Pack, crop: str, epochs: int = 2) -> list[Batch]:
 
 @pytest.fixture(scope="module")
 def engine(mixed_pack):
-    made = DaliEngine(mixed_pack.train, 24, 2, CPU)
+    made = DaliEngine(mixed_pack.train, Options(24, 2))
     yield made
     made.close()
 
@@ -44,7 +45,7 @@ def engine(mixed_pack):
 @pytest.mark.parametrize("crop", CROPS)
 def test_every_kind_of_image_is_near_to_the_reference(mixed_pack, engine, crop):
     batches = batches_of(mixed_pack, crop)
-    wanted = TorchEngine(mixed_pack.train, 24, 0).batches(batches)
+    wanted = TorchEngine(mixed_pack.train, Options(24, 0)).batches(batches)
     # 3 by 5: a pixel is a quarter
     tiny = next(i for i in range(len(mixed_pack.train)) if mixed_pack.train.key(i) == "a/tiny.jpg")
     for batch, made, reference in zip(batches, engine.batches(batches), wanted, strict=True):
@@ -65,8 +66,8 @@ def test_photos_are_near_to_the_reference(shared_data, tmp_path):
     plan = Plan(
         pack.train, 1, 1, Geometry("random-resized-crop", 224, flip=True), Sampling(), 16, 0
     )
-    made = torch.cat(list(DaliEngine(pack.train, 224, 2, CPU).batches(plan.epoch(0)))).int()
-    wanted = torch.cat(list(TorchEngine(pack.train, 224, 0).batches(plan.epoch(0)))).int()
+    made = torch.cat(list(DaliEngine(pack.train, Options(224, 2)).batches(plan.epoch(0)))).int()
+    wanted = torch.cat(list(TorchEngine(pack.train, Options(224, 0)).batches(plan.epoch(0)))).int()
     assert (made - wanted).abs().float().mean() < 3  # grey levels
 
 
@@ -113,8 +114,8 @@ def test_a_damaged_image_is_replaced_and_the_rest_goes_on(damaged):
     engine, reference = (
         make(pack.train)
         for make in (
-            lambda split: DaliEngine(split, 24, 2, CPU, strict=False),
-            lambda split: TorchEngine(split, 24, 0, strict=False),
+            lambda split: DaliEngine(split, Options(24, 2, strict=False)),
+            lambda split: TorchEngine(split, Options(24, 0, strict=False)),
         )
     )
     for batch, made, wanted in zip(
@@ -131,13 +132,13 @@ def test_a_damaged_image_is_replaced_and_the_rest_goes_on(damaged):
 def test_strict_names_a_damaged_image(damaged):
     pack, _ = damaged
     with pytest.raises(UserError, match=r"a/large\.jpg"):
-        list(DaliEngine(pack.train, 24, 2, CPU).batches(batches_of(pack, "centre-crop")))
+        list(DaliEngine(pack.train, Options(24, 2)).batches(batches_of(pack, "centre-crop")))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_the_gpu_is_refused(mixed_pack):
     with pytest.raises(UserError, match="DALI cannot use cuda"):
-        DaliEngine(mixed_pack.train, 24, 2, torch.device("cuda"))
+        DaliEngine(mixed_pack.train, Options(24, 2, device=torch.device("cuda")))
 
 
 def test_flips_are_the_plans(mixed_pack, engine):

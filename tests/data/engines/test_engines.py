@@ -11,8 +11,10 @@ from helpers.scenes import by_pillow, saved, scene
 from rich.console import Console
 
 from fastlt.data.engines.dali import has_dali
+from fastlt.data.engines.ffcv.beton import write_beton
 from fastlt.data.engines.ffcv.native import has_ffcv
 from fastlt.data.engines.gpu import GpuEngine
+from fastlt.data.engines.interface import Options
 from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
@@ -41,8 +43,8 @@ def edge_pack(request, shared_data: Path, tmp_path_factory) -> Pack:
     for source in sorted((shared_data / "photos/edge_cases").iterdir()):
         (folder / "images/all" / source.name).symlink_to(source)
     collection = read_collection(folder / "images", None, folder / "images", None, None, None)
-    options = PackOptions(folder / "pack", workers=1, transcode=transcode, beton=has_ffcv())
-    write_pack(collection, options, Console(quiet=True))
+    options = PackOptions(folder / "pack", workers=1, transcode=transcode)
+    write_pack(collection, options, Console(quiet=True), write_beton if has_ffcv() else None)
     return open_pack(folder / "pack")
 
 
@@ -114,7 +116,10 @@ def photo_pack(tmp_path_factory) -> tuple[Pack, Path]:
         (folder / f"images/a/{i:02}.jpg").write_bytes(data)
     collection = read_collection(folder / "images", None, folder / "images", None, None, None)
     write_pack(
-        collection, PackOptions(folder / "pack", workers=1, beton=has_ffcv()), Console(quiet=True)
+        collection,
+        PackOptions(folder / "pack", workers=1),
+        Console(quiet=True),
+        write_beton if has_ffcv() else None,
     )
     return open_pack(folder / "pack"), folder
 
@@ -154,7 +159,7 @@ def test_damage_is_found_by_every_engine(hit_pack, way):
 
     def loader(strict: bool) -> Loader | GpuEngine:
         if way == "gpu":
-            return GpuEngine(pack.train, SIZE, 2, torch.device("cpu"), strict, by_pillow)
+            return GpuEngine(pack.train, Options(SIZE, 2, strict=strict), by_pillow)
         engine, decode = way.split()
         return Loader(
             pack.train, SIZE, engine, 2, pack.betons("train"), decode=decode, strict=strict

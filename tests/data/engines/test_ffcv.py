@@ -14,11 +14,13 @@ import torch
 from helpers.scenes import mixed_images, pack_folders
 from PIL import Image
 
+from fastlt.data.engines.choice import choose
 from fastlt.data.engines.ffcv import native
 from fastlt.data.engines.ffcv.engine import FfcvEngine, write_beton
+from fastlt.data.engines.interface import Options
 from fastlt.data.engines.torch import TorchEngine
 from fastlt.data.geometry import Geometry
-from fastlt.data.loader import Loader, choose_engine
+from fastlt.data.loader import Loader
 from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
 from fastlt.decode.images import decode, fill_box
 from fastlt.errors import UserError
@@ -44,7 +46,7 @@ def mixed(mixed_pack, tmp_path_factory) -> tuple[Pack, Path]:
 
 @pytest.fixture(scope="module")
 def engine(mixed):
-    made = FfcvEngine(mixed[0].train, 24, 2, mixed[1])
+    made = FfcvEngine(mixed[0].train, Options(24, 2, (mixed[1],)))
     yield made
     made.close()
 
@@ -56,7 +58,7 @@ def plan(mixed) -> Plan:
 
 
 def reference(split, batches) -> list[torch.Tensor]:
-    return list(TorchEngine(split, 24, 0).batches(batches))
+    return list(TorchEngine(split, Options(24, 0)).batches(batches))
 
 
 def assert_same(
@@ -115,10 +117,10 @@ def test_small_raw_images_are_bit_identical(small_pack, tmp_path):
             0
         )
     )
-    made = FfcvEngine(pack.train, 16, 2, tmp_path / "train.beton").batches(batches)
+    made = FfcvEngine(pack.train, Options(16, 2, (tmp_path / "train.beton",))).batches(batches)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(made, TorchEngine(pack.train, 16, 0).batches(batches), strict=True)
+        for a, b in zip(made, TorchEngine(pack.train, Options(16, 0)).batches(batches), strict=True)
     )
 
 
@@ -142,8 +144,8 @@ def test_photos_are_the_same_in_both_engines(shared_data, tmp_path):
             ).epoch(0)
         )
         made, wanted = (
-            list(FfcvEngine(split, 224, 2, beton).batches(batches)),
-            list(TorchEngine(split, 224, 0).batches(batches)),
+            list(FfcvEngine(split, Options(224, 2, (beton,))).batches(batches)),
+            list(TorchEngine(split, Options(224, 0)).batches(batches)),
         )
         assert_same(split, batches, made, wanted)
         difference = torch.cat(
@@ -211,7 +213,7 @@ def test_kept_batches_are_not_overwritten(mixed, engine, plan):
 
 
 def test_two_engines_run_at_once(mixed, engine, plan):
-    other = FfcvEngine(mixed[0].train, 24, 2, mixed[1])
+    other = FfcvEngine(mixed[0].train, Options(24, 2, (mixed[1],)))
     batches = list(plan.epoch(0))
     pairs = list(zip(engine.batches(batches), other.batches(batches), strict=True))
     assert len(pairs) == len(batches) and all(torch.equal(a, b) for a, b in pairs)
@@ -220,7 +222,7 @@ def test_two_engines_run_at_once(mixed, engine, plan):
 
 def test_leaving_early_ends_the_thread_and_close_ends_them_all(mixed, plan):
     before = set(threading.enumerate())
-    engine = FfcvEngine(mixed[0].train, 24, 3, mixed[1])
+    engine = FfcvEngine(mixed[0].train, Options(24, 3, (mixed[1],)))
     forever = (batch for _ in iter(int, 1) for batch in plan.epoch(0))
     images = engine.batches(forever)
     next(images)
@@ -252,8 +254,9 @@ def test_torch_keeps_its_threads(mixed, plan):
     code = (
         "import torch, sys, pickle; from pathlib import Path; torch.set_num_threads(3)\n"
         "from fastlt.data.engines.ffcv.engine import FfcvEngine\n"
+        "from fastlt.data.engines.interface import Options\n"
         "split, batches, beton = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "engine = FfcvEngine(split, 24, 2, beton)\n"
+        "engine = FfcvEngine(split, Options(24, 2, (beton,)))\n"
         "assert torch.get_num_threads() == 3\n"
         "count = 0\n"
         "for images in engine.batches(batches):\n"
@@ -339,7 +342,7 @@ def test_nothing_straddles_a_page(mixed, tmp_path, monkeypatch):
     assert reader.page_size == 2**14 and (first // 2**14 == last // 2**14).all()
     assert last.max() > 2**14
     batches = list(evaluation_batches(mixed[0].train, Geometry("centre-crop", 24), 7))
-    made = FfcvEngine(mixed[0].train, 24, 1, tmp_path / "paged.beton").batches(batches)
+    made = FfcvEngine(mixed[0].train, Options(24, 1, (tmp_path / "paged.beton",))).batches(batches)
     assert_same(mixed[0].train, batches, list(made), reference(mixed[0].train, batches))
 
 
@@ -377,7 +380,7 @@ def test_a_jpeg_that_libjpeg_only_warns_of_is_stored_as_pixels(tmp_path):
     }
     assert modes == {"sound.jpg": jit.JPEG, "odd.jpg": jit.RAW}
     batches = list(evaluation_batches(split, Geometry("centre-crop", 24), 2))
-    (images,) = FfcvEngine(split, 24, 1, tmp_path / "odd.beton").batches(batches)
+    (images,) = FfcvEngine(split, Options(24, 1, (tmp_path / "odd.beton",))).batches(batches)
     assert torch.equal(images[0], images[1])
 
 
@@ -406,12 +409,12 @@ def copied(mixed, tmp_path) -> Path:
 def test_a_truncated_file_is_refused_by_name(mixed, copied, keep):
     copied.write_bytes(copied.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"copy\.beton is damaged"):
-        FfcvEngine(mixed[0].train, 24, 1, copied)
+        FfcvEngine(mixed[0].train, Options(24, 1, (copied,)))
 
 
 @pytest.mark.parametrize("keep", [0, 4096, None])
 def test_a_file_that_shrinks_or_goes_while_it_is_read_ends_the_epoch(mixed, copied, plan, keep):
-    engine = FfcvEngine(mixed[0].train, 24, 1, copied)
+    engine = FfcvEngine(mixed[0].train, Options(24, 1, (copied,)))
     images = engine.batches(plan.epoch(0) if keep is None else iter([*plan.epoch(0)] * 50))
     next(images)
     if keep is None:
@@ -432,10 +435,10 @@ def test_a_file_that_is_none_or_of_another_split_is_refused(mixed, copied, small
     with pytest.raises(
         UserError, match=r"copy\.beton does not hold the images of .*train: pack again"
     ):
-        FfcvEngine(open_pack(small_pack).train, 24, 1, copied)
+        FfcvEngine(open_pack(small_pack).train, Options(24, 1, (copied,)))
     copied.write_bytes(b"\xff" * 10_000)
     with pytest.raises(UserError, match=r"copy\.beton is damaged"):
-        FfcvEngine(mixed[0].train, 24, 1, copied)
+        FfcvEngine(mixed[0].train, Options(24, 1, (copied,)))
 
 
 def test_a_record_that_would_write_beyond_an_image_is_refused(mixed, copied):
@@ -447,7 +450,7 @@ def test_a_record_that_would_write_beyond_an_image_is_refused(mixed, copied):
     file.tofile(copied)
     assert stored_records(copied)[0][raw]["size"] == records[raw]["size"] + 1
     with pytest.raises(UserError, match=r"copy\.beton is damaged"):
-        FfcvEngine(mixed[0].train, 24, 1, copied)
+        FfcvEngine(mixed[0].train, Options(24, 1, (copied,)))
 
 
 @pytest.mark.parametrize("how", ["cut", "garbled"])
@@ -459,7 +462,7 @@ def test_a_damaged_jpeg_is_named_and_never_delivered(mixed, copied, how):
     with copied.open("r+b") as file:
         file.seek(middle if how == "cut" else start)
         file.write(b"\0" * (int(record["size"]) // 2) if how == "cut" else b"garbled")
-    engine = FfcvEngine(split, 24, 2, copied)
+    engine = FfcvEngine(split, Options(24, 2, (copied,)))
     batches = list(evaluation_batches(split, Geometry("centre-crop", 24), 1))
     delivered = []
     with pytest.raises(
@@ -476,16 +479,9 @@ def test_a_damaged_jpeg_is_named_and_never_delivered(mixed, copied, how):
 
 def test_auto_takes_ffcv_where_the_file_is(mixed, plan):
     pack, beton = mixed
-    assert (
-        choose_engine(pack.train, [], "auto")
-        == choose_engine(pack.train, [beton], "torch")
-        == "torch"
-    )
-    assert (
-        choose_engine(pack.train, [beton], "auto")
-        == choose_engine(pack.train, [beton], "ffcv")
-        == "ffcv"
-    )
+    without, with_beton = Options(24), Options(24, 2, (beton,))
+    assert choose(pack.train, without) is choose(pack.train, with_beton, "torch") is TorchEngine
+    assert choose(pack.train, with_beton) is choose(pack.train, with_beton, "ffcv") is FfcvEngine
     front = Loader(pack.train, 24, "auto", 2, [beton])
     pairs = list(front.iterate(plan.epoch(0)))
     front.close()
@@ -510,7 +506,7 @@ def test_small_images_stay_in_memory_even_so_unless_ffcv_is_asked_for(small_pack
 def test_a_machine_without_ffcv_is_told_what_to_install():
     code = (
         "import sys; sys.modules['ffcv'] = None\n"
-        "from fastlt.data.loader import choose_engine, Loader\n"
+        "from fastlt.data.loader import Loader\n"
         "from fastlt.data.engines.ffcv.native import has_ffcv, import_ffcv\n"
         "assert not has_ffcv()\n"
         "import_ffcv()\n"

@@ -8,6 +8,7 @@ import torch
 from helpers.scenes import by_pillow, saved, scene
 
 from fastlt.data.engines.gpu import GpuEngine, torchvision_decoder, turned
+from fastlt.data.engines.interface import Options
 from fastlt.data.engines.torch import TorchEngine
 from fastlt.data.geometry import Geometry
 from fastlt.data.plan import Plan, Sampling
@@ -35,10 +36,13 @@ def test_every_kind_of_image_is_near_to_the_reference(mixed_pack, geometry):
         for epoch in range(2)
         for batch in Plan(split, 1, 1, geometry, Sampling(), 5, seed=1).epoch(epoch)
     ]
-    engine = GpuEngine(split, 24, 2, CPU, decode=by_pillow)
+    engine = GpuEngine(split, Options(24, 2), by_pillow)
     tiny = next(i for i in range(len(split)) if split.key(i) == "a/tiny.jpg")
     for batch, made, wanted in zip(
-        batches, engine.batches(batches), TorchEngine(split, 24, 0).batches(batches), strict=True
+        batches,
+        engine.batches(batches),
+        TorchEngine(split, Options(24, 0)).batches(batches),
+        strict=True,
     ):
         difference = (made.int() - wanted.int()).abs().float().mean((1, 2, 3)).numpy()
         assert (
@@ -64,9 +68,9 @@ def test_what_fails_on_the_device_is_replaced_or_stops(mixed_pack):
     def never(data):
         raise RuntimeError("out of order")
 
-    engine = GpuEngine(split, 24, 2, CPU, decode=never)
+    engine = GpuEngine(split, Options(24, 2), never)
     for made, wanted in zip(
-        engine.batches(batches), TorchEngine(split, 24, 0).batches(batches), strict=True
+        engine.batches(batches), TorchEngine(split, Options(24, 0)).batches(batches), strict=True
     ):
         assert (made.int() - wanted.int()).abs().float().mean() < DIFFERENCE  # by Pillow
     assert not engine.damaged
@@ -86,8 +90,8 @@ def test_the_gpus_own_decoder(mixed_pack):
         ).epoch(0)
     )
     for made, wanted in zip(
-        GpuEngine(split, 24, 2, device).batches(batches),
-        TorchEngine(split, 24, 0).batches(batches),
+        GpuEngine(split, Options(24, 2, device=device)).batches(batches),
+        TorchEngine(split, Options(24, 0)).batches(batches),
         strict=True,
     ):
         assert made.device.type == "cuda"

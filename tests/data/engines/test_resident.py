@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from fastlt.data.engines import resident
+from fastlt.data.engines.interface import Options
 from fastlt.data.engines.resident import ResidentEngine, decoded
 from fastlt.data.geometry import Geometry
 from fastlt.data.plan import Plan, Sampling
 from fastlt.packing.reader import identity, open_pack
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("padding", [0, 4])
@@ -26,12 +25,12 @@ def test_what_is_shared_is_what_each_would_decode(small_pack, tmp_path, padding,
             split, 3, 5, Geometry("pad-crop", 16, flip=True, padding=padding), Sampling(), 8, seed=1
         ).epoch(0)
     )
-    own = list(ResidentEngine(split, 16, CPU).batches(batches))
-    first = list(ResidentEngine(split, 16, CPU, tmp_path).batches(batches))
+    own = list(ResidentEngine(split, Options(16)).batches(batches))
+    first = list(ResidentEngine(split, Options(16, shared=tmp_path)).batches(batches))
     monkeypatch.setattr(
         "fastlt.data.engines.resident.decoded", lambda split: pytest.fail("decoded again")
     )
-    engine = ResidentEngine(split, 16, CPU, tmp_path)
+    engine = ResidentEngine(split, Options(16, shared=tmp_path))
     second = list(engine.batches(batches))
     assert isinstance(engine._images, np.memmap) and not engine._images.flags.writeable
     for a, b, c in zip(own, first, second, strict=True):
@@ -75,4 +74,4 @@ def begin_together(split, shared, ready):
 
     resident.decoded = decode
     ready.wait()
-    ResidentEngine(split, 16, CPU, shared)
+    ResidentEngine(split, Options(16, shared=shared))

@@ -35,8 +35,8 @@ def write_beton(
     JPEG bytes are stored as they are, other images as pixels.
 
     Every JPEG is decoded once by what will decode it in training; one that only Pillow can decode
-    is stored as pixels, too. advance is told how many more are written. Raises UserError where FFCV
-    is missing, an image cannot be decoded, or a worker process dies.
+    is stored as pixels, too. `advance` gets the number of images written since its last call.
+    Raises UserError where FFCV is missing, an image cannot be decoded, or a worker process dies.
     """
     parts, _ = import_ffcv()
     check_shards(split)
@@ -143,6 +143,7 @@ class BetonFile:
             self.buffer = None
 
     def finish(self, name: str, field: Any) -> None:
+        """Write the tables and the header, which complete the file."""
         from ffcv.types import CURRENT_VERSION
 
         self._flush()

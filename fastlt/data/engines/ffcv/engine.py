@@ -4,7 +4,6 @@ The same pixels as the torch engine.
 """
 
 from collections.abc import Generator, Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,36 +11,69 @@ import torch
 from fastlt.data.damage import stand_in
 from fastlt.data.engines.ffcv.beton import check_beton, write_beton
 from fastlt.data.engines.ffcv.native import has_ffcv, import_ffcv
+from fastlt.data.engines.interface import NO_GPU_DECODER, Options
 from fastlt.data.plan import Batch
+from fastlt.decode.region import has_region, region_obstacle
 from fastlt.errors import UserError
+from fastlt.packing.concat import MixedSplit
 from fastlt.packing.reader import Split
 
 __all__ = ["FfcvEngine", "has_ffcv", "write_beton"]
 
 
-class FfcvEngine:
-    """decode and strict as in TorchEngine.
+def ffcv_obstacle(split: Split, options: Options) -> str | None:
+    """Return the sentence that says why FFCV cannot load the split; None where it can."""
+    if split.remote is not None:
+        return (
+            f"the ffcv engine needs its pack on this machine, and this one is at "
+            f"{split.remote.url}: set data.engine=torch"
+        )
+    if not options.betons:
+        mixed = isinstance(split, MixedSplit)
+        which = "a .beton of each pack" if mixed else f"{split.folder}.beton"
+        return f"the ffcv engine needs {which}: pack again with --beton, or set data.engine=torch"
+    if options.decode == "gpu":
+        return NO_GPU_DECODER
+    if options.decode == "region" and (missing := region_obstacle("data.decode=region")):
+        return missing
+    try:
+        import_ffcv()
+    except UserError as error:
+        return str(error)
+    return None
 
-    Raises UserError where FFCV is missing, or the .beton is damaged or another split's.
+
+class FfcvEngine:
+    """The engine of one pack with a .beton; decode and strict are as in TorchEngine.
+
+    Raises UserError where FFCV is missing, or the .beton is damaged or of another split.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        size: int,
-        workers: int,
-        beton: Path,
-        decode: str = "exact",
-        strict: bool = True,
-    ) -> None:
+    name = "ffcv"
+
+    def __init__(self, split: Split, options: Options) -> None:
+        size, workers, strict = options.size, options.workers, options.strict
+        beton = options.betons[0]
+        self.decode = "region" if options.decode != "exact" and has_region() else "exact"
         parts, self._jit = import_ffcv()
         check_beton(beton, split)
         self.damaged: dict[int, str] = {}
         self._split, self._beton, self._size, self._strict = split, beton, size, strict
         self._bytes = beton.stat().st_size
-        self._decoder = parts.SquareDecoder(size, workers, decode == "region")
+        self._decoder = parts.SquareDecoder(size, workers, self.decode == "region")
         self._loader = parts.make_loader(str(beton), self._decoder)
         self._epoch = parts.Epoch
+
+    @staticmethod
+    def suits(split: Split, options: Options) -> bool:
+        """Return True: where there is a .beton, it is faster than the torch engine."""
+        return True
+
+    @staticmethod
+    def obstacle(split: Split, options: Options) -> str | None:
+        """Return a sentence where FFCV or the .beton is missing, or there are several packs."""
+        several = "this engine is for one pack" if isinstance(split, MixedSplit) else None
+        return ffcv_obstacle(split, options) or several
 
     def batches(self, batches: Iterable[Batch]) -> Generator[torch.Tensor, None, None]:
         """The images of each batch, (n, size, size, 3) uint8, the caller's to keep."""

@@ -68,7 +68,7 @@ tj_destroy = _turbojpeg("tjDestroy", _int(_pointer))
 
 
 def _decode_jpeg(data, pixels):
-    """data (bytes,) uint8 into pixels (H, W, 3) uint8, not turned.
+    """Decode data (bytes,) uint8 into pixels (H, W, 3) uint8, not turned.
 
     Returns SOUND, or DAMAGED on an error or a warning.
     """
@@ -222,7 +222,7 @@ down = compiled(_down)
 
 
 def _resize(pixels, top, left, height, width, flip, out):
-    """Pillow's resize with box=:
+    """Resize a box as Pillow does.
 
     BOX where both sides shrink, BILINEAR else; the horizontal pass comes first.
     """
@@ -277,8 +277,9 @@ decode_row = compiled(_decode_row)
 
 
 def _decode_rows(rows, images, file, out):
-    """rows (n, ROW) int64, images (N, 6) int64, file (bytes,) uint8, out (n, size, size, 3) uint8;
-    sets rows[:, STATUS].
+    """Decode the rows into `out`, and set rows[:, STATUS].
+
+    rows (n, ROW) int64, images (N, 6) int64, file (bytes,) uint8, out (n, size, size, 3) uint8.
     """
     for i in range(len(rows)):
         rows[i, STATUS] = decode_row(rows[i], images[rows[i, IMAGE]], file, out[i])

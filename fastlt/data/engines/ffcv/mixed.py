@@ -6,38 +6,48 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from fastlt.data.engines.ffcv.engine import FfcvEngine
+from fastlt.data.engines.ffcv.engine import FfcvEngine, ffcv_obstacle
+from fastlt.data.engines.interface import Options
 from fastlt.data.plan import Batch
 from fastlt.packing.concat import MixedSplit
+from fastlt.packing.reader import Split
 
 
 class MixedFfcvEngine:
-    """betons: of each part of the split. Decode, strict and what is raised are as of FfcvEngine."""
+    """The engine of several packs that each have a .beton; errors are those of FfcvEngine."""
 
-    def __init__(
-        self,
-        split: MixedSplit,
-        size: int,
-        workers: int,
-        betons: Sequence[Path],
-        decode: str,
-        strict: bool,
-    ) -> None:
-        self._split, self._size = split, size
+    name = "ffcv"
+
+    def __init__(self, split: Split, options: Options) -> None:
+        assert isinstance(split, MixedSplit)
+        self._split, self._size = split, options.size
         self._starts = np.cumsum([0, *(len(part) for part in split.parts)]).tolist()
         self._engines = [
-            FfcvEngine(part, size, workers, beton, decode, strict)
-            for part, beton in zip(split.parts, betons, strict=True)
+            FfcvEngine(part, replace(options, betons=(beton,)))
+            for part, beton in zip(split.parts, options.betons, strict=True)
         ]
+        self.decode = self._engines[0].decode
+
+    @staticmethod
+    def suits(split: Split, options: Options) -> bool:
+        """Return whether the split is of several packs."""
+        return isinstance(split, MixedSplit)
+
+    @staticmethod
+    def obstacle(split: Split, options: Options) -> str | None:
+        """Return a sentence where FFCV or a .beton is missing, or there is but one pack."""
+        if not isinstance(split, MixedSplit):
+            return "this engine is for several packs"
+        return ffcv_obstacle(split, options)
 
     @property
     def damaged(self) -> dict[int, str]:
-        """By the image's number in the whole."""
+        """The images that were replaced, by their number in the whole, each with the reason."""
         found = zip(self._starts, self._engines, strict=False)
         return {
             start + image: reason
@@ -58,6 +68,7 @@ class MixedFfcvEngine:
                 yield images
 
     def close(self) -> None:
+        """End the threads of every part."""
         for engine in self._engines:
             engine.close()
 

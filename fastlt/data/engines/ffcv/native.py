@@ -29,6 +29,7 @@ def import_ffcv() -> tuple[ModuleType, ModuleType]:
 
 
 def has_ffcv() -> bool:
+    """Return whether FFCV can be imported."""
     try:
         import_ffcv()
     except UserError:
@@ -38,6 +39,7 @@ def has_ffcv() -> bool:
 
 @contextmanager
 def torch_threads_kept() -> Iterator[None]:
+    """Restore the number of torch's threads after the block."""
     threads = torch.get_num_threads()
     try:
         yield

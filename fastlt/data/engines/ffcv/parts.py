@@ -47,14 +47,17 @@ class ImageField(Field):
 
     @property
     def metadata_type(self) -> np.dtype:
+        """The record that a .beton holds of each image."""
         names = ["mode", "turn", "height", "width", "data_ptr", "size"]
         return np.dtype(list(zip(names, ["<u1", "<u1", "<u4", "<u4", "<u8", "<u8"], strict=True)))
 
     @staticmethod
     def from_binary(binary: Any) -> "ImageField":
+        """Return the field that a .beton's header describes; it has no settings."""
         return ImageField()
 
     def to_binary(self) -> Any:
+        """Return the settings for a .beton's header: there are none."""
         return np.zeros(1, dtype=ARG_TYPE)[0]
 
     def encode(
@@ -63,6 +66,7 @@ class ImageField(Field):
         image: StoredImage,
         malloc: Callable[[int], tuple[int, np.ndarray]],
     ) -> None:
+        """Store one image at `destination`, with its bytes in memory of their own."""
         address, buffer = malloc(image.data.size)
         buffer[:] = image.data
         destination[0] = (
@@ -75,11 +79,12 @@ class ImageField(Field):
         )
 
     def get_decoder_class(self) -> type[Operation]:
+        """Return the decoder that FFCV is to use."""
         return SquareDecoder
 
 
 class SquareDecoder(Operation):
-    """Rows of the plan to (n, size, size, 3) uint8:
+    """The decoder of rows of the plan into (n, size, size, 3) uint8.
 
     FFCV hands a decoder the indices of a batch unseen, so they can be rows.
 
@@ -93,16 +98,20 @@ class SquareDecoder(Operation):
         self.pool = ThreadPoolExecutor(self.workers, "fastlt-ffcv")
 
     def accept_globals(self, metadata: np.ndarray, memory_read: Callable[..., Any]) -> None:
+        """Keep the table of images."""
         super().accept_globals(metadata, memory_read)
         self.images = image_table(metadata)
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        """Return the shape and type of what is decoded, and the memory it needs."""
         shape, dtype = (self.size, self.size, 3), np.dtype("<u1")
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(
             shape, dtype
         )
 
     def generate_code(self) -> Callable[..., np.ndarray]:
+        """Return the function that decodes a batch of rows."""
+
         def decode(
             rows: np.ndarray, out: np.ndarray, metadata: np.ndarray, storage: tuple[np.ndarray, ...]
         ) -> np.ndarray:
@@ -114,7 +123,7 @@ class SquareDecoder(Operation):
         return decode
 
     def _decode(self, rows: np.ndarray, file: np.ndarray, out: np.ndarray) -> None:
-        """Where a region alone was not to be had, the whole image is decoded."""
+        """Decode the whole image where a region alone could not be decoded."""
         if not self.region:
             jit.decode_rows(rows, self.images, file, out)
             return
@@ -126,7 +135,7 @@ class SquareDecoder(Operation):
 def decode_regions(
     rows: np.ndarray, images: np.ndarray, file: np.ndarray, out: np.ndarray
 ) -> np.ndarray:
-    """rows (n, ROW) and their images (n, 6) int64, file (bytes,) uint8 to out (n, size, size, 3).
+    """Decode rows (n, ROW) int64 of images (n, 6) int64 into `out` (n, size, size, 3).
 
     Returns which were decoded.
     """
@@ -173,7 +182,7 @@ def make_loader(path: str, decoder: SquareDecoder) -> Loader:
 
 
 class Epoch(EpochIterator):
-    """Iterates over (rows, images) of the rows that `plan` yields:
+    """An iterator over (rows, images) of the rows that `plan` yields.
 
     FFCV's pipeline in a thread of its own, a few batches ahead.
 
@@ -188,6 +197,7 @@ class Epoch(EpochIterator):
         super().__init__(loader, ())  # starts the thread
 
     def run(self) -> None:
+        """Decode the batches of the plan until it ends or nobody wants more."""
         try:
             for number, rows in enumerate(self.plan):
                 if not self._hand_over((rows, self._decoded(number, rows))):
