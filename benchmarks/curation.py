@@ -23,7 +23,6 @@ from rich.progress import track
 from rich.table import Table
 
 from fastlt.__main__ import speak_to_the_user
-from fastlt.curate.features import open_backbone
 from fastlt.curate.filter import owner_ids, retrieved_rows, retrieved_split, splits_of
 from fastlt.curate.image_index import make_pile
 from fastlt.curate.retrieve import run_retrieve
@@ -31,6 +30,7 @@ from fastlt.curate.selection import UNLIKE, judge
 from fastlt.curate.settings import CurateConfig
 from fastlt.curate.table import read_table, write_table
 from fastlt.decode.images import decode_pil
+from fastlt.evaluation.features import open_backbone
 from fastlt.packing.cifar import Cifar, open_cifar, png_bytes
 from fastlt.packing.reader import open_pack
 from fastlt.studies.repeated import Runner

@@ -117,9 +117,9 @@ def curate_all(
     from fastlt.curate.settings import read_settings
 
     with extra("curate"):
-        from fastlt.curate.features import open_backbone
         from fastlt.curate.filter import run_filter
         from fastlt.curate.retrieve import run_retrieve
+        from fastlt.evaluation.features import open_backbone
     read = read_settings(out, config, with_control(settings, control), allow_private)
     open_backbone(read.filter)  # what it lacks is told now, not after hours of fetching
     with stopped_in_words():

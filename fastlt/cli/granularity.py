@@ -39,7 +39,7 @@ def granularity_score(
     """How fine the classes of a pack are, which targets are nearest, and which auxiliary lies
     between; nothing is trained.
     """
-    from fastlt.curate.settings import FilterConfig
+    from fastlt.evaluation.feature_settings import FeatureSettings
     from fastlt.studies.granularity import run_granularity
 
     chosen = {
@@ -48,7 +48,7 @@ def granularity_score(
         "device": device,
         **({"backbone": backbone} if backbone else {}),
     }
-    settings = FilterConfig.model_validate(chosen)
+    settings = FeatureSettings.model_validate(chosen)
     run_granularity(pack_place(data), settings, hierarchy, out, console)
 
 

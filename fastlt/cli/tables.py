@@ -12,23 +12,14 @@ from rich.table import Table
 
 from fastlt.cli.app import console
 from fastlt.errors import UserError
-
-RESULT_COLUMNS = {
-    "top-1": "top1",
-    "many": "many",
-    "medium": "medium",
-    "few": "few",
-    "balanced": "balanced_accuracy",
-    "harmonic": "harmonic_mean",
-    "ECE": "ece",
-}
+from fastlt.utils.run_files import COLUMNS, FIGURES
 
 
 def print_result(result: dict[str, Any], name: str) -> None:
     """The last epoch; the best one, chosen by the test images themselves, is named beside it."""
-    table = Table("", *RESULT_COLUMNS, title=escape(name), title_justify="left")
+    table = Table("", *COLUMNS, title=escape(name), title_justify="left")
     table.columns[0].no_wrap = True
-    columns = list(RESULT_COLUMNS.values())
+    columns = FIGURES
     table.add_row("last epoch", *(figure(result[column]) for column in columns))
     if best := result.get("best"):
         table.add_row(
@@ -66,7 +57,7 @@ def write_figures(file: Path | None, figures: dict[str, Any]) -> None:
 
 def print_post_hoc(results: dict[str, dict[str, Any]], name: str, validation: str | None) -> None:
     # 80 characters hold no more
-    columns = {title: column for title, column in RESULT_COLUMNS.items() if title != "harmonic"}
+    columns = {title: column for title, column in COLUMNS.items() if title != "harmonic"}
     table = Table(
         "",
         "strength",

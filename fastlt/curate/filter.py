@@ -24,7 +24,6 @@ from rich.table import Table
 
 from fastlt.classes import ClassSpace
 from fastlt.curate.candidates import licence_accepted
-from fastlt.curate.features import open_backbone
 from fastlt.curate.image_index import Pile, make_pile
 from fastlt.curate.retrieve import PROPOSED_BY, tried
 from fastlt.curate.selection import SAME_FEATURES, Verdicts, give_up_small_classes, judge
@@ -33,6 +32,7 @@ from fastlt.curate.sheet import write_sheets
 from fastlt.curate.table import read_table, write_table
 from fastlt.decode.images import FORMATS
 from fastlt.errors import UserError
+from fastlt.evaluation.features import open_backbone
 from fastlt.packing.reader import COLUMNS, Pack, Split, open_pack
 from fastlt.packing.shards import ShardWriter, member_keys
 from fastlt.utils.files import whole_file, whole_folder, write_text

@@ -42,6 +42,7 @@ from fastlt.utils.files import whole_file
 from fastlt.utils.lock import alone_in
 from fastlt.utils.names import normalised
 from fastlt.utils.progress import rated_progress
+from fastlt.utils.wordnet import is_id, read_wordnet
 
 REPLACED = "the random control has another category in its place"
 WITH_WORD = re.compile(r"(n\d{8})[\s,]+(\S.*)")  # a WordNet id and what it is called
@@ -146,13 +147,13 @@ def named(settings: ProposeConfig, targets: Sequence[Target]) -> list[Target]:
     """Targets whose name is the id of a WordNet synset, with its first word, where WordNet is
     given.
     """
-    if not settings.wordnet or not any(wordnet.is_id(target.name) for target in targets):
+    if not settings.wordnet or not any(is_id(target.name) for target in targets):
         return list(targets)
-    words = wordnet.read_wordnet(settings.wordnet)
+    words = read_wordnet(settings.wordnet)
     first = {
         target.name: next(iter(words.lemmas.get(target.name, [])), "")
         for target in targets
-        if wordnet.is_id(target.name)
+        if is_id(target.name)
     }
     return [replace(target, word=first.get(target.name) or target.word) for target in targets]
 
@@ -178,9 +179,8 @@ def from_wordnet(
     out: Path,
     console: Console,
 ) -> Proposed:
-    words = wordnet.read_wordnet(settings.wordnet)
-    mapping = wordnet.read_mapping(Path(settings.synsets), targets) if settings.synsets else {}
-    synsets = wordnet.find_targets(words, targets, mapping)
+    words, synsets = wordnet.look_up(settings, targets)
+    wordnet.check_known(words, targets, synsets)
     embeddings = read_embeddings(settings.embeddings) if settings.embeddings else None
     found = wordnet.propose(words, synsets, settings.reach, settings.rise, embeddings)
     unknown = [target.name for target, synset in zip(targets, synsets, strict=True) if not synset]
@@ -249,9 +249,7 @@ def synonyms_of(settings: ProposeConfig, targets: Sequence[Target]) -> list[list
     """By WordNet, where it is given to a provider that does not need it."""
     if not settings.wordnet:
         return [[] for _ in targets]
-    words = wordnet.read_wordnet(settings.wordnet)
-    mapping = wordnet.read_mapping(Path(settings.synsets), targets) if settings.synsets else {}
-    synsets = [mapping.get(target.name) or words.find(target.name) for target in targets]
+    words, synsets = wordnet.look_up(settings, targets)
     return [list(words.lemmas.get(synset or "", [])) for synset in synsets]
 
 
@@ -306,9 +304,7 @@ def random_categories(
     categories: Sequence[Category],
 ) -> list[Category]:
     """As many categories, with as many owners, that have nothing to do with the targets."""
-    words = wordnet.read_wordnet(settings.wordnet)
-    mapping = wordnet.read_mapping(Path(settings.synsets), targets) if settings.synsets else {}
-    synsets = [mapping.get(target.name) or words.find(target.name) for target in targets]
+    words, synsets = wordnet.look_up(settings, targets)
     taken = {normalised(word) for word in chain((target.name for target in targets), *synonyms)}
     pool = wordnet.pool(
         words, synsets, taken | {normalised(category.name) for category in categories}

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from fastlt.config import Cosine, Count, Section, Several, to_toml, with_settings
 from fastlt.errors import UserError
+from fastlt.evaluation.feature_settings import FeatureSettings
 from fastlt.utils.files import write_text
 
 CONFIG = "config.toml"
@@ -81,17 +82,9 @@ class RetrieveConfig(Section):
     retry: Literal["transient", "all"] = "transient"  # of what failed before, when called again
 
 
-class FilterConfig(Section):
-    backbone: str = "vit_small_patch14_dinov2.lvd142m"  # any timm model
-    # a safetensors file for it; or a RUN folder, or its model.safetensors, which tell their model
-    # themselves
-    weights: str = ""
-    size: Several = 224  # pixels a side; of a RUN, its own
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    batch: Several = 128
-    workers: Count = 2
-    device: str = "auto"
+class FilterConfig(FeatureSettings):
+    """The settings of `fastlt curate filter`, below those of the features."""
+
     # whose images a class is like: its own, its owners', both
     prototype: Literal["retrieved", "targets", "both"] = "retrieved"
     gamma1: Cosine = 0.7  # the least cosine of an image to the prototype of its class

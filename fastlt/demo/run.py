@@ -1,18 +1,17 @@
 """The whole way on an embedded data set, by exactly the commands that a user types."""
 
-import json
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from fastlt.demo.procedural import write_demo_data
 from fastlt.errors import UserError
+from fastlt.utils.run_files import METRICS, read_result
 
 MARK = ".fastlt-demo"  # so that only a folder that the demo made is ever replaced
 
@@ -36,7 +35,7 @@ def run_demo(out: Path, console: Console) -> None:
     call(console, "train", "demo", "--data", pack, "--out", plain, *alone)
     call(console, "train", "demo", "--data", pack, "--out", method)
     epochs = round(
-        result_of(plain)["epochs"] * result_of(method)["images"] / result_of(plain)["images"]
+        read_result(plain)["epochs"] * read_result(method)["images"] / read_result(plain)["images"]
     )
     call(
         console, "train", "demo", "--data", pack, "--out", longer, *alone, f"train.epochs={epochs}"
@@ -76,11 +75,10 @@ def call(console: Console, *arguments: str | Path) -> None:
 
 
 def comparison(runs: dict[str, Path]) -> Table:
-    columns = ("top1", "many", "medium", "few")
     table = Table(
         "",
         "top-1",
-        *columns[1:],
+        *METRICS[1:],
         "epochs",
         "images",
         "time",
@@ -88,8 +86,8 @@ def comparison(runs: dict[str, Path]) -> Table:
     )
     table.columns[0].no_wrap = True
     for name, run in runs.items():
-        result = result_of(run)
-        figures = ("-" if result[column] is None else f"{result[column]:.1f}" for column in columns)
+        result = read_result(run)
+        figures = ("-" if result[column] is None else f"{result[column]:.1f}" for column in METRICS)
         table.add_row(
             name,
             *figures,
@@ -98,7 +96,3 @@ def comparison(runs: dict[str, Path]) -> Table:
             f"{result['seconds']:.0f} s",
         )
     return table
-
-
-def result_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "result.json").read_text(encoding="utf-8"))

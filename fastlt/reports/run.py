@@ -6,7 +6,6 @@ print.
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,8 @@ from fastlt.errors import UserError
 from fastlt.packing.reader import Pack, Split, open_pack
 from fastlt.reports import charts
 from fastlt.utils.files import write_text
+from fastlt.utils.run_files import read_run_files
 from fastlt.utils.thumbnail import thumbnail
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 # By its path, for `python -m fastlt` may find a folder of the same name where it was called.
 TEMPLATES = Path(__file__).parent / "templates"
@@ -139,65 +134,10 @@ def write_report(run: Path, *, pack: Path | None = None) -> Path:
 
 
 def read_run(path: Path) -> Run:
-    if not path.is_dir():
-        raise UserError(f"there is no run at {path}: train one with `fastlt train`")
-    if not (path / "result.json").is_file():
-        if (path / "config.toml").is_file():
-            raise UserError(
-                f"the run {path} has no result.json yet: let its training end, the same command "
-                "goes on with it"
-            )
-        raise UserError(
-            f"{path} is not a run, it has no result.json: name the folder that `fastlt train "
-            "--out` wrote"
-        )
-    result = _json(
-        path / "result.json", (path / "result.json").read_text(encoding="utf-8", errors="replace")
-    )
-    if not isinstance(result, dict) or result.get("top1") is None:
-        raise UserError(f"{path / 'result.json'} names no top1: it is not the result of a run")
-    return Run(
-        path,
-        _config(path),
-        result,
-        _epochs(path),
-        ClassSpace.load(path / "classes.json"),
-        _predictions(path),
-    )
-
-
-def _json(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): train again") from error
-
-
-def _config(path: Path) -> dict[str, Any]:
-    file = path / "config.toml"
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid TOML: {error}") from error
-
-
-def _epochs(path: Path) -> list[dict[str, Any]]:
-    file = path / "metrics.jsonl"
-    lines = (
-        file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
-    )
-    return [_json(file, line) for line in lines if line.strip()]
-
-
-def _predictions(path: Path) -> dict[str, np.ndarray]:
-    file = path / "val_predictions.npz"
-    if not file.is_file():
-        return {}
-    try:
-        with np.load(file) as arrays:
-            return {name: arrays[name] for name in ("label", "predicted", "confidence", "image")}
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{file} is damaged ({error}): train again") from error
+    """Return what the page shows of a run. Raise UserError where it is no finished one."""
+    files = read_run_files(path)
+    space = ClassSpace.load(path / "classes.json")
+    return Run(path, files.config, files.result, files.epochs, space, files.predictions)
 
 
 def find_pack(run: Run, path: Path | None) -> tuple[Pack | None, str]:

@@ -17,9 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastlt.classes import ClassSpace
-from fastlt.curate.features import extract, open_backbone
-from fastlt.curate.settings import FilterConfig
 from fastlt.errors import UserError
+from fastlt.evaluation.feature_settings import FeatureSettings
+from fastlt.evaluation.features import extract, open_backbone
 from fastlt.packing.reader import open_pack
 from fastlt.studies.hierarchy import Level, read_hierarchy
 from fastlt.utils.files import write_text
@@ -152,7 +152,7 @@ def labellings(
 
 
 def run_granularity(
-    place: str, settings: FilterConfig, hierarchy: str, out: Path | None, console: Console
+    place: str, settings: FeatureSettings, hierarchy: str, out: Path | None, console: Console
 ) -> None:
     """place: a pack, of whose training images the features are made; hierarchy: as read_hierarchy
     takes it, or "". Raises UserError.

@@ -21,9 +21,10 @@ from fastlt.errors import UserError
 from fastlt.packing.reader import Pack, Split, open_pack
 from fastlt.packing.relabel import Selection, derive_pack
 from fastlt.studies.hierarchy import most_families, read_hierarchy
-from fastlt.studies.repeated import GROUPS, Control, spread, train_all
+from fastlt.studies.repeated import Control, spread, train_all
 from fastlt.utils.files import write_text
 from fastlt.utils.results_file import append_rows, check_file
+from fastlt.utils.run_files import METRICS
 
 KINDS = ("balanced", "long-tailed")
 SPOKEN = {
@@ -237,6 +238,6 @@ def table(rows: Sequence[dict[str, Any]], fixed: str) -> Table:
             for row in of["long-tailed"].values()
         ]
         known: list[float | None] = [gap for gap in tails if not math.isnan(gap)]
-        tops = [spread([of[kind][d][GROUPS[0]] for d in draws]) for kind in KINDS]
+        tops = [spread([of[kind][d][METRICS[0]] for d in draws]) for kind in KINDS]
         result.add_row(level.partition(": ")[2], *tops, spread(list(gaps)), spread(known))
     return result

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastlt.curate.wordnet import WordNet, read_wordnet
 from fastlt.errors import UserError
 from fastlt.packing.cifar import open_cifar
+from fastlt.utils.wordnet import WordNet, find_synsets, read_wordnet
 
 Level = dict[str, str]  # class -> group
 
@@ -77,7 +77,7 @@ def of_wordnet(wordnet: WordNet, names: Sequence[str]) -> dict[str, Level]:
 
     Cuts that join nothing, join all, or are like the one before are left out.
     """
-    synsets = {name: wordnet.find(name) for name in names}
+    synsets = dict(zip(names, find_synsets(wordnet, names), strict=True))
     if not any(synsets.values()):
         raise UserError(
             f"WordNet knows none of the classes, not even '{names[0]}': use a CSV with the columns "

@@ -2,7 +2,6 @@
 accuracy share.
 """
 
-import json
 import os
 import signal
 import statistics
@@ -31,9 +30,9 @@ from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.methods.presets import method_settings
 from fastlt.utils.pool import cores
+from fastlt.utils.run_files import EPOCHS, FIGURES, METRICS, result_of
 
 LOOK_EVERY = 1.0  # seconds
-GROUPS = ("top1", "many", "medium", "few")
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def watch(
 
 
 def epochs_done(run: Path) -> int:
-    path = run / "metrics.jsonl"
+    path = run / EPOCHS
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
@@ -209,14 +208,12 @@ def _train(recipe: str, control: Control, run: Path, seed: int, runner: Runner) 
         *control.settings,
     ]
     runner.run("train", recipe, *options)
-    if not (run / "result.json").is_file():
+    result = result_of(run)
+    if result is None:
         raise UserError(
             f"the run in {run} was stopped before its end: the same command goes on from there"
         )
-    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    figures = {
-        name: result[name] for name in (*GROUPS, "balanced_accuracy", "harmonic_mean", "ece")
-    }
+    figures = {name: result[name] for name in FIGURES}
     figures |= {
         "epochs": result["epochs"],
         "images": result["images"],
@@ -233,12 +230,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
     result = Table(
         "",
         "all",
-        *GROUPS[1:],
+        *METRICS[1:],
         title="accuracy of the last epoch in percent, mean ± standard deviation over seeds",
     )
     for name in dict.fromkeys(row["control"] for row in rows):
         runs = [row for row in rows if row["control"] == name]
-        result.add_row(name, *(spread([row[group] for row in runs]) for group in GROUPS))
+        result.add_row(name, *(spread([row[group] for row in runs]) for group in METRICS))
     return result
 
 

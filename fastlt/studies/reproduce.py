@@ -14,8 +14,9 @@ from rich.table import Table
 
 from fastlt.config import did_you_mean, load_config
 from fastlt.errors import UserError
-from fastlt.studies.repeated import GROUPS, Control, Runner, spread, table, train_all
+from fastlt.studies.repeated import Control, Runner, spread, table, train_all
 from fastlt.utils.results_file import append_rows, check_file
+from fastlt.utils.run_files import METRICS
 
 
 class Published(NamedTuple):
@@ -143,13 +144,13 @@ def shortened(epochs: int, whole: int) -> list[str]:
 
 
 def beside_published(rows: list[dict[str, Any]], changed: bool, title: str) -> Table:
-    result = Table("", "published", "ours", "best epoch", *GROUPS[1:], "", title=title)
+    result = Table("", "published", "ours", "best epoch", *METRICS[1:], "", title=title)
     result.columns[0].no_wrap = True
     for name, published in CIFAR100_LT.items():
         runs = [row for row in rows if row["control"] == name]
         best = spread([row["best_top1"] for row in runs])
         verdict = "" if changed else place_of(mean_top1(rows, name), published)
-        groups = [spread([row[group] for row in runs]) for group in GROUPS]
+        groups = [spread([row[group] for row in runs]) for group in METRICS]
         result.add_row(
             name, f"{published.low:g}..{published.high:g}", groups[0], best, *groups[1:], verdict
         )

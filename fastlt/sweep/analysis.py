@@ -9,34 +9,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fastlt.errors import UserError
 from fastlt.evaluation.significance import holm, t_test
+from fastlt.reports.sweep import Difference, Spread
 from fastlt.sweep.results import plain
-from fastlt.sweep.spec import METRICS, Range, Sweep, axes_but_seeds, read_sweep
+from fastlt.sweep.spec import Range, Sweep, axes_but_seeds, read_sweep
+from fastlt.utils.run_files import FIGURES, METRICS
 
 Row = dict[str, Any]
 Level = tuple[str, ...]  # a value of each axis but the seed, as the table has them
-
-
-class Spread(NamedTuple):
-    """Over seeds."""
-
-    mean: float
-    deviation: float | None  # None of one seed
-    seeds: int
-
-
-class Difference(NamedTuple):
-    """To the baseline, seed by seed."""
-
-    mean: float
-    # two-sided paired t-test, corrected for the number of points (Holm); None of fewer than two
-    # seeds
-    p: float | None
 
 
 @dataclass(frozen=True)
@@ -211,15 +196,7 @@ def read_study(out: Path) -> Study:
 
 def numbered(row: dict[str, str]) -> Row:
     told: Row = dict(row)
-    for name in (
-        *METRICS,
-        "balanced_accuracy",
-        "harmonic_mean",
-        "ece",
-        "epochs",
-        "images",
-        "seconds",
-    ):
+    for name in (*FIGURES, "epochs", "images", "seconds"):
         told[name] = float(row[name]) if row.get(name) else None
     return told
 

@@ -14,6 +14,7 @@ from fastlt.sweep.spec import Sweep, Values, values_of
 from fastlt.sweep.trial import Trial, absolute, make_trial, trained
 from fastlt.utils.files import write_text
 from fastlt.utils.lock import LOCK
+from fastlt.utils.run_files import RESULT
 
 BEFORE_IT_BEGINS = {LOCK, "runs", "packs.json"}  # what a sweep that was refused may leave
 
@@ -151,4 +152,4 @@ def check_packs(board: Board) -> None:
 def left_out(board: Board) -> int:
     """Runs that have finished in DIR and are of no point that the sweep has now."""
     own = {board.run(trial) for trial in board.trials}
-    return sum(path.parent not in own for path in (board.out / "runs").glob("*/result.json"))
+    return sum(path.parent not in own for path in (board.out / "runs").glob(f"*/{RESULT}"))

@@ -9,12 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fastlt.errors import UserError
 from fastlt.sweep.attempt import read_attempts
 from fastlt.sweep.trial import Trial
 from fastlt.utils.files import whole_file, write_text
+from fastlt.utils.run_files import FIGURES, read_epochs, result_of
 
 Row = dict[str, Any]
-FIGURES = ("top1", "many", "medium", "few", "balanced_accuracy", "harmonic_mean", "ece")
 WHY = "failed.txt"  # in the RUN of a trial that failed
 ENDED = "ended.txt"  # in that of one that was ended early
 
@@ -40,7 +41,7 @@ def read_row(run: Path, trial: Trial, cpus: float, gpus: float) -> Row:
 
 def outcome(run: Path) -> tuple[dict[str, Any], str, str]:
     """Figures, what has become of it (finished, stopped early, failed, begun, waiting), and why."""
-    if (result := read_json(run / "result.json")) is not None:
+    if (result := result_of(run)) is not None:
         return result, "finished", ""
     if (run / WHY).is_file():
         return last_record(run), "failed", read_text(run / WHY)
@@ -49,20 +50,11 @@ def outcome(run: Path) -> tuple[dict[str, Any], str, str]:
     return {}, "begun" if (run / "config.toml").is_file() else "waiting", ""
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and "top1" in found else None
-
-
 def last_record(run: Path) -> dict[str, Any]:
     """Of the last epoch that was evaluated."""
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-    except (OSError, ValueError):
+        records = read_epochs(run)
+    except (OSError, UserError):
         return {}
     evaluated = [record for record in records if "top1" in record]
     return {**evaluated[-1], "epochs": evaluated[-1]["epoch"] + 1} if evaluated else {}

@@ -24,10 +24,11 @@ from fastlt.errors import UserError
 from fastlt.sweep.board import Board, check_folder, check_packs, check_runs, known_points, left_out
 from fastlt.sweep.on_ray import follow, one_of_each, optuna_search, quiet_ray
 from fastlt.sweep.results import Row, write_results
-from fastlt.sweep.spec import METRICS, Sweep, axes_but_seeds, read_sweep
+from fastlt.sweep.spec import Sweep, axes_but_seeds, read_sweep
 from fastlt.sweep.trial import check_axes, points, short
 from fastlt.utils.files import write_text
 from fastlt.utils.lock import alone_in
+from fastlt.utils.run_files import METRICS
 from fastlt.utils.signals import Stopped
 
 

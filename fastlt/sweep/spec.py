@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from fastlt.config import Config, Count, Positive, Section, did_you_mean
 from fastlt.errors import UserError
+from fastlt.utils.run_files import Metric
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,7 +37,6 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "random": {"data.auxiliary": True, "data.pairs": "random"},
     "none": {"data.auxiliary": False},
 }
-METRICS = ("top1", "many", "medium", "few")
 SECTIONS = tuple(Config.model_fields)
 Values = dict[str, Any]  # axis -> value
 
@@ -73,7 +73,7 @@ class Search(Section):
     kind: Literal["grid", "random", "optuna"] = "grid"
     trials: Count = 0  # of random and optuna
     seed: Annotated[int, Field(ge=0)] = 0
-    metric: Literal["top1", "many", "medium", "few"] = "top1"  # what is to be high
+    metric: Metric = "top1"  # what is to be high
     stop_early: bool = False  # ASHA: trials that are behind at the same epoch end there
     grace: Annotated[int, Field(ge=1)] = 1  # epochs before which none is ended
 

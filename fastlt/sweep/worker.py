@@ -12,7 +12,8 @@ from fastlt.errors import UserError
 from fastlt.sweep.attempt import Attempt
 from fastlt.sweep.board import Board
 from fastlt.sweep.results import note_failure
-from fastlt.sweep.spec import METRICS, values_of
+from fastlt.sweep.spec import values_of
+from fastlt.utils.run_files import METRICS
 
 
 def train_trial(board: Board, suggested: dict[str, Any]) -> None:

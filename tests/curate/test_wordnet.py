@@ -12,18 +12,11 @@ from rich.console import Console
 from fastlt.curate.proposals import Target
 from fastlt.curate.propose import run_propose
 from fastlt.curate.settings import CurateConfig
-from fastlt.curate.wordnet import (
-    find_targets,
-    pool,
-    propose,
-    read_mapping,
-    read_tables,
-    read_wordnet,
-    within,
-)
+from fastlt.curate.wordnet import check_known, pool, propose, read_mapping, within
 from fastlt.errors import UserError
 from fastlt.utils.embeddings import Embeddings, read_embeddings
 from fastlt.utils.names import normalised
+from fastlt.utils.wordnet import find_synsets, read_tables, read_wordnet
 
 #          animal 0
 #        /          \
@@ -127,10 +120,11 @@ def test_names_are_found_by_their_first_meaning(small):
 
 
 def test_a_mapping_goes_before_names_and_is_checked(small, tmp_path):
-    targets = [Target("crane"), Target("owl")]
+    names = ["crane", "owl"]
+    targets = [Target(name) for name in names]
     file = tmp_path / "synsets.csv"
     file.write_text(f"target,synset\ncrane,{ID[8]}\n")
-    assert find_targets(small, targets, read_mapping(file, targets)) == [ID[8], ID[4]]
+    assert find_synsets(small, names, read_mapping(file, targets)) == [ID[8], ID[4]]
     for text, said in (
         (f"target,synset\nkrane,{ID[8]}\n", "line 2: there is no target 'krane'"),
         ("target,synset\nowl,owl.n.01\n", "'owl.n.01' is no WordNet id"),
@@ -138,11 +132,11 @@ def test_a_mapping_goes_before_names_and_is_checked(small, tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=said):
-            find_targets(small, targets, read_mapping(file, targets))
+            find_synsets(small, names, read_mapping(file, targets))
     with pytest.raises(
         UserError, match="knows none of the targets, not even 'oowl', did you mean 'owl'"
     ):
-        find_targets(small, [Target("oowl")], {})
+        check_known(small, [Target("oowl")], find_synsets(small, ["oowl"]))
 
 
 def test_a_random_pool_has_neither_targets_nor_what_is_below_them(small):
