@@ -33,7 +33,7 @@ from fastlt_kernels._impl.labels import accumulation_dtype, divided, stack_label
 from fastlt_kernels._impl.products import is_autocast, kept_dtype, product_dtype
 from fastlt_kernels._impl.rows import Rows, Terms, describe_rows, join_terms, losses_of
 from fastlt_kernels._impl.saved import refuse_twice, save_mixed, saved_mixed, scaled
-from fastlt_kernels._impl.tile import Tile
+from fastlt_kernels._impl.tile_work import TileWork
 from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels.logits_loss import ROWS_SCHEMA, LossOutput
 
@@ -289,9 +289,8 @@ def _run(problem: Problem, wanted: Sequence[bool]) -> tuple[Tensor, Terms, Gradi
     gradients = _empty_gradients(problem, wanted)
     # The dtypes of the products are chosen already; autocast must not choose again.
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        work = ChunkWork(
-            features, rows, Tile(weight, bias, product, plan), plan, backend, gradients, wanted
-        )
+        tiles = TileWork(weight, bias, rows, plan, product, backend)
+        work = ChunkWork(features, tiles, gradients, wanted)
         terms = join_terms([work.chunk(part) for part in slices(features.shape[0], plan.rows)])
         work.finish()
     return losses_of(terms, rows), terms, gradients
