@@ -20,7 +20,7 @@ from fastlt_benchmarks.loaders.plot import draw
 from fastlt_benchmarks.loaders.table import TABLE_WIDTH, Row, method, reasons, table
 from fastlt_benchmarks.loaders.trials import Contender, Task, Trial, run_rounds
 from fastlt_benchmarks.loaders.tune import run_tune
-from fastlt_benchmarks.loss.run import device_slug, installed, progress_bar, rounded
+from fastlt_benchmarks.loss.run import device_slug, installed, progress_bar, rounded, where_kept
 
 QUICK_IMAGES = 200
 IMAGES_PER_CORE, LEAST_IMAGES = 500, 1_000  # an epoch of the fastest takes half a second and more
@@ -68,11 +68,13 @@ def run_bench_data(
     names: list[str] | None,
     quick: bool,
     tune: bool,
-    out: Path,
+    out: Path | None,
     console: Console,
 ) -> None:
-    """Prints a table and adds it to OUT/data-<device>.csv, and draws OUT/data-<device>.png; with
-    `tune`, only prints.
+    """Print a table of the loaders, or with `tune` of the settings of fastlt's own.
+
+    With `out` the former is added to OUT/data-<device>.csv, and OUT/data-<device>.png is drawn;
+    without, nothing is written.
     """
     if not console.is_terminal:
         # a file has no width, and would be taken for a screen of 80
@@ -81,8 +83,8 @@ def run_bench_data(
         raise UserError("--tune goes through the engines of fastlt: leave --contender out")
     contenders = choose(all_contenders(), names or [])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = out / f"data-{device_slug(device)}.csv"
-    if not tune:
+    path = None if out is None or tune else out / f"data-{device_slug(device)}.csv"
+    if path is not None:
         check_place(path, COLUMNS)
     generated = QUICK_IMAGES if quick else max(LEAST_IMAGES, IMAGES_PER_CORE * cores())
     most = generated if quick or tune else MOST_IMAGES
@@ -132,14 +134,16 @@ def measure(contenders: list[Contender], task: Task, rounds: int, console: Conso
     return trials
 
 
-def show(trials: list[Trial], task: Task, rounds: int, path: Path, console: Console) -> None:
+def show(trials: list[Trial], task: Task, rounds: int, path: Path | None, console: Console) -> None:
+    """Print the table, and keep it where there is a path."""
     rows = [make_row(trial, trials, task, rounds) for trial in trials]
     console.print(table(rows))
     for line in reasons(rows):
         console.print(line, style="dim", highlight=False, markup=False)
-    append_rows(path, rows)
-    draw(rows, path.with_suffix(".png"))
-    console.print(f"\nadded to {path}, drawn in {path.with_suffix('.png')}", highlight=False)
+    if path is not None:
+        append_rows(path, rows)
+        draw(rows, path.with_suffix(".png"))
+    console.print(f"\n{where_kept(path)}", highlight=False)
 
 
 # ---- what is kept and shown

@@ -81,11 +81,13 @@ def run_bench_loss(
     widths: list[int] | None,
     dtype: str | None,
     names: list[str] | None,
-    out: Path,
+    out: Path | None,
     console: Console,
 ) -> None:
-    """Prints a table per size and adds it to OUT/loss-<device>.csv, and draws OUT/loss-<device>.png
-    of this run at the end.
+    """Print a table for each size.
+
+    With `out` it is added to OUT/loss-<device>.csv, and OUT/loss-<device>.png is drawn of this run
+    at the end; without, nothing is written.
     """
     if not console.is_terminal:
         # a file has no width, and would be taken for a screen of 80
@@ -100,16 +102,25 @@ def run_bench_loss(
             for given, usual in zip((rows, classes, widths), default, strict=True)
         )
     )
-    path = out / f"loss-{device_slug(device)}.csv"
-    check_place(path, COLUMNS)
+    path = None if out is None else out / f"loss-{device_slug(device)}.csv"
+    if path is not None:
+        check_place(path, COLUMNS)
     with bounded_memory(device):
         with console.status("measuring the ceilings"):
             ceilings = measure_ceilings(kind, device, quick)
         bench = Bench(contenders, kind, device, pace_on(device, quick), ceilings)
         console.print(method(bench), highlight=False, markup=False)
         kept = run_grid(bench, grid, path, console)
-    draw(kept, path.with_suffix(".png"))
-    console.print(f"added to {path}, drawn in {path.with_suffix('.png')}", highlight=False)
+    if path is not None:
+        draw(kept, path.with_suffix(".png"))
+    console.print(where_kept(path), highlight=False)
+
+
+def where_kept(path: Path | None) -> str:
+    """Return where the figures are, or how to keep them."""
+    if path is None:
+        return "nothing was written: --out DIR keeps the figures, with a picture"
+    return f"added to {path}, drawn in {path.with_suffix('.png')}"
 
 
 def choose(contenders: list[Contender], names: list[str], quick: bool) -> list[Contender]:
@@ -141,8 +152,8 @@ def device_slug(device: torch.device) -> str:
     return next((short for short in ("h100", "h200") if short in name.split("-")), name)
 
 
-def run_grid(bench: Bench, grid: Grid, path: Path, console: Console) -> list[Row]:
-    """The rows of this run; those of a size are in the file as soon as it is done."""
+def run_grid(bench: Bench, grid: Grid, path: Path | None, console: Console) -> list[Row]:
+    """Return the rows of this run; those of a size are in the file as soon as it is done."""
     kept: list[Row] = []
     sizes = grid.sizes({contender.family for contender in bench.contenders})
     with progress_bar(console) as progress:
@@ -154,7 +165,8 @@ def run_grid(bench: Bench, grid: Grid, path: Path, console: Console) -> list[Row
             progress.update(task, place=f"size {number} of {len(sizes)}{rate}")
             trials, ceiling = measure(bench, size, partial(tell, progress, task, size))
             rows = [make_row(bench, size, trial, ceiling) for trial in trials]
-            append_rows(path, rows)
+            if path is not None:
+                append_rows(path, rows)
             kept += rows
             progress.console.print(table(size, rows))
             for line in reasons(rows):

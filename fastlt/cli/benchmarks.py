@@ -65,11 +65,13 @@ def bench_loss(
         typer.Option(metavar="NAME", help="Only this one, as the table names it; may be repeated."),
     ] = None,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            metavar="DIR", help="Where loss-<device>.csv, which is added to, and .png go."
+            metavar="DIR",
+            help="Keep the figures: add them to DIR/loss-<device>.csv, and draw DIR/loss-<device>"
+            ".png.",
         ),
-    ] = Path("benchmarks/results"),
+    ] = None,
 ) -> None:
     """Time and memory of the losses and their peers over a grid of sizes, against the floor of the
     device.
@@ -121,8 +123,13 @@ def bench_data(
         ),
     ] = False,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where data-<device>.csv and .png go.")
-    ] = Path("benchmarks/results"),
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the figures: add them to DIR/data-<device>.csv, and draw DIR/data-<device>"
+            ".png.",
+        ),
+    ] = None,
 ) -> None:
     """Images/s and CPU time of the loaders and their peers on the same JPEGs, against decoding
     alone.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastlt.cli.app import console, curate, stopped_in_words
+from fastlt.cli.app import console, curate, reporting_stops
 from fastlt.errors import extra
 
 Curation = Annotated[
@@ -85,7 +85,7 @@ def retrieve(
 
     with extra("curate"):
         from fastlt.curate.retrieve import run_retrieve
-    with stopped_in_words():
+    with reporting_stops():
         run_retrieve(out, read_settings(out, config, settings or [], allow_private), console)
 
 
@@ -122,7 +122,7 @@ def curate_all(
         from fastlt.evaluation.features import open_backbone
     read = read_settings(out, config, with_control(settings, control), allow_private)
     open_backbone(read.filter)  # what it lacks is told now, not after hours of fetching
-    with stopped_in_words():
+    with reporting_stops():
         run_propose(Path(pack), out, read, False, console)
         run_retrieve(out, read, console)
         run_filter(pack, out, read, console)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastlt.cli.app import PackPath, app, console, pack_place, stopped_in_words
+from fastlt.cli.app import PackPath, app, console, pack_place, reporting_stops
 from fastlt.cli.tables import (
     print_result,
 )
@@ -227,6 +227,6 @@ def sweep(
     from fastlt.sweep.report import write_sweep_report
     from fastlt.sweep.run import run_sweep
 
-    with stopped_in_words():
+    with reporting_stops():
         run_sweep(file, pack_place(data), out, settings or [], address, resume, console)
     console.print(f"report: {write_sweep_report(out)}", soft_wrap=True)

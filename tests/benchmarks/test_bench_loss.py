@@ -165,6 +165,15 @@ def test_bad_input_is_one_sentence_and_code_2(arguments, said, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["file"]
 
 
+def test_without_out_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    smallest = ["--quick", "--rows=8", "--classes=20", "--width=8", "--contender=ours-logits"]
+    ended = CliRunner().invoke(app, ["bench-loss", *smallest])
+    assert ended.exit_code == 0, ended.output
+    assert "--out DIR keeps the figures" in ended.output and "ours-logits" in ended.output
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "arguments", [["--rows=0"], ["--classes=1"], ["--width=0"], ["--dtype=int8"], ["--rows=many"]]
 )
