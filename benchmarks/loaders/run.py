@@ -106,6 +106,7 @@ def run_bench_data(
 
 
 def choose(contenders: list[Contender], names: list[str]) -> list[Contender]:
+    """Return the named contenders, all without names. Raises UserError for an unknown one."""
     known = [contender.name for contender in contenders]
     for name in names:
         if name not in known:
@@ -116,12 +117,13 @@ def choose(contenders: list[Contender], names: list[str]) -> list[Contender]:
 
 
 def measure(contenders: list[Contender], task: Task, rounds: int, console: Console) -> list[Trial]:
+    """Return the trials of all contenders and limits."""
     trials = [Trial(contender) for contender in [*contenders, *all_limits()]]
     images = len(task.images.split)
     with progress_bar(console) as progress:
         shown = progress.add_task("", total=len(trials) * (rounds + 1) * images, place="")
 
-        def tell(name: str, done: int) -> None:
+        def report(name: str, done: int) -> None:
             trial = next(trial for trial in trials if trial.contender.name == name)
             number = len(trial.later) + bool(trial.first)
             # who failed is through with it
@@ -130,7 +132,7 @@ def measure(contenders: list[Contender], task: Task, rounds: int, console: Conso
             place = f"{f'round {number} of {rounds}' if number else 'first epoch'}{before}"
             progress.update(shown, description=name, completed=epochs * images + done, place=place)
 
-        run_rounds(trials, task, rounds, tell)
+        run_rounds(trials, task, rounds, report)
     return trials
 
 
@@ -150,7 +152,7 @@ def show(trials: list[Trial], task: Task, rounds: int, path: Path | None, consol
 
 
 def make_row(trial: Trial, trials: list[Trial], task: Task, rounds: int) -> Row:
-    """The columns of the file; empty where nothing was measured."""
+    """Return the columns of the file; empty where nothing was measured."""
     row: Row = dict.fromkeys(COLUMNS)
     row |= {
         "contender": trial.contender.name,
@@ -193,6 +195,7 @@ def make_row(trial: Trial, trials: list[Trial], task: Task, rounds: int) -> Row:
 
 
 def of_images(images: Images) -> Row:
+    """Return the columns that describe the images."""
     split = images.split
     height, width = (int(np.median(sides)) for sides in (split.height, split.width))
     mean_kb = rounded(float(split.size.mean()) / 1e3)
@@ -206,7 +209,7 @@ def of_images(images: Images) -> Row:
 
 
 def ratio(trial: Trial, other: Trial | None, scale: float) -> float | None:
-    """Of the rates, pair by pair within a round, the median."""
+    """Return the median of the ratio of rates, pair by pair within a round."""
     if other is None or other.first is None:
         return None
     return rounded(

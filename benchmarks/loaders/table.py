@@ -1,4 +1,4 @@
-"""What `fastlt bench-data` shows: the method, and a table."""
+"""The printed method and table of `fastlt bench-data`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def table(rows: list[Row]) -> Table:
-    """Fits TABLE_WIDTH."""
+    """Return a table that fits TABLE_WIDTH."""
     first = rows[0]
     title = (
         f"\n{first['images']:,} images to {first['size']} x {first['size']}, batch "
@@ -51,6 +51,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def cells(row: Row) -> list[str]:
+    """Return the cells of a row."""
     if row["images_per_s"] is None:
         return ["-"] * len(COLUMNS)
     rates = (
@@ -71,11 +72,12 @@ def cells(row: Row) -> list[str]:
 
 
 def reasons(rows: list[Row]) -> list[str]:
+    """Return why contenders have no figures, a line each."""
     return [f"  {row['contender']}: {row['reason']}" for row in rows if row["reason"]]
 
 
 def method(task: Task, rounds: int, contenders: list[Contender]) -> str:
-    """What the table means, and who is in it."""
+    """Return what the table means, and who is in it."""
     split, on_gpu = task.images.split, task.device.type == "cuda"
     height, width = int(np.median(split.height)), int(np.median(split.width))
     where = (

@@ -1,5 +1,6 @@
-"""`fastlt bench-loss`: time and memory of the losses and of their peers, over a grid of sizes,
-against what the device can do.
+"""`fastlt bench-loss`: time and memory of the losses and of their peers over sizes.
+
+They are held against what the device can do.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ COLUMNS = (
 
 
 class Grid(NamedTuple):
+    """The sizes that are measured."""
+
     rows: list[int]
     classes: list[int]
     widths: list[int]
 
     def sizes(self, families: set[str]) -> list[Size]:
-        """Logits have no width, so they are measured once for all of them."""
+        """Return all sizes. Logits have no width, so they are measured once for all of them."""
         widths: dict[str, Sequence[int | None]] = {"logits": [None], "linear": self.widths}
         wanted = [family for family in FAMILIES if family in families]
         return [
@@ -124,7 +127,7 @@ def where_kept(path: Path | None) -> str:
 
 
 def choose(contenders: list[Contender], names: list[str], quick: bool) -> list[Contender]:
-    """The named ones; without names all, but in a quick run none that has to be compiled."""
+    """Return the named contenders; without names all, but in a quick run none to be compiled."""
     known = [contender.name for contender in contenders]
     for name in names:
         if name not in known:
@@ -139,13 +142,14 @@ def choose(contenders: list[Contender], names: list[str], quick: bool) -> list[C
 
 
 def pace_on(device: torch.device, quick: bool) -> Pace:
+    """Return how often a pass is repeated on a device."""
     if device.type == "cuda":
         return Pace(least=10, most=300, seconds=0.1 if quick else 0.3)
     return Pace(least=10, most=50, seconds=0.1) if quick else Pace(least=5, most=100, seconds=2)
 
 
 def device_slug(device: torch.device) -> str:
-    """cpu, h100, h200, or the device's name in small letters and hyphens."""
+    """Return cpu, h100, h200, or the device's name in small letters and hyphens."""
     if device.type == "cpu":
         return "cpu"
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
@@ -163,7 +167,7 @@ def run_grid(bench: Bench, grid: Grid, path: Path | None, console: Console) -> l
             minutes = (progress.tasks[0].elapsed or 0) / 60
             rate = f" ({len(kept) / minutes:.0f} contenders/min)" if kept else ""
             progress.update(task, place=f"size {number} of {len(sizes)}{rate}")
-            trials, ceiling = measure(bench, size, partial(tell, progress, task, size))
+            trials, ceiling = measure(bench, size, partial(report, progress, task, size))
             rows = [make_row(bench, size, trial, ceiling) for trial in trials]
             if path is not None:
                 append_rows(path, rows)
@@ -175,6 +179,7 @@ def run_grid(bench: Bench, grid: Grid, path: Path | None, console: Console) -> l
 
 
 def progress_bar(console: Console) -> Progress:
+    """Return the bar of a benchmark."""
     columns = (
         "{task.description}",
         BarColumn(10),
@@ -187,14 +192,13 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def tell(progress: Progress, task: TaskID, size: Size, text: str, share: float) -> None:
+def report(progress: Progress, task: TaskID, size: Size, text: str, share: float) -> None:
+    """Move the bar on."""
     progress.update(task, description=f"{size}: {text}", advance=cost(size) * share)
 
 
 def cost(size: Size) -> float:
-    """Roughly proportional to the time that a size takes: what has to be done at any size, and the
-    work.
-    """
+    """Return roughly how long a size takes: a fixed part, and the work."""
     return 2e9 + size.rows * size.classes * (size.width or 50)
 
 
@@ -202,7 +206,7 @@ def cost(size: Size) -> float:
 
 
 def make_row(bench: Bench, size: Size, trial: Trial, ceiling: float | None) -> Row:
-    """The columns of the file; empty where nothing was measured."""
+    """Return the columns of the file; empty where nothing was measured."""
     row: Row = dict.fromkeys(COLUMNS)
     row |= {
         "family": size.family,
@@ -243,10 +247,12 @@ def make_row(bench: Bench, size: Size, trial: Trial, ceiling: float | None) -> R
 
 
 def rounded(value: float) -> float:
+    """Return a value with five digits."""
     return float(f"{value:.5g}")
 
 
 def installed(package: str) -> str:
+    """Return the version of a package, empty where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

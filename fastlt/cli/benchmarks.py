@@ -12,6 +12,8 @@ from fastlt.cli.app import app, console
 
 
 class Dtype(str, Enum):
+    """The dtypes that are measured."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -37,7 +39,7 @@ def bench_train(
         typer.Argument(metavar="[section.key=value]...", help="Settings on top of the recipe."),
     ] = None,
 ) -> None:
-    """Images/s of the loop over images/s of bare forward, backward and step on resident data."""
+    """Compare images/s of the loop with bare forward, backward and step on resident data."""
     from fastlt_benchmarks.train import run_bench_train
 
     run_bench_train(recipe, settings or [], data, steps, rounds, csv, console)
@@ -73,8 +75,7 @@ def bench_loss(
         ),
     ] = None,
 ) -> None:
-    """Time and memory of the losses and their peers over a grid of sizes, against the floor of the
-    device.
+    """Measure time and memory of the losses and their peers, against the floor of the device.
 
     The picture is of this run, at the smallest N and D.
     """
@@ -131,9 +132,7 @@ def bench_data(
         ),
     ] = None,
 ) -> None:
-    """Images/s and CPU time of the loaders and their peers on the same JPEGs, against decoding
-    alone.
-    """
+    """Measure the loaders and their peers on the same JPEGs, against decoding alone."""
     from fastlt_benchmarks.loaders.run import run_bench_data
 
     run_bench_data(data, images, size, batch, workers, rounds, contender, quick, tune, out, console)

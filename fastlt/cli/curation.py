@@ -1,4 +1,4 @@
-"""`fastlt curate`."""
+"""`fastlt curate propose`, `retrieve`, `filter` and `all`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ AllowPrivate = Annotated[
 
 
 class Control(str, Enum):
+    """The controls that `propose` draws."""
+
     random = "random"
 
 
@@ -93,9 +95,7 @@ def retrieve(
 def filter_images(
     pack: TargetPack, out: Curation, settings: Settings = None, config: SettingsFile = None
 ) -> None:
-    """Keep the images that are like their class and not like one another, and none that the targets
-    have.
-    """
+    """Keep images that are like their class, unlike one another, and not among the targets'."""
     from fastlt.curate.settings import read_settings
 
     with extra("curate"):
@@ -129,4 +129,5 @@ def curate_all(
 
 
 def with_control(settings: list[str] | None, control: Control | None) -> list[str]:
+    """Return the settings with the control."""
     return [*(settings or []), *([f"propose.control={control.value}"] if control else [])]

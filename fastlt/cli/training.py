@@ -140,7 +140,7 @@ def train(
 def demo(
     out: Annotated[Path, typer.Option(help="The folder for data, packs and runs.")] = Path("demo"),
 ) -> None:
-    """The whole way on an embedded data set: pack, train without and with auxiliaries, compare."""
+    """Run the whole way on an embedded data set: pack, train without and with auxiliaries."""
     from fastlt.demo.run import run_demo
 
     run_demo(out, console)
@@ -180,10 +180,12 @@ def reproduce(
         typer.Argument(metavar="[section.key=value]...", help="Settings on top of every run."),
     ] = None,
 ) -> None:
-    """Published figures beside ours, under their own protocol."""
-    from fastlt.studies.reproduce import Asked, run_reproduce
+    """Compare published figures with ours, under their own protocol."""
+    from fastlt.studies.reproduce import ReproduceOptions, run_reproduce
 
-    run_reproduce(task, Asked(data, out, epochs, seeds, parallel, settings or []), csv, console)
+    run_reproduce(
+        task, ReproduceOptions(data, out, epochs, seeds, parallel, settings or []), csv, console
+    )
 
 
 @app.command()

@@ -16,9 +16,10 @@ CORE = 0.5  # share of a class that is trusted
 
 
 def robust_mean(features: np.ndarray) -> np.ndarray:
-    """(n, D) to (D,) of length 1: the mean of those nearest to it, half of them, found in a few
-    rounds from the mean of all. What does not belong, up to nearly half of a class, does not move
-    it far.
+    """Return the mean (D,) of length 1 of those (n, D) that are nearest to it, half of them.
+
+    It is found in a few rounds from the mean of all. What does not belong, up to nearly half of a
+    class, does not move it far.
     """
     vectors = features.astype(np.float32)
     centre = unit(vectors.mean(axis=0))
@@ -30,14 +31,16 @@ def robust_mean(features: np.ndarray) -> np.ndarray:
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
+    """Return a vector at length 1; zeros stay zeros."""
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
 
 def nearest(
     queries: np.ndarray, known: np.ndarray, threshold: float, device: torch.device
 ) -> Iterator[tuple[int, int]]:
-    """(query, known) for each query that has one whose cosine to it is at least the threshold: the
-    nearest of those.
+    """Yield (query, known) for each query that has a known one at least as near as the threshold.
+
+    Of several it is the nearest, by cosine.
     """
     for start in range(0, len(queries), ROWS):
         found = _nearest_of(
@@ -54,9 +57,10 @@ def nearest(
 def later_copies(
     features: np.ndarray, threshold: float, device: torch.device
 ) -> Iterator[tuple[int, int]]:
-    """(image, earlier) for each image that has an earlier one whose cosine to it is at least the
-    threshold, and that is no such copy itself. In memory there are never more than a block's
-    similarities, however many are alike.
+    """Yield (image, earlier) for each image that has an earlier one as near as the threshold.
+
+    An image that is such a copy itself does not count as earlier. In memory there are never more
+    than a block's similarities, however many are alike.
     """
     is_copy = np.zeros(len(features), bool)
     for start in range(0, len(features), ROWS):
@@ -74,8 +78,9 @@ def later_copies(
 def _nearest_of(
     rows: Tensor, known: np.ndarray, usable: np.ndarray, threshold: float, device: torch.device
 ) -> np.ndarray:
-    """(n,) int64: of the usable known ones the nearest to each row, -1 where none reaches the
-    threshold.
+    """Return the nearest usable known one to each row, (n,) int64.
+
+    It is -1 where none reaches the threshold.
     """
     best = torch.full((len(rows),), threshold, device=device)
     found = torch.full((len(rows),), -1, dtype=torch.int64, device=device)
@@ -89,4 +94,5 @@ def _nearest_of(
 
 
 def on(features: np.ndarray, device: torch.device) -> Tensor:
+    """Return features as a float32 tensor on the device."""
     return torch.from_numpy(np.ascontiguousarray(features)).to(device).float()

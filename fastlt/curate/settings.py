@@ -1,5 +1,6 @@
-"""What `fastlt curate` can be told, a section a step; kept in config.toml beside what the steps
-wrote.
+"""The settings of `fastlt curate`, a section for each step.
+
+They are kept in config.toml beside what the steps wrote.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ Price = Annotated[float, Field(ge=0)]
 
 
 class ProposeConfig(Section):
+    """The settings of `fastlt curate propose`."""
+
     provider: Literal["wordnet", "llm", "file"] = "wordnet"
     # random: as many, drawn from all of WordNet
     control: Literal["neighbours", "random"] = "neighbours"
@@ -56,6 +59,8 @@ class ProposeConfig(Section):
 
 
 class RetrieveConfig(Section):
+    """The settings of `fastlt curate retrieve`."""
+
     # asked in turn, until there are enough candidates
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = ("openverse",)
     per_category: Several = 100  # candidates of each auxiliary class
@@ -99,6 +104,8 @@ class FilterConfig(FeatureSettings):
 
 
 class CurateConfig(Section):
+    """The settings of all steps."""
+
     propose: ProposeConfig = ProposeConfig()
     retrieve: RetrieveConfig = RetrieveConfig()
     filter: FilterConfig = FilterConfig()
@@ -107,8 +114,9 @@ class CurateConfig(Section):
 def read_settings(
     out: Path, file: Path | None, overrides: Sequence[str], allow_private: bool = False
 ) -> CurateConfig:
-    """On top of a file's, by default of those that an earlier step kept in `out`; kept there in
-    turn. --allow-private is given anew each time.
+    """Return the settings of a file with overrides on top.
+
+    By default it is that of an earlier step in `out`. --allow-private is given anew each time.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is no folder: name another one with --out")
@@ -120,4 +128,5 @@ def read_settings(
 
 
 def keep_settings(out: Path, config: CurateConfig) -> None:
+    """Write the settings to `out`, for the next step."""
     write_text(out / CONFIG, to_toml(config))

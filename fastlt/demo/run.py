@@ -17,8 +17,9 @@ MARK = ".fastlt-demo"  # so that only a folder that the demo made is ever replac
 
 
 def run_demo(out: Path, console: Console) -> None:
-    """Data, pack, training without and with auxiliaries, evaluation and report in `out`; ends with
-    a table.
+    """Make data and packs, train without and with auxiliaries, evaluate and report in `out`.
+
+    It ends with a table.
 
     With auxiliaries an epoch has more images, so beside the two runs of equal epochs stands one
     without auxiliaries that sees as many images as the one with them.
@@ -52,6 +53,7 @@ def run_demo(out: Path, console: Console) -> None:
 
 
 def start_anew(out: Path) -> None:
+    """Remove an earlier demo. Raises UserError where `out` holds something else."""
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
         raise UserError(
             f"{out} exists and is not from an earlier demo: name another folder with --out"
@@ -67,6 +69,7 @@ def start_anew(out: Path) -> None:
 
 
 def call(console: Console, *arguments: str | Path) -> None:
+    """Print and run a command. Raises UserError where it fails."""
     words = [str(argument) for argument in arguments]
     console.print(f"\n[bold]$ fastlt {shlex.join(words)}[/]", highlight=False, soft_wrap=True)
     code = subprocess.run([sys.executable, "-m", "fastlt", *words]).returncode
@@ -75,6 +78,7 @@ def call(console: Console, *arguments: str | Path) -> None:
 
 
 def comparison(runs: dict[str, Path]) -> Table:
+    """Return a table of the runs' figures."""
     table = Table(
         "",
         "top-1",

@@ -1,5 +1,6 @@
-"""What has become of the trials, read from their folders: one row a point, in DIR/results.csv and
-results.parquet.
+"""The results of the trials, read from their folders: a row for each point.
+
+They go to DIR/results.csv and results.parquet.
 """
 
 import csv
@@ -21,11 +22,12 @@ ENDED = "ended.txt"  # in that of one that was ended early
 
 
 def run_of(out: Path, trial: Trial, first: dict[str, str]) -> Path:
-    """The RUN of a trial; of those that are one run, that of the first."""
+    """Return the RUN folder of a trial; of those that are one run, that of the first."""
     return out / "runs" / first.setdefault(trial.key, trial.name)
 
 
 def read_row(run: Path, trial: Trial, cpus: float, gpus: float) -> Row:
+    """Return the row of a trial."""
     result, status, note = outcome(run)
     row: Row = {**{name: plain(value) for name, value in trial.values.items()}, "seed": trial.seed}
     row |= {"run": run.name, "status": status, "note": note}
@@ -40,7 +42,10 @@ def read_row(run: Path, trial: Trial, cpus: float, gpus: float) -> Row:
 
 
 def outcome(run: Path) -> tuple[dict[str, Any], str, str]:
-    """Figures, what has become of it (finished, stopped early, failed, begun, waiting), and why."""
+    """Return figures, status and reason of a run.
+
+    The status is finished, stopped early, failed, begun or waiting.
+    """
     if (result := result_of(run)) is not None:
         return result, "finished", ""
     if (run / WHY).is_file():
@@ -51,7 +56,7 @@ def outcome(run: Path) -> tuple[dict[str, Any], str, str]:
 
 
 def last_record(run: Path) -> dict[str, Any]:
-    """Of the last epoch that was evaluated."""
+    """Return the record of the last epoch that was evaluated; empty where there is none."""
     try:
         records = read_epochs(run)
     except (OSError, UserError):
@@ -61,12 +66,12 @@ def last_record(run: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """One cell of a table."""
+    """Return a value as one cell of a table."""
     return json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
 
 
 def write_results(out: Path, rows: Sequence[Row]) -> None:
-    """Replaced as a whole, each time."""
+    """Write the rows to both files, each replaced as a whole."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with (
         whole_file(out / "results.csv") as temporary,
@@ -90,13 +95,16 @@ def write_results(out: Path, rows: Sequence[Row]) -> None:
 
 
 def as_text(value: Any) -> str | None:
+    """Return a value as text, None as it is."""
     return None if value is None else str(value)
 
 
 def read_text(path: Path) -> str:
+    """Return the text of a file, empty where there is none."""
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def note_failure(run: Path, why: str) -> None:
+    """Write why a trial failed to its RUN folder."""
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / WHY, why.strip() + "\n")

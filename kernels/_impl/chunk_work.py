@@ -14,7 +14,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]  # of features, weight and bias; empty
 
 
 class ChunkWork:
-    """What the chunks share. The gradients are complete after `finish`."""
+    """The gradients that the chunks add to; they are complete after `finish`."""
 
     def __init__(
         self,

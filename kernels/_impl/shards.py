@@ -1,6 +1,4 @@
-"""The classifier cut over ranks by class: which classes a rank has, what it exchanges, and its part
-of the loss.
-"""
+"""The classifier cut over ranks by class: the classes of a rank, its exchanges and its loss."""
 
 from __future__ import annotations
 
@@ -20,19 +18,21 @@ Group: TypeAlias = "dist.ProcessGroup | None"  # None: all processes
 
 
 def shard_of(num_classes: int, rank: int, world: int) -> slice:
-    """The classes of a rank: torch.chunk's and DTensor's cut, of which the last may be shorter or
-    empty.
+    """Return the classes of a rank: torch.chunk's and DTensor's cut.
+
+    The last may be shorter or empty.
     """
     size = -(-num_classes // world)
     return slice(min(rank * size, num_classes), min((rank + 1) * size, num_classes))
 
 
 def length(shard: slice) -> int:
+    """Return the number of classes of a shard."""
     return int(shard.stop - shard.start)
 
 
 def gather(local: Tensor, group: Group) -> Tensor:
-    """(world, ...): the tensors of all ranks, which are of one shape."""
+    """Return (world, ...): the tensors of all ranks, which are of one shape."""
     world = dist.get_world_size(group)
     whole = local.new_empty(world * local.shape[0], *local.shape[1:])
     # torch 2.13 renames the collectives on one tensor, and warns of the old names.
@@ -42,7 +42,7 @@ def gather(local: Tensor, group: Group) -> Tensor:
 
 
 def gather_labels(labels: Tensor, shares: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Labels and shares (L, n) of all ranks, (L, N), in one exchange."""
+    """Return labels and shares (L, n) of all ranks, (L, N), in one exchange."""
     count = labels.shape[0]
     packed = gather(torch.cat([labels, shares.double().view(torch.int64)]), group)  # (world, 2L, n)
     packed = packed.transpose(0, 1).reshape(2 * count, -1)
@@ -50,8 +50,7 @@ def gather_labels(labels: Tensor, shares: Tensor, group: Group) -> tuple[Tensor,
 
 
 def reduce_terms(terms: Terms, group: Group) -> Terms:
-    """The terms of all ranks' classes, from those of this rank's, in one exchange of a few numbers
-    a row.
+    """Return the terms of all ranks' classes, in one exchange of a few numbers a row.
 
     A log-sum-exp says as much as a maximum and a sum. The best class is an integer in the bits of a
     float.
@@ -89,6 +88,7 @@ class Scattering:
         self.work = collective(self.own, self.partial, group=group, async_op=True)
 
     def result(self) -> Tensor:
+        """Return this rank's rows, when the exchange is over."""
         if self.work is not None:
             self.work.wait()
         return self.own
@@ -177,8 +177,9 @@ class ShardWork:
 def _plan(
     features: Tensor, weight: Tensor, rows: Rows, chunk_bytes: int, backend: str, gradients: bool
 ) -> Chunking:
-    """As in one process, but logits that fit as a whole stay one tile: they wait for the other
-    ranks' terms.
+    """Return the cut as in one process, but with logits that fit as a whole as one tile.
+
+    They wait for the other ranks' terms.
     """
     count, width = features.shape
     classes = weight.shape[0]
@@ -200,7 +201,7 @@ def _plan(
 
 
 def _no_terms(rows: Rows) -> Terms:
-    """Of no classes."""
+    """Return the terms of no classes."""
     none = torch.full_like(rows.shares, -torch.inf)
     return Terms(
         none,
