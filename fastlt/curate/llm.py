@@ -8,10 +8,13 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from string import Template
 from typing import Any, NamedTuple
 
@@ -239,17 +242,34 @@ def ask_all(
     there.
     """
     endpoint = Endpoint(open_client(cache.settings), cache.settings)
-    with ThreadPoolExecutor(cache.settings.concurrency, "fastlt-llm") as pool:
-        waiting = {
-            pool.submit(ask, endpoint, cache, prompt): number
-            for number, prompt in enumerate(wanted)
-        }
-        try:
-            for job in as_completed(waiting):
-                yield waiting[job], *job.result()
-        finally:
-            endpoint.client.close()  # what is under way ends at once, for nobody waits for it
-            pool.shutdown(wait=False, cancel_futures=True)
+    waiting: SimpleQueue[tuple[int, str]] = SimpleQueue()
+    done: SimpleQueue[tuple[int, Future[tuple[Reply | Failed, tuple[int, int]]]]] = SimpleQueue()
+    for job in enumerate(wanted):
+        waiting.put(job)
+
+    def work() -> None:
+        with suppress(Empty):
+            while True:
+                number, prompt = waiting.get_nowait()
+                answer: Future[tuple[Reply | Failed, tuple[int, int]]] = Future()
+                try:
+                    answer.set_result(ask(endpoint, cache, prompt))
+                except BaseException as error:  # it is raised where the answer is looked at
+                    answer.set_exception(error)
+                done.put((number, answer))
+
+    # Not a pool: its threads are waited for at the end, however slow their endpoint is.
+    for _ in range(min(cache.settings.concurrency, len(wanted))):
+        threading.Thread(target=work, name="fastlt-llm", daemon=True).start()
+    try:
+        for _ in wanted:
+            number, answer = done.get()
+            yield number, *answer.result()
+    finally:
+        with suppress(Empty):
+            while True:
+                waiting.get_nowait()
+        endpoint.client.close()
 
 
 def open_client(settings: ProposeConfig) -> Any:

@@ -27,7 +27,7 @@ from fastlt_benchmarks.train import run_bench_train
 SMALL = ["model.name=resnet8", "data.size=16", "data.batch=16"]
 
 
-@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
 def test_rates_and_parts_are_printed_and_kept_with_their_context(
     small_pack, tmp_path, capsys, compiled
 ):

@@ -379,7 +379,7 @@ def test_siblings_share_an_auxiliary_and_stand_together() -> None:
     relation = Relation(space)
     assert relation.siblings == {(0, 2), (2, 0), (1, 3), (3, 1)}
     assert relation.shared(0, 2) == ["x"] and relation.shared(0, 1) == []
-    assert relation.kin([0, 1, 2, 3]) == [0, 2, 1, 3]
+    assert relation.grouped([0, 1, 2, 3]) == [0, 2, 1, 3]
 
 
 def test_spread_keeps_order_and_distance() -> None:
