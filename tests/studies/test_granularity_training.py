@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
+from fastlt.cli import app
 from fastlt.errors import UserError
 from fastlt.packing.reader import open_pack
 from fastlt.packing.sources import read_collection
@@ -21,6 +23,7 @@ from fastlt.studies.granularity_training import (
     spread_evenly,
     tail_counts,
 )
+from fastlt.studies.repeated import Runner
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +96,23 @@ def test_both_sets_have_as_many_images(study, tmp_path):
         ]
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Commands run in this process, which spares each of a dozen trainings its imports."""
+
+    def run(runner: Runner, *arguments: str) -> None:
+        ended = CliRunner().invoke(app, list(arguments))
+        assert ended.exit_code == 0, ended.output
+
+    monkeypatch.setattr(Runner, "run", run)
+
+
+@pytest.mark.usefixtures("in_process")
 def test_the_whole_study_is_reported_and_kept(study, tmp_path):
     console = Console(record=True, width=160)
     settings = ["train.epochs=1", "data.size=16", "data.batch=8", "model.name=resnet8"]
     options = StudyOptions(
-        str(study / "pack"), str(study / "h.csv"), tmp_path / "out", 1, 2, 6, settings
+        str(study / "pack"), str(study / "h.csv"), tmp_path / "out", 1, 1, 6, settings
     )
     run_granularity_study(options, tmp_path / "g.csv", console)
     said = console.export_text()
