@@ -99,10 +99,9 @@ def method(task: Task, rounds: int, contenders: list[Contender]) -> str:
         "after it. CPU s/1,000: user and system time of this process and all below it for 1,000 "
         "images, median. Ratios: pair by "
         "pair within a round, their median. All loaders stay alive; those that wait take no time.",
-        "% decoding: images/s over those of libjpeg-turbo alone on all cores. Whoever decodes "
-        "whole images stays below 100; "
-        "whoever decodes the crop alone, or a smaller version, need not. All draw crops of their "
-        "own; those of ours are the same.",
+        "% decoding: images/s over those of libjpeg-turbo alone on all cores. A loader "
+        "that decodes whole images stays below 100; one that decodes the crop alone, or a smaller "
+        "version, need not. All draw crops of their own; those of ours are the same.",
     ]
     who = [f"  {contender.name:<17} {contender.what}" for contender in contenders]
     return "\n\n".join([*(fill(text, 98) for text in paragraphs), "\n".join(who)]) + "\n"

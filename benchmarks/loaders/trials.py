@@ -25,7 +25,7 @@ from fastlt_benchmarks.loss.contenders import Unavailable
 from fastlt_benchmarks.loss.trials import one_line
 
 PATIENCE = 120  # seconds without a batch: far more than any takes, but not for ever
-GRACE = 5  # seconds for what was told to stop
+GRACE = 5  # seconds for what is to stop
 
 Result = TypeVar("Result")
 Beat = Callable[[int], None]  # so many more images are done

@@ -141,7 +141,7 @@ def measure_in_turn(trials: list[Trial], problem: Problem, pace: Pace, report: R
         for trial in left:
             attempt(trial, partial(repeat, trial, next(copies)))
     for trial in trials:
-        trial.prepared = None  # its tables and masks are in nobody's way any longer
+        trial.prepared = None  # free its tables and masks
     report("", 0.7)
 
 

@@ -60,7 +60,7 @@ def propose(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the prompts and about what they cost; ask nobody."),
+        typer.Option("--dry-run", help="Print the prompts and about what they cost; send none."),
     ] = False,
 ) -> None:
     """Find neighbours of each target: by WordNet, a language model, or a file of your own."""
@@ -121,7 +121,7 @@ def curate_all(
         from fastlt.curate.retrieve import run_retrieve
         from fastlt.evaluation.features import open_backbone
     read = read_settings(out, config, with_control(settings, control), allow_private)
-    open_backbone(read.filter)  # what it lacks is told now, not after hours of fetching
+    open_backbone(read.filter)  # what it lacks is reported now, not after hours of fetching
     with reporting_stops():
         run_propose(Path(pack), out, read, False, console)
         run_retrieve(out, read, console)

@@ -1,4 +1,4 @@
-"""Bytes from addresses that nobody vouches for: bounded in size and time, politely.
+"""Fetching from addresses that nobody has checked: bounded in size and time, within limits.
 
 Redirects are followed one by one, and each is checked.
 """

@@ -34,7 +34,7 @@ class Proposal:
     description: str = ""
     distance: int | None = None  # edges of the hierarchy
     similarity: float | None = None  # cosine of embeddings
-    also: tuple[int, ...] = ()  # further targets that it belongs to, whoever asked
+    also: tuple[int, ...] = ()  # further targets that it belongs to, whichever it was proposed for
     refused: str = ""  # by the provider, and why
 
 

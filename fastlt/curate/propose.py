@@ -236,7 +236,7 @@ def from_llm(
                     ]
                 else:
                     proposals[number] = llm.to_proposals(number, reply)
-    finally:  # what was spent is told where it ends early, too
+    finally:  # what was spent is reported where it ends early, too
         console.print(
             f"asked: {in_words(llm.Usage(len(prompts), known, *tokens), settings)}", highlight=False
         )

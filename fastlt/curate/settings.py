@@ -73,7 +73,7 @@ class RetrieveConfig(Section):
     # of source clip: what `clip-retrieval inference` wrote of images, with their addresses
     clip_index: str = ""
     clip_text: str = ""  # and of the categories: FILE.npz with names and vectors of the same model
-    # an address or page by which whoever is asked can reach you; part of the user agent
+    # an address or page by which hosts can reach you; part of the user agent
     contact: str = ""
     allow_private: bool = False  # addresses of private networks and of this machine too
     per_host: Annotated[float, Field(gt=0)] = 5.0  # requests a second of one host

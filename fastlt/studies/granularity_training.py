@@ -5,7 +5,7 @@ It is the quantitative study of the paper, on any pack with a hierarchy over its
 Each level is trained on a balanced and on a long-tailed set, all of as many images. With the number
 of classes fixed, they are drawn from all parents, one each, up to all children of a few; and the
 parents themselves, each with the images of its children. With the parents fixed, the same few are
-told apart as parents, or by their children.
+distinguished as parents, or by their children.
 """
 
 import json

@@ -81,7 +81,7 @@ def quiet_ray(address: str | None, sweep: Sweep) -> Iterator[Any]:
 
 
 def check_answers(address: str) -> None:
-    """Raise UserError where nobody answers at the address: Ray would try for minutes."""
+    """Raise UserError where there is no answer at the address: Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     if address == "auto" or "://" in address:
         return
@@ -94,7 +94,7 @@ def check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=ANSWERS_WITHIN).close()
     except OSError as error:
         raise UserError(
-            f"nobody answers at {address} ({error}): `ray start --head --port={port}` there begins "
+            f"no answer from {address} ({error}): `ray start --head --port={port}` there begins "
             "a cluster"
         ) from error
 

@@ -80,7 +80,7 @@ def run_sweep(
     show(rows, sweep, console)
     if all(row["top1"] is None for row in rows):
         why = next((f": {row['note']}" for row in rows if row["note"]), "")
-        raise UserError(f"no trial has a result{why}; {out / 'results.csv'} tells of each")
+        raise UserError(f"no trial has a result{why}; {out / 'results.csv'} has the reason of each")
     return rows
 
 

@@ -181,7 +181,7 @@ def test_sizes_and_dtypes_that_are_none_are_refused(arguments):
     assert CliRunner().invoke(app, ["bench-loss", *arguments]).exit_code == 2
 
 
-def test_a_file_of_another_benchmark_is_refused_before_anything_is_measured(tmp_path):
+def test_a_file_of_another_benchmark_is_refused_at_once(tmp_path):
     path = tmp_path / "loss-cpu.csv"
     path.write_text("recipe,ratio\n")
     with pytest.raises(UserError, match="other columns"):
@@ -189,7 +189,7 @@ def test_a_file_of_another_benchmark_is_refused_before_anything_is_measured(tmp_
     assert path.read_text() == "recipe,ratio\n"
 
 
-def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+def test_a_picture_that_cannot_be_written_is_refused_at_once(tmp_path):
     (tmp_path / "loss-cpu.png").mkdir()
     with pytest.raises(UserError, match=r"loss-cpu\.png \(it is a folder\)"):
         check_place(tmp_path / "loss-cpu.csv", COLUMNS)

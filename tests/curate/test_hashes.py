@@ -82,7 +82,7 @@ def test_off_flat_and_empty():
     assert len(concatenated([hashes([1, 2]), hashes([3])]).take(np.array([2, 0]))) == 2
 
 
-def test_photographs_keep_their_look_when_resized_compressed_anew_or_mirrored(shared_data):
+def test_photographs_keep_their_look_when_resized_or_compressed_anew(shared_data):
     photos = sorted((shared_data / "photos/images").glob("*/*.jpg"))[::8]
     greys = [small_grey(photo.read_bytes()) for photo in photos]
     looks = [look(grey) for grey in greys]

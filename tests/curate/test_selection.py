@@ -41,7 +41,7 @@ def reasons(index, known=None, owners=((0,),), **settings):
     return select_images(index, known or {}, owners, FilterConfig(**settings), CPU).reasons
 
 
-def test_of_a_chain_of_duplicates_those_are_dropped_that_are_like_a_kept_one(build_index):
+def test_of_a_chain_of_duplicates_those_like_a_kept_one_are_dropped(build_index):
     """The second is like the first, the third like the second alone: it stays."""
     turned = [np.cos(a) * EAST + np.sin(a) * NORTH for a in (0, 0.15, 0.3)]
     assert reasons(build_index(turned, 0), gamma2=0.98) == ["", "duplicate: the same features", ""]

@@ -272,7 +272,7 @@ def test_a_run_on_the_targets_alone_is_held_against_the_graph_of_its_pack(run: P
     assert "of the auxiliary" not in page.html
 
 
-def test_without_auxiliaries_there_is_no_graph_and_without_errors_no_confusion(
+def test_without_auxiliaries_no_graph_and_without_errors_no_confusion(
     tmp_path: Path,
 ) -> None:
     space = ClassSpace(target_names=["a", "b"], train_counts=[9, 3], val_counts=[1, 1])
