@@ -1,5 +1,6 @@
-"""How well does `fastlt curate filter` find what does not belong? CIFAR-100 with planted strangers,
-duplicates and leaks.
+"""The precision and recall of `fastlt curate filter` on CIFAR-100 with planted images.
+
+They are strangers, duplicates and leaks.
 
     python -m fastlt_benchmarks.curation CIFAR100_DIR --weights RUN --out runs/curation
 
@@ -23,14 +24,14 @@ from rich.progress import track
 from rich.table import Table
 
 from fastlt.__main__ import speak_to_the_user
-from fastlt.curate.features import open_backbone
 from fastlt.curate.filter import owner_ids, retrieved_rows, retrieved_split, splits_of
-from fastlt.curate.image_index import make_pile
+from fastlt.curate.image_index import build_index
 from fastlt.curate.retrieve import run_retrieve
-from fastlt.curate.selection import UNLIKE, judge
+from fastlt.curate.selection import UNLIKE, select_images
 from fastlt.curate.settings import CurateConfig
 from fastlt.curate.table import read_table, write_table
 from fastlt.decode.images import decode_pil
+from fastlt.evaluation.features import open_backbone
 from fastlt.packing.cifar import Cifar, open_cifar, png_bytes
 from fastlt.packing.reader import open_pack
 from fastlt.studies.repeated import Runner
@@ -69,7 +70,7 @@ def main(
     ),
     csv: Annotated[Path | None, typer.Option(help="Add the figures to this file.")] = None,
 ) -> None:
-    """Prints precision and recall of what was planted, for several thresholds."""
+    """Print precision and recall of what was planted, for several thresholds."""
     console = Console()
     if csv is not None:
         check_file(csv)
@@ -93,8 +94,9 @@ def main(
 
 
 def plant(cifar: Cifar, out: Path, console: Console) -> None:
-    """OUT/images, a folder a category, whose file names begin with what they are, and
-    OUT/categories.jsonl.
+    """Write OUT/images, a folder a category, and OUT/categories.jsonl.
+
+    File names begin with what an image is.
     """
     rng = np.random.default_rng(0)
     shutil.rmtree(out, ignore_errors=True)
@@ -121,8 +123,9 @@ def plant(cifar: Cifar, out: Path, console: Console) -> None:
 def planted(
     cifar: Cifar, fine: int, owners: list[int], strangers: list[int], rng: np.random.Generator
 ) -> Iterator[tuple[str, bytes]]:
-    """File names sort originals before copies of them: the first of those that are the same is
-    kept.
+    """Yield the name and the bytes of each image.
+
+    Names sort originals before copies of them: the first of those that are the same is kept.
     """
     own = [png_bytes(*place) for place in cifar.train[fine][:IMAGES]]
     yield from ((f"a-own-{i:03}.png", data) for i, data in enumerate(own))
@@ -140,18 +143,22 @@ def planted(
 
 
 def unchanged(data: bytes) -> bytes:
+    """Return the bytes as they are."""
     return data
 
 
 def resized(data: bytes) -> bytes:
+    """Return the image at another size."""
     return stored_as(decode_pil(data).resize((26, 26), Image.Resampling.BICUBIC), "PNG")
 
 
 def compressed(data: bytes) -> bytes:
+    """Return the image compressed as a JPEG."""
     return stored_as(decode_pil(data), "JPEG", quality=60)
 
 
 def mirrored(data: bytes) -> bytes:
+    """Return the image mirrored."""
     return stored_as(ImageOps.mirror(decode_pil(data)), "JPEG", quality=90)
 
 
@@ -159,17 +166,19 @@ CHANGES = {"resized": resized, "compressed": compressed, "mirrored": mirrored}
 
 
 def stored_as(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """Return the bytes of an image in a format."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def kind_of(data: bytes) -> str:
+    """Return the kind of a planted image."""
     return "png" if data.startswith(b"\x89PNG") else "jpg"
 
 
 def measure(out: Path, weights: str, console: Console) -> Iterator[dict[str, Any]]:
-    """A row for each threshold and kind of what was planted."""
+    """Yield a row for each threshold and kind of what was planted."""
     base: dict[str, Any] = {
         "weights": weights,
         "gamma1": 0.7,
@@ -192,10 +201,10 @@ def measure(out: Path, weights: str, console: Console) -> Iterator[dict[str, Any
     pack, backbone = open_pack(out / "pack"), open_backbone(config.filter)
     owners = owner_ids(pack.space, categories, str(out / "pack"))
     known = {
-        name: make_pile(out / "features", split, backbone, config.filter, name, console)
+        name: build_index(out / "features", split, backbone, config.filter, name, console)
         for name, split in splits_of(pack, config.filter).items()
     }
-    pile = make_pile(
+    index = build_index(
         out / "features",
         retrieved_split(out, rows, categories),
         backbone,
@@ -208,7 +217,7 @@ def measure(out: Path, weights: str, console: Console) -> Iterator[dict[str, Any
     ]
     for change in [{}, *(change for change in changes if not change.items() <= base.items())]:
         settings = config.filter.model_copy(update=change)
-        verdicts = judge(pile, known, owners, settings, backbone.device)
+        verdicts = select_images(index, known, owners, settings, backbone.device)
         for kind, reason in KINDS.items():
             dropped = np.array([found.startswith(reason) for found in verdicts.reasons])
             was_planted = np.array([found == kind for found in kinds])
@@ -235,7 +244,7 @@ def measure(out: Path, weights: str, console: Console) -> Iterator[dict[str, Any
 
 
 def originals_of(rows: Sequence[dict[str, Any]]) -> dict[int, int]:
-    """Of each copy, the number of the image that it was made from."""
+    """Return the number of the image that each copy was made from."""
     numbers = {place_of(row): number for number, row in enumerate(rows)}
     return {
         number: numbers[(category, f"a-own-{name.rpartition('-')[2]}")]
@@ -245,20 +254,23 @@ def originals_of(rows: Sequence[dict[str, Any]]) -> dict[int, int]:
 
 
 def place_of(row: dict[str, Any]) -> tuple[str, str]:
+    """Return category and file name of a row."""
     return row["category"], Path(row["place"]).stem
 
 
 def missed(
     kind: str, kinds: Sequence[str], reasons: Sequence[str], originals: dict[int, int]
 ) -> int:
-    """Planted images that are left, whatever others were dropped for; copies, where what they are
-    copies of is left as well.
+    """Return how many planted images are left, whatever others were dropped for.
+
+    Copies count where what they are copies of is left as well.
     """
     left = [number for number, found in enumerate(kinds) if found == kind and not reasons[number]]
     return len(left) if kind != "copy" else sum(not reasons[originals[number]] for number in left)
 
 
 def table(rows: list[dict[str, Any]], trained: str) -> Table:
+    """Return the rows as a table."""
     columns = (
         "gamma1",
         "gamma2",

@@ -1,5 +1,4 @@
-"""What `fastlt sweep` costs: its time over that of its trials, and the memory of trials that run
-together.
+"""The costs of `fastlt sweep`: time over that of its trials, and memory of trials together.
 
     python -m fastlt_benchmarks.sweep SWEEP.toml PACK --out DIR [--csv FILE] [section.key=value]...
 
@@ -30,7 +29,7 @@ SECONDS_BETWEEN_LOOKS = 2
 
 
 class Memory(NamedTuple):
-    """Of the trainers, when they took most together; MiB."""
+    """The memory of the trainers when they took most together, in MiB."""
 
     trainers: int = 0
     together: int = 0
@@ -48,7 +47,7 @@ def main(
         list[str] | None, typer.Argument(help="section.key=value for every trial.")
     ] = None,
 ) -> None:
-    """Runs the sweep, and prints its time and memory."""
+    """Run the sweep, and print its time and memory."""
     if csv_file is not None:
         check_file(csv_file)
     if out.exists():
@@ -56,7 +55,7 @@ def main(
     sweep = read_sweep(file)
     began = time.monotonic()
     memory = watch(["sweep", str(file), "--data", str(pack), "--out", str(out), *(settings or [])])
-    row = told(sweep, read_seconds(out), time.monotonic() - began, memory)
+    row = make_row(sweep, read_seconds(out), time.monotonic() - began, memory)
     table = Table(*row)
     table.add_row(*map(str, row.values()))
     Console().print(table)
@@ -65,7 +64,10 @@ def main(
 
 
 def watch(arguments: list[str]) -> Memory:
-    """Run `fastlt` with these arguments, looking at its trainers. UserError where it fails."""
+    """Run `fastlt` with these arguments, and watch its trainers.
+
+    Raises UserError where it fails.
+    """
     process = subprocess.Popen([sys.executable, "-m", "fastlt", *arguments], start_new_session=True)
     most = Memory()
     while process.poll() is None:
@@ -80,6 +82,7 @@ def watch(arguments: list[str]) -> Memory:
 
 
 def look(session: int) -> Memory:
+    """Return the memory of a session's trainers now."""
     found = list(trainers(session))
     return Memory(
         len(found), sum(pss for pss, _ in found), sum(own for _, own in found) / max(1, len(found))
@@ -87,7 +90,7 @@ def look(session: int) -> Memory:
 
 
 def trainers(session: int) -> Iterator[tuple[int, int]]:
-    """Proportional set size and what is their own of each process of a session that trains, MiB."""
+    """Yield proportional and own memory of each training process of a session, in MiB."""
     for entry in Path("/proc").iterdir():
         try:
             if not entry.name.isdigit() or os.getsid(int(entry.name)) != session:
@@ -104,13 +107,14 @@ def trainers(session: int) -> Iterator[tuple[int, int]]:
 
 
 def read_seconds(out: Path) -> list[float]:
-    """Of each run once."""
+    """Return the seconds of each run once."""
     with (out / "results.csv").open(encoding="utf-8", newline="") as file:
         runs = {row["run"]: row["seconds"] for row in csv.DictReader(file)}
     return [float(seconds) for seconds in runs.values() if seconds]
 
 
-def told(sweep: Sweep, seconds: list[float], wall: float, memory: Memory) -> dict[str, Any]:
+def make_row(sweep: Sweep, seconds: list[float], wall: float, memory: Memory) -> dict[str, Any]:
+    """Return the figures as a row."""
     parallel = min(
         len(seconds), sweep.resources.parallel or len(seconds), int(cores() / sweep.resources.cpus)
     )

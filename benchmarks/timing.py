@@ -1,4 +1,4 @@
-"""How work is measured: the clock, the peak of memory, and the ceilings of the device."""
+"""The measurement of work: the clock, the peak of memory, and the ceilings of the device."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ CEILING_SECONDS = 0.5  # how long each ceiling is measured; one repetition at le
 
 
 class Pass(NamedTuple):
-    """The times of one forward and one backward, in ms; both is from the beginning of the one to
-    the end of the other.
-    """
+    """The times of one forward and one backward, in ms; `both` covers the two."""
 
     forward: float
     backward: float
@@ -34,15 +32,14 @@ class Pass(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How often a pass is repeated: at least `least` times, then until it has taken `seconds`, at
-    most `most` times.
-    """
+    """The repetitions of a pass: `least` times, then until `seconds` are over, at most `most`."""
 
     least: int
     most: int
     seconds: float
 
     def is_enough(self, passes: list[Pass]) -> bool:
+        """Return whether there are enough passes."""
         spent = sum(p.both for p in passes) / 1e3
         return len(passes) >= self.most or (len(passes) >= self.least and spent >= self.seconds)
 
@@ -55,9 +52,7 @@ class Ceilings(NamedTuple):
 
 
 def timed_pass(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Pass:
-    """Times forward(), which returns a scalar loss, and the gradients of the leaves from it; all
-    three in one go.
-    """
+    """Return the times of forward(), a scalar loss, and of its gradients in the leaves."""
     if leaves[0].device.type == "cuda":
         return _cuda_pass(forward, leaves)
     began = time.perf_counter()
@@ -82,9 +77,7 @@ def _cuda_pass(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Pas
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most memory that torch's allocator held at once during work(), beyond what it held
-    before.
-    """
+    """Return the most memory that torch's allocator held during work(), beyond before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -127,7 +120,7 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken; a very large number where the system does not say."""
+    """Return the memory that can still be taken; very much where the system does not say."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -143,8 +136,9 @@ def free_bytes(device: torch.device) -> int:
 
 @contextmanager
 def bounded_memory(device: torch.device) -> Iterator[None]:
-    """On a CPU under Linux, an allocation beyond the free memory fails inside, where else the
-    system would end the process.
+    """Let an allocation beyond the free memory fail inside, on a CPU under Linux.
+
+    Else the system would end the process.
     """
     mapped = Path("/proc/self/statm")
     if device.type != "cpu" or not mapped.exists():
@@ -167,8 +161,9 @@ def bounded_memory(device: torch.device) -> Iterator[None]:
 
 
 def copies_beyond_cache(nbytes: int, device: torch.device) -> int:
-    """How many inputs of nbytes make a round of more than twice a GPU's L2, or more than a CPU's
-    cache.
+    """Return how many inputs of nbytes make a round that leaves the cache.
+
+    That is more than twice a GPU's L2, or more than a CPU's cache.
     """
     cache = (
         2 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -179,7 +174,7 @@ def copies_beyond_cache(nbytes: int, device: torch.device) -> int:
 
 
 def measure_ceilings(dtype: torch.dtype, device: torch.device, quick: bool) -> Ceilings:
-    """The copy of a large tensor, and a large square matrix product."""
+    """Return the rates of a copy of a large tensor, and of a large square matrix product."""
     on_gpu = device.type == "cuda"
     side = 8192 if on_gpu else 1024 if quick else 2048
     # on zeros products run faster
@@ -188,14 +183,14 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device, quick: bool) -> C
 
 
 def copy_rate(nbytes: int, device: torch.device) -> float:
-    """bytes/s, read and written, of a copy of nbytes."""
+    """Return the bytes/s, read and written, of a copy of nbytes."""
     source = torch.ones(nbytes, dtype=torch.uint8, device=device)
     sink = torch.empty_like(source)
     return 2 * nbytes / _best_seconds(lambda: sink.copy_(source), device)
 
 
 def product_rate(pairs: list[tuple[Tensor, Tensor]]) -> float:
-    """FLOP/s of the matrix products, one after the other, into memory that is there already."""
+    """Return the FLOP/s of matrix products, one after the other, into existing memory."""
     work = [(left, right, left.new_empty(left.shape[0], right.shape[1])) for left, right in pairs]
 
     def multiply() -> None:
@@ -207,7 +202,7 @@ def product_rate(pairs: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """After one call to warm up."""
+    """Return the best time of work(), after one call to warm up."""
     work()
     times: list[float] = []
     while not times or (sum(times) < CEILING_SECONDS and len(times) < 100):

@@ -1,5 +1,6 @@
-"""How much the loop costs: images/s of `fastlt train` over images/s of bare forward, backward and
-step on resident data.
+"""The costs of the loop: images/s of `fastlt train` over those of bare steps.
+
+Bare steps are forward, backward and step on resident data.
 """
 
 import itertools
@@ -38,7 +39,7 @@ PARTS = {
 
 
 class Round(NamedTuple):
-    """One measurement of each in turn, in images/s, and the seconds of the loop by part."""
+    """A measurement of each in turn, in images/s, and the seconds of the loop by part."""
 
     eager: float
     compiled: float | None
@@ -47,11 +48,13 @@ class Round(NamedTuple):
 
     @property
     def bare(self) -> float:
-        """The one that the loop is like."""
+        """The images/s of the bare steps that the loop is like."""
         return self.compiled or self.eager
 
 
 class Work(NamedTuple):
+    """What is known of the work of an image."""
+
     flops_per_image: float
     # FLOP/s that a large matrix product of the run's dtype reaches on a GPU; on a CPU it is no
     # bound
@@ -68,8 +71,9 @@ def run_bench_train(
     csv: Path | None,
     console: Console,
 ) -> None:
-    """They are measured in turn, so that a machine that grows slower grows slower for all; the
-    ratio is of each pair.
+    """Measure loop and bare steps in turn, and print the ratio of each pair.
+
+    So a machine that grows slower grows slower for all.
     """
     if csv is not None:
         check_file(csv)
@@ -92,6 +96,7 @@ def run_bench_train(
 
 
 def measure(trainer: Trainer, steps: int, rounds: int, console: Console) -> list[Round]:
+    """Return the rounds."""
     marks = Marks(trainer.device)
     eager, loop = bare_steps(trainer, compiled=False), loop_steps(trainer, marks)
     compiled = (
@@ -120,7 +125,7 @@ def measure(trainer: Trainer, steps: int, rounds: int, console: Console) -> list
 
 
 def timed(step: Iterator[int], steps: int, trainer: Trainer) -> float:
-    """Images/s of the next steps."""
+    """Return images/s of the next steps."""
     wait_for(trainer.device)
     began = time.perf_counter()
     images = sum(itertools.islice(step, steps))
@@ -129,24 +134,26 @@ def timed(step: Iterator[int], steps: int, trainer: Trainer) -> float:
 
 
 def wait_for(device: torch.device) -> None:
+    """Wait until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def ceiling_of(trainer: Trainer) -> float | None:
+    """Return the FLOP/s that the device reaches, None where it is not measured."""
     on_gpu = trainer.device.type == "cuda"
     return measure_ceilings(trainer.dtype, trainer.device, quick=False).product if on_gpu else None
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Of the GPU's memory what torch has held at most; on a CPU, of the process."""
+    """Return the most GPU memory that torch has held; on a CPU, that of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def random_pack(folder: Path, config: Config, console: Console) -> Path:
-    """100 target classes, each with an auxiliary, of random images in the size of the recipe:
+    """Write a pack of random images in the size of the recipe: 100 targets with auxiliaries.
 
     JPEG, or PNG where they are small.
     """
@@ -176,6 +183,7 @@ def random_pack(folder: Path, config: Config, console: Console) -> Path:
 def show(
     measured: list[Round], work: Work, trainer: Trainer, recipe: str, console: Console
 ) -> None:
+    """Print the rounds."""
     title = f"{recipe}: {trainer.config.model.name}, batch {trainer.config.data.batch}"
     speeds = Table("", "images/s, median", "min", "max", title=title)
     for name, values in (
@@ -216,7 +224,7 @@ def show(
 
 
 def shares(measured: list[Round]) -> dict[str, float]:
-    """Median over the rounds, by part."""
+    """Return the share of each part, median over the rounds."""
     return {
         part: statistics.median(
             round.parts.get(part, 0.0) / sum(round.parts.values()) for round in measured
@@ -228,6 +236,7 @@ def shares(measured: list[Round]) -> dict[str, float]:
 def row(
     measured: list[Round], work: Work, trainer: Trainer, recipe: str, steps: int
 ) -> dict[str, object]:
+    """Return the figures as a row."""
     config, loop = trainer.config, statistics.median(round.loop for round in measured)
     compiled = [round.compiled for round in measured if round.compiled]
     return {

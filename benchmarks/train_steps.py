@@ -1,5 +1,6 @@
-"""The two steps that `fastlt bench-train` compares, endlessly repeated: the trainer's, taken apart
-by marks, and a bare one.
+"""The two steps that `fastlt bench-train` compares, endlessly repeated.
+
+One is the trainer's, taken apart by marks, the other a bare one.
 """
 
 import itertools
@@ -16,8 +17,7 @@ from fastlt.training.setup import Trainer
 
 
 class Marks:
-    """Where the time of the device goes: each mark ends a part of a step, and is passed when the
-    device has done it.
+    """Marks that end a part of a step, passed when the device has done it.
 
     Where a GPU is still at work when images arrive, it passes the mark of that and the one before
     at once: then it has not waited.
@@ -28,6 +28,7 @@ class Marks:
         self.passed: list[tuple[str, Any]] = []
 
     def __call__(self, part: str) -> None:
+        """Mark the end of a part."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -36,8 +37,9 @@ class Marks:
             self.passed.append((part, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """By part, since the last look; what came before the first mark is not counted, for others
-        were measured then.
+        """Return the seconds by part, since the last call.
+
+        What came before the first mark is not counted, for others were measured then.
         """
         passed, self.passed = self.passed, []
         total: Counter[str] = Counter()
@@ -49,7 +51,7 @@ class Marks:
 
 
 def loop_steps(trainer: Trainer, marks: Marks) -> Iterator[int]:
-    """The trainer's own loop: loader, augmentation, loss, backward, step.
+    """Run the trainer's own loop: loader, augmentation, loss, backward, step.
 
     Yields the images of each step.
     """
@@ -61,7 +63,7 @@ def loop_steps(trainer: Trainer, marks: Marks) -> Iterator[int]:
 
 
 def bare_steps(trainer: Trainer, compiled: bool) -> Iterator[int]:
-    """Forward, cross entropy, backward and step on one batch that lies on the device."""
+    """Run forward, cross entropy, backward and step on one batch that lies on the device."""
     images, target = resident_batch(trainer)
     forward = (
         torch.compile(bare_loss, mode=trainer.config.train.compile_mode) if compiled else bare_loss
@@ -78,6 +80,7 @@ def bare_steps(trainer: Trainer, compiled: bool) -> Iterator[int]:
 
 
 def resident_batch(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images and targets on the device."""
     config, device = trainer.config, trainer.device
     batch = next(trainer.plan.epoch(0))
     pixels = torch.randint(
@@ -91,11 +94,15 @@ def resident_batch(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def bare_loss(model: torch.nn.Module, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return cross entropy over all classes."""
     return torch.nn.functional.cross_entropy(model(images), target)
 
 
 def flops_per_image(trainer: Trainer) -> float:
-    """The FLOP of products and convolutions in forward and backward; multiply-adds count two."""
+    """Return the FLOP of products and convolutions in forward and backward.
+
+    Multiply-adds count two.
+    """
     images, target = resident_batch(trainer)
     with FlopCounterMode(display=False) as counter:
         bare_loss(trainer.model, images, target).backward()

@@ -1,5 +1,6 @@
-"""The linear loss with the classifier sharded over ranks by class, so that neither its weight nor
-its logits are ever whole.
+"""The linear loss with the classifier sharded over ranks by class.
+
+Neither its weight nor its logits are ever whole.
 
 Every rank sees the features and labels of all ranks, and makes the terms of its own classes. One
 exchange of a few numbers a row makes them those of all classes; which classes a label silences is
@@ -70,8 +71,9 @@ def class_parallel_loss(
     generator: torch.Generator | None = None,  # on the device of features
     group: Group = None,
 ) -> Tensor:
-    """`linear_neighbor_silencing_loss` over the rows and the classes of all ranks of `group`, which
-    call it together.
+    """Return `linear_neighbor_silencing_loss` over the rows and classes of all ranks of `group`.
+
+    They call it together.
 
     "mean" and "sum" are over the rows of all ranks, and the same number on each; "none" gives this
     rank's own rows, (n,).
@@ -136,8 +138,9 @@ def class_parallel_outputs(
     generator: torch.Generator | None = None,
     group: Group = None,
 ) -> LossOutput:
-    """`class_parallel_loss` with the log-sum-exp and the predictions among classes 0..num_targets -
-    1 of this rank's rows.
+    """Return the loss with the log-sum-exp and the predictions of this rank's rows.
+
+    Predictions are among the classes 0..num_targets - 1.
     """
     # Not as a decorator: that takes the import of this module as long as that of torch.
     outputs = torch.compiler.disable(_outputs) if torch.compiler.is_compiling() else _outputs
@@ -258,7 +261,7 @@ def _outputs(
 
 
 class Job(NamedTuple):
-    """What the loss depends on beside the tensors that get gradients."""
+    """The values that the loss depends on beside the tensors that get gradients."""
 
     rows: Rows  # of all ranks
     first: int  # class of the first column, as the rows count them
@@ -275,7 +278,7 @@ class Job(NamedTuple):
     def work(
         self, features: Tensor, weight: Tensor, bias: Tensor | None, gradients: bool
     ) -> ShardWork:
-        """features (N, D) are those of all ranks."""
+        """Return the work on features (N, D) of all ranks."""
         if self.sample is not None:
             weight = weight[self.sample.classes]
             bias = None if bias is None else bias[self.sample.classes]
@@ -284,6 +287,7 @@ class Job(NamedTuple):
         )
 
     def all_terms(self, work: ShardWork) -> Terms:
+        """Return the terms over the classes of all ranks."""
         terms = work.terms()
         if self.sample is not None:
             if terms.logit_sum is not None:
@@ -298,10 +302,11 @@ class Job(NamedTuple):
         return reduce_terms(terms, self.group)
 
     def gradients(self, work: ShardWork, log_sum: Tensor) -> ShardGradients:
+        """Return the gradients of this rank's rows and classes."""
         return work.gradients(log_sum, self.wanted, lambda partial: Scattering(partial, self.group))
 
     def spread(self, gradient: Tensor | None) -> Tensor | None:
-        """A gradient over the drawn classes as one over all of the shard's."""
+        """Return a gradient over the drawn classes as one over all of the shard's."""
         if gradient is None or self.sample is None:
             return gradient
         return gradient.new_zeros(length(self.shard), *gradient.shape[1:]).index_copy_(
@@ -310,7 +315,9 @@ class Job(NamedTuple):
 
 
 class _ClassParallelLoss(torch.autograd.Function):
-    """Gradients are made in the forward for a sum; for single rows in the backward, where what each
+    """The loss as one function of autograd.
+
+    Gradients are made in the forward for a sum; for single rows in the backward, where what each
     counts is known.
     """
 
@@ -367,7 +374,7 @@ class _ClassParallelLoss(torch.autograd.Function):
 
 
 def _row_gradients(ctx: Any, grad_loss: Tensor, world: int) -> ShardGradients:
-    """Of the mean over ranks of the sum of grad_loss (n,) * loss."""
+    """Return the gradients of the mean over ranks of the sum of grad_loss (n,) * loss."""
     everyones, weight, bias, log_sum = ctx.saved_tensors
     job = ctx.job
     factors = gather(grad_loss, job.group).flatten() / world
@@ -377,6 +384,6 @@ def _row_gradients(ctx: Any, grad_loss: Tensor, world: int) -> ShardGradients:
 
 
 def _own(count: int, group: Group) -> slice:
-    """This rank's rows among those of all."""
+    """Return this rank's rows among those of all."""
     rank = dist.get_rank(group)
     return slice(rank * count, (rank + 1) * count)

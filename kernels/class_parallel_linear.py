@@ -1,6 +1,4 @@
-"""A classifier sharded over ranks by class, and its checkpoints, which any other number of ranks
-can load.
-"""
+"""A classifier sharded over ranks by class; any number of ranks can load its checkpoints."""
 
 from __future__ import annotations
 
@@ -22,8 +20,7 @@ INIT_CLASSES = 1024  # drawn together from one seed, whatever the number of rank
 
 
 class ClassParallelLinear(nn.Module):
-    """`nn.Linear(in_features, num_classes)` of which each rank of `group` holds the classes
-    `shard_of` gives it.
+    """A linear classifier of which each rank of `group` holds some classes, by `shard_of`.
 
     weight (c, D) and bias (c,) are plain parameters, for any optimiser. Keep the module outside of
     DistributedDataParallel: its gradients are whole already. Initialised as nn.Linear is, uniform
@@ -60,7 +57,7 @@ class ClassParallelLinear(nn.Module):
         self.register_load_state_dict_pre_hook(_localise_state)
 
     def loss(self, features: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """`class_parallel_loss` with its options."""
+        """Return `class_parallel_loss` with its options."""
         return class_parallel_loss(
             features,
             self.weight,
@@ -73,8 +70,9 @@ class ClassParallelLinear(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
-        """All logits (n, num_classes) of this rank's features (n, D), as many on every rank; for
-        evaluation, no gradients.
+        """Return all logits (n, num_classes) of this rank's features (n, D), without gradients.
+
+        Features are as many on every rank; it is for evaluation.
         """
         device = features.device.type
         product = product_dtype(features, is_autocast(features))
@@ -95,8 +93,9 @@ class ClassParallelLinear(nn.Module):
         )
 
     def sharded(self, local: Tensor) -> DTensor:
-        """A tensor (c, ...) of this rank's classes as its part of (num_classes, ...), in the same
-        memory.
+        """Return a tensor (c, ...) of this rank's classes as its part of (num_classes, ...).
+
+        It is the same memory.
         """
         from torch.distributed.device_mesh import (
             DeviceMesh,  # too slow to import for those who need none
@@ -131,7 +130,7 @@ def _localise_state(head: Any, state: dict[str, Any], prefix: str, *_unused: Any
 
 
 def _initial(width: int, classes: int, shard: slice, seed: int) -> tuple[Tensor, Tensor]:
-    """Weight (c, D) and bias (c,) of the shard."""
+    """Return weight (c, D) and bias (c,) of the shard."""
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (-(-classes // INIT_CLASSES),), generator=generator).tolist()
     bound = width**-0.5 if width > 0 else 0.0

@@ -1,6 +1,4 @@
-"""The class graph: which auxiliary classes were added because of which target class, as a sparse
-relation.
-"""
+"""The class graph: the auxiliary classes of each target class, as a sparse relation."""
 
 from __future__ import annotations
 
@@ -17,8 +15,9 @@ Direction: TypeAlias = Literal["both", "target_rows", "aux_rows"]
 
 @dataclass(frozen=True, eq=False)
 class ClassGraph:
-    """Silenced set of every class, S(y), as the rows of a CSR matrix over all C classes; made by
-    `from_pairs`.
+    """The silenced set S(y) of every class, as the rows of a CSR matrix over all C classes.
+
+    It is made by `from_pairs`.
 
     Row y of a target holds the auxiliaries added for it; row y of an auxiliary holds the targets it
     was added for (an auxiliary may have several). Siblings are not linked, and no class is in its
@@ -40,8 +39,9 @@ class ClassGraph:
     def from_pairs(
         num_targets: int, num_classes: int, pairs: Tensor | np.ndarray | Sequence[Sequence[int]]
     ) -> ClassGraph:
-        """pairs (P, 2) integers: target id in 0..T-1, auxiliary id in T..C-1; many-to-many,
-        duplicates are merged.
+        """Return the graph of pairs (P, 2) integers: target id in 0..T-1, auxiliary id in T..C-1.
+
+        The relation is many-to-many; duplicates are merged.
 
         Raises ValueError, naming the argument, for a wrong shape or dtype or an id out of range.
         """
@@ -51,7 +51,7 @@ class ClassGraph:
         )
 
     def to(self, device: torch.device | str) -> ClassGraph:
-        """The same graph on another device."""
+        """Return the same graph on another device."""
         return ClassGraph(
             self.indptr.to(device),
             self.indices.to(device),
@@ -62,13 +62,14 @@ class ClassGraph:
         )
 
     def pairs(self) -> Tensor:
-        """(P, 2) int64, the distinct (target, auxiliary) pairs in ascending order."""
+        """Return the distinct (target, auxiliary) pairs in ascending order, (P, 2) int64."""
         # a target's id is the smaller one
         return torch.stack(_entries(self), dim=1).sort(dim=1).values.unique(dim=0)
 
     def directed(self, direction: Direction) -> ClassGraph:
-        """The same pairs, silencing in all rows (`both`), only in rows of targets, or only in rows
-        of auxiliaries.
+        """Return the same pairs, silencing in all rows (`both`) or in those of one side.
+
+        The sides are targets and auxiliaries.
         """
         if direction not in ("both", "target_rows", "aux_rows"):
             raise ValueError(
@@ -77,8 +78,9 @@ class ClassGraph:
         return _from_checked_pairs(self.num_targets, self.num_classes, self.pairs(), direction)
 
     def restricted(self, keep: Tensor) -> ClassGraph:
-        """Only the pairs of targets where keep (T,) bool is True (the release's few-shot
-        restriction); same direction.
+        """Return the pairs of targets where keep (T,) bool is True, in the same direction.
+
+        It is the release's few-shot restriction.
         """
         if (
             not isinstance(keep, Tensor)
@@ -93,8 +95,9 @@ class ClassGraph:
         return _from_entries(self.num_targets, self.num_classes, rows[kept], columns[kept])
 
     def neighbours(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Silenced columns of labels (N,) int64: columns (N, K) int64 and whether each is real (N,
-        K) bool, K = max_degree.
+        """Return the silenced columns of labels (N,) int64, and whether each is real, both (N, K).
+
+        Columns are int64, the latter (N, K) bool, and K = max_degree.
 
         Shorter rows are padded with the label itself, which is never in its own silenced set.
         """
@@ -104,7 +107,7 @@ class ClassGraph:
 def padded_neighbours(
     indptr: Tensor, indices: Tensor, max_degree: int, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`ClassGraph.neighbours` for the bare tensors of a graph."""
+    """Return `ClassGraph.neighbours` for the bare tensors of a graph."""
     slots = torch.arange(max_degree, device=labels.device)
     start = indptr[labels]
     real = slots < (indptr[labels + 1] - start)[:, None]
@@ -135,7 +138,7 @@ def _check_counts(num_targets: int, num_classes: int) -> None:
 def _as_pairs(
     num_targets: int, num_classes: int, pairs: Tensor | np.ndarray | Sequence[Sequence[int]]
 ) -> Tensor:
-    """(P, 2) int64, distinct and ascending."""
+    """Return pairs (P, 2) int64, distinct and ascending."""
     try:
         table = torch.as_tensor(pairs)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -175,7 +178,10 @@ def _from_checked_pairs(
 
 
 def _from_entries(num_targets: int, num_classes: int, rows: Tensor, columns: Tensor) -> ClassGraph:
-    """The graph whose row rows[i] holds columns[i]; the entries are distinct, in any order."""
+    """Return the graph whose row rows[i] holds columns[i].
+
+    The entries are distinct, in any order.
+    """
     order = torch.argsort(rows * num_classes + columns)
     degrees = torch.bincount(rows, minlength=num_classes)
     indptr = torch.cat([degrees.new_zeros(1), degrees.cumsum(0)])
@@ -188,6 +194,6 @@ def _from_entries(num_targets: int, num_classes: int, rows: Tensor, columns: Ten
 
 
 def _entries(graph: ClassGraph) -> tuple[Tensor, Tensor]:
-    """Row and column of every stored entry, each (nnz,) int64."""
+    """Return row and column of every stored entry, each (nnz,) int64."""
     classes = torch.arange(graph.num_classes, device=graph.indptr.device)
     return torch.repeat_interleave(classes, graph.indptr.diff()), graph.indices

@@ -1,5 +1,6 @@
-"""Features and classifier weight -> neighbour silencing loss and all gradients, without ever
-holding N x C logits.
+"""The neighbour silencing loss of features and classifier weight, with all gradients.
+
+N x C logits are never held.
 
 Rows go through in chunks. A chunk's logits become their own gradient in place, and the products
 with weight and features follow at once, so for reduction "mean" and "sum" the forward leaves the
@@ -33,7 +34,7 @@ from fastlt_kernels._impl.labels import accumulation_dtype, divided, stack_label
 from fastlt_kernels._impl.products import is_autocast, kept_dtype, product_dtype
 from fastlt_kernels._impl.rows import Rows, Terms, describe_rows, join_terms, losses_of
 from fastlt_kernels._impl.saved import refuse_twice, save_mixed, saved_mixed, scaled
-from fastlt_kernels._impl.tile import Tile
+from fastlt_kernels._impl.tile_work import TileWork
 from fastlt_kernels.graph import ClassGraph
 from fastlt_kernels.logits_loss import ROWS_SCHEMA, LossOutput
 
@@ -54,7 +55,7 @@ def linear_neighbor_silencing_loss(
     backend: str = "auto",
     chunk_bytes: int = 512 * 2**20,
 ) -> Tensor:
-    """`neighbor_silencing_loss(features @ weight.T + bias, ...)` in bounded memory.
+    """Return `neighbor_silencing_loss(features @ weight.T + bias, ...)` in bounded memory.
 
     Temporaries stay within chunk_bytes (but one row by 1,024 classes is always taken), whatever N
     and C are, beside a few vectors of N and of C. The gradients come on top, those of weight and
@@ -97,8 +98,9 @@ def linear_neighbor_silencing_outputs(
     backend: str = "auto",
     chunk_bytes: int = 512 * 2**20,
 ) -> LossOutput:
-    """`linear_neighbor_silencing_loss` with the log-sum-exp and the predictions among the targets,
-    of the same pass.
+    """Return the loss with the log-sum-exp and the predictions among the targets.
+
+    All are of the same pass.
     """
     check_matrix("features", features, "(N, D)")
     autocast = is_autocast(features)
@@ -144,8 +146,9 @@ def linear_neighbor_silencing_outputs(
 
 
 class Problem(NamedTuple):
-    """The arguments that the two operators share, in the order of their schema, those of Rows as
-    one.
+    """The arguments that the two operators share, in the order of their schema.
+
+    Those of Rows are one.
     """
 
     features: Tensor  # (N, D)
@@ -158,11 +161,13 @@ class Problem(NamedTuple):
 
     @staticmethod
     def of(features: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Problem:
+        """Return the problem of an operator's arguments."""
         return Problem(
             features, weight, bias, Rows(*args[: len(Rows._fields)]), *args[len(Rows._fields) :]
         )
 
     def flat(self) -> tuple[Any, ...]:
+        """Return the arguments of an operator."""
         return (*self[:3], *self.rows, *self[4:])
 
 
@@ -179,8 +184,9 @@ _SHARED_SCHEMA = (
     "Tensor, Tensor)",
 )
 def _linear_loss(*args: Any) -> tuple[Tensor, ...]:
-    """Loss, summed () or per row (N,); log-sum-exp and prediction (N,); if summed, gradients in
-    features, weight, bias.
+    """Return loss, log-sum-exp and prediction (N,), and gradients in features, weight, bias.
+
+    The loss is () if summed, else (N,), without gradients.
     """
     *shared, summed, wanted = args
     problem = Problem.of(*shared)
@@ -195,7 +201,7 @@ def _linear_loss(*args: Any) -> tuple[Tensor, ...]:
     schema=f"({_SHARED_SCHEMA}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
 )
 def _linear_loss_gradients(*args: Any) -> Gradients:
-    """The gradients of sum(shares * loss), shares being what each row's loss counts."""
+    """Return the gradients of sum(shares * loss), shares being what each row's loss counts."""
     *shared, wanted = args
     return _run(Problem.of(*shared), wanted)[2]
 
@@ -256,7 +262,7 @@ _linear_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _empty_gradients(problem: Problem, wanted: Sequence[bool]) -> Gradients:
-    """Uninitialised; of zero length where not wanted."""
+    """Return uninitialised gradients, of zero length where not wanted."""
     features, weight, bias = problem[:3]
     return (
         features.new_empty(
@@ -271,7 +277,7 @@ def _empty_gradients(problem: Problem, wanted: Sequence[bool]) -> Gradients:
 
 
 def _run(problem: Problem, wanted: Sequence[bool]) -> tuple[Tensor, Terms, Gradients]:
-    """Losses (N,), terms, and the wanted gradients of the sum of losses, chunk by chunk."""
+    """Return losses (N,), terms, and the wanted gradients of their sum, chunk by chunk."""
     features, weight, bias, rows, product, chunk_bytes, backend = problem
     plan = plan_chunks(
         features.shape[0],
@@ -289,9 +295,8 @@ def _run(problem: Problem, wanted: Sequence[bool]) -> tuple[Tensor, Terms, Gradi
     gradients = _empty_gradients(problem, wanted)
     # The dtypes of the products are chosen already; autocast must not choose again.
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-        work = ChunkWork(
-            features, rows, Tile(weight, bias, product, plan), plan, backend, gradients, wanted
-        )
+        tiles = TileWork(weight, bias, rows, plan, product, backend)
+        work = ChunkWork(features, tiles, gradients, wanted)
         terms = join_terms([work.chunk(part) for part in slices(features.shape[0], plan.rows)])
         work.finish()
     return losses_of(terms, rows), terms, gradients

@@ -1,4 +1,4 @@
-"""Neighbour silencing on logits that already exist."""
+"""The neighbour silencing loss of logits that exist already."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FUSE_FROM_LOGITS = 200_000
 
 
 class LossOutput(NamedTuple):
-    """The loss, and what the same pass knows beside it; the latter two have no gradient."""
+    """The loss, and the other results of the same pass, which have no gradient."""
 
     loss: Tensor  # fp32 or fp64: () or (N,)
     log_sum_exp: Tensor  # (N,), over the logits with prior and silencing of `target`
@@ -41,8 +41,9 @@ def neighbor_silencing_loss(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Cross entropy with a prior, in which each label's neighbours in `graph` weigh `silence`
-    (arXiv 2410.15980).
+    """Return cross entropy with a prior, in which each label's neighbours weigh `silence`.
+
+    Neighbours are those in `graph` (arXiv 2410.15980).
 
         a_ij = z_ij + log_prior_j + [j in S(y_i)] * log(silence)
         L_i = logsumexp_j(a_ij) - a_i,y_i
@@ -89,8 +90,9 @@ def neighbor_silencing_outputs(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> LossOutput:
-    """`neighbor_silencing_loss` with the log-sum-exp and the predictions among classes
-    0..num_targets - 1 of the same pass.
+    """Return the loss with the log-sum-exp and the predictions of the same pass.
+
+    Predictions are among the classes 0..num_targets - 1.
     """
     check_matrix("logits", logits, "(N, C)")
     count, classes = logits.shape
@@ -137,7 +139,7 @@ def neighbor_silencing_outputs(
 
 
 def _reduced(losses: Tensor, shares: Tensor, reduction: str) -> Tensor:
-    """losses (N,) to what the reduction asks for."""
+    """Return losses (N,) as the reduction has them."""
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / counted_rows(shares)
@@ -157,8 +159,9 @@ ROWS_SCHEMA = (
     "Tensor, Tensor, Tensor)",
 )
 def _logits_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, summed () or per row (N,); log-sum-exp (L, N); prediction (N,); if summed, d loss / d
-    logits (N, C), if wanted.
+    """Return loss, log-sum-exp (L, N), prediction (N,) and gradient (N, C) of the loss.
+
+    The loss is () if summed, else (N,), without a gradient.
     """
     *described, backend, summed, wanted = args
     rows = Rows(*described)
@@ -175,7 +178,7 @@ def _logits_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Te
     schema=f"(Tensor logits, {ROWS_SCHEMA}, str backend, Tensor log_sum) -> Tensor",
 )
 def _logits_loss_gradient(logits: Tensor, *args: Any) -> Tensor:
-    """(N, C), of the sum of shares * loss, shares being whatever each row's loss is to count."""
+    """Return the gradient (N, C) of the sum of shares * loss."""
     *described, backend, log_sum = args
     gradient = _empty_gradient(logits, True)
     implementation(backend).row_gradient(_packed(logits), 0, Rows(*described), log_sum, gradient)
@@ -200,7 +203,7 @@ def _(logits: Tensor, *args: Any) -> Tensor:
 
 
 def _terms(logits: Tensor, rows: Rows, backend: str, gradient: Tensor | None) -> Terms:
-    """And the gradient, where there is room for it."""
+    """Return the terms, and write the gradient where there is room for it."""
     if gradient is None:
         return implementation(backend).row_terms(logits, 0, rows)
     return implementation(backend).row_loss_and_gradient(logits, rows, gradient)

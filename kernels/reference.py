@@ -33,8 +33,9 @@ def reference_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """`neighbor_silencing_loss`, formula by formula, with dense (N, C) masks, in the dtype of
-    logits (N, C).
+    """Return `neighbor_silencing_loss`, formula by formula, with dense (N, C) masks.
+
+    It is in the dtype of logits (N, C).
     """
     base = logits if log_prior is None else logits + log_prior.to(logits.dtype)
     losses, counted = _label_losses(base, target, graph, silence, label_smoothing)
@@ -51,7 +52,7 @@ def reference_loss(
 
 
 def silenced_mask(graph: ClassGraph | None, labels: Tensor, num_classes: int) -> Tensor:
-    """(N, C) bool: whether class j is in S(labels_i)."""
+    """Return whether class j is in S(labels_i), (N, C) bool."""
     mask = torch.zeros(len(labels), num_classes, dtype=torch.bool, device=labels.device)
     if graph is not None:
         for row, label in enumerate(labels.tolist()):
@@ -62,8 +63,9 @@ def silenced_mask(graph: ClassGraph | None, labels: Tensor, num_classes: int) ->
 def target_mass(
     labels: Tensor, silenced: Tensor, label_smoothing: float, dtype: torch.dtype
 ) -> Tensor:
-    """(N, C): 1 - eps + eps / K on the label, eps / K on each other unsilenced class, of which
-    there are K with it.
+    """Return 1 - eps + eps / K on the label, eps / K on each other unsilenced class, (N, C).
+
+    There are K unsilenced classes with the label.
     """
     unsilenced = (~silenced).to(dtype)
     label = torch.nn.functional.one_hot(labels.long(), silenced.shape[1]).to(dtype)
@@ -75,8 +77,9 @@ def target_mass(
 def _label_losses(
     base: Tensor, labels: Tensor, graph: ClassGraph | None, silence: float, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """(N,) losses for one label each, and 1 for each that counts, 0 for an ignored one; base (N, C)
-    is logits plus prior.
+    """Return losses (N,) of one label each, and 1 for each that counts, 0 for an ignored one.
+
+    base (N, C) is logits plus prior.
     """
     counted = labels != IGNORE_INDEX
     labels = torch.where(counted, labels, 0)

@@ -13,6 +13,9 @@ from rich.console import Console
 if TYPE_CHECKING:
     from fastlt.packing.reader import Pack
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with a thread each, not with all cores each
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 if not torch.cuda.is_available():
     # before the kernels are imported: without a GPU, they run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"

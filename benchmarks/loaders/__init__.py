@@ -1,1 +1,1 @@
-"""`fastlt bench-data`."""
+"""The benchmark of `fastlt bench-data`."""

@@ -1,5 +1,6 @@
-"""Who loads images in `fastlt bench-data`: the same JPEGs, cut at random, to batches (n, size,
-size, 3) uint8.
+"""The contenders of `fastlt bench-data`.
+
+All make the same JPEGs, cut at random, to batches (n, size, size, 3) uint8.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastlt_benchmarks.loss.contenders import Unavailable
 
 
 def all_contenders() -> list[Contender]:
-    """Those that fork come before those with threads, which a fork would tear apart."""
+    """Return the contenders, those that fork first: a fork would tear threads apart."""
     return [
         Contender(
             "pillow",
@@ -72,6 +73,7 @@ def all_contenders() -> list[Contender]:
 
 
 def all_limits() -> list[Contender]:
+    """Return what no loader can beat."""
     whole, scaled = (partial(decoding_alone, is_scaled) for is_scaled in (False, True))
     return [
         Contender(
@@ -92,6 +94,7 @@ def all_limits() -> list[Contender]:
 
 
 def ours(name: str, what: str, form: str) -> Contender:
+    """Return one of fastlt's engines as a contender."""
     engine, _, decode = name.partition("-")
     start = partial(
         start_ours, engine=engine, decode="exact" if decode == "exact" else "region", form=form
@@ -100,9 +103,7 @@ def ours(name: str, what: str, form: str) -> Contender:
 
 
 def start_ours(task: Task, engine: str, decode: str, form: str = PACK, **options: Any) -> Source:
-    """What `fastlt train` loads with, in a plan's order; options as of Loader, in place of the
-    task's.
-    """
+    """Return what `fastlt train` loads with, in a plan's order; options as of Loader."""
     if form == TRANSCODED:
         check_transcoder("transcoding")
     pack = task.images.transcoded if form == TRANSCODED else task.images.pack
@@ -139,5 +140,6 @@ def start_ours(task: Task, engine: str, decode: str, form: str = PACK, **options
 
 
 def decoding_alone(is_scaled: bool, task: Task) -> Source:
+    """Return decoding without anything behind it."""
     decoding = DecodingAlone(task.images.split, task.size if is_scaled else None)
     return Source(decoding.epoch, decoding.close)

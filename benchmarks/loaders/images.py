@@ -1,5 +1,6 @@
-"""The images of `fastlt bench-data`: chosen once, then written in every form that a contender
-takes, byte for byte the same.
+"""The images of `fastlt bench-data`, in every form that a contender takes.
+
+They are chosen once, and are byte for byte the same.
 """
 
 from __future__ import annotations
@@ -54,9 +55,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Images:
-    """Image i is the same in every form; a form that nobody takes, or that cannot be made here, is
-    missing.
-    """
+    """The images in every form; one that nobody takes, or that cannot be made, is missing."""
 
     source: str
     what: str
@@ -67,12 +66,16 @@ class Images:
 
     @property
     def split(self) -> Split:
+        """The images as a split of a pack."""
         return self.pack.train
 
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Removed at the end, SIGTERM included. Raises UserError where there is no place for one."""
+    """Yield a folder that is removed at the end, SIGTERM included.
+
+    Raises UserError where there is no place for one.
+    """
     try:
         folder = Path(tempfile.mkdtemp(prefix="fastlt-bench-data-"))
     except OSError as error:
@@ -89,8 +92,9 @@ def temporary_folder() -> Iterator[Path]:
 def choose_images(
     data: str | None, images: Path | None, most: int, generated: int, folder: Path
 ) -> Choice:
-    """Those of a pack's training split, of a folder, or new ones in `folder`; of more than `most`,
-    evenly spaced ones.
+    """Return images of a pack's training split, of a folder, or new ones in `folder`.
+
+    Of more than `most` they are evenly spaced.
 
     Raises UserError where there are none, or no JPEG is among them.
     """
@@ -123,12 +127,14 @@ def choose_images(
 
 
 def spaced(count: int, most: int) -> list[int]:
+    """Return evenly spaced indices, `most` at most."""
     return np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
 
 
 def pack_refs(split: Split, most: int) -> tuple[list[ImageRef], int]:
-    """Evenly spaced images, and how many there are; of a pack that is far away, the shards with
-    these are fetched.
+    """Return evenly spaced images, and how many there are.
+
+    Of a remote pack the shards with these are fetched.
     """
     if not len(split):
         raise UserError(f"{split.folder} holds no images: name another pack with --data")
@@ -149,6 +155,7 @@ def pack_refs(split: Split, most: int) -> tuple[list[ImageRef], int]:
 
 
 def folder_refs(folder: Path, most: int) -> tuple[list[ImageRef], int]:
+    """Return evenly spaced images below a folder, and how many there are."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: name one with images below it with --images")
     paths = sorted(
@@ -163,8 +170,9 @@ def folder_refs(folder: Path, most: int) -> tuple[list[ImageRef], int]:
 
 
 def is_usable(ref: ImageRef) -> bool:
-    """A JPEG that all contenders decode: not CMYK, not damaged, and not too large for FFCV's own
-    format.
+    """Return whether all contenders decode a JPEG.
+
+    It is not CMYK, not damaged, and not too large for FFCV's own format.
     """
     try:
         data = read_bytes(ref)
@@ -184,7 +192,7 @@ def is_usable(ref: ImageRef) -> bool:
 
 
 def write_forms(choice: Choice, forms: Names[str], folder: Path, console: Console) -> Images:
-    """The images in `folder`, in the forms that are asked for."""
+    """Return the images in `folder`, in the forms that are asked for."""
     check_space(choice, forms, folder)
     count = len(choice.refs)
     with console.status(f"packing {count:,} images"):
@@ -205,6 +213,7 @@ def write_forms(choice: Choice, forms: Names[str], folder: Path, console: Consol
 
 
 def check_space(choice: Choice, forms: Names[str], folder: Path) -> None:
+    """Raise UserError where the disk has no room for the forms."""
     copies = sum({PACK: 2, TRANSCODED: 2}.get(form, 1) for form in {PACK, *forms})
     needed = copies * sum(
         ref.size if ref.size >= 0 else Path(ref.path).stat().st_size for ref in choice.refs
@@ -218,7 +227,10 @@ def check_space(choice: Choice, forms: Names[str], folder: Path) -> None:
 
 
 def pack_in(folder: Path, refs: list[ImageRef], transcode: bool) -> Pack:
-    """All as one class; validation is not loaded, but has to hold something."""
+    """Return a pack of the images, all as one class.
+
+    Validation is not loaded, but has to hold something.
+    """
     workers = min(cores(), 1 + len(refs) // WORTH_A_PROCESS)
     options = PackOptions(folder, workers, transcode=transcode)
     beton = write_beton if has_ffcv() else None
@@ -226,6 +238,7 @@ def pack_in(folder: Path, refs: list[ImageRef], transcode: bool) -> Pack:
 
 
 def write_files(split: Split, folder: Path) -> list[str]:
+    """Write each image as a file, and return their paths."""
     folder.mkdir()
     paths = [folder / f"{image:06}.jpg" for image in range(len(split))]
     for image, path in enumerate(paths):
@@ -234,8 +247,9 @@ def write_files(split: Split, folder: Path) -> list[str]:
 
 
 def write_stock_beton(split: Split, path: Path) -> Path:
-    """FFCV's own format, its RGBImageField in `jpg` mode with the bytes as they are: the field
-    itself would encode anew.
+    """Write FFCV's own format, its RGBImageField in `jpg` mode with the bytes as they are.
+
+    The field itself would encode anew.
     """
     from ffcv.fields.rgb_image import IMAGE_MODES, RGBImageField
     from ffcv.types import (
@@ -278,8 +292,9 @@ def write_stock_beton(split: Split, path: Path) -> Path:
 
 
 def in_pages(start: int, sizes: np.ndarray, page: int) -> np.ndarray:
-    """Where each image begins, (n,) int64: one after the other from `start`, none across the end of
-    a page.
+    """Return where each image begins, (n,) int64.
+
+    They follow one another from `start`, none across the end of a page.
     """
     starts = np.empty(len(sizes), np.int64)
     for i, size in enumerate(sizes.tolist()):

@@ -1,6 +1,4 @@
-"""What no loader that decodes whole images can beat: libjpeg-turbo alone, on all cores, with
-nothing behind it.
-"""
+"""The limit of loaders that decode whole images: libjpeg-turbo alone, on all cores."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ PIECE = 16  # images that a thread takes at once
 
 @cache
 def turbojpeg() -> ctypes.CDLL | None:
-    """libjpeg-turbo's shared library: the system's, or the one that FFCV was built with."""
+    """Return libjpeg-turbo's shared library: the system's, or that of FFCV; None without."""
     for name in (ctypes.util.find_library("turbojpeg"), ffcv_library()):
         try:
             library = ctypes.CDLL(name) if name else None
@@ -57,6 +55,7 @@ def turbojpeg() -> ctypes.CDLL | None:
 
 
 def ffcv_library() -> str | None:
+    """Return the library that FFCV was built with, None without."""
     try:
         import_ffcv()
     except UserError:
@@ -74,7 +73,7 @@ class Decoder:
         self.pixels = np.empty(0, np.uint8)
 
     def decode(self, data: bytes | memoryview, width: int, height: int) -> bool:
-        """A JPEG, scaled to width x height; False where it is damaged.
+        """Decode a JPEG, scaled to width x height; return False where it is damaged.
 
         The GIL is released meanwhile.
         """
@@ -93,9 +92,7 @@ class Decoder:
 
 
 def decodes(data: bytes, width: int, height: int) -> bool:
-    """Whether libjpeg-turbo has nothing to say against the JPEG; without the library, nothing is
-    known against it.
-    """
+    """Return whether libjpeg-turbo decodes a JPEG without complaint; True without the library."""
     library = turbojpeg()
     if library is None:
         return True
@@ -103,7 +100,7 @@ def decodes(data: bytes, width: int, height: int) -> bool:
 
 
 class DecodingAlone:
-    """Epochs of decoding.
+    """Epochs of decoding alone.
 
     With `size`, scaled to the least of 1/1, 1/2, 1/4 and 1/8 whose shorter side is not below it.
     """
@@ -121,7 +118,7 @@ class DecodingAlone:
         self.pool = ThreadPoolExecutor(cores(), "decoding-alone")
 
     def epoch(self, number: int) -> Iterator[int]:
-        """Decodes all images; yields how many are done."""
+        """Decode all images; yield how many are done."""
         pieces = [self.jobs[start : start + PIECE] for start in range(0, len(self.jobs), PIECE)]
         yield from self.pool.map(self._decode, pieces)
 
@@ -131,11 +128,12 @@ class DecodingAlone:
         return sum(self.mine.decoder.decode(*job) for job in jobs)
 
     def close(self) -> None:
+        """End the threads."""
         self.pool.shutdown(cancel_futures=True)
 
 
 def scaled(sides: np.ndarray, size: int | None) -> np.ndarray:
-    """sides (n, 2) int; the same after libjpeg's scaling, which rounds up."""
+    """Return sides (n, 2) int after libjpeg's scaling, which rounds up."""
     if size is None:
         return sides
     result = sides.copy()

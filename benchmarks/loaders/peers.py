@@ -1,4 +1,4 @@
-"""The loaders of others in `fastlt bench-data`, each as its own documentation has it used."""
+"""The loaders of others in `fastlt bench-data`, each used as its own documentation says."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # the defaults of torchvision, FFCV 
 
 
 def random_box(height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random resized crop."""
+    """Return (top, left, height, width) of a random resized crop."""
     for _ in range(10):
         area = height * width * random.uniform(*SCALE)
         aspect = math.exp(random.uniform(*map(math.log, RATIO)))
@@ -44,7 +44,7 @@ def random_box(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 class FileImages(Dataset):
-    """decode: the bytes of a file and the size to (size, size, 3) uint8."""
+    """A data set of files. decode: bytes and size to (size, size, 3) uint8."""
 
     def __init__(
         self, paths: list[str], size: int, decode: Callable[[bytes, int], np.ndarray]
@@ -63,6 +63,7 @@ class FileImages(Dataset):
 
 
 def data_loader(task: Task, decode: Callable[[bytes, int], np.ndarray]) -> Source:
+    """Return torch's DataLoader over the files."""
     loader = DataLoader(
         FileImages(task.images.files, task.size, decode),
         task.batch,
@@ -75,10 +76,12 @@ def data_loader(task: Task, decode: Callable[[bytes, int], np.ndarray]) -> Sourc
 
 
 def pillow(task: Task) -> Source:
+    """Return torch's DataLoader with Pillow."""
     return data_loader(task, decode_pillow)
 
 
 def decode_pillow(data: bytes, size: int) -> np.ndarray:
+    """Return a random crop, decoded by Pillow."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     top, left, height, width = random_box(image.height, image.width)
     crop = image.crop((left, top, left + width, top + height))
@@ -86,6 +89,7 @@ def decode_pillow(data: bytes, size: int) -> np.ndarray:
 
 
 def simplejpeg(task: Task) -> Source:
+    """Return torch's DataLoader with simplejpeg."""
     try:
         from simplejpeg import decode_jpeg
     except ImportError as error:
@@ -96,6 +100,7 @@ def simplejpeg(task: Task) -> Source:
 def decode_simplejpeg(
     decode_jpeg: Callable[[bytes], np.ndarray], data: bytes, size: int
 ) -> np.ndarray:
+    """Return a random crop, decoded by simplejpeg."""
     pixels = decode_jpeg(data)
     top, left, height, width = random_box(*pixels.shape[:2])
     crop = pixels[top : top + height, left : left + width]
@@ -111,6 +116,7 @@ def decode_simplejpeg(
 
 
 def spdl(task: Task) -> Source:
+    """Return a pipeline of SPDL."""
     try:
         import spdl.io
         from spdl.pipeline import PipelineBuilder
@@ -140,6 +146,7 @@ def spdl(task: Task) -> Source:
 
 
 def decode_spdl(library: Any, size: int, path: str) -> Any:
+    """Return a random crop, decoded by SPDL."""
     packets = library.demux_image(path)
     top, left, height, width = random_box(packets.height, packets.width)
     flip = "hflip," if random.random() < 0.5 else ""
@@ -151,8 +158,9 @@ def decode_spdl(library: Any, size: int, path: str) -> Any:
 
 
 def ffcv_stock(task: Task) -> Source:
-    """Its batches are views of buffers that later ones overwrite: one copy less than the others
-    make.
+    """Return FFCV's own loader.
+
+    Its batches are views of buffers that later ones overwrite: one copy less than the others make.
     """
     import_ffcv()
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
@@ -204,8 +212,9 @@ def ffcv_stock(task: Task) -> Source:
 
 
 def dali_stock(task: Task) -> Source:
-    """With external_source, for its own readers read on into the next epoch, and so into another
-    contender's time.
+    """Return DALI's own pipeline, with external_source.
+
+    Its own readers read on into the next epoch, and so into another contender's time.
     """
     pipeline_def, fn, types = import_dali()
     on_gpu = task.device.type == "cuda"

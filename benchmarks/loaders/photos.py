@@ -1,5 +1,4 @@
-"""JPEGs to load where nobody has any at hand: as large as the photos of ImageNet, and about as
-busy.
+"""Generated JPEGs, as large as the photos of ImageNet, and about as busy.
 
 Free of torch, for worker processes import it.
 """
@@ -24,7 +23,7 @@ PIECE = 50  # images that a worker takes at once
 
 
 def write_photos(folder: Path, count: int) -> list[ImageRef]:
-    """The same files for the same count."""
+    """Write photos; they are the same files for the same count."""
     pieces = [range(start, min(start + PIECE, count)) for start in range(0, count, PIECE)]
     with ordered_map(min(cores(), 1 + count // WORTH_A_PROCESS)) as apply:
         return [ref for refs in apply(partial(_write_piece, folder), pieces) for ref in refs]
@@ -40,8 +39,9 @@ def _write_piece(folder: Path, numbers: range) -> list[ImageRef]:
 
 
 def draw_photo(number: int) -> np.ndarray:
-    """(height, width, 3) uint8: overlapping leaves, each with a colour, and a texture whose
-    amplitude falls with its frequency.
+    """Return (height, width, 3) uint8: overlapping leaves with colours and texture.
+
+    The amplitude of the texture falls with its frequency.
     """
     rng = np.random.default_rng([0, number])
     height, width = int(rng.integers(*SHORT_SIDE)), LONG_SIDE

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """A PNG of images/s: median, with a line from minimum to maximum.
+    """Draw a PNG of images/s: median, with a line from minimum to maximum.
 
     Who did not run has no bar, but the word for it.
     """
@@ -49,6 +49,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def draw_bar(axes: Axes, place: int, row: Row) -> None:
+    """Draw the bar of a contender."""
     rate = row["images_per_s"]
     if rate is None:
         axes.text(0, place, " did not run", va="center", color="#777777", fontsize=10)
@@ -73,6 +74,7 @@ def draw_bar(axes: Axes, place: int, row: Row) -> None:
 
 
 def finish(axes: Axes, bars: list[Row]) -> None:
+    """Label the axes."""
     first = bars[0]
     axes.set_yticks(range(len(bars)), [row["contender"] for row in bars])
     axes.invert_yaxis()

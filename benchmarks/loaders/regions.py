@@ -1,5 +1,6 @@
-"""Does decoding only what a crop needs cost accuracy? The same JPEGs, decoded as a whole and by
-regions, several seeds.
+"""The accuracy of decoding only what a crop needs, beside decoding whole images.
+
+The JPEGs are the same, over several seeds.
 
     python -m fastlt_benchmarks.loaders.regions CIFAR_DIR --out runs/regions
 
@@ -53,7 +54,7 @@ def main(
         list[str] | None, typer.Argument(help="section.key=value for every run.")
     ] = None,
 ) -> None:
-    """Prints mean and standard deviation over the seeds for both ways to decode."""
+    """Print mean and standard deviation over the seeds for both ways to decode."""
     console = Console()
     pack = make_pack(cifar, out, console)
     controls = {
@@ -67,6 +68,7 @@ def main(
 
 
 def make_pack(cifar: Path, out: Path, console: Console) -> Path:
+    """Return a pack of CIFAR-100's images, enlarged as JPEGs."""
     images, pack = out / "images", out / "pack"
     if not images.is_dir():
         with whole_output(images) as folder:
@@ -86,6 +88,7 @@ def make_pack(cifar: Path, out: Path, console: Console) -> Path:
 
 
 def write_images(cifar: Path, folder: Path, console: Console) -> None:
+    """Write the images as files."""
     source = open_cifar(cifar)
     for fine in track(CLASSES, "enlarging", console=console):
         for split, stored in (("train", source.train), ("test", source.test)):

@@ -20,7 +20,7 @@ from fastlt_benchmarks.loaders.plot import draw
 from fastlt_benchmarks.loaders.table import TABLE_WIDTH, Row, method, reasons, table
 from fastlt_benchmarks.loaders.trials import Contender, Task, Trial, run_rounds
 from fastlt_benchmarks.loaders.tune import run_tune
-from fastlt_benchmarks.loss.run import device_slug, installed, progress_bar, rounded
+from fastlt_benchmarks.loss.run import device_slug, installed, progress_bar, rounded, where_kept
 
 QUICK_IMAGES = 200
 IMAGES_PER_CORE, LEAST_IMAGES = 500, 1_000  # an epoch of the fastest takes half a second and more
@@ -68,11 +68,13 @@ def run_bench_data(
     names: list[str] | None,
     quick: bool,
     tune: bool,
-    out: Path,
+    out: Path | None,
     console: Console,
 ) -> None:
-    """Prints a table and adds it to OUT/data-<device>.csv, and draws OUT/data-<device>.png; with
-    `tune`, only prints.
+    """Print a table of the loaders, or with `tune` of the settings of fastlt's own.
+
+    With `out` the former is added to OUT/data-<device>.csv, and OUT/data-<device>.png is drawn;
+    without, nothing is written.
     """
     if not console.is_terminal:
         # a file has no width, and would be taken for a screen of 80
@@ -81,8 +83,8 @@ def run_bench_data(
         raise UserError("--tune goes through the engines of fastlt: leave --contender out")
     contenders = choose(all_contenders(), names or [])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = out / f"data-{device_slug(device)}.csv"
-    if not tune:
+    path = None if out is None or tune else out / f"data-{device_slug(device)}.csv"
+    if path is not None:
         check_place(path, COLUMNS)
     generated = QUICK_IMAGES if quick else max(LEAST_IMAGES, IMAGES_PER_CORE * cores())
     most = generated if quick or tune else MOST_IMAGES
@@ -104,6 +106,7 @@ def run_bench_data(
 
 
 def choose(contenders: list[Contender], names: list[str]) -> list[Contender]:
+    """Return the named contenders, all without names. Raises UserError for an unknown one."""
     known = [contender.name for contender in contenders]
     for name in names:
         if name not in known:
@@ -114,12 +117,13 @@ def choose(contenders: list[Contender], names: list[str]) -> list[Contender]:
 
 
 def measure(contenders: list[Contender], task: Task, rounds: int, console: Console) -> list[Trial]:
+    """Return the trials of all contenders and limits."""
     trials = [Trial(contender) for contender in [*contenders, *all_limits()]]
     images = len(task.images.split)
     with progress_bar(console) as progress:
         shown = progress.add_task("", total=len(trials) * (rounds + 1) * images, place="")
 
-        def tell(name: str, done: int) -> None:
+        def report(name: str, done: int) -> None:
             trial = next(trial for trial in trials if trial.contender.name == name)
             number = len(trial.later) + bool(trial.first)
             # who failed is through with it
@@ -128,25 +132,27 @@ def measure(contenders: list[Contender], task: Task, rounds: int, console: Conso
             place = f"{f'round {number} of {rounds}' if number else 'first epoch'}{before}"
             progress.update(shown, description=name, completed=epochs * images + done, place=place)
 
-        run_rounds(trials, task, rounds, tell)
+        run_rounds(trials, task, rounds, report)
     return trials
 
 
-def show(trials: list[Trial], task: Task, rounds: int, path: Path, console: Console) -> None:
+def show(trials: list[Trial], task: Task, rounds: int, path: Path | None, console: Console) -> None:
+    """Print the table, and keep it where there is a path."""
     rows = [make_row(trial, trials, task, rounds) for trial in trials]
     console.print(table(rows))
     for line in reasons(rows):
         console.print(line, style="dim", highlight=False, markup=False)
-    append_rows(path, rows)
-    draw(rows, path.with_suffix(".png"))
-    console.print(f"\nadded to {path}, drawn in {path.with_suffix('.png')}", highlight=False)
+    if path is not None:
+        append_rows(path, rows)
+        draw(rows, path.with_suffix(".png"))
+    console.print(f"\n{where_kept(path)}", highlight=False)
 
 
 # ---- what is kept and shown
 
 
 def make_row(trial: Trial, trials: list[Trial], task: Task, rounds: int) -> Row:
-    """The columns of the file; empty where nothing was measured."""
+    """Return the columns of the file; empty where nothing was measured."""
     row: Row = dict.fromkeys(COLUMNS)
     row |= {
         "contender": trial.contender.name,
@@ -189,6 +195,7 @@ def make_row(trial: Trial, trials: list[Trial], task: Task, rounds: int) -> Row:
 
 
 def of_images(images: Images) -> Row:
+    """Return the columns that describe the images."""
     split = images.split
     height, width = (int(np.median(sides)) for sides in (split.height, split.width))
     mean_kb = rounded(float(split.size.mean()) / 1e3)
@@ -202,7 +209,7 @@ def of_images(images: Images) -> Row:
 
 
 def ratio(trial: Trial, other: Trial | None, scale: float) -> float | None:
-    """Of the rates, pair by pair within a round, the median."""
+    """Return the median of the ratio of rates, pair by pair within a round."""
     if other is None or other.first is None:
         return None
     return rounded(

@@ -1,4 +1,4 @@
-"""What `fastlt bench-data` shows: the method, and a table."""
+"""The printed method and table of `fastlt bench-data`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def table(rows: list[Row]) -> Table:
-    """Fits TABLE_WIDTH."""
+    """Return a table that fits TABLE_WIDTH."""
     first = rows[0]
     title = (
         f"\n{first['images']:,} images to {first['size']} x {first['size']}, batch "
@@ -51,6 +51,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def cells(row: Row) -> list[str]:
+    """Return the cells of a row."""
     if row["images_per_s"] is None:
         return ["-"] * len(COLUMNS)
     rates = (
@@ -71,11 +72,12 @@ def cells(row: Row) -> list[str]:
 
 
 def reasons(rows: list[Row]) -> list[str]:
+    """Return why contenders have no figures, a line each."""
     return [f"  {row['contender']}: {row['reason']}" for row in rows if row["reason"]]
 
 
 def method(task: Task, rounds: int, contenders: list[Contender]) -> str:
-    """What the table means, and who is in it."""
+    """Return what the table means, and who is in it."""
     split, on_gpu = task.images.split, task.device.type == "cuda"
     height, width = int(np.median(split.height)), int(np.median(split.width))
     where = (
@@ -97,10 +99,9 @@ def method(task: Task, rounds: int, contenders: list[Contender]) -> str:
         "after it. CPU s/1,000: user and system time of this process and all below it for 1,000 "
         "images, median. Ratios: pair by "
         "pair within a round, their median. All loaders stay alive; those that wait take no time.",
-        "% decoding: images/s over those of libjpeg-turbo alone on all cores. Whoever decodes "
-        "whole images stays below 100; "
-        "whoever decodes the crop alone, or a smaller version, need not. All draw crops of their "
-        "own; those of ours are the same.",
+        "% decoding: images/s over those of libjpeg-turbo alone on all cores. A loader "
+        "that decodes whole images stays below 100; one that decodes the crop alone, or a smaller "
+        "version, need not. All draw crops of their own; those of ours are the same.",
     ]
     who = [f"  {contender.name:<17} {contender.what}" for contender in contenders]
     return "\n\n".join([*(fill(text, 98) for text in paragraphs), "\n".join(who)]) + "\n"

@@ -1,5 +1,6 @@
-"""How the contenders of `fastlt bench-data` are measured: an epoch each in turn, on the clock and
-in CPU time.
+"""The measurement of the contenders of `fastlt bench-data`: an epoch each in turn.
+
+It is timed on the clock and in CPU time.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from fastlt_benchmarks.loss.contenders import Unavailable
 from fastlt_benchmarks.loss.trials import one_line
 
 PATIENCE = 120  # seconds without a batch: far more than any takes, but not for ever
-GRACE = 5  # seconds for what was told to stop
+GRACE = 5  # seconds for what is to stop
 
 Result = TypeVar("Result")
 Beat = Callable[[int], None]  # so many more images are done
 # who is measured now, and how many images it has loaded in this epoch
-Tell = Callable[[str, int], None]
+Report = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
 class Task:
+    """The images, and what is to be made of them."""
+
     images: Images
     size: int  # pixels a side
     batch: int
@@ -43,8 +46,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Source:
-    """A loader that is ready. epoch: by its number, batches (n, size, size, 3) uint8, or how many
-    images a limit has decoded.
+    """A loader that is ready.
+
+    epoch: by its number, batches (n, size, size, 3) uint8, or how many images a limit has decoded.
     """
 
     epoch: Callable[[int], Iterator[Tensor] | Iterator[int]]
@@ -53,6 +57,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Contender:
+    """A loader that takes part."""
+
     name: str
     what: str
     kind: str  # peer, ours or limit
@@ -62,6 +68,8 @@ class Contender:
 
 
 class Epoch(NamedTuple):
+    """The measurement of an epoch."""
+
     seconds: float
     rate: float  # images/s
     cpu_seconds: float | None  # None where the system does not say
@@ -69,7 +77,7 @@ class Epoch(NamedTuple):
 
 @dataclass
 class Trial:
-    """One contender, and what has been measured of it so far."""
+    """A contender, and what has been measured of it so far."""
 
     contender: Contender
     reason: str = ""  # why there are no figures
@@ -79,31 +87,33 @@ class Trial:
 
     @property
     def last(self) -> Epoch | None:
+        """The last epoch, None before the first."""
         return self.later[-1] if self.later else self.first
 
 
-def run_rounds(trials: list[Trial], task: Task, rounds: int, tell: Tell) -> None:
-    """A first epoch of each, then `rounds` more, in turn, so that a machine that grows slower grows
-    slower for all.
+def run_rounds(trials: list[Trial], task: Task, rounds: int, report: Report) -> None:
+    """Measure a first epoch of each, then `rounds` more.
+
+    They go in turn, so that a machine that grows slower grows slower for all.
     """
     try:
         for number in range(rounds + 1):
             for trial in trials:
-                attempt(trial, task, number, partial(tell, trial.contender.name))
+                attempt(trial, task, number, partial(report, trial.contender.name))
     finally:
         for trial in trials:
             close(trial)
 
 
-def attempt(trial: Trial, task: Task, number: int, tell: Beat) -> None:
-    """A contender that fails keeps the reason, and no figures."""
+def attempt(trial: Trial, task: Task, number: int, report: Beat) -> None:
+    """Measure an epoch; a contender that fails keeps the reason, and no figures."""
     if trial.reason:
         return
-    tell(0)
+    report(0)
     try:
         work = partial(run_epoch, trial, task, number)
         # A fork of any thread but the main one is not what numba's and others' libraries expect.
-        epoch = work(tell) if trial.contender.forks else bounded(work, tell)
+        epoch = work(report) if trial.contender.forks else bounded(work, report)
     except Exception as error:
         close(trial)
         trial.reason = str(error) if isinstance(error, UserError) else one_line(error)
@@ -117,7 +127,7 @@ def attempt(trial: Trial, task: Task, number: int, tell: Beat) -> None:
 
 
 def run_epoch(trial: Trial, task: Task, number: int, beat: Beat) -> Epoch:
-    """Starts the contender where it has not been."""
+    """Return the measurement of an epoch; start the contender where it has not been."""
     cpu, began, done = cpu_seconds(), time.perf_counter(), 0
     if trial.source is None:
         trial.source = trial.contender.start(task)
@@ -133,22 +143,24 @@ def run_epoch(trial: Trial, task: Task, number: int, beat: Beat) -> Epoch:
 
 
 def checked(batch: Tensor, task: Task) -> int:
-    """The images of a batch."""
+    """Return the number of images of a batch. Raises where it has another shape."""
     if batch.shape[1:] != (task.size, task.size, 3) or batch.dtype != torch.uint8:
         raise Unavailable(f"it gave {tuple(batch.shape)} {batch.dtype}")
     return len(batch)
 
 
 def close(trial: Trial) -> None:
+    """Close the loader of a trial."""
     source, trial.source = trial.source, None
     if source is not None:
         with suppress(Exception):  # it is of no use any more, and the others are to go on
             bounded(lambda beat: source.close(), lambda done: None)
 
 
-def bounded(work: Callable[[Beat], Result], tell: Beat, patience: float = PATIENCE) -> Result:
-    """work(beat) in a thread of its own; Unavailable where it gives no sign of life for `patience`
-    seconds, as FFCV's may.
+def bounded(work: Callable[[Beat], Result], report: Beat, patience: float = PATIENCE) -> Result:
+    """Return work(beat), done in a thread of its own.
+
+    Raises Unavailable where it gives no sign of life for `patience` seconds, as FFCV's may.
     """
     outcome: list[Result] = []
     failure: list[BaseException] = []
@@ -159,7 +171,7 @@ def bounded(work: Callable[[Beat], Result], tell: Beat, patience: float = PATIEN
         heard = time.monotonic()
         if ended.is_set():
             raise InterruptedError
-        tell(done)
+        report(done)
 
     def run() -> None:
         try:
@@ -184,7 +196,7 @@ def bounded(work: Callable[[Beat], Result], tell: Beat, patience: float = PATIEN
 
 
 def cpu_seconds() -> float | None:
-    """Of this process and all below it, those that have ended included.
+    """Return the CPU time of this process and all below it, also of those that have ended.
 
     None on a system without /proc.
     """

@@ -1,6 +1,4 @@
-"""`fastlt bench-data --tune`: the engine and the settings with which the images are loaded fastest
-here.
-"""
+"""`fastlt bench-data --tune`: the fastest engine and settings for the images on this machine."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ HW_DECODER_LOAD = (0.0, 0.65, 1.0)
 
 @dataclass
 class Setting:
-    """What `fastlt train` can be told of loading, and how fast that is."""
+    """A way in which `fastlt train` can load, and how fast that is."""
 
     engine: str
     options: dict[str, Any]  # of the [data] section
@@ -49,13 +47,14 @@ class Setting:
 
     @property
     def rate(self) -> float:
+        """The median of images/s."""
         return (
             statistics.median(epoch.rate for epoch in self.trial.later) if self.trial.later else 0
         )
 
 
 def run_tune(task: Task, rounds: int, console: Console) -> None:
-    """Prints a table, and the best settings as a line. Raises UserError where no engine runs."""
+    """Print a table, and the best settings as a line. Raises UserError where no engine runs."""
     settings = []
     for engine in ENGINES:
         settings += measured(
@@ -85,24 +84,25 @@ def run_tune(task: Task, rounds: int, console: Console) -> None:
 
 
 def measured(settings: list[Setting], task: Task, rounds: int, console: Console) -> list[Setting]:
-    """In turn. One that fails has a rate of 0."""
+    """Return the settings, measured in turn. One that fails has a rate of 0."""
     trials = [setting.trial for setting in settings]
     images = len(task.images.split)
     with progress_bar(console) as progress:
         shown = progress.add_task("", total=len(trials) * (rounds + 1) * images, place="")
 
-        def tell(line: str, done: int) -> None:
+        def report(line: str, done: int) -> None:
             epochs = sum(
                 rounds + 1 if trial.reason else bool(trial.first) + len(trial.later)
                 for trial in trials
             )
             progress.update(shown, description=line, completed=epochs * images + done)
 
-        run_rounds(trials, task, rounds, tell)
+        run_rounds(trials, task, rounds, report)
     return settings
 
 
 def show(settings: list[Setting], task: Task, rounds: int, console: Console) -> None:
+    """Print the settings, fastest first."""
     best = max(settings, key=lambda setting: setting.rate)
     if not best.rate:
         raise UserError(
@@ -137,6 +137,7 @@ def show(settings: list[Setting], task: Task, rounds: int, console: Console) -> 
 
 
 def cells(trial: Trial, images: int) -> list[str]:
+    """Return the cells of a row."""
     if not trial.later:
         return ["-", "-"]
     spent = [

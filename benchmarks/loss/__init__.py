@@ -1,1 +1,1 @@
-"""`fastlt bench-loss`."""
+"""The benchmark of `fastlt bench-loss`."""

@@ -1,5 +1,4 @@
-"""What `fastlt bench-loss` measures: problems with the silencing of a real task, and everybody who
-solves them.
+"""The contenders of `fastlt bench-loss`, and the problems with a real task's silencing.
 
 Two families. "logits": logits (N, C) -> loss and their gradient. "linear": features (N, D) and
 weight (C, D) -> loss and the gradients of both. The peers know no silencing; what they solve is
@@ -38,6 +37,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 class Size(NamedTuple):
+    """The size of a problem; logits have no width."""
+
     family: str  # "logits" or "linear"
     rows: int
     classes: int
@@ -50,12 +51,16 @@ class Size(NamedTuple):
 
 
 class Inputs(NamedTuple):
+    """The tensors that a pass begins with."""
+
     leaves: tuple[Tensor, ...]  # logits (N, C), or features (N, D) and weight (C, D)
     target: Tensor  # (N,) int64
 
 
 @dataclass
 class Problem:
+    """A problem: graph, prior, labels and inputs."""
+
     size: Size
     dtype: torch.dtype
     device: torch.device
@@ -65,12 +70,16 @@ class Problem:
 
 
 class Prepared(NamedTuple):
+    """A contender that is ready for a problem."""
+
     loss: Callable[[Inputs], Tensor]
     state: tuple[Tensor, ...] = ()  # what it keeps beside the inputs: a table of neighbours, a mask
 
 
 @dataclass(frozen=True)
 class Contender:
+    """A loss that takes part."""
+
     name: str  # ends in its family
     what: str
     silences: bool
@@ -80,12 +89,14 @@ class Contender:
 
     @property
     def family(self) -> str:
+        """The family: logits or linear."""
         return self.name.rpartition("-")[2]
 
 
 class Unavailable(Exception):
-    """A contender that cannot run here, and why; with the memory that it would need, where that is
-    the reason.
+    """A contender that cannot run here, and why.
+
+    Where memory is the reason it says how much it would need.
     """
 
     def __init__(self, reason: str, needs_bytes: int | None = None):
@@ -94,7 +105,10 @@ class Unavailable(Exception):
 
 
 def make_problem(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
-    """The same for the same arguments. Logits are standard normal, or come out so."""
+    """Return the same problem for the same arguments.
+
+    Logits are standard normal, or come out so.
+    """
     generator = torch.Generator(device).manual_seed(0)
     graph = make_graph(size.classes, device, generator)
     nbytes = sum(math.prod(shape) for shape in leaf_shapes(size)) * dtype.itemsize
@@ -106,8 +120,9 @@ def make_problem(size: Size, dtype: torch.dtype, device: torch.device) -> Proble
 
 
 def make_graph(classes: int, device: torch.device, generator: torch.Generator) -> ClassGraph:
-    """A sixth are targets with at most 8 auxiliaries each; an auxiliary has one owner or two, 1.37
-    on average.
+    """Return a graph in which a sixth are targets with at most 8 auxiliaries each.
+
+    An auxiliary has one owner or two, 1.37 on average.
     """
     targets = math.ceil(classes / 6)
     auxiliaries = classes - targets
@@ -122,8 +137,9 @@ def make_graph(classes: int, device: torch.device, generator: torch.Generator) -
 
 
 def make_log_prior(graph: ClassGraph) -> Tensor:
-    """(C,) log of a long tail over the targets, 500 images down to 5, and of 50 images of each
-    auxiliary.
+    """Return the log of a long tail over the targets, (C,).
+
+    It goes from 500 images down to 5, with 50 of each auxiliary.
     """
     place = torch.arange(graph.num_targets, device=graph.indptr.device) / max(
         1, graph.num_targets - 1
@@ -133,6 +149,7 @@ def make_log_prior(graph: ClassGraph) -> Tensor:
 
 
 def leaf_shapes(size: Size) -> list[tuple[int, int]]:
+    """Return the shapes of the tensors that get gradients."""
     if size.width is None:
         return [(size.rows, size.classes)]
     return [(size.rows, size.width), (size.classes, size.width)]
@@ -141,6 +158,7 @@ def leaf_shapes(size: Size) -> list[tuple[int, int]]:
 def draw_inputs(
     size: Size, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Inputs:
+    """Return random inputs."""
     leaves = [
         torch.randn(shape, dtype=dtype, device=device, generator=generator)
         for shape in leaf_shapes(size)
@@ -152,13 +170,14 @@ def draw_inputs(
 
 
 def restore(inputs: Inputs) -> None:
-    """New logits after a contender that left its gradient in their place."""
+    """Draw new logits after a contender that left its gradient in their place."""
     inputs.leaves[0].detach().normal_()
 
 
 def fault(contender: Contender, dtype: torch.dtype, device: torch.device) -> str:
-    """How loss or gradients are wrong on a small problem, against the specification in float64; ""
-    where they are right.
+    """Return how loss or gradients are wrong on a small problem, "" where they are right.
+
+    They are held to the specification in float64.
     """
     problem = make_problem(
         Size(contender.family, 64, 24, 64 if contender.family == "linear" else None), dtype, device
@@ -184,7 +203,7 @@ def fault(contender: Contender, dtype: torch.dtype, device: torch.device) -> str
 
 
 def exact(problem: Problem, inputs: Inputs, silences: bool) -> list[Tensor]:
-    """Loss and gradients in float64."""
+    """Return loss and gradients in float64."""
     leaves = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves]
     logits = leaves[0] if len(leaves) == 1 else F.linear(*leaves)
     graph, log_prior = (problem.graph, problem.log_prior) if silences else (None, None)
@@ -196,6 +215,7 @@ def exact(problem: Problem, inputs: Inputs, silences: bool) -> list[Tensor]:
 
 
 def ours(problem: Problem) -> Prepared:
+    """Return fastlt's own loss."""
     function = (
         neighbor_silencing_loss if problem.size.width is None else linear_neighbor_silencing_loss
     )
@@ -207,6 +227,7 @@ def ours(problem: Problem) -> Prepared:
 
 
 def masked(problem: Problem, compiled: bool = False) -> Prepared:
+    """Return the loss by a mask of each row."""
     table, _ = problem.graph.neighbours(torch.arange(problem.size.classes, device=problem.device))
     function = one_of(problem, mask_logits, mask_linear, compiled)
     return Prepared(
@@ -220,12 +241,16 @@ def one_of(
     on_features: Callable[..., Tensor],
     compiled: bool,
 ) -> Callable[..., Tensor]:
+    """Return the function of the problem's family."""
     function = on_logits if problem.size.width is None else on_features
     return torch.compile(function, dynamic=False) if compiled else function
 
 
 def mask_logits(logits: Tensor, target: Tensor, table: Tensor, log_prior: Tensor) -> Tensor:
-    """table (C, K): the neighbours of every class, padded with the class itself."""
+    """Return the loss on logits. table (C, K): the neighbours of every class.
+
+    It is padded with the class itself.
+    """
     mask = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
     mask.scatter_(1, table[target], True).scatter_(1, target[:, None], False)
     return F.cross_entropy(
@@ -236,11 +261,15 @@ def mask_logits(logits: Tensor, target: Tensor, table: Tensor, log_prior: Tensor
 def mask_linear(
     features: Tensor, weight: Tensor, target: Tensor, table: Tensor, log_prior: Tensor
 ) -> Tensor:
+    """Return the loss on features and weight."""
     return mask_logits(F.linear(features, weight), target, table, log_prior)
 
 
 def release(problem: Problem) -> Prepared:
-    """A dense (C, C) mask of 1 and silence, whose rows are taken by label."""
+    """Return the loss of the paper's release.
+
+    It has a dense (C, C) mask of 1 and silence, whose rows are taken by label.
+    """
     classes, graph = problem.size.classes, problem.graph
     needed = 4 * classes * classes
     if needed > free_bytes(problem.device):
@@ -260,19 +289,23 @@ def release(problem: Problem) -> Prepared:
 
 
 def plain(problem: Problem, compiled: bool = False) -> Prepared:
+    """Return cross entropy without silencing."""
     function = one_of(problem, plain_logits, plain_linear, compiled)
     return Prepared(lambda inputs: function(*inputs.leaves, inputs.target))
 
 
 def plain_logits(logits: Tensor, target: Tensor) -> Tensor:
+    """Return cross entropy on logits."""
     return F.cross_entropy(logits.float(), target)
 
 
 def plain_linear(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Return cross entropy on features and weight."""
     return plain_logits(F.linear(features, weight), target)
 
 
 def torch_linear(problem: Problem) -> Prepared:
+    """Return torch's own linear cross entropy."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Unavailable("needs torch 2.13")
     # without options it is F.linear and F.cross_entropy
@@ -285,6 +318,7 @@ def torch_linear(problem: Problem) -> Prepared:
 
 
 def liger(problem: Problem) -> Prepared:
+    """Return Liger's linear cross entropy."""
     if problem.device.type != "cuda":
         raise Unavailable("needs a GPU")
     try:
@@ -302,6 +336,7 @@ def liger(problem: Problem) -> Prepared:
 
 
 def cce(problem: Problem) -> Prepared:
+    """Return the linear cross entropy of cut-cross-entropy."""
     try:
         from cut_cross_entropy import linear_cross_entropy
     except ImportError as error:
@@ -313,11 +348,12 @@ def cce(problem: Problem) -> Prepared:
 
 
 def not_installed(error: ImportError) -> str:
+    """Return why an import failed, in words."""
     return f"not installed ({error}): pip install 'fastlt[bench]'"
 
 
 def all_contenders(device: torch.device) -> list[Contender]:
-    """Those that silence come first in each family."""
+    """Return the contenders, those that silence first in each family."""
     on_gpu = device.type == "cuda"
     cce_is = (
         "Cut Cross-Entropy, its gradient filtered"

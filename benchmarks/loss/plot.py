@@ -41,9 +41,7 @@ Row = dict[str, Any]
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """A PNG: for each family that was measured, time and memory side by side, at the first N and
-    the first D.
-    """
+    """Draw a PNG: for each family, time and memory side by side, at the first N and D."""
     families = [shown for family in ("logits", "linear") if (shown := first_size(rows, family))]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(13, 4.6 * len(families)), layout="constrained")
@@ -62,7 +60,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def first_size(rows: list[Row], family: str) -> list[Row]:
-    """The rows of the family that share the first row's N and D."""
+    """Return the rows of the family that share the first row's N and D."""
     of_family = [row for row in rows if row["family"] == family]
     return [
         row
@@ -72,6 +70,7 @@ def first_size(rows: list[Row], family: str) -> list[Row]:
 
 
 def draw_times(axes: Axes, rows: list[Row]) -> None:
+    """Draw the times."""
     for contender in dict.fromkeys(row["contender"] for row in rows):
         measured = [
             row for row in rows if row["contender"] == contender and row["both_ms"] is not None
@@ -88,8 +87,9 @@ def draw_times(axes: Axes, rows: list[Row]) -> None:
 
 
 def draw_memory(axes: Axes, rows: list[Row]) -> None:
-    """A cross marks what did not run and would need so much; nothing at all has no place on a
-    logarithmic axis.
+    """Draw the memory. A cross marks what did not run and would need so much.
+
+    Nothing at all has no place on a logarithmic axis.
     """
     for contender in dict.fromkeys(row["contender"] for row in rows):
         known = [row for row in rows if row["contender"] == contender and row["extra_bytes"]]
@@ -110,6 +110,7 @@ def draw_memory(axes: Axes, rows: list[Row]) -> None:
 
 
 def plot_line(axes: Axes, contender: str, points: list[tuple[int, float]]) -> None:
+    """Draw the line of a contender."""
     ours = contender.startswith("ours")
     style = ":" if "compiled" in contender else "-"
     axes.plot(
@@ -125,10 +126,12 @@ def plot_line(axes: Axes, contender: str, points: list[tuple[int, float]]) -> No
 
 
 def colour(contender: str) -> str:
+    """Return the colour of a contender."""
     return COLOURS[contender.partition("-")[0]]
 
 
 def finish(axes: Axes, rows: list[Row], what: str, tick: Callable[[float, int], str]) -> None:
+    """Label the axes."""
     size = (
         f"N = {rows[0]['rows']:,}"
         + (f", D = {rows[0]['width']:,}" if rows[0]["width"] else "")

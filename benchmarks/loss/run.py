@@ -1,5 +1,6 @@
-"""`fastlt bench-loss`: time and memory of the losses and of their peers, over a grid of sizes,
-against what the device can do.
+"""`fastlt bench-loss`: time and memory of the losses and of their peers over sizes.
+
+They are held against what the device can do.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ COLUMNS = (
 
 
 class Grid(NamedTuple):
+    """The sizes that are measured."""
+
     rows: list[int]
     classes: list[int]
     widths: list[int]
 
     def sizes(self, families: set[str]) -> list[Size]:
-        """Logits have no width, so they are measured once for all of them."""
+        """Return all sizes. Logits have no width, so they are measured once for all of them."""
         widths: dict[str, Sequence[int | None]] = {"logits": [None], "linear": self.widths}
         wanted = [family for family in FAMILIES if family in families]
         return [
@@ -81,11 +84,13 @@ def run_bench_loss(
     widths: list[int] | None,
     dtype: str | None,
     names: list[str] | None,
-    out: Path,
+    out: Path | None,
     console: Console,
 ) -> None:
-    """Prints a table per size and adds it to OUT/loss-<device>.csv, and draws OUT/loss-<device>.png
-    of this run at the end.
+    """Print a table for each size.
+
+    With `out` it is added to OUT/loss-<device>.csv, and OUT/loss-<device>.png is drawn of this run
+    at the end; without, nothing is written.
     """
     if not console.is_terminal:
         # a file has no width, and would be taken for a screen of 80
@@ -100,20 +105,29 @@ def run_bench_loss(
             for given, usual in zip((rows, classes, widths), default, strict=True)
         )
     )
-    path = out / f"loss-{device_slug(device)}.csv"
-    check_place(path, COLUMNS)
+    path = None if out is None else out / f"loss-{device_slug(device)}.csv"
+    if path is not None:
+        check_place(path, COLUMNS)
     with bounded_memory(device):
         with console.status("measuring the ceilings"):
             ceilings = measure_ceilings(kind, device, quick)
         bench = Bench(contenders, kind, device, pace_on(device, quick), ceilings)
         console.print(method(bench), highlight=False, markup=False)
         kept = run_grid(bench, grid, path, console)
-    draw(kept, path.with_suffix(".png"))
-    console.print(f"added to {path}, drawn in {path.with_suffix('.png')}", highlight=False)
+    if path is not None:
+        draw(kept, path.with_suffix(".png"))
+    console.print(where_kept(path), highlight=False)
+
+
+def where_kept(path: Path | None) -> str:
+    """Return where the figures are, or how to keep them."""
+    if path is None:
+        return "nothing was written: --out DIR keeps the figures, with a picture"
+    return f"added to {path}, drawn in {path.with_suffix('.png')}"
 
 
 def choose(contenders: list[Contender], names: list[str], quick: bool) -> list[Contender]:
-    """The named ones; without names all, but in a quick run none that has to be compiled."""
+    """Return the named contenders; without names all, but in a quick run none to be compiled."""
     known = [contender.name for contender in contenders]
     for name in names:
         if name not in known:
@@ -128,21 +142,22 @@ def choose(contenders: list[Contender], names: list[str], quick: bool) -> list[C
 
 
 def pace_on(device: torch.device, quick: bool) -> Pace:
+    """Return how often a pass is repeated on a device."""
     if device.type == "cuda":
         return Pace(least=10, most=300, seconds=0.1 if quick else 0.3)
     return Pace(least=10, most=50, seconds=0.1) if quick else Pace(least=5, most=100, seconds=2)
 
 
 def device_slug(device: torch.device) -> str:
-    """cpu, h100, h200, or the device's name in small letters and hyphens."""
+    """Return cpu, h100, h200, or the device's name in small letters and hyphens."""
     if device.type == "cpu":
         return "cpu"
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
     return next((short for short in ("h100", "h200") if short in name.split("-")), name)
 
 
-def run_grid(bench: Bench, grid: Grid, path: Path, console: Console) -> list[Row]:
-    """The rows of this run; those of a size are in the file as soon as it is done."""
+def run_grid(bench: Bench, grid: Grid, path: Path | None, console: Console) -> list[Row]:
+    """Return the rows of this run; those of a size are in the file as soon as it is done."""
     kept: list[Row] = []
     sizes = grid.sizes({contender.family for contender in bench.contenders})
     with progress_bar(console) as progress:
@@ -152,9 +167,10 @@ def run_grid(bench: Bench, grid: Grid, path: Path, console: Console) -> list[Row
             minutes = (progress.tasks[0].elapsed or 0) / 60
             rate = f" ({len(kept) / minutes:.0f} contenders/min)" if kept else ""
             progress.update(task, place=f"size {number} of {len(sizes)}{rate}")
-            trials, ceiling = measure(bench, size, partial(tell, progress, task, size))
+            trials, ceiling = measure(bench, size, partial(report, progress, task, size))
             rows = [make_row(bench, size, trial, ceiling) for trial in trials]
-            append_rows(path, rows)
+            if path is not None:
+                append_rows(path, rows)
             kept += rows
             progress.console.print(table(size, rows))
             for line in reasons(rows):
@@ -163,6 +179,7 @@ def run_grid(bench: Bench, grid: Grid, path: Path, console: Console) -> list[Row
 
 
 def progress_bar(console: Console) -> Progress:
+    """Return the bar of a benchmark."""
     columns = (
         "{task.description}",
         BarColumn(10),
@@ -175,14 +192,13 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def tell(progress: Progress, task: TaskID, size: Size, text: str, share: float) -> None:
+def report(progress: Progress, task: TaskID, size: Size, text: str, share: float) -> None:
+    """Move the bar on."""
     progress.update(task, description=f"{size}: {text}", advance=cost(size) * share)
 
 
 def cost(size: Size) -> float:
-    """Roughly proportional to the time that a size takes: what has to be done at any size, and the
-    work.
-    """
+    """Return roughly how long a size takes: a fixed part, and the work."""
     return 2e9 + size.rows * size.classes * (size.width or 50)
 
 
@@ -190,7 +206,7 @@ def cost(size: Size) -> float:
 
 
 def make_row(bench: Bench, size: Size, trial: Trial, ceiling: float | None) -> Row:
-    """The columns of the file; empty where nothing was measured."""
+    """Return the columns of the file; empty where nothing was measured."""
     row: Row = dict.fromkeys(COLUMNS)
     row |= {
         "family": size.family,
@@ -231,10 +247,12 @@ def make_row(bench: Bench, size: Size, trial: Trial, ceiling: float | None) -> R
 
 
 def rounded(value: float) -> float:
+    """Return a value with five digits."""
     return float(f"{value:.5g}")
 
 
 def installed(package: str) -> str:
+    """Return the version of a package, empty where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

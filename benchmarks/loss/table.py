@@ -1,4 +1,4 @@
-"""What `fastlt bench-loss` shows: the method, and a table per size."""
+"""The printed method of `fastlt bench-loss`, and a table per size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def table(size: Size, rows: list[Row]) -> Table:
-    """Fits TABLE_WIDTH; in less, the percentiles go under the medians."""
+    """Return a table that fits TABLE_WIDTH; in less, the percentiles go under the medians."""
     unit, ceiling = (
         ("GB/s", "copy_gb_per_s") if size.width is None else ("TFLOP/s", "product_tflop_per_s")
     )
@@ -66,21 +66,23 @@ def table(size: Size, rows: list[Row]) -> Table:
 
 
 def spread(row: Row, phase: str) -> str:
+    """Return the percentiles of a phase."""
     median, low, high = (short(row[f"{phase}_{figure}"]) for figure in ("ms", "p20_ms", "p80_ms"))
     return f"{median} [dim]{low}–{high}[/]"
 
 
 def short(value: float) -> str:
-    """Three digits."""
+    """Return a value with three digits."""
     return f"{value:.{max(0, min(3, 2 - math.floor(math.log10(max(value, 1e-9)))))}f}"
 
 
 def reasons(rows: list[Row]) -> list[str]:
+    """Return why contenders have no figures, a line each."""
     return [f"  {row['contender']}: {row['reason']}" for row in rows if row["reason"]]
 
 
 def method(bench: Bench) -> str:
-    """What the tables mean, and who is in them."""
+    """Return what the tables mean, and who is in them."""
     on_gpu = bench.device.type == "cuda"
     clock = (
         "CUDA events, behind queued work that hides the launches"

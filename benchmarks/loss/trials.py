@@ -1,5 +1,6 @@
-"""How the contenders of `fastlt bench-loss` are measured on one size: warmed up, weighed, and timed
-in turn.
+"""The measurement of the contenders of `fastlt bench-loss` on one size.
+
+They are warmed up, weighed, and timed in turn.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fastlt_benchmarks.timing import Ceilings, Pace, Pass, peak_bytes, product_r
 LARGEST_PRODUCT_BYTES = 4 * 2**30
 
 # what is done now, and which share of the size has been done since the last word
-Tell = Callable[[str, float], None]
+Report = Callable[[str, float], None]
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Bench:
 
 @dataclass
 class Trial:
-    """One contender on one size, and what has been measured of it so far."""
+    """A contender on one size, and what has been measured of it so far."""
 
     contender: Contender
     reason: str = ""  # why there are no times
@@ -59,12 +60,10 @@ class Trial:
     loss: float | None = None
 
 
-def find_faults(bench: Bench, tell: Callable[[str], None]) -> None:
-    """Holds every contender to the specification; one that cannot run, or is wrong, is not
-    measured.
-    """
+def find_faults(bench: Bench, report: Callable[[str], None]) -> None:
+    """Hold every contender to the specification; one that fails is not measured."""
     for contender in bench.contenders:
-        tell(contender.name)
+        report(contender.name)
         try:
             wrong = fault(contender, bench.dtype, bench.device)
         except Exception as error:
@@ -73,9 +72,10 @@ def find_faults(bench: Bench, tell: Callable[[str], None]) -> None:
             bench.faults[contender.name] = f"wrong on a small problem: {wrong}" if wrong else ""
 
 
-def measure(bench: Bench, size: Size, tell: Tell) -> tuple[list[Trial], float | None]:
-    """A trial of every contender of the size's family, and the ceiling: bytes/s for logits, FLOP/s
-    for linear.
+def measure(bench: Bench, size: Size, report: Report) -> tuple[list[Trial], float | None]:
+    """Return a trial of every contender of the size's family, and the ceiling.
+
+    The latter is bytes/s for logits, FLOP/s for linear.
     """
     trials = [
         Trial(c, bench.faults.get(c.name, "")) for c in bench.contenders if c.family == size.family
@@ -89,25 +89,23 @@ def measure(bench: Bench, size: Size, tell: Tell) -> tuple[list[Trial], float | 
     except (MemoryError, RuntimeError) as error:
         for trial in trials:
             trial.reason = trial.reason or f"the inputs: {one_line(error)}"
-        tell("", 1)
+        report("", 1)
         return trials, None
     # In turn, so that a machine that grows slower grows slower for all. A GPU's clock is steadier,
     # and its memory scarcer.
     for group in [trials] if bench.device.type == "cpu" else [[trial] for trial in trials]:
         measure_in_turn(
-            group, problem, bench.pace, partial(_part_of, tell, len(group) / len(trials))
+            group, problem, bench.pace, partial(_part_of, report, len(group) / len(trials))
         )
     return trials, ceiling
 
 
-def _part_of(tell: Tell, part: float, text: str, share: float) -> None:
-    tell(text, part * share)
+def _part_of(report: Report, part: float, text: str, share: float) -> None:
+    report(text, part * share)
 
 
 def products_ceiling(bench: Bench, size: Size) -> float:
-    """FLOP/s: the better of the large square and of the three products in the size's own shapes and
-    layouts.
-    """
+    """Return FLOP/s: the better of a large square and the products in the size's own shapes."""
     rows = max(1, min(size.rows, LARGEST_PRODUCT_BYTES // (size.classes * bench.dtype.itemsize)))
     width = size.width or 1
     features, weight, logits = (
@@ -119,16 +117,17 @@ def products_ceiling(bench: Bench, size: Size) -> float:
 
 
 def floor_ms(size: Size, dtype: torch.dtype, ceiling: float) -> float:
-    """One read and one write of the logits, or three products of N x C x D."""
+    """Return the time of one read and one write of the logits, or three products of N x C x D."""
     work = 2 * dtype.itemsize if size.width is None else 6 * size.width
     return work * size.rows * size.classes / ceiling * 1e3
 
 
-def measure_in_turn(trials: list[Trial], problem: Problem, pace: Pace, tell: Tell) -> None:
+def measure_in_turn(trials: list[Trial], problem: Problem, pace: Pace, report: Report) -> None:
+    """Measure the trials in turn, until the pace is kept."""
     for trial in trials:
-        tell(trial.contender.name, 0)
+        report(trial.contender.name, 0)
         attempt(trial, partial(start, trial, problem))
-        tell(trial.contender.name, 0.3 / len(trials))
+        report(trial.contender.name, 0.3 / len(trials))
     copies = itertools.cycle(problem.copies)
     for number in itertools.count(1):
         left = [
@@ -138,17 +137,18 @@ def measure_in_turn(trials: list[Trial], problem: Problem, pace: Pace, tell: Tel
         ]
         if not left:
             break
-        tell(left[0].contender.name if len(trials) == 1 else f"round {number}", 0)
+        report(left[0].contender.name if len(trials) == 1 else f"round {number}", 0)
         for trial in left:
             attempt(trial, partial(repeat, trial, next(copies)))
     for trial in trials:
-        trial.prepared = None  # its tables and masks are in nobody's way any longer
-    tell("", 0.7)
+        trial.prepared = None  # free its tables and masks
+    report("", 0.7)
 
 
 def start(trial: Trial, problem: Problem) -> None:
-    """Compiles and warms up where that is needed, then measures the memory; on a CPU that is the
-    warm-up of the others.
+    """Compile and warm up where that is needed, then measure the memory.
+
+    On a CPU that is the warm-up of the others.
     """
     contender, inputs = trial.contender, problem.copies[0]
     prepared = contender.prepare(problem)
@@ -171,11 +171,13 @@ def start(trial: Trial, problem: Problem) -> None:
 
 
 def repeat(trial: Trial, inputs: Inputs) -> None:
+    """Measure one more pass."""
     assert trial.prepared is not None
     trial.passes.append(one_pass(trial.contender, trial.prepared, inputs))
 
 
 def one_pass(contender: Contender, prepared: Prepared, inputs: Inputs) -> Pass:
+    """Return the measurement of a pass."""
     result = timed_pass(partial(prepared.loss, inputs), inputs.leaves)
     if contender.overwrites_logits:
         restore(inputs)
@@ -183,8 +185,9 @@ def one_pass(contender: Contender, prepared: Prepared, inputs: Inputs) -> Pass:
 
 
 def attempt(trial: Trial, work: Callable[[], None]) -> None:
-    """A contender that fails keeps its reason and no figures, but for the memory that it would need
-    where it says so.
+    """Do work for a trial; one that fails keeps its reason and no figures.
+
+    It keeps the memory that it would need, where it says so.
     """
     if trial.reason:
         return
@@ -200,13 +203,14 @@ def attempt(trial: Trial, work: Callable[[], None]) -> None:
 
 
 def release_memory() -> None:
-    """What failed may have left tensors in cycles, and the allocator keeps what is freed."""
+    """Free what a failure may have left in cycles, and what the allocator keeps."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def one_line(error: Exception) -> str:
+    """Return an error in one line."""
     if isinstance(error, Unavailable):
         return str(error)
     text = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,6 +12,8 @@ from fastlt.cli.app import app, console
 
 
 class Dtype(str, Enum):
+    """The dtypes that are measured."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -37,7 +39,7 @@ def bench_train(
         typer.Argument(metavar="[section.key=value]...", help="Settings on top of the recipe."),
     ] = None,
 ) -> None:
-    """Images/s of the loop over images/s of bare forward, backward and step on resident data."""
+    """Compare images/s of the loop with bare forward, backward and step on resident data."""
     from fastlt_benchmarks.train import run_bench_train
 
     run_bench_train(recipe, settings or [], data, steps, rounds, csv, console)
@@ -65,14 +67,15 @@ def bench_loss(
         typer.Option(metavar="NAME", help="Only this one, as the table names it; may be repeated."),
     ] = None,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            metavar="DIR", help="Where loss-<device>.csv, which is added to, and .png go."
+            metavar="DIR",
+            help="Keep the figures: add them to DIR/loss-<device>.csv, and draw DIR/loss-<device>"
+            ".png.",
         ),
-    ] = Path("benchmarks/results"),
+    ] = None,
 ) -> None:
-    """Time and memory of the losses and their peers over a grid of sizes, against the floor of the
-    device.
+    """Measure time and memory of the losses and their peers, against the floor of the device.
 
     The picture is of this run, at the smallest N and D.
     """
@@ -121,12 +124,15 @@ def bench_data(
         ),
     ] = False,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where data-<device>.csv and .png go.")
-    ] = Path("benchmarks/results"),
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the figures: add them to DIR/data-<device>.csv, and draw DIR/data-<device>"
+            ".png.",
+        ),
+    ] = None,
 ) -> None:
-    """Images/s and CPU time of the loaders and their peers on the same JPEGs, against decoding
-    alone.
-    """
+    """Measure the loaders and their peers on the same JPEGs, against decoding alone."""
     from fastlt_benchmarks.loaders.run import run_bench_data
 
     run_bench_data(data, images, size, batch, workers, rounds, contender, quick, tune, out, console)

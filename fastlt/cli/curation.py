@@ -1,4 +1,4 @@
-"""`fastlt curate`."""
+"""`fastlt curate propose`, `retrieve`, `filter` and `all`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastlt.cli.app import console, curate, stopped_in_words
+from fastlt.cli.app import console, curate, reporting_stops
 from fastlt.errors import extra
 
 Curation = Annotated[
@@ -36,6 +36,8 @@ AllowPrivate = Annotated[
 
 
 class Control(str, Enum):
+    """The controls that `propose` draws."""
+
     random = "random"
 
 
@@ -58,7 +60,7 @@ def propose(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the prompts and about what they cost; ask nobody."),
+        typer.Option("--dry-run", help="Print the prompts and about what they cost; send none."),
     ] = False,
 ) -> None:
     """Find neighbours of each target: by WordNet, a language model, or a file of your own."""
@@ -85,7 +87,7 @@ def retrieve(
 
     with extra("curate"):
         from fastlt.curate.retrieve import run_retrieve
-    with stopped_in_words():
+    with reporting_stops():
         run_retrieve(out, read_settings(out, config, settings or [], allow_private), console)
 
 
@@ -93,9 +95,7 @@ def retrieve(
 def filter_images(
     pack: TargetPack, out: Curation, settings: Settings = None, config: SettingsFile = None
 ) -> None:
-    """Keep the images that are like their class and not like one another, and none that the targets
-    have.
-    """
+    """Keep images that are like their class, unlike one another, and not among the targets'."""
     from fastlt.curate.settings import read_settings
 
     with extra("curate"):
@@ -117,16 +117,17 @@ def curate_all(
     from fastlt.curate.settings import read_settings
 
     with extra("curate"):
-        from fastlt.curate.features import open_backbone
         from fastlt.curate.filter import run_filter
         from fastlt.curate.retrieve import run_retrieve
+        from fastlt.evaluation.features import open_backbone
     read = read_settings(out, config, with_control(settings, control), allow_private)
-    open_backbone(read.filter)  # what it lacks is told now, not after hours of fetching
-    with stopped_in_words():
+    open_backbone(read.filter)  # what it lacks is reported now, not after hours of fetching
+    with reporting_stops():
         run_propose(Path(pack), out, read, False, console)
         run_retrieve(out, read, console)
         run_filter(pack, out, read, console)
 
 
 def with_control(settings: list[str] | None, control: Control | None) -> list[str]:
+    """Return the settings with the control."""
     return [*(settings or []), *([f"propose.control={control.value}"] if control else [])]

@@ -1,4 +1,4 @@
-"""`fastlt granularity`."""
+"""`fastlt granularity score` and `train`."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def granularity_score(
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
-    """How fine the classes of a pack are, which targets are nearest, and which auxiliary lies
-    between; nothing is trained.
+    """Score how fine the classes of a pack are; nothing is trained.
+
+    It names the nearest targets, and which auxiliary lies between.
     """
-    from fastlt.curate.settings import FilterConfig
+    from fastlt.evaluation.feature_settings import FeatureSettings
     from fastlt.studies.granularity import run_granularity
 
     chosen = {
@@ -48,7 +49,7 @@ def granularity_score(
         "device": device,
         **({"backbone": backbone} if backbone else {}),
     }
-    settings = FilterConfig.model_validate(chosen)
+    settings = FeatureSettings.model_validate(chosen)
     run_granularity(pack_place(data), settings, hierarchy, out, console)
 
 
@@ -83,10 +84,13 @@ def granularity_train(
         typer.Argument(metavar="[section.key=value]...", help="Settings of every run."),
     ] = None,
 ) -> None:
-    """Balanced and long-tailed trainings at several granularities: does a long tail hurt less where
-    classes are finer?
-    """
-    from fastlt.studies.granularity_training import Asked, run_granularity_study
+    """Train on balanced and long-tailed sets at several granularities.
 
-    asked = Asked(pack_place(data), hierarchy, out, draws, parallel, imbalance, settings or [])
-    run_granularity_study(asked, csv, console)
+    Does a long tail hurt less where classes are finer?
+    """
+    from fastlt.studies.granularity_training import StudyOptions, run_granularity_study
+
+    options = StudyOptions(
+        pack_place(data), hierarchy, out, draws, parallel, imbalance, settings or []
+    )
+    run_granularity_study(options, csv, console)

@@ -1,4 +1,4 @@
-"""`fastlt eval`, `export`, `report` and `compare`: what is done with finished runs."""
+"""`fastlt eval`, `export`, `report` and `compare`: commands on finished runs."""
 
 from __future__ import annotations
 
@@ -157,9 +157,7 @@ def compare(
         typer.Argument(metavar="RUN RUN...", help="Finished runs, the one to beat first."),
     ],
 ) -> None:
-    """Runs side by side: figures, the settings in which they differ, and whether that is more than
-    chance.
-    """
-    from fastlt.evaluation.compare import compare as tell
+    """Compare runs: figures, the settings in which they differ, and whether that is chance."""
+    from fastlt.evaluation.compare import compare as compare_runs
 
-    tell(runs, console)
+    compare_runs(runs, console)

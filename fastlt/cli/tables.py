@@ -1,4 +1,4 @@
-"""What the commands print: tables of figures."""
+"""The tables of figures that commands print."""
 
 from __future__ import annotations
 
@@ -12,23 +12,14 @@ from rich.table import Table
 
 from fastlt.cli.app import console
 from fastlt.errors import UserError
-
-RESULT_COLUMNS = {
-    "top-1": "top1",
-    "many": "many",
-    "medium": "medium",
-    "few": "few",
-    "balanced": "balanced_accuracy",
-    "harmonic": "harmonic_mean",
-    "ECE": "ece",
-}
+from fastlt.utils.run_files import COLUMNS, FIGURES
 
 
 def print_result(result: dict[str, Any], name: str) -> None:
-    """The last epoch; the best one, chosen by the test images themselves, is named beside it."""
-    table = Table("", *RESULT_COLUMNS, title=escape(name), title_justify="left")
+    """Print the last epoch; the best one, chosen by the test images, is named beside it."""
+    table = Table("", *COLUMNS, title=escape(name), title_justify="left")
     table.columns[0].no_wrap = True
-    columns = list(RESULT_COLUMNS.values())
+    columns = FIGURES
     table.add_row("last epoch", *(figure(result[column]) for column in columns))
     if best := result.get("best"):
         table.add_row(
@@ -51,6 +42,7 @@ def print_result(result: dict[str, Any], name: str) -> None:
 
 
 def write_figures(file: Path | None, figures: dict[str, Any]) -> None:
+    """Write the figures as JSON. Raises UserError where that fails."""
     from fastlt.utils.files import write_text
 
     if file is None:
@@ -65,8 +57,9 @@ def write_figures(file: Path | None, figures: dict[str, Any]) -> None:
 
 
 def print_post_hoc(results: dict[str, dict[str, Any]], name: str, validation: str | None) -> None:
+    """Print the figures of post-hoc methods."""
     # 80 characters hold no more
-    columns = {title: column for title, column in RESULT_COLUMNS.items() if title != "harmonic"}
+    columns = {title: column for title, column in COLUMNS.items() if title != "harmonic"}
     table = Table(
         "",
         "strength",
@@ -93,6 +86,7 @@ def print_post_hoc(results: dict[str, dict[str, Any]], name: str, validation: st
 
 
 def print_classes(result: dict[str, Any], run: Path) -> None:
+    """Print the accuracy of every class."""
     from fastlt.classes import ClassSpace
 
     space = ClassSpace.load(run / "classes.json")
@@ -112,4 +106,5 @@ def print_classes(result: dict[str, Any], run: Path) -> None:
 
 
 def figure(value: float | None) -> str:
+    """Return a figure with one decimal, - where not known."""
     return "-" if value is None else f"{value:.1f}"

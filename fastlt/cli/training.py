@@ -9,7 +9,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from fastlt.cli.app import PackPath, app, console, pack_place, stopped_in_words
+from fastlt.cli.app import PackPath, app, console, pack_place, reporting_stops
 from fastlt.cli.tables import (
     print_result,
 )
@@ -156,7 +156,7 @@ def methods() -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="The folder for data, packs and runs.")] = Path("demo"),
 ) -> None:
-    """The whole way on an embedded data set: pack, train without and with auxiliaries, compare."""
+    """Run the whole way on an embedded data set: pack, train without and with auxiliaries."""
     from fastlt.demo.run import run_demo
 
     run_demo(out, console)
@@ -196,10 +196,12 @@ def reproduce(
         typer.Argument(metavar="[section.key=value]...", help="Settings on top of every run."),
     ] = None,
 ) -> None:
-    """Published figures beside ours, under their own protocol."""
-    from fastlt.studies.reproduce import Asked, run_reproduce
+    """Compare published figures with ours, under their own protocol."""
+    from fastlt.studies.reproduce import ReproduceOptions, run_reproduce
 
-    run_reproduce(task, Asked(data, out, epochs, seeds, parallel, settings or []), csv, console)
+    run_reproduce(
+        task, ReproduceOptions(data, out, epochs, seeds, parallel, settings or []), csv, console
+    )
 
 
 @app.command()
@@ -243,6 +245,6 @@ def sweep(
     from fastlt.sweep.report import write_sweep_report
     from fastlt.sweep.run import run_sweep
 
-    with stopped_in_words():
+    with reporting_stops():
         run_sweep(file, pack_place(data), out, settings or [], address, resume, console)
     console.print(f"report: {write_sweep_report(out)}", soft_wrap=True)

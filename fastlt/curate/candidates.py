@@ -52,7 +52,9 @@ SPELT = (
 COMMONS_WIDTH = 1024  # of the scaled copy that is taken; originals are often tens of megabytes
 
 
-class Asked(NamedTuple):
+class Search(NamedTuple):
+    """The name of a category, and the words that it is searched for by."""
+
     name: str
     query: str
 
@@ -71,14 +73,17 @@ class Candidate:
     score: float | None = None  # of the source
 
 
-Find = Callable[[Asked, int], Awaitable[list[Candidate]]]  # and how many, at most
+Find = Callable[[Search, int], Awaitable[list[Candidate]]]  # and how many, at most
 Accept = Callable[[Candidate], bool]  # by its licence
 
 
 def open_sources(
     settings: RetrieveConfig, names: Sequence[str], fetcher: Fetcher
 ) -> dict[str, Find]:
-    """By name, in the order they are asked. Raises UserError where one lacks what it needs."""
+    """Return the sources by name, in the order they are asked.
+
+    Raises UserError where one lacks what it needs.
+    """
     web = {"openverse": openverse, "commons": commons, "inaturalist": inaturalist}
     local: dict[str, Callable[[RetrieveConfig, Sequence[str]], dict[str, list[Candidate]]]] = {
         "urls": listed,
@@ -100,33 +105,38 @@ def open_sources(
 
 
 def keep_to_rate(fetcher: Fetcher, source: str) -> None:
+    """Keep requests to the interface of a source to the rate that it allows."""
     host = urlsplit(ENDPOINTS[source]).hostname or ""
     fetcher.rates.interval[host] = max(fetcher.rates.interval[host], 60 / PER_MINUTE[source])
 
 
 def endpoint(settings: RetrieveConfig, source: str) -> str:
-    """The address of an interface on the web."""
+    """Return the address of a source's interface."""
     return {str(name): address for name, address in settings.endpoints.items()}.get(
         source, ENDPOINTS[source]
     )
 
 
 async def _known(
-    candidates: dict[str, list[Candidate]], accept: Accept, asked: Asked, most: int
+    candidates: dict[str, list[Candidate]], accept: Accept, search: Search, most: int
 ) -> list[Candidate]:
-    return list(filter(accept, candidates.get(normalised(asked.name), [])))[:most]
+    return list(filter(accept, candidates.get(normalised(search.name), [])))[:most]
 
 
 def accepted(candidate: Candidate, licences: Sequence[str]) -> bool:
+    """Return whether the licence of a candidate is one of those that are accepted."""
     return licence_accepted(candidate.licence, licences)
 
 
-def licence_accepted(told: str, licences: Sequence[str]) -> bool:
-    return not licences or plain_licence(told) in {plain_licence(licence) for licence in licences}
+def licence_accepted(stated: str, licences: Sequence[str]) -> bool:
+    """Return whether a licence is one of those that are accepted; an empty list accepts any."""
+    return not licences or plain_licence(stated) in {plain_licence(licence) for licence in licences}
 
 
 def plain_licence(text: str) -> str:
-    """`CC BY-SA 4.0`, `cc-by-sa` and `by-sa` are `by-sa`; `CC0 1.0` is `cc0`, `Public domain` is
+    """Return a licence in one spelling.
+
+    `CC BY-SA 4.0`, `cc-by-sa` and `by-sa` are `by-sa`; `CC0 1.0` is `cc0`, `Public domain` is
     `pdm`.
     """
     words = re.findall(r"[a-z]+0?", text.lower())
@@ -143,7 +153,7 @@ Ask = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]  # address, par
 
 
 async def ask(fetcher: Fetcher, address: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Raises Refused."""
+    """Return the JSON object that an interface answers with. Raises Refused."""
     token = (
         os.environ.get("OPENVERSE_TOKEN") if address.startswith(ENDPOINTS["openverse"]) else None
     )
@@ -164,19 +174,19 @@ async def ask(fetcher: Fetcher, address: str, parameters: dict[str, Any]) -> dic
 
 
 async def openverse(
-    ask: Ask, address: str, accept: Accept, asked: Asked, most: int
+    ask: Ask, address: str, accept: Accept, search: Search, most: int
 ) -> list[Candidate]:
-    """api.openverse.org/v1: openly licensed images, mostly of Flickr and museums.
+    """Return candidates of api.openverse.org/v1: openly licensed images of Flickr and museums.
 
     OPENVERSE_TOKEN, if set, is sent along.
     """
     found: list[Candidate] = []
     for page in range(1, OPENVERSE_PAGES + 1):
         answer = await ask(
-            f"{address}images/", {"q": asked.query, "page": page, "page_size": OPENVERSE_PAGE}
+            f"{address}images/", {"q": search.query, "page": page, "page_size": OPENVERSE_PAGE}
         )
         found += filter(
-            accept, [_of_openverse(asked.name, entry) for entry in entries(answer.get("results"))]
+            accept, [_of_openverse(search.name, entry) for entry in entries(answer.get("results"))]
         )
         if len(found) >= most or page >= number(answer, "page_count"):
             break
@@ -192,9 +202,9 @@ def _of_openverse(category: str, entry: dict[str, Any]) -> Candidate:
 
 
 async def commons(
-    ask: Ask, address: str, accept: Accept, asked: Asked, most: int
+    ask: Ask, address: str, accept: Accept, search: Search, most: int
 ) -> list[Candidate]:
-    """MediaWiki's interface: files of Wikimedia Commons by full-text search."""
+    """Return candidates of Wikimedia Commons, by MediaWiki's full-text search."""
     found: list[Candidate] = []
     looked_at = 0
     parameters: dict[str, Any] = {
@@ -204,7 +214,7 @@ async def commons(
         "generator": "search",
         "gsrnamespace": 6,
         "prop": "imageinfo",
-        "gsrsearch": f"filetype:bitmap {asked.query}",
+        "gsrsearch": f"filetype:bitmap {search.query}",
         "gsrlimit": min(most, COMMONS_PAGE),
         "iiprop": "url|extmetadata|mime",
         "iiurlwidth": COMMONS_WIDTH,
@@ -216,7 +226,7 @@ async def commons(
         pages = entries(query.get("pages") if isinstance(query, dict) else None)
         for entry in sorted(pages, key=lambda page: number(page, "index")):
             made = [
-                _of_commons(asked.name, text(entry, "title"), info)
+                _of_commons(search.name, text(entry, "title"), info)
                 for info in entries(entry.get("imageinfo"))[:1]
             ]
             found += filter(accept, made)
@@ -232,10 +242,10 @@ async def commons(
 
 
 def _of_commons(category: str, title: str, info: dict[str, Any]) -> Candidate:
-    told = info.get("extmetadata")
+    metadata = info.get("extmetadata")
     values = (
-        {name: text(entry, "value") for name, entry in told.items() if isinstance(entry, dict)}
-        if isinstance(told, dict)
+        {name: text(entry, "value") for name, entry in metadata.items() if isinstance(entry, dict)}
+        if isinstance(metadata, dict)
         else {}
     )
     author = html.unescape(re.sub(r"<[^>]*>", "", values.get("Artist", ""))).strip()  # it is HTML
@@ -252,12 +262,13 @@ def _of_commons(category: str, title: str, info: dict[str, Any]) -> Candidate:
 
 
 async def inaturalist(
-    ask: Ask, address: str, accept: Accept, asked: Asked, most: int
+    ask: Ask, address: str, accept: Accept, search: Search, most: int
 ) -> list[Candidate]:
-    """api.inaturalist.org/v1: photographs of the taxon that the name means, then those of
-    observations that others confirmed.
+    """Return candidates of api.inaturalist.org/v1.
+
+    Photographs of the taxon that the name means come first, then those of confirmed observations.
     """
-    taxa = entries((await ask(f"{address}taxa", {"q": asked.name, "per_page": 1})).get("results"))
+    taxa = entries((await ask(f"{address}taxa", {"q": search.name, "per_page": 1})).get("results"))
     if not taxa:
         return []
     taxon = number(taxa[0], "id")
@@ -267,7 +278,7 @@ async def inaturalist(
     found: list[Candidate] = []
     seen: dict[str, Candidate] = {}
     for page in count(1):
-        made = [_of_inaturalist(asked.name, photo) for photo in photos]
+        made = [_of_inaturalist(search.name, photo) for photo in photos]
         before = len(seen)
         seen |= {candidate.place: candidate for candidate in made if candidate.place}
         found = list(filter(accept, seen.values()))
@@ -302,17 +313,19 @@ def _of_inaturalist(category: str, photo: dict[str, Any]) -> Candidate:
 
 
 def entries(value: Any) -> list[dict[str, Any]]:
-    """The objects of a JSON list; nothing of what is none."""
+    """Return the objects of a JSON list; nothing of what is no list."""
     return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def text(entry: dict[str, Any], key: str) -> str:
+    """Return the text under a key, empty where there is none."""
     value = entry.get(key)
     # JSON may hold half a character
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
 def number(entry: dict[str, Any], key: str) -> int:
+    """Return the number under a key, 0 where there is none."""
     value = entry.get(key)
     return value if isinstance(value, int) else 0
 
@@ -321,8 +334,9 @@ def number(entry: dict[str, Any], key: str) -> int:
 
 
 def listed(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Candidate]]:
-    """A CSV or parquet file with the columns category, url and, if there, licence, author, page,
-    title.
+    """Return the candidates of a CSV or parquet file.
+
+    Its columns are category, url and, if there, licence, author, page, title.
     """
     if not settings.urls:
         raise UserError(
@@ -337,11 +351,11 @@ def listed(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Can
 
 
 def _of_row(row: dict[str, Any]) -> Candidate:
-    return Candidate(str(row["category"]), str(row["url"]), "urls", *told(row))
+    return Candidate(str(row["category"]), str(row["url"]), "urls", *source_of(row))
 
 
-def told(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    """Licence, author, page and title, however the columns are spelt."""
+def source_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Return licence, author, page and title of a row, however the columns are spelt."""
     lower = {str(name).strip().lower(): value for name, value in row.items()}
     return tuple(
         str(next((lower[name] for name in names if lower.get(name)), "")) for names in SPELT
@@ -349,7 +363,7 @@ def told(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def rows_of(file: Path) -> Iterator[dict[str, Any]]:
-    """Of a CSV or a parquet file."""
+    """Yield the rows of a CSV or a parquet file."""
     try:
         if file.suffix == ".parquet":
             yield from parquet_table(file).to_pylist()
@@ -361,6 +375,7 @@ def rows_of(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def parquet_table(file: Path) -> Any:
+    """Return the table of a parquet file. Raises UserError where it cannot be read."""
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -372,6 +387,7 @@ def parquet_table(file: Path) -> Any:
 
 
 def in_folder(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Candidate]]:
+    """Return the images of a folder with a sub-folder for each category."""
     folder = Path(settings.folder)
     if not settings.folder or not folder.is_dir():
         raise UserError(
@@ -389,7 +405,7 @@ def in_folder(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[
 
 
 def nearest_in_index(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[Candidate]]:
-    """Images whose CLIP features are nearest to those of the category's text.
+    """Return the images whose CLIP features are nearest to those of each category's text.
 
     The index is what `clip-retrieval inference` writes: img_emb/img_emb_*.npy, (n, D) of length 1,
     and metadata/metadata_*.parquet with a column url or image_path.
@@ -446,17 +462,21 @@ def nearest_in_index(settings: RetrieveConfig, names: Sequence[str]) -> dict[str
 
 
 def _of_clip(category: str, row: dict[str, Any], score: float) -> Candidate:
-    """`url` is fetched like any address; `image_path` alone is a file of this machine."""
+    """Return the candidate of a row.
+
+    `url` is fetched like any address; `image_path` alone is a file of this machine.
+    """
     if row.get("url"):
-        return Candidate(category, str(row["url"]), "clip", *told(row), score=score)
-    return Candidate(category, str(row["image_path"]), LOCAL_CLIP, *told(row), score=score)
+        return Candidate(category, str(row["url"]), "clip", *source_of(row), score=score)
+    return Candidate(category, str(row["image_path"]), LOCAL_CLIP, *source_of(row), score=score)
 
 
 def add_best(
     best: list[list[tuple[float, dict[str, Any]]]], scores: Any, rows: Any, settings: RetrieveConfig
 ) -> None:
-    """best of each category, with the scores (categories, n) of n more images taken in, told by the
-    table `rows`.
+    """Add n more images to the best of each category.
+
+    scores (categories, n) are theirs, and the table `rows` describes them.
     """
     import numpy as np
 
@@ -479,7 +499,10 @@ def add_best(
 
 
 def grouped(candidates: Iterable[Candidate], names: Sequence[str]) -> dict[str, list[Candidate]]:
-    """By normalised category, each with the name that it has here; others are left out."""
+    """Return candidates by normalised category, each with the name that it has here.
+
+    Those of other categories are left out.
+    """
     known = {normalised(name): name for name in names}
     found: dict[str, list[Candidate]] = {}
     for candidate in candidates:

@@ -1,5 +1,6 @@
-"""Getting bytes from addresses that nobody vouches for: bounded in time and size, redirects looked
-at one by one, politely.
+"""Fetching from addresses that nobody has checked: bounded in size and time, within limits.
+
+Redirects are followed one by one, and each is checked.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ PIECE = 64 * 1024  # bytes read at a time
 
 
 class Refused(Exception):
-    """What was not fetched, and why. transient: another time it may work."""
+    """A refusal to fetch, with its reason. transient: another time it may work."""
 
     def __init__(self, reason: str, transient: bool = False) -> None:
         super().__init__(reason)
@@ -32,12 +33,14 @@ class Refused(Exception):
 
 
 class Fetched(NamedTuple):
+    """The bytes of an answer, and where they came from."""
+
     data: bytes
     url: str  # after redirects
 
 
 class Answer(NamedTuple):
-    """Of one request."""
+    """The answer to one request."""
 
     status: int
     data: bytes
@@ -47,6 +50,8 @@ class Answer(NamedTuple):
 
 
 class Fetcher:
+    """A client that keeps to rates and robots.txt, and to public hosts."""
+
     def __init__(self, session: aiohttp.ClientSession, settings: RetrieveConfig) -> None:
         self.session, self.settings = session, settings
         self.rates = Rates(settings.per_host)
@@ -56,10 +61,9 @@ class Fetcher:
     async def get(
         self, url: str, max_bytes: int, headers: dict[str, str] | None = None, is_api: bool = False
     ) -> Fetched:
-        """Tries again what may go better. is_api: an interface meant for programs, which robots.txt
-        does not concern.
+        """Return what an address answers; what may go better is tried again.
 
-        Raises Refused.
+        is_api: an interface meant for programs, which robots.txt does not concern. Raises Refused.
         """
         for left in reversed(range(self.settings.retries + 1)):
             try:
@@ -163,7 +167,11 @@ class Fetcher:
 
 
 async def body(response: aiohttp.ClientResponse, max_bytes: int, cut: bool) -> bytes:
-    """Raises Refused as soon as there is more than max_bytes, announced or not, or ends there."""
+    """Return the body of a response.
+
+    Raises Refused as soon as there is more than max_bytes, announced or not; with `cut` it ends
+    there.
+    """
     if (response.content_length or 0) > max_bytes and not cut:
         raise Refused("too many bytes")
     parts = bytearray()
@@ -178,6 +186,7 @@ async def body(response: aiohttp.ClientResponse, max_bytes: int, cut: bool) -> b
 
 @asynccontextmanager
 async def open_fetcher(settings: RetrieveConfig) -> AsyncIterator[Fetcher]:
+    """Yield a fetcher, and close its connections afterwards."""
     connector = aiohttp.TCPConnector(
         resolver=None if settings.allow_private else PublicResolver(),
         limit=settings.concurrency,
@@ -197,6 +206,7 @@ async def open_fetcher(settings: RetrieveConfig) -> AsyncIterator[Fetcher]:
 
 
 def user_agent(contact: str) -> str:
+    """Return the user agent that requests name, with the contact where there is one."""
     return (
         f"{AGENT}/{version('fastlt')} (images for research on long-tailed "
         f"classification{'; ' + contact if contact else ''})"

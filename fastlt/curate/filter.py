@@ -1,11 +1,12 @@
-"""`fastlt curate filter`: which of the retrieved images are kept, and the auxiliary set that
-`fastlt pack` takes.
+"""`fastlt curate filter`: the selection of retrieved images, and the auxiliary set.
 
-CURATED/features/       hashes and features of each shard: what was computed once is not computed
-again CURATED/filtered.jsonl  a row an image: whether it is kept, why not, how like its class it is
+The latter is what `fastlt pack` takes.
+
+CURATED/features/       hashes and features of each shard, which are not computed again
+CURATED/filtered.jsonl  a row an image: whether it is kept, why not, how like its class it is
 CURATED/auxiliary/      shards of what is kept, with key.cls and key.json, and card.json, a summary
-CURATED/pairs.csv       target,auxiliary of the classes that are left CURATED/sheet.html      the
-contact sheets: kept and dropped images of each class
+CURATED/pairs.csv       target,auxiliary of the classes that are left
+CURATED/sheet.html      the contact sheets: kept and dropped images of each class
 """
 
 import csv
@@ -24,15 +25,15 @@ from rich.table import Table
 
 from fastlt.classes import ClassSpace
 from fastlt.curate.candidates import licence_accepted
-from fastlt.curate.features import open_backbone
-from fastlt.curate.image_index import Pile, make_pile
+from fastlt.curate.image_index import ImageIndex, build_index
 from fastlt.curate.retrieve import PROPOSED_BY, tried
-from fastlt.curate.selection import SAME_FEATURES, Verdicts, give_up_small_classes, judge
+from fastlt.curate.selection import SAME_FEATURES, Verdicts, give_up_small_classes, select_images
 from fastlt.curate.settings import CurateConfig, FilterConfig, keep_settings
 from fastlt.curate.sheet import write_sheets
 from fastlt.curate.table import read_table, write_table
 from fastlt.decode.images import FORMATS
 from fastlt.errors import UserError
+from fastlt.evaluation.features import open_backbone
 from fastlt.packing.reader import COLUMNS, Pack, Split, open_pack
 from fastlt.packing.shards import ShardWriter, member_keys
 from fastlt.utils.files import whole_file, whole_folder, write_text
@@ -45,7 +46,7 @@ RETRIEVED_BY = "fastlt curate retrieve"
 
 
 def run_filter(place: str, out: Path, config: CurateConfig, console: Console) -> None:
-    """place: the pack of the targets.
+    """Select images, and write the auxiliary set. place: the pack of the targets.
 
     Raises UserError where nothing was retrieved, or nothing is kept.
     """
@@ -54,6 +55,7 @@ def run_filter(place: str, out: Path, config: CurateConfig, console: Console) ->
 
 
 def filter_images(place: str, out: Path, config: CurateConfig, console: Console) -> None:
+    """Select images within the locked folder of the curation."""
     settings = config.filter
     categories = read_table(out / "categories.jsonl", PROPOSED_BY)
     rows = retrieved_rows(out, categories)
@@ -70,10 +72,10 @@ def filter_images(place: str, out: Path, config: CurateConfig, console: Console)
             soft_wrap=True,
         )
     known = {
-        name: make_pile(out / "features", split, backbone, settings, f"{name} images", console)
+        name: build_index(out / "features", split, backbone, settings, f"{name} images", console)
         for name, split in splits.items()
     }
-    pile = make_pile(
+    index = build_index(
         out / "features",
         retrieved_split(out, rows, categories),
         backbone,
@@ -86,16 +88,16 @@ def filter_images(place: str, out: Path, config: CurateConfig, console: Console)
         for image, row in enumerate(rows)
         if not licence_accepted(row["licence"], config.retrieve.licences)
     ]
-    verdicts = judge(pile, known, owners, settings, backbone.device, refused)
-    give_up_small_classes(verdicts, pile.split.label, settings.min_images)
+    verdicts = select_images(index, known, owners, settings, backbone.device, refused)
+    give_up_small_classes(verdicts, index.split.label, settings.min_images)
     write_table(
         out / "filtered.jsonl",
         map(verdict_row, rows, verdicts.reasons, verdicts.of, verdicts.likeness.tolist()),
     )
-    show(verdicts, categories, pile.split.label, console)
-    tell_suspicious(verdicts, console)
+    show(verdicts, categories, index.split.label, console)
+    report_suspicious(verdicts, console)
     if settings.sheet:
-        write_sheets(out, pile.split, verdicts, categories, settings.sheet)
+        write_sheets(out, index.split, verdicts, categories, settings.sheet)
         console.print(f"contact sheets: {out / 'sheet.html'}", highlight=False, soft_wrap=True)
     if not len(verdicts.kept):
         remove_set(out)  # an earlier one is no longer what filtered.jsonl says
@@ -103,7 +105,7 @@ def filter_images(place: str, out: Path, config: CurateConfig, console: Console)
             f"no image is left: see {out / 'filtered.jsonl'}, filter.gamma1, filter.gamma2 and "
             "filter.min_images"
         )
-    write_auxiliary(out, rows, pile, verdicts, categories, settings)
+    write_auxiliary(out, rows, index, verdicts, categories, settings)
     console.print(
         f"now: fastlt pack --target {place} --auxiliary {out / 'auxiliary'} --pairs "
         f"{out / 'pairs.csv'} --out PACK",
@@ -117,8 +119,9 @@ def filter_images(place: str, out: Path, config: CurateConfig, console: Console)
 
 
 def retrieved_rows(out: Path, categories: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of images, in the order they were fetched; those of categories that are no longer proposed
-    are left out.
+    """Return the rows of retrieved images, in the order they were fetched.
+
+    Those of categories that are no longer proposed are left out.
     """
     names = {normalised(category["name"]) for category in categories}
     rows = [
@@ -132,7 +135,7 @@ def retrieved_rows(out: Path, categories: Sequence[dict[str, Any]]) -> list[dict
 def retrieved_split(
     out: Path, rows: Sequence[dict[str, Any]], categories: Sequence[dict[str, Any]]
 ) -> Split:
-    """The label of an image is the number of its category."""
+    """Return the retrieved images as a split; a label is the number of a category."""
     numbers = {normalised(category["name"]): number for number, category in enumerate(categories)}
     shards = sorted({row["shard"] for row in rows})
     places = {shard: number for number, shard in enumerate(shards)}
@@ -148,7 +151,7 @@ def retrieved_split(
 
 
 def splits_of(pack: Pack, settings: FilterConfig) -> dict[str, Split]:
-    """All images that no auxiliary may show, by what they are."""
+    """Return the images that no auxiliary may show, by what they are."""
     found = {"training": of_targets(pack.train, pack.space), "validation": pack.val}
     if settings.test:
         test = open_pack(settings.test)
@@ -157,13 +160,14 @@ def splits_of(pack: Pack, settings: FilterConfig) -> dict[str, Split]:
 
 
 def of_targets(split: Split, space: ClassSpace) -> Split:
+    """Return the images of a split that belong to targets."""
     return split.subset(np.flatnonzero(split.label < space.num_targets))
 
 
 def owner_ids(
     space: ClassSpace, categories: Sequence[dict[str, Any]], place: str
 ) -> list[list[int]]:
-    """Of each category."""
+    """Return the target ids that own each category."""
     ids = {name: target for target, name in enumerate(space.target_names)}
     for category in categories:
         if unknown := [owner for owner in category["owners"] if owner not in ids]:
@@ -178,40 +182,42 @@ def owner_ids(
 
 
 def verdict_row(row: dict[str, Any], reason: str, of: str, likeness: float) -> dict[str, Any]:
-    told = {
+    """Return a row of the table of verdicts."""
+    about = {
         name: row[name]
         for name in ("category", "place", "shard", "key", "sha256", "licence", "author", "source")
     }
-    return {**told, "kept": not reason, "reason": reason, "of": of, "likeness": round(likeness, 4)}
+    return {**about, "kept": not reason, "reason": reason, "of": of, "likeness": round(likeness, 4)}
 
 
 def write_auxiliary(
     out: Path,
     rows: Sequence[dict[str, Any]],
-    pile: Pile,
+    index: ImageIndex,
     verdicts: Verdicts,
     categories: Sequence[dict[str, Any]],
     settings: FilterConfig,
 ) -> None:
+    """Write the auxiliary set: shards of the kept images with their sources, and its card."""
     kept = verdicts.kept.tolist()
-    left = sorted({int(pile.split.label[image]) for image in kept})
-    names = [categories[int(pile.split.label[image])]["name"] for image in kept]
+    left = sorted({int(index.split.label[image]) for image in kept})
+    names = [categories[int(index.split.label[image])]["name"] for image in kept]
     keys = member_keys(
         f"{name}/{rows[image]['key']}" for name, image in zip(names, kept, strict=True)
     )
     with whole_folder(out / "auxiliary") as folder:
         with ShardWriter(folder, SHARD_BYTES, "auxiliary") as shards:
             for image, name, key in zip(kept, names, keys, strict=True):
-                told = json.dumps(
+                about = json.dumps(
                     {**rows[image], "likeness": round(float(verdicts.likeness[image]), 4)},
                     ensure_ascii=False,
                 )
                 shards.add(
                     key,
-                    extension_of(pile.split, image),
-                    bytes(pile.split.read(image)),
+                    extension_of(index.split, image),
+                    bytes(index.split.read(image)),
                     name,
-                    told.encode(),
+                    about.encode(),
                 )
         card = summary(
             rows, verdicts, [categories[number] for number in left], settings, refusals(out)
@@ -232,13 +238,13 @@ def write_auxiliary(
 
 
 def refusals(out: Path) -> Counter[str]:
-    """Why candidates were not retrieved."""
+    """Return how many candidates were not retrieved, by reason."""
     last = {(row["category"], row["place"]): row for row in tried(out / "raw")}
     return Counter(row["reason"] for row in last.values() if not row["fetched"])
 
 
 def extension_of(split: Split, image: int) -> str:
-    """As the shard has it."""
+    """Return the extension that an image has in its shard."""
     extension = Path(split.key(image)).suffix
     return extension if extension in FORMATS.values() else ".jpg"
 
@@ -250,7 +256,7 @@ def summary(
     settings: FilterConfig,
     not_fetched: Counter[str],
 ) -> dict[str, Any]:
-    """The card: what the auxiliary set is, where it came from, and what was dropped."""
+    """Return the card: what the auxiliary set is, where it came from, and what was dropped."""
     kept = [rows[image] for image in verdicts.kept.tolist()]
     dropped = Counter(reason for reason in verdicts.reasons if reason)
     drawn = any(category.get("provider") == "random" for category in left)
@@ -275,8 +281,8 @@ def summary(
     }
 
 
-def tell_suspicious(verdicts: Verdicts, console: Console) -> None:
-    """Features that cannot tell classes apart make leaks of all that is alike."""
+def report_suspicious(verdicts: Verdicts, console: Console) -> None:
+    """Warn where so many images are leaks that the features cannot tell classes apart."""
     by_features = sum(SAME_FEATURES in reason for reason in verdicts.reasons)
     if by_features > SUSPICIOUS * len(verdicts.reasons):
         console.print(
@@ -289,7 +295,7 @@ def tell_suspicious(verdicts: Verdicts, console: Console) -> None:
 
 
 def remove_set(out: Path) -> None:
-    """The auxiliary set, which is made anew from what was retrieved."""
+    """Remove the auxiliary set, which is made anew from what was retrieved."""
     shutil.rmtree(out / "auxiliary", ignore_errors=True)
     (out / "pairs.csv").unlink(missing_ok=True)
 
@@ -297,6 +303,7 @@ def remove_set(out: Path) -> None:
 def show(
     verdicts: Verdicts, categories: Sequence[dict[str, Any]], labels: np.ndarray, console: Console
 ) -> None:
+    """Print what was kept and dropped, by category and by reason."""
     table = Table("images", "", title=f"{len(labels):,} retrieved images", title_justify="left")
     table.add_row(f"{len(verdicts.kept):,}", "kept", style="bold")
     for reason, times in Counter(reason for reason in verdicts.reasons if reason).most_common():

@@ -1,5 +1,6 @@
-"""Hashes of images: of their bytes, and of what they look like, which survives resizing and new
-compression.
+"""Hashes of images: of their bytes, and of their looks.
+
+The latter survive resizing and new compression.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ BLOCK = 1 << 22  # pairs looked at together
 
 @dataclass(frozen=True)
 class Hashes:
-    """Of n images."""
+    """The hashes of n images."""
 
     exact: list[bytes]  # sha256
     seen: np.ndarray  # (n,) uint64
@@ -32,11 +33,13 @@ class Hashes:
         return len(self.exact)
 
     def take(self, images: np.ndarray) -> "Hashes":
+        """Return the hashes of some of the images."""
         exact = [self.exact[image] for image in images.tolist()]
         return Hashes(exact, self.seen[images], self.mirrored[images], self.has_look[images])
 
 
 def hashes_of(split: Split, images: Sequence[int]) -> Hashes:
+    """Return the hashes of some images of a split."""
     rows = [_hash(bytes(split.read(image))) for image in images]
     exact, seen, mirrored, has_look = zip(*rows, strict=True) if rows else ((), (), (), ())
     return Hashes(
@@ -47,7 +50,8 @@ def hashes_of(split: Split, images: Sequence[int]) -> Hashes:
     )
 
 
-def joined(parts: Sequence[Hashes]) -> Hashes:
+def concatenated(parts: Sequence[Hashes]) -> Hashes:
+    """Return the hashes of several parts, one after the other."""
     exact = [digest for part in parts for digest in part.exact]
     columns = (
         np.concatenate([getattr(part, name) for part in parts])
@@ -66,7 +70,7 @@ def _hash(data: bytes) -> tuple[bytes, int, int, bool]:
 
 
 def small_grey(data: bytes) -> np.ndarray:
-    """(SIDE, SIDE) float64. Raises BadImage."""
+    """Return an image as (SIDE, SIDE) float64 shades of grey. Raises BadImage."""
     image = open_image(data)
     image.draft("RGB", (4 * SIDE, 4 * SIDE))  # a JPEG is decoded at a fraction of its size
     try:
@@ -77,8 +81,9 @@ def small_grey(data: bytes) -> np.ndarray:
 
 
 def look(grey: np.ndarray) -> int:
-    """64 bits: which of the lowest frequencies of the cosine transform are above their median, the
-    constant one left out.
+    """Return 64 bits: which of the lowest frequencies of the cosine transform exceed their median.
+
+    The constant one is left out.
     """
     low = (COSINES @ grey @ COSINES.T).ravel()
     bits = low > np.median(low[1:])
@@ -95,21 +100,23 @@ COSINES = _cosines()
 
 
 def same_look(queries: Hashes, known: Hashes, distance: int) -> np.ndarray:
-    """(P, 2) int64 pairs (query, known) whose hashes, as they are or mirrored, differ in up to
-    `distance` bits. Of the known ones with one and the same hash the first stands for all.
+    """Return (P, 2) int64 pairs (query, known) that look the same.
+
+    Their hashes, as they are or mirrored, differ in up to `distance` bits. Of the known ones with
+    one and the same hash the first stands for all.
     """
     if distance < 0 or not len(queries) or not len(known):
         return np.zeros((0, 2), np.int64)
-    usable, asked = np.flatnonzero(known.has_look), np.flatnonzero(queries.has_look)
+    usable, sought = np.flatnonzero(known.has_look), np.flatnonzero(queries.has_look)
     # thousands may have the look of an empty page
     looks, first = np.unique(known.seen[usable], return_index=True)
     found = []
     for bits in (queries.seen, queries.mirrored):
-        own, which = np.unique(bits[asked], return_inverse=True)
+        own, which = np.unique(bits[sought], return_inverse=True)
         by_own, counts = np.argsort(which, kind="stable"), np.bincount(which, minlength=len(own))
         starts = np.cumsum(counts) - counts
         for rows, columns in _near(own, looks, distance):
-            images = asked[by_own[_ranges(starts[rows], counts[rows])]]
+            images = sought[by_own[_ranges(starts[rows], counts[rows])]]
             found.append(
                 np.stack([images, np.repeat(usable[first[columns]], counts[rows])], axis=1)
             )
@@ -119,14 +126,14 @@ def same_look(queries: Hashes, known: Hashes, distance: int) -> np.ndarray:
 def _near(
     queries: np.ndarray, known: np.ndarray, distance: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Indices of pairs that agree in a band, and whose whole hashes are near."""
+    """Yield indices of pairs that agree in a band, and whose whole hashes are near."""
     for shift, width in _bands():
         mask = np.uint64((1 << width) - 1)
         band = (known >> np.uint64(shift)) & mask
         order = np.argsort(band, kind="stable")
-        asked = (queries >> np.uint64(shift)) & mask
-        first = np.searchsorted(band[order], asked, "left")
-        counts = np.searchsorted(band[order], asked, "right") - first
+        sought = (queries >> np.uint64(shift)) & mask
+        first = np.searchsorted(band[order], sought, "left")
+        counts = np.searchsorted(band[order], sought, "right") - first
         for start, end in _blocks(counts):
             rows = np.repeat(np.arange(start, end), counts[start:end])
             columns = order[_ranges(first[start:end], counts[start:end])]
@@ -135,19 +142,19 @@ def _near(
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... of each range, one after the other."""
+    """Return start, start + 1, ... of each range, one after the other."""
     ends = np.cumsum(counts)
     return np.arange(int(counts.sum())) + np.repeat(starts - (ends - counts), counts)
 
 
 def _bands() -> list[tuple[int, int]]:
-    """(shift, width in bits) of each."""
+    """Return (shift, width in bits) of each band."""
     edges = np.linspace(0, KEPT * KEPT, BANDS + 1).round().astype(int).tolist()
     return [(start, end - start) for start, end in pairwise(edges)]
 
 
 def _blocks(counts: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ranges of queries with about BLOCK pairs each."""
+    """Yield ranges of queries with about BLOCK pairs each."""
     block = np.cumsum(counts) // BLOCK
     edges = [0, *(np.flatnonzero(np.diff(block)) + 1).tolist(), len(counts)]
     return ((start, end) for start, end in pairwise(edges) if end > start)

@@ -1,6 +1,4 @@
-"""Images with all that is compared of them: hashes and features, kept on the disk a shard at a
-time.
-"""
+"""Images with their hashes and features, kept on the disk a shard at a time."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,9 +9,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from fastlt.curate.features import Backbone, extract
-from fastlt.curate.hashes import Hashes, hashes_of, joined
+from fastlt.curate.hashes import Hashes, concatenated, hashes_of
 from fastlt.curate.settings import FilterConfig
+from fastlt.evaluation.features import Backbone, extract
 from fastlt.packing.reader import Split, identity
 from fastlt.utils.files import whole_file
 from fastlt.utils.pool import cores, ordered_map
@@ -24,7 +22,9 @@ Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Pile:
+class ImageIndex:
+    """The images of a split with their hashes and features, in the order of the split."""
+
     split: Split
     hashes: Hashes
     features: np.ndarray  # (n, D) float16, of length 1
@@ -33,15 +33,18 @@ class Pile:
         return len(self.split)
 
 
-def make_pile(
+def build_index(
     folder: Path,
     split: Split,
     backbone: Backbone,
     settings: FilterConfig,
     what: str,
     console: Console,
-) -> Pile:
-    """folder: where hashes and features are kept, by what they are of."""
+) -> ImageIndex:
+    """Return the index of a split; what is known is read, the rest made and kept.
+
+    folder: where hashes and features are kept, by what they are of.
+    """
     hashes: list[Hashes] = []
     features: list[np.ndarray] = []
     order: list[np.ndarray] = []
@@ -57,14 +60,16 @@ def make_pile(
                 stored_features(folder, part, backbone, settings, partial(bar.advance, tasks[1]))
             )
     back = np.argsort(np.concatenate(order), kind="stable")
-    return Pile(split, joined(hashes).take(back), np.concatenate(features)[back])
+    return ImageIndex(split, concatenated(hashes).take(back), np.concatenate(features)[back])
 
 
 def by_shard(split: Split) -> Iterator[np.ndarray]:
+    """Yield the indices of the images of each shard."""
     return (np.flatnonzero(split.shard == shard) for shard in np.unique(split.shard))
 
 
 def stored_hashes(folder: Path, part: Split, advance: Advance) -> Hashes:
+    """Return the hashes of a shard's images, from the disk where they are known."""
     path = folder / f"hashes-{identity(part)}.npz"
     found = read_arrays(path)
     if found is None:
@@ -77,7 +82,7 @@ def stored_hashes(folder: Path, part: Split, advance: Advance) -> Hashes:
             for group in apply(partial(hashes_of, part), groups):
                 made.append(group)
                 advance(len(group))
-        whole = joined(made)
+        whole = concatenated(made)
         exact = np.frombuffer(b"".join(whole.exact), np.uint8).reshape(-1, 32)
         write_arrays(
             path,
@@ -98,6 +103,7 @@ def stored_hashes(folder: Path, part: Split, advance: Advance) -> Hashes:
 def stored_features(
     folder: Path, part: Split, backbone: Backbone, settings: FilterConfig, advance: Advance
 ) -> np.ndarray:
+    """Return the features of a shard's images, (n, D), from the disk where they are known."""
     path = folder / f"features-{identity(part)}-{backbone.key}.npz"
     found = read_arrays(path)
     if found is None:
@@ -109,7 +115,7 @@ def stored_features(
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """None where they are not there, or damaged: they are made again."""
+    """Return the arrays of a file; None where they are absent or damaged, to be made again."""
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
@@ -118,5 +124,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Write arrays to a file that is whole or not there."""
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)

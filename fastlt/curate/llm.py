@@ -1,5 +1,4 @@
-"""The `llm` provider: a language model behind any endpoint that speaks OpenAI's protocol is asked
-about each target.
+"""The `llm` provider: a language model behind any endpoint that speaks OpenAI's protocol.
 
 Every reply is kept on the disk under the hash of what was asked, so that what was answered once
 costs nothing again.
@@ -9,10 +8,13 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from string import Template
 from typing import Any, NamedTuple
 
@@ -29,12 +31,16 @@ CHARACTERS_PER_TOKEN, TOKENS_PER_CATEGORY = 4, 40  # about, of English
 
 
 class Suggested(BaseModel):
+    """A category that a model suggests."""
+
     model_config = ConfigDict(extra="ignore")
     name: str = Field(min_length=1, max_length=100)
     description: str = Field(default="", max_length=1000)
 
 
 class Reply(BaseModel):
+    """The categories of a reply."""
+
     model_config = ConfigDict(extra="ignore")
     categories: list[Suggested] = Field(min_length=1)
 
@@ -50,6 +56,7 @@ class Reply(BaseModel):
 
 
 def is_suggested(entry: Any) -> bool:
+    """Return whether an entry of a reply is a category."""
     try:
         Suggested.model_validate(entry)
     except ValidationError:
@@ -58,28 +65,30 @@ def is_suggested(entry: Any) -> bool:
 
 
 class Usage(NamedTuple):
-    asked: int
+    """The prompts and tokens that were, or will be, used."""
+
+    prompts: int
     known: int  # of them answered before
     tokens_in: int
     tokens_out: int
 
     def cost(self, settings: ProposeConfig) -> float:
-        """Dollars."""
+        """Return the cost in dollars."""
         return (self.tokens_in * settings.price_in + self.tokens_out * settings.price_out) / 1e6
 
 
 class PromptRefused(Exception):
-    """The endpoint will not answer this one; others it may."""
+    """The endpoint will not answer this prompt; others it may."""
 
 
 class Failed(NamedTuple):
-    """Why a target has no answer."""
+    """The reason why a target has no answer."""
 
     reason: str
 
 
 def prompts(settings: ProposeConfig, targets: Sequence[Target], limits: Sequence[int]) -> list[str]:
-    """One a target.
+    """Return a prompt for each target.
 
     Raises UserError where the prompt file is not there, or names what is not known.
     """
@@ -115,20 +124,23 @@ def _fill(
 
 
 def spoken(target: Target) -> str:
+    """Return a target in words: its name, or the word for its id."""
     return (target.word or target.name).replace("_", " ")
 
 
 class Cache:
-    """Replies in a folder, a file each."""
+    """The replies in a folder, a file each."""
 
     def __init__(self, folder: Path, settings: ProposeConfig) -> None:
         self.folder, self.settings = folder, settings
 
     def path(self, prompt: str) -> Path:
-        asked = [self.settings.model, self.settings.temperature, prompt]
-        return self.folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()}.json"
+        """Return the file of the reply to a prompt."""
+        key = [self.settings.model, self.settings.temperature, prompt]
+        return self.folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
 
     def read(self, prompt: str) -> Reply | Failed | None:
+        """Return the reply to a prompt, or None where there is none yet."""
         try:
             kept = json.loads(self.path(prompt).read_text(encoding="utf-8"))
             return (
@@ -138,21 +150,24 @@ class Cache:
             return None  # it is asked again
 
     def keep(self, prompt: str, reply: Reply | Failed, tokens: tuple[int, int]) -> None:
-        """What was answered badly each time was paid for as well, and would be again."""
-        told: dict[str, Any] = (
+        """Keep a reply.
+
+        One that was bad each time was paid for as well, and would be again.
+        """
+        answer: dict[str, Any] = (
             {"failed": reply.reason} if isinstance(reply, Failed) else {"reply": reply.model_dump()}
         )
-        kept = {"model": self.settings.model, "prompt": prompt, **told, "tokens": tokens}
+        kept = {"model": self.settings.model, "prompt": prompt, **answer, "tokens": tokens}
         write_text(self.path(prompt), json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
 
 
-def estimate(cache: Cache, asked: Sequence[str]) -> Usage:
-    """Before anything is asked: about as many tokens as characters let expect."""
-    new = [prompt for prompt in asked if cache.read(prompt) is None]
+def estimate(cache: Cache, wanted: Sequence[str]) -> Usage:
+    """Return what prompts will use, before any is sent: tokens are estimated by characters."""
+    new = [prompt for prompt in wanted if cache.read(prompt) is None]
     tokens_in = sum(len(prompt) for prompt in new) // CHARACTERS_PER_TOKEN
     return Usage(
-        len(asked),
-        len(asked) - len(new),
+        len(wanted),
+        len(wanted) - len(new),
         tokens_in,
         TOKENS_PER_CATEGORY * (cache.settings.per_target + SPARE) * len(new),
     )
@@ -179,7 +194,7 @@ class Endpoint:
         self.form = next(iter(FORMS)) if settings.structured == "auto" else settings.structured
 
     def complete(self, prompt: str) -> tuple[str, tuple[int, int]]:
-        """The text of a reply, and tokens in and out.
+        """Return the text of a reply, and tokens in and out.
 
         Raises PromptRefused, and UserError where it does not answer.
         """
@@ -219,27 +234,46 @@ class Endpoint:
 
 
 def ask_all(
-    cache: Cache, asked: Sequence[str]
+    cache: Cache, wanted: Sequence[str]
 ) -> Iterator[tuple[int, Reply | Failed, tuple[int, int]]]:
-    """(number of the prompt, reply or why there is none, tokens in and out), as they come.
+    """Yield (number of the prompt, reply or why there is none, tokens in and out), as they come.
 
     Stops at what concerns all prompts: UserError where the key is refused or the endpoint not
     there.
     """
     endpoint = Endpoint(open_client(cache.settings), cache.settings)
-    with ThreadPoolExecutor(cache.settings.concurrency, "fastlt-llm") as pool:
-        waiting = {
-            pool.submit(ask, endpoint, cache, prompt): number for number, prompt in enumerate(asked)
-        }
-        try:
-            for job in as_completed(waiting):
-                yield waiting[job], *job.result()
-        finally:
-            endpoint.client.close()  # what is under way ends at once, for nobody waits for it
-            pool.shutdown(wait=False, cancel_futures=True)
+    waiting: SimpleQueue[tuple[int, str]] = SimpleQueue()
+    done: SimpleQueue[tuple[int, Future[tuple[Reply | Failed, tuple[int, int]]]]] = SimpleQueue()
+    for job in enumerate(wanted):
+        waiting.put(job)
+
+    def work() -> None:
+        with suppress(Empty):
+            while True:
+                number, prompt = waiting.get_nowait()
+                answer: Future[tuple[Reply | Failed, tuple[int, int]]] = Future()
+                try:
+                    answer.set_result(ask(endpoint, cache, prompt))
+                except BaseException as error:  # it is raised where the answer is looked at
+                    answer.set_exception(error)
+                done.put((number, answer))
+
+    # Not a pool: its threads are waited for at the end, however slow their endpoint is.
+    for _ in range(min(cache.settings.concurrency, len(wanted))):
+        threading.Thread(target=work, name="fastlt-llm", daemon=True).start()
+    try:
+        for _ in wanted:
+            number, answer = done.get()
+            yield number, *answer.result()
+    finally:
+        with suppress(Empty):
+            while True:
+                waiting.get_nowait()
+        endpoint.client.close()
 
 
 def open_client(settings: ProposeConfig) -> Any:
+    """Return a client of the endpoint. Raises UserError where there is no key or library."""
     try:
         from openai import OpenAI
     except ImportError as error:
@@ -263,8 +297,10 @@ def open_client(settings: ProposeConfig) -> Any:
 
 
 def ask(endpoint: Endpoint, cache: Cache, prompt: str) -> tuple[Reply | Failed, tuple[int, int]]:
-    """The client itself tries again, later each time, where the endpoint is slow, busy or broken;
-    here, what it answered with is checked. All that was asked is counted.
+    """Return the reply to a prompt or why there is none, and the tokens in and out of all requests.
+
+    The client itself tries again, later each time, where the endpoint is slow, busy or broken; here
+    its replies are checked.
     """
     if known := cache.read(prompt):
         return known, (0, 0)
@@ -295,7 +331,7 @@ def ask(endpoint: Endpoint, cache: Cache, prompt: str) -> tuple[Reply | Failed, 
 
 
 def said(answer: Any) -> str:
-    """The text of an answer that may be anything."""
+    """Return the text of an answer that may be anything."""
     try:
         text = answer.choices[0].message.content
     except (AttributeError, IndexError, TypeError):
@@ -304,7 +340,7 @@ def said(answer: Any) -> str:
 
 
 def spent_on(answer: Any) -> tuple[int, int]:
-    """Tokens in and out."""
+    """Return the tokens in and out of an answer."""
     usage = getattr(answer, "usage", None)
     tokens_in, tokens_out = (
         getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")
@@ -317,8 +353,9 @@ def spent_on(answer: Any) -> tuple[int, int]:
 
 
 def json_in(text: str) -> str:
-    """The JSON of a reply: many models think aloud first, wrap it in a fence of Markdown, or say
-    something around it.
+    """Return the JSON of a reply.
+
+    Many models think aloud first, wrap it in a fence of Markdown, or write something around it.
     """
     text = text.rpartition("</think>")[2].strip()
     if fenced := re.search(r"```(?:json)?\s*(\{.*?\})\s*```", text, re.DOTALL):
@@ -328,6 +365,7 @@ def json_in(text: str) -> str:
 
 
 def to_proposals(target: int, reply: Reply) -> list[Proposal]:
+    """Return the categories of a reply as proposals for a target."""
     return [
         Proposal(target, category.name.strip(), "llm", description=category.description)
         for category in reply.categories

@@ -1,4 +1,4 @@
-"""Whether bytes are a picture that can be used: what they are is found out, not believed."""
+"""The check that bytes are a picture that can be used, whatever they claim to be."""
 
 from typing import NamedTuple
 
@@ -8,13 +8,18 @@ from fastlt.decode.images import FORMATS, BadImage, load, open_image, orientatio
 
 
 class Picture(NamedTuple):
+    """An image that can be used, and its size."""
+
     extension: str  # .jpg, .png or .webp
     height: int  # upright, pixels
     width: int
 
 
 def examine(data: bytes, settings: RetrieveConfig) -> Picture:
-    """Decodes it, but not where its header promises too many pixels. Raises Refused."""
+    """Return the picture of some bytes, decoded unless its header promises too many pixels.
+
+    Raises Refused.
+    """
     try:
         image = open_image(data, settings.max_pixels)
         if min(image.size) < settings.min_side:
@@ -31,7 +36,7 @@ def examine(data: bytes, settings: RetrieveConfig) -> Picture:
 
 
 def reason_of(message: str) -> str:
-    """Without figures, so that reasons can be counted."""
+    """Return a message without figures, so that reasons can be counted."""
     if "are more than the limit" in message:
         return "too many pixels"
     return message.partition(":")[0]

@@ -1,5 +1,6 @@
-"""What providers propose, and how it becomes auxiliary classes: names compared, targets dropped,
-the same category merged.
+"""The way from proposals to auxiliary classes.
+
+Names are compared, targets dropped, and the same categories merged.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from fastlt.utils.names import normalised
 
 @dataclass(frozen=True)
 class Target:
+    """A target class: its name, and what is known of it."""
+
     name: str
     count: int = 0  # training images; 0: not known
     word: str = ""  # what it is called, where its name is an id
@@ -31,11 +34,13 @@ class Proposal:
     description: str = ""
     distance: int | None = None  # edges of the hierarchy
     similarity: float | None = None  # cosine of embeddings
-    also: tuple[int, ...] = ()  # further targets that it belongs to, whoever asked
+    also: tuple[int, ...] = ()  # further targets that it belongs to, whichever it was proposed for
     refused: str = ""  # by the provider, and why
 
 
 class Decision(NamedTuple):
+    """A proposal, whether it is kept, and why not."""
+
     proposal: Proposal
     kept: bool
     reason: str
@@ -59,7 +64,9 @@ def merge(
     proposals: Sequence[Sequence[Proposal]],
     limits: Sequence[int],
 ) -> tuple[list[Decision], list[Category]]:
-    """synonyms, proposals (best first) and limits, the most to keep, are those of each target.
+    """Return the decisions, and the categories that are kept.
+
+    synonyms, proposals (best first) and limits, the most to keep, are those of each target.
 
     A category that several targets are proposed is one auxiliary class with several owners. A name
     that is a target's, or a synonym of one, is dropped, as is a second category of the same name.
@@ -119,11 +126,12 @@ def _objection(
 
 
 def printable(name: str) -> str:
-    """On one line, without what no file name or label may have."""
+    """Return a name on one line, without what no file name or label may have."""
     return " ".join("".join(c if c.isprintable() else " " for c in name).split())
 
 
 def add_to(categories: dict[str, Category], word: str, proposal: Proposal) -> None:
+    """Add a proposal to the category of its word."""
     category = categories.setdefault(
         word,
         Category(
@@ -138,12 +146,14 @@ def add_to(categories: dict[str, Category], word: str, proposal: Proposal) -> No
 
 
 def even_limits(targets: Sequence[Target], per_target: int) -> list[int]:
+    """Return the same limit for each target."""
     return [per_target] * len(targets)
 
 
 def tail_weighted_limits(targets: Sequence[Target], per_target: int) -> list[int]:
-    """As many in all, but more for targets with fewer images: by 1 / sqrt(images), from 1 to twice
-    `per_target`.
+    """Return as many in all, but more for targets with fewer images.
+
+    They go by 1 / sqrt(images), from 1 to twice `per_target`.
     """
     weights = np.array([max(1, target.count) for target in targets]) ** -0.5
     low, high = 0.0, 2 * per_target / weights.min()
@@ -164,8 +174,9 @@ def _clipped(shares: np.ndarray, per_target: int) -> np.ndarray:
 def with_random_names(
     categories: Sequence[Category], pool: Sequence[Category], seed: int
 ) -> list[Category]:
-    """The control of the paper: as many categories with the same owners, but drawn at random from
-    `pool`.
+    """Return as many categories with the same owners, but drawn at random from `pool`.
+
+    This is the control of the paper.
     """
     drawn = np.random.default_rng(seed).choice(len(pool), len(categories), replace=False)
     return [

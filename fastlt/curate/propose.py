@@ -42,6 +42,7 @@ from fastlt.utils.files import whole_file
 from fastlt.utils.lock import alone_in
 from fastlt.utils.names import normalised
 from fastlt.utils.progress import rated_progress
+from fastlt.utils.wordnet import is_id, read_wordnet
 
 REPLACED = "the random control has another category in its place"
 WITH_WORD = re.compile(r"(n\d{8})[\s,]+(\S.*)")  # a WordNet id and what it is called
@@ -50,7 +51,7 @@ FILE_COLUMNS = ("target", "category", "query", "description")
 
 
 class Proposed(NamedTuple):
-    """Of each target."""
+    """The synonyms and proposals of each target, and notes for the user."""
 
     synonyms: list[list[str]]
     proposals: list[list[Proposal]]
@@ -60,7 +61,10 @@ class Proposed(NamedTuple):
 def run_propose(
     place: Path, out: Path, config: CurateConfig, dry_run: bool, console: Console
 ) -> None:
-    """place: a pack, or a text file with the name or the WordNet id of a target on each line."""
+    """Propose auxiliary classes, or with dry_run print the prompts.
+
+    place: a pack, or a text file with the name or the WordNet id of a target on each line.
+    """
     if dry_run:
         settings = config.propose
         targets = named(settings, read_targets(place))
@@ -71,6 +75,7 @@ def run_propose(
 
 
 def propose(place: Path, out: Path, config: CurateConfig, console: Console) -> None:
+    """Propose auxiliary classes within the locked folder of the curation."""
     settings = config.propose
     targets = named(settings, read_targets(place))
     limits = limits_of(settings, targets)
@@ -111,6 +116,7 @@ def propose(place: Path, out: Path, config: CurateConfig, console: Console) -> N
 
 
 def read_targets(place: Path) -> list[Target]:
+    """Return the targets of a pack, or of a text file. Raises UserError."""
     if place.is_dir():
         space = ClassSpace.load(place / "classes.json")
         return [
@@ -143,21 +149,20 @@ def read_targets(place: Path) -> list[Target]:
 
 
 def named(settings: ProposeConfig, targets: Sequence[Target]) -> list[Target]:
-    """Targets whose name is the id of a WordNet synset, with its first word, where WordNet is
-    given.
-    """
-    if not settings.wordnet or not any(wordnet.is_id(target.name) for target in targets):
+    """Return the targets; one named by a WordNet id gets its first word, where WordNet is given."""
+    if not settings.wordnet or not any(is_id(target.name) for target in targets):
         return list(targets)
-    words = wordnet.read_wordnet(settings.wordnet)
+    words = read_wordnet(settings.wordnet)
     first = {
         target.name: next(iter(words.lemmas.get(target.name, [])), "")
         for target in targets
-        if wordnet.is_id(target.name)
+        if is_id(target.name)
     }
     return [replace(target, word=first.get(target.name) or target.word) for target in targets]
 
 
 def limits_of(settings: ProposeConfig, targets: Sequence[Target]) -> list[int]:
+    """Return the most categories that each target gets."""
     if settings.allocation == "even":
         return even_limits(targets, settings.per_target)
     if not any(target.count for target in targets):
@@ -178,9 +183,9 @@ def from_wordnet(
     out: Path,
     console: Console,
 ) -> Proposed:
-    words = wordnet.read_wordnet(settings.wordnet)
-    mapping = wordnet.read_mapping(Path(settings.synsets), targets) if settings.synsets else {}
-    synsets = wordnet.find_targets(words, targets, mapping)
+    """Return neighbours in WordNet's tree."""
+    words, synsets = wordnet.look_up(settings, targets)
+    wordnet.check_known(words, targets, synsets)
     embeddings = read_embeddings(settings.embeddings) if settings.embeddings else None
     found = wordnet.propose(words, synsets, settings.reach, settings.rise, embeddings)
     unknown = [target.name for target, synset in zip(targets, synsets, strict=True) if not synset]
@@ -210,17 +215,18 @@ def from_llm(
     out: Path,
     console: Console,
 ) -> Proposed:
+    """Return what a language model suggests; print what it costs."""
     cache = llm.Cache(out / "llm", settings)
-    asked = llm.prompts(settings, targets, limits)
-    console.print(f"about {in_words(llm.estimate(cache, asked), settings)}", highlight=False)
+    prompts = llm.prompts(settings, targets, limits)
+    console.print(f"about {in_words(llm.estimate(cache, prompts), settings)}", highlight=False)
     proposals: list[list[Proposal]] = [[] for _ in targets]
     failed: dict[str, str] = {}
     tokens = [0, 0]
-    known = sum(cache.read(prompt) is not None for prompt in asked)
+    known = sum(cache.read(prompt) is not None for prompt in prompts)
     try:
         with rated_progress(console, "prompts/s", transient=True) as bar:
             for number, reply, spent in bar.track(
-                llm.ask_all(cache, asked), total=len(asked), description="asking"
+                llm.ask_all(cache, prompts), total=len(prompts), description="asking"
             ):
                 tokens = [before + now for before, now in zip(tokens, spent, strict=True)]
                 if isinstance(reply, llm.Failed):
@@ -230,9 +236,9 @@ def from_llm(
                     ]
                 else:
                     proposals[number] = llm.to_proposals(number, reply)
-    finally:  # what was spent is told where it ends early, too
+    finally:  # what was spent is reported where it ends early, too
         console.print(
-            f"asked: {in_words(llm.Usage(len(asked), known, *tokens), settings)}", highlight=False
+            f"asked: {in_words(llm.Usage(len(prompts), known, *tokens), settings)}", highlight=False
         )
     notes = (
         [
@@ -246,12 +252,10 @@ def from_llm(
 
 
 def synonyms_of(settings: ProposeConfig, targets: Sequence[Target]) -> list[list[str]]:
-    """By WordNet, where it is given to a provider that does not need it."""
+    """Return the synonyms of each target by WordNet, where it is given to another provider."""
     if not settings.wordnet:
         return [[] for _ in targets]
-    words = wordnet.read_wordnet(settings.wordnet)
-    mapping = wordnet.read_mapping(Path(settings.synsets), targets) if settings.synsets else {}
-    synsets = [mapping.get(target.name) or words.find(target.name) for target in targets]
+    words, synsets = wordnet.look_up(settings, targets)
     return [list(words.lemmas.get(synset or "", [])) for synset in synsets]
 
 
@@ -262,8 +266,9 @@ def from_file(
     out: Path,
     console: Console,
 ) -> Proposed:
-    """A CSV with the columns target, category and, if wanted, query and description; the best of a
-    target come first.
+    """Return the rows of a CSV, the best of a target first.
+
+    Its columns are target, category and, if wanted, query and description.
     """
     if not settings.file:
         raise UserError(
@@ -305,10 +310,8 @@ def random_categories(
     synonyms: Sequence[Sequence[str]],
     categories: Sequence[Category],
 ) -> list[Category]:
-    """As many categories, with as many owners, that have nothing to do with the targets."""
-    words = wordnet.read_wordnet(settings.wordnet)
-    mapping = wordnet.read_mapping(Path(settings.synsets), targets) if settings.synsets else {}
-    synsets = [mapping.get(target.name) or words.find(target.name) for target in targets]
+    """Return as many categories, with as many owners, that have nothing to do with the targets."""
+    words, synsets = wordnet.look_up(settings, targets)
     taken = {normalised(word) for word in chain((target.name for target in targets), *synonyms)}
     pool = wordnet.pool(
         words, synsets, taken | {normalised(category.name) for category in categories}
@@ -322,6 +325,7 @@ def random_categories(
 
 
 def drawn(neighbour: Category, category: Category) -> Decision:
+    """Return the decision for a category that was drawn in place of a neighbour."""
     first, *others = sorted(category.owners)
     description = category.description
     proposal = Proposal(
@@ -345,7 +349,9 @@ def write(
     decisions: Sequence[Decision],
     categories: Sequence[Category],
 ) -> None:
-    """An auxiliary set of an earlier proposal goes: it would not fit these pairs.
+    """Write the tables and pairs.csv.
+
+    An auxiliary set of an earlier proposal is removed: it would not fit these pairs.
 
     What was retrieved stays.
     """
@@ -370,6 +376,7 @@ def write(
 
 
 def decision_row(decision: Decision, targets: Sequence[Target]) -> dict[str, Any]:
+    """Return a row of proposals.jsonl."""
     row = asdict(decision.proposal)
     del row["refused"]  # it is the reason then
     also = [targets[target].name for target in decision.proposal.also]
@@ -378,6 +385,7 @@ def decision_row(decision: Decision, targets: Sequence[Target]) -> dict[str, Any
 
 
 def category_row(category: Category, targets: Sequence[Target]) -> dict[str, Any]:
+    """Return a row of categories.jsonl."""
     return {
         **asdict(category),
         "owners": [targets[owner].name for owner in sorted(category.owners)],
@@ -390,6 +398,7 @@ def show(
     categories: Sequence[Category],
     console: Console,
 ) -> None:
+    """Print how many categories there are, and the reasons of what was dropped."""
     owned = Counter(owner for category in categories for owner in category.owners)
     median = statistics.median(owned[target] for target in range(len(targets)))
     several = sum(len(category.owners) > 1 for category in categories)
@@ -416,7 +425,7 @@ def show(
 
 
 def kind_of(reason: str) -> str:
-    """Without the names."""
+    """Return a reason without the names in it."""
     return reason.partition(" '")[0].partition(" (")[0]
 
 
@@ -427,23 +436,25 @@ def show_prompts(
     out: Path,
     console: Console,
 ) -> None:
+    """Print the prompts and about what they cost."""
     if settings.provider != "llm":
         raise UserError(
             f"--dry-run shows the prompts of propose.provider=llm; {settings.provider} has none "
             "and costs nothing"
         )
-    asked = llm.prompts(settings, targets, limits)
-    for target, prompt in zip(targets, asked, strict=True):
+    prompts = llm.prompts(settings, targets, limits)
+    for target, prompt in zip(targets, prompts, strict=True):
         console.rule(escape(target.name))
         console.print(prompt, markup=False, highlight=False, soft_wrap=True)
     console.rule()
     console.print(
-        f"about {in_words(llm.estimate(llm.Cache(out / 'llm', settings), asked), settings)}",
+        f"about {in_words(llm.estimate(llm.Cache(out / 'llm', settings), prompts), settings)}",
         highlight=False,
     )
 
 
 def in_words(usage: llm.Usage, settings: ProposeConfig) -> str:
+    """Return a usage in words."""
     priced = settings.price_in or settings.price_out
     cost = (
         f"{usage.cost(settings):.2f} dollars"
@@ -451,11 +462,12 @@ def in_words(usage: llm.Usage, settings: ProposeConfig) -> str:
         else "dollars as propose.price_in and propose.price_out say"
     )
     return (
-        f"{usage.asked - usage.known:,} prompts, {usage.known:,} answered before; "
+        f"{usage.prompts - usage.known:,} prompts, {usage.known:,} answered before; "
         f"{usage.tokens_in:,} tokens in, {usage.tokens_out:,} out, {cost}"
     )
 
 
 def few(names: Iterable[str]) -> str:
+    """Return the first few names in words."""
     listed = list(names)
     return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")

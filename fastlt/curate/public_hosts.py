@@ -1,7 +1,7 @@
-"""Which addresses of the network may be asked: none of this machine, nor of the network behind it.
+"""The addresses of the network that may be asked.
 
-A URL from the web may lead there, by itself, by a redirect, or by what its name resolves to; names
-are resolved here, and the connection goes to the very addresses that were looked at.
+None of this machine is, nor of the network behind it. A name is resolved here, and the connection
+goes to the very addresses that were checked.
 """
 
 import ipaddress
@@ -22,7 +22,7 @@ class Forbidden(Exception):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet."""
+    """Return whether an IP address is one of the open internet."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         embedded = any(ip in network for network in WITH_IPV4)
@@ -37,7 +37,7 @@ def is_public(address: str) -> bool:
 
 
 def check_url(url: str, allow_private: bool) -> str:
-    """The host of a URL, as the connection is made to it: 127。0。0。1 is 127.0.0.1.
+    """Return the host of a URL, as the connection is made to it: 127。0。0。1 is 127.0.0.1.
 
     Raises Forbidden for other schemes, credentials, and private addresses that stand in it.
     """
@@ -66,8 +66,9 @@ def _is_literal(host: str) -> bool:
 
 
 class PublicResolver(AbstractResolver):
-    """Names to public addresses. aiohttp asks it for every name, before each connection, but not
-    for addresses as such.
+    """A resolver of names to public addresses.
+
+    aiohttp asks it for every name, before each connection, but not for addresses as such.
     """
 
     def __init__(self) -> None:
@@ -76,17 +77,19 @@ class PublicResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
+        """Return the public addresses of a host. Raises Forbidden where it has others."""
         found = await self._inner.resolve(host, port, family)
         if not all(is_public(result["host"]) for result in found):
             raise Forbidden("a private address")
         return found
 
     async def close(self) -> None:
+        """Close the resolver behind this one."""
         await self._inner.close()
 
 
 def public_socket(info: AddrInfoType) -> socket.socket:
-    """The last look, at the very address that is connected to, however it was come by."""
+    """Return a socket to an address, checked once more, however it was come by."""
     family, kind, protocol, _, address = info
     if not is_public(str(address[0])):
         raise Forbidden("a private address")

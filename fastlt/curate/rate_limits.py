@@ -1,6 +1,4 @@
-"""What is owed to the hosts that are asked: a rate, their robots.txt, and their word on machine
-learning.
-"""
+"""The limits of hosts: a rate, their robots.txt, and their word on machine learning."""
 
 import asyncio
 from collections import defaultdict
@@ -16,7 +14,7 @@ MOST_DELAY = 30.0  # seconds that a robots.txt may ask for between two requests
 
 
 class Rates:
-    """When the next request to a host may go out."""
+    """The time at which the next request to each host may go out."""
 
     def __init__(self, per_second: float) -> None:
         self.interval: defaultdict[str, float] = defaultdict(lambda: 1 / per_second)
@@ -24,7 +22,10 @@ class Rates:
         self._one_at_a_time: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def turn(self, host: str) -> None:
-        """Turns come one after the other, so that a pause is kept by all that wait."""
+        """Wait for the turn of a request.
+
+        Turns come one after the other, so that a pause is kept by all that wait.
+        """
         loop = asyncio.get_running_loop()
         async with self._one_at_a_time[host]:
             while (early := self._next.get(host, 0.0) - loop.time()) > 0:
@@ -32,14 +33,15 @@ class Rates:
             self._next[host] = loop.time() + self.interval[host]
 
     def pause(self, host: str, seconds: float) -> None:
-        """As the host asked."""
+        """Let no request to a host go out for some seconds, as it asked."""
         later = asyncio.get_running_loop().time() + seconds
         self._next[host] = max(later, self._next.get(host, later))
 
 
 class Robots:
-    """robots.txt of each origin, read once (RFC 9309: none there means all is allowed, one that
-    cannot be read that nothing is).
+    """The robots.txt of each origin, read once.
+
+    By RFC 9309 none there means that all is allowed, one that cannot be read that nothing is.
 
     read: an address to (status, text). What it raises is raised; what could not be read is read
     again the next time.
@@ -50,7 +52,7 @@ class Robots:
         self._origins: dict[str, asyncio.Task[Protego | None]] = {}
 
     async def allow(self, url: str) -> bool | None:
-        """None: not known, as robots.txt could not be read."""
+        """Return whether an address may be fetched; None where robots.txt could not be read."""
         parts = urlsplit(url)
         origin = f"{parts.scheme}://{parts.netloc}"
         if origin not in self._origins:
@@ -79,7 +81,9 @@ class Robots:
 
 
 def opted_out(tags: Iterable[str]) -> bool:
-    """tags: values of X-Robots-Tag: rules, separated by commas, those after `agent:` for that agent
+    """Return whether a host wants its images out of machine learning.
+
+    tags: values of X-Robots-Tag: rules, separated by commas, those after `agent:` for that agent
     alone.
     """
     for tag in tags:

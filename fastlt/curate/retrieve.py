@@ -34,9 +34,9 @@ from rich.table import Table
 from fastlt.curate.candidates import (
     ENDPOINTS,
     LOCAL_CLIP,
-    Asked,
     Candidate,
     Find,
+    Search,
     accepted,
     endpoint,
     open_sources,
@@ -57,23 +57,27 @@ CATEGORIES_AT_A_TIME = 8  # whose sources are asked
 
 
 class Found(NamedTuple):
+    """A picture that was fetched, and where it came from."""
+
     data: bytes
     picture: Picture
     url: str  # after redirects
 
 
 def run_retrieve(out: Path, config: CurateConfig, console: Console) -> None:
-    """Raises UserError where nothing is known or fetched, Stopped where SIGTERM or Ctrl-C ended it:
+    """Fetch images of each category.
+
+    Raises UserError where nothing is known or fetched, Stopped where SIGTERM or Ctrl-C ended it:
     what was fetched is kept.
     """
     categories = [
-        Asked(row["name"], row.get("query") or row["name"])
+        Search(row["name"], row.get("query") or row["name"])
         for row in read_table(out / "categories.jsonl", PROPOSED_BY)
     ]
     with alone_in(out, "another step"):
         mend(out / "raw", console)
         try:
-            asyncio.run(until_told(retrieve(out, categories, config, console)))
+            asyncio.run(until_stopped(retrieve(out, categories, config, console)))
         except (asyncio.CancelledError, KeyboardInterrupt):
             have = sum(row["fetched"] for row in tried(out / "raw"))
             raise Stopped(
@@ -82,8 +86,8 @@ def run_retrieve(out: Path, config: CurateConfig, console: Console) -> None:
     show(out, [category.name for category in categories], config.retrieve, console)
 
 
-async def until_told(work: Coroutine[Any, Any, None]) -> None:
-    """SIGTERM ends it as Ctrl-C does."""
+async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Run until it is done, or SIGTERM or Ctrl-C ends it."""
     task = asyncio.ensure_future(work)
     with suppress(NotImplementedError, RuntimeError):  # no signals here, or not in this thread
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -91,8 +95,9 @@ async def until_told(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def retrieve(
-    out: Path, categories: Sequence[Asked], config: CurateConfig, console: Console
+    out: Path, categories: Sequence[Search], config: CurateConfig, console: Console
 ) -> None:
+    """Find and fetch candidates, group by group."""
     settings = config.retrieve
     async with open_fetcher(settings) as fetcher:
         sources = open_sources(settings, [category.name for category in categories], fetcher)
@@ -112,12 +117,12 @@ async def retrieve(
 
 async def find_all(
     folder: Path,
-    categories: Sequence[Asked],
+    categories: Sequence[Search],
     sources: dict[str, Find],
     settings: RetrieveConfig,
     bar: Progress,
 ) -> list[list[Candidate]]:
-    """Of each category, those of its sources, until there are enough.
+    """Return the candidates of each category, source by source, until there are enough.
 
     What was answered before is not asked again.
     """
@@ -126,7 +131,7 @@ async def find_all(
     slots = asyncio.Semaphore(CATEGORIES_AT_A_TIME)
     failed: Counter[str] = Counter()
 
-    async def find(category: Asked) -> list[Candidate]:
+    async def find(category: Search) -> list[Candidate]:
         async with slots:
             found: dict[str, Candidate] = {}
             for name, source in sources.items():
@@ -154,9 +159,9 @@ async def find_all(
 
 
 async def remembered(
-    folder: Path, name: str, source: Find, category: Asked, settings: RetrieveConfig
+    folder: Path, name: str, source: Find, category: Search, settings: RetrieveConfig
 ) -> list[Candidate]:
-    """What an interface answered is kept in a file."""
+    """Return what a source answers; the answer of an interface is kept in a file."""
     if name not in ENDPOINTS:
         return await source(category, settings.per_category)
     key = json.dumps(
@@ -171,8 +176,9 @@ async def remembered(
 
 
 def interleaved(found: Sequence[Sequence[Candidate]]) -> list[Candidate]:
-    """The first of each category, then the second ones: hosts share the load, and what is stopped
-    has some of each.
+    """Return the first candidate of each category, then the second ones, and so on.
+
+    So hosts share the load, and what is stopped has some of each.
     """
     return [candidate for row in zip_longest(*found) for candidate in row if candidate is not None]
 
@@ -180,7 +186,7 @@ def interleaved(found: Sequence[Sequence[Candidate]]) -> list[Candidate]:
 def pending(
     raw: Path, candidates: Sequence[Candidate], settings: RetrieveConfig
 ) -> list[Candidate]:
-    """Those that were not tried, and those that may work the next time."""
+    """Return the candidates that were not tried, and those that may work the next time."""
     last = {(row["category"], row["place"]): row for row in tried(raw)}
 
     def is_done(candidate: Candidate) -> bool:
@@ -193,16 +199,18 @@ def pending(
 
 
 def tried(raw: Path) -> Iterator[dict[str, Any]]:
-    """Oldest first; the last row of a candidate is what became of it."""
+    """Yield what was tried, oldest first; the last row of a candidate counts."""
     for path in sorted(raw.glob("*.jsonl")):
         yield from read_table(path, "fastlt curate retrieve")
 
 
 def next_number(raw: Path) -> int:
+    """Return the number of the next shard."""
     return 1 + max((int(path.stem) for path in raw.glob("*.jsonl")), default=-1)
 
 
 def groups(candidates: Sequence[Candidate], size: int) -> Iterator[Sequence[Candidate]]:
+    """Yield candidates in groups of a size."""
     return (candidates[start : start + size] for start in range(0, len(candidates), size))
 
 
@@ -217,7 +225,7 @@ async def fetch_group(
     bar: Progress,
     task: TaskID,
 ) -> None:
-    """Write what is fetched to the shard at once, so that memory holds the requests alone."""
+    """Fetch a group, and write it to its shard at once, so that memory holds the requests alone."""
     counts: Counter[bool] = Counter()
     one_at_a_time = asyncio.Lock()
     with whole_group(raw, number) as written:
@@ -239,6 +247,7 @@ async def fetch_group(
 
 
 async def fetch(candidate: Candidate, fetcher: Fetcher) -> Found:
+    """Return the picture of a candidate. Raises Refused."""
     settings = fetcher.settings
     if candidate.source in ("folder", LOCAL_CLIP):
         data, url = (
@@ -251,6 +260,7 @@ async def fetch(candidate: Candidate, fetcher: Fetcher) -> Found:
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
+    """Return the bytes of a file of this machine. Raises Refused where it is too long."""
     try:
         if path.stat().st_size > max_bytes:
             raise Refused("too many bytes")
@@ -268,12 +278,13 @@ class Group:
         self.rows: dict[int, dict[str, Any]] = {}  # by the place of the candidate
 
     def add(self, place: int, candidate: Candidate, result: Found | Refused) -> None:
+        """Add what became of a candidate, with its picture where there is one."""
         with self.lock:
             if not self.is_closed:
                 self._add(place, candidate, result)
 
     def close(self) -> None:
-        """What comes later is not kept."""
+        """Close the group: what comes later is not kept."""
         with self.lock:
             self.is_closed = True
 
@@ -306,7 +317,9 @@ class Group:
 
 @contextmanager
 def whole_group(raw: Path, number: int) -> Iterator[Group]:
-    """The shard, then its table: a shard without a table does not count, and is written over.
+    """Yield a group; write the shard, then its table.
+
+    A shard without a table does not count, and is written over.
 
     One that is stopped keeps what it has.
     """
@@ -335,8 +348,9 @@ def whole_group(raw: Path, number: int) -> Iterator[Group]:
 
 
 def mend(raw: Path, console: Console) -> None:
-    """Takes up what killed groups had fetched, and lets go of groups whose shard is gone: they are
-    fetched again.
+    """Take up what killed groups had fetched.
+
+    Groups whose shard is gone are fetched again.
     """
     for path in sorted(raw.glob("*.jsonl")):
         rows = [row for row in read_table(path, "fastlt curate retrieve") if row["fetched"]]
@@ -359,15 +373,15 @@ def mend(raw: Path, console: Console) -> None:
 
 
 def salvage(partial: Path, raw: Path, number: str) -> None:
-    """The whole images of a shard that was being written."""
+    """Keep the whole images of a shard that was being written."""
     rows: list[dict[str, Any]] = []
     end = 0
     with partial.open("rb") as file, suppress(tarfile.TarError, ValueError, EOFError):
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  # it is cut, so closing it has nothing to do
         while (member := tar.next()) is not None:
             if member.name.endswith(".json"):
-                told = tar.extractfile(member)
-                rows.append(json.loads(told.read() if told else b""))
+                entry = tar.extractfile(member)
+                rows.append(json.loads(entry.read() if entry else b""))
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     if not rows:
         return
@@ -381,7 +395,7 @@ def salvage(partial: Path, raw: Path, number: str) -> None:
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Returns where the bytes begin in the shard."""
+    """Add a file to a shard, and return where its bytes begin."""
     header = tarfile.TarInfo(name)
     header.size = len(data)
     offset = tar.offset + tarfile.BLOCKSIZE
@@ -393,6 +407,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 
 
 def show(out: Path, names: Sequence[str], settings: RetrieveConfig, console: Console) -> None:
+    """Print how many images each category has, and the reasons of what was refused."""
     last = {(row["category"], row["place"]): row for row in tried(out / "raw")}
     if not last:
         chosen = (

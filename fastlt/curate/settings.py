@@ -1,5 +1,6 @@
-"""What `fastlt curate` can be told, a section a step; kept in config.toml beside what the steps
-wrote.
+"""The settings of `fastlt curate`, a section for each step.
+
+They are kept in config.toml beside what the steps wrote.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from fastlt.config import Cosine, Count, Section, Several, to_toml, with_settings
 from fastlt.errors import UserError
+from fastlt.evaluation.feature_settings import FeatureSettings
 from fastlt.utils.files import write_text
 
 CONFIG = "config.toml"
@@ -19,6 +21,8 @@ Price = Annotated[float, Field(ge=0)]
 
 
 class ProposeConfig(Section):
+    """The settings of `fastlt curate propose`."""
+
     provider: Literal["wordnet", "llm", "file"] = "wordnet"
     # random: as many, drawn from all of WordNet
     control: Literal["neighbours", "random"] = "neighbours"
@@ -55,6 +59,8 @@ class ProposeConfig(Section):
 
 
 class RetrieveConfig(Section):
+    """The settings of `fastlt curate retrieve`."""
+
     # asked in turn, until there are enough candidates
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = ("openverse",)
     per_category: Several = 100  # candidates of each auxiliary class
@@ -67,7 +73,7 @@ class RetrieveConfig(Section):
     # of source clip: what `clip-retrieval inference` wrote of images, with their addresses
     clip_index: str = ""
     clip_text: str = ""  # and of the categories: FILE.npz with names and vectors of the same model
-    # an address or page by which whoever is asked can reach you; part of the user agent
+    # an address or page by which hosts can reach you; part of the user agent
     contact: str = ""
     allow_private: bool = False  # addresses of private networks and of this machine too
     per_host: Annotated[float, Field(gt=0)] = 5.0  # requests a second of one host
@@ -81,17 +87,9 @@ class RetrieveConfig(Section):
     retry: Literal["transient", "all"] = "transient"  # of what failed before, when called again
 
 
-class FilterConfig(Section):
-    backbone: str = "vit_small_patch14_dinov2.lvd142m"  # any timm model
-    # a safetensors file for it; or a RUN folder, or its model.safetensors, which tell their model
-    # themselves
-    weights: str = ""
-    size: Several = 224  # pixels a side; of a RUN, its own
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    batch: Several = 128
-    workers: Count = 2
-    device: str = "auto"
+class FilterConfig(FeatureSettings):
+    """The settings of `fastlt curate filter`, below those of the features."""
+
     # whose images a class is like: its own, its owners', both
     prototype: Literal["retrieved", "targets", "both"] = "retrieved"
     gamma1: Cosine = 0.7  # the least cosine of an image to the prototype of its class
@@ -106,6 +104,8 @@ class FilterConfig(Section):
 
 
 class CurateConfig(Section):
+    """The settings of all steps."""
+
     propose: ProposeConfig = ProposeConfig()
     retrieve: RetrieveConfig = RetrieveConfig()
     filter: FilterConfig = FilterConfig()
@@ -114,8 +114,9 @@ class CurateConfig(Section):
 def read_settings(
     out: Path, file: Path | None, overrides: Sequence[str], allow_private: bool = False
 ) -> CurateConfig:
-    """On top of a file's, by default of those that an earlier step kept in `out`; kept there in
-    turn. --allow-private is given anew each time.
+    """Return the settings of a file with overrides on top.
+
+    By default it is that of an earlier step in `out`. --allow-private is given anew each time.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is no folder: name another one with --out")
@@ -127,4 +128,5 @@ def read_settings(
 
 
 def keep_settings(out: Path, config: CurateConfig) -> None:
+    """Write the settings to `out`, for the next step."""
     write_text(out / CONFIG, to_toml(config))

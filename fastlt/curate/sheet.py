@@ -1,6 +1,4 @@
-"""Contact sheets: a page for each class with what was kept and what was dropped, and one that leads
-to them.
-"""
+"""Contact sheets: a page for each class with what was kept and what was dropped, and an index."""
 
 import shutil
 from collections import Counter
@@ -22,8 +20,9 @@ TEMPLATES = Path(__file__).parents[1] / "reports" / "templates"
 def write_sheets(
     out: Path, split: Split, verdicts: Verdicts, categories: Sequence[dict[str, Any]], shown: int
 ) -> None:
-    """OUT/sheet.html and OUT/sheets/0000.html, ...: every page is one file. shown: images kept, and
-    dropped, of each class.
+    """Write OUT/sheet.html and OUT/sheets/0000.html, ...: every page is one file.
+
+    shown: images kept, and dropped, of each class.
     """
     pages = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -63,7 +62,9 @@ def write_sheets(
 
 
 def class_page(split: Split, verdicts: Verdicts, images: np.ndarray, shown: int) -> dict[str, Any]:
-    """Kept images from the least to the most like the class, as mistakes are at that end; dropped
+    """Return what the page of a class shows.
+
+    Kept images go from the least to the most like the class, as mistakes are at that end; dropped
     ones by reason.
     """
     by_likeness = images[np.argsort(verdicts.likeness[images], kind="stable")].tolist()
@@ -81,6 +82,7 @@ def class_page(split: Split, verdicts: Verdicts, images: np.ndarray, shown: int)
 
 
 def picture(split: Split, verdicts: Verdicts, image: int) -> dict[str, Any]:
+    """Return an image as the page shows it."""
     return {
         "uri": thumbnail(bytes(split.read(image))),
         "key": split.key(image),

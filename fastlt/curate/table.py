@@ -1,4 +1,4 @@
-"""Tables of what was decided and why: JSON lines, whole or not there."""
+"""Tables of decisions and their reasons: JSON lines, whole or not there."""
 
 import json
 from collections.abc import Iterable
@@ -10,13 +10,17 @@ from fastlt.utils.files import whole_file
 
 
 def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write the rows, a line each."""
     with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_table(path: Path, made_by: str) -> list[dict[str, Any]]:
-    """UserError names the line, or the step that makes the table where it is missing."""
+    """Return the rows.
+
+    Raises UserError that names the bad line, or the step that makes the table.
+    """
     try:
         # splitlines() takes U+2028, which JSON may hold, for an end
         lines = path.read_text(encoding="utf-8").split("\n")

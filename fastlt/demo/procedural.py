@@ -1,5 +1,4 @@
-"""The demo's data: families of procedural textures whose auxiliaries are near variants of their
-targets.
+"""The demo's data: procedural textures whose auxiliaries are near variants of their targets.
 
 A family (stripes, spots, waves, polygons, lattices) has two axes of five named levels, so 25 cells;
 a class is one cell and its images are drawn uniformly from within it. Targets stand two cells
@@ -54,12 +53,13 @@ BATCH = 128  # images drawn at once: 128 x 64 x 64 floats stay in the cache
 
 @dataclass(frozen=True)
 class Axis:
-    """Five named levels of one property and the value of the property at each."""
+    """Five named levels of one property, and the value of the property at each."""
 
     words: tuple[str, ...]
     values: tuple[float, ...]
 
     def at(self, position: Array) -> Array:
+        """Return the values at positions between the levels."""
         return np.interp(position, range(len(self.values)), self.values).astype(np.float32)
 
 
@@ -76,6 +76,7 @@ class Family:
     turn: float
 
     def name(self, cell: Cell) -> str:
+        """Return the name of the texture in a cell."""
         return "-".join(filter(None, (self.a.words[cell[0]], self.b.words[cell[1]], self.noun)))
 
 
@@ -88,6 +89,7 @@ class Texture:
 
     @property
     def name(self) -> str:
+        """The name of the class."""
         return self.family.name(self.cell)
 
 
@@ -103,8 +105,9 @@ def write_demo_data(
     val_per_class: int = 40,
     seed: int = 0,
 ) -> None:
-    """Write a fine-grained long-tailed data set as image folders: 2 s on one core for the 4,100
-    images of the defaults.
+    """Write a fine-grained long-tailed data set as image folders.
+
+    It takes 2 s on one core for the 4,100 images of the defaults.
 
     `out/target/<class>/*.jpg` (long-tailed: `int(head * (1 / imbalance) ** (i / (targets - 1)))`
     images, at least one), `out/auxiliary/<class>/*.jpg` and `out/val/<class>/*.jpg` (balanced),
@@ -115,6 +118,7 @@ def write_demo_data(
 
     Raises:
         UserError: `out` exists and is not an empty folder, or an argument is out of range.
+
     """
     _check(
         out,
@@ -148,7 +152,7 @@ def write_demo_data(
 
 
 def choose_targets(targets: int, seed: int) -> list[Texture]:
-    """The target classes, most frequent first.
+    """Return the target classes, most frequent first.
 
     Each run of five has every family once, so families mix head and tail.
     """
@@ -166,9 +170,7 @@ def choose_targets(targets: int, seed: int) -> list[Texture]:
 def choose_auxiliaries(
     targets: list[Texture], per_target: int
 ) -> tuple[list[Texture], list[tuple[str, str]]]:
-    """The auxiliaries, `per_target` made for each target, and the (target name, auxiliary name)
-    pairs.
-    """
+    """Return the auxiliaries, `per_target` of each target, and (target, auxiliary) name pairs."""
     present = set(targets)
     auxiliaries, pairs = [], []
     for target in targets:
@@ -184,7 +186,7 @@ def choose_auxiliaries(
 
 
 def render(texture: Texture, count: int, size: int, rng: np.random.Generator) -> Array:
-    """`count` images of one class: (count, size, size, 3) uint8."""
+    """Return `count` images of one class, (count, size, size, 3) uint8."""
     cell = np.asarray(texture.cell)[:, None, None, None]
     a, b = cell + rng.uniform(-WITHIN_CELL, WITHIN_CELL, (2, count, 1, 1))
     u, v = _pose(count, size, texture.family.turn, rng)
@@ -337,14 +339,15 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def _bars(phase: Array, duty: Array, frequency: Array, rng: np.random.Generator) -> Array:
-    """Parallel bars: `duty` of each unit of `phase` is covered."""
+    """Return parallel bars: `duty` of each unit of `phase` is covered."""
     offset = np.abs(np.mod(phase + _uniform(rng, 0, 1, duty), 1) - 0.5)
     return _edge(duty / 2 - offset, frequency, duty, rng)
 
 
 def _edge(depth: Array, frequency: Array, like: Array, rng: np.random.Generator) -> Array:
-    """Coverage from the depth below an edge (in periods, inside > 0), blurred over one or two 64ths
-    of the image.
+    """Return coverage from the depth below an edge (in periods, inside > 0).
+
+    It is blurred over one or two 64ths of the image.
     """
     blur = _uniform(rng, 1 / 64, 2 / 64, like) * frequency
     return np.clip(depth / blur + 0.5, 0, 1)
@@ -353,8 +356,9 @@ def _edge(depth: Array, frequency: Array, like: Array, rng: np.random.Generator)
 def _scatter(
     x: Array, y: Array, reach: Array, rng: np.random.Generator
 ) -> tuple[Array, Array, Array]:
-    """Offsets from the centre of a shape per unit cell, moved by up to `reach`, and an angle per
-    shape (radians).
+    """Return offsets from the centre of a shape per unit cell, and an angle per shape (radians).
+
+    The centre is moved by up to `reach`.
     """
     table = rng.uniform(-1, 1, (3, len(x), 16, 16)).astype(np.float32)
     row, column = np.floor(x), np.floor(y)
@@ -372,8 +376,9 @@ def _uniform(rng: np.random.Generator, low: float, high: float, like: Array) -> 
 
 
 def _pose(count: int, size: int, turn: float, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Coordinates (count, size, size) in image widths: shifted, turned, scaled by up to 15% and
-    gently warped.
+    """Return coordinates (count, size, size) in image widths.
+
+    They are shifted, turned, scaled by up to 15% and gently warped.
     """
     one = np.empty((count, 1, 1), np.float32)
     axis = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5)[None]
@@ -393,8 +398,9 @@ def _pose(count: int, size: int, turn: float, rng: np.random.Generator) -> tuple
 
 
 def _photograph(foreground: Array, rng: np.random.Generator) -> Array:
-    """Colour, background, lighting, occlusion and noise over a coverage (N, S, S) -> (N, S, S, 3)
-    uint8.
+    """Return images (N, S, S, 3) uint8 of a coverage (N, S, S).
+
+    They get colour, background, lighting, occlusion and noise.
     """
     count, size, _ = foreground.shape
     one = np.empty((count, 1, 1, 1), np.float32)
@@ -414,7 +420,7 @@ def _photograph(foreground: Array, rng: np.random.Generator) -> Array:
 
 
 def _occlude(image: Array, rng: np.random.Generator) -> Array:
-    """Up to two ellipses of one colour each over (N, S, S, 3)."""
+    """Return images (N, S, S, 3) with up to two ellipses of one colour each."""
     count, size = image.shape[:2]
     axis = np.linspace(0, 1, size, dtype=np.float32)
     for _ in range(2):
@@ -429,9 +435,9 @@ def _occlude(image: Array, rng: np.random.Generator) -> Array:
 
 
 def _clouds(count: int, size: int, knots: int, rng: np.random.Generator) -> Array:
-    """Smooth noise in [-1, 1]:
+    """Return smooth noise in [-1, 1], (count, size, size).
 
-    `knots` x `knots` random values, interpolated to (count, size, size).
+    It is interpolated between `knots` x `knots` random values.
     """
     position = np.linspace(0, knots - 1, size, dtype=np.float32)
     # (size, knots)

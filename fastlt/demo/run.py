@@ -1,25 +1,25 @@
 """The whole way on an embedded data set, by exactly the commands that a user types."""
 
-import json
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from fastlt.demo.procedural import write_demo_data
 from fastlt.errors import UserError
+from fastlt.utils.run_files import METRICS, read_result
 
 MARK = ".fastlt-demo"  # so that only a folder that the demo made is ever replaced
 
 
 def run_demo(out: Path, console: Console) -> None:
-    """Data, pack, training without and with auxiliaries, evaluation and report in `out`; ends with
-    a table.
+    """Make data and packs, train without and with auxiliaries, evaluate and report in `out`.
+
+    It ends with a table.
 
     With auxiliaries an epoch has more images, so beside the two runs of equal epochs stands one
     without auxiliaries that sees as many images as the one with them.
@@ -36,7 +36,7 @@ def run_demo(out: Path, console: Console) -> None:
     call(console, "train", "demo", "--data", pack, "--out", plain, *alone)
     call(console, "train", "demo", "--data", pack, "--out", method)
     epochs = round(
-        result_of(plain)["epochs"] * result_of(method)["images"] / result_of(plain)["images"]
+        read_result(plain)["epochs"] * read_result(method)["images"] / read_result(plain)["images"]
     )
     call(
         console, "train", "demo", "--data", pack, "--out", longer, *alone, f"train.epochs={epochs}"
@@ -53,6 +53,7 @@ def run_demo(out: Path, console: Console) -> None:
 
 
 def start_anew(out: Path) -> None:
+    """Remove an earlier demo. Raises UserError where `out` holds something else."""
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
         raise UserError(
             f"{out} exists and is not from an earlier demo: name another folder with --out"
@@ -68,6 +69,7 @@ def start_anew(out: Path) -> None:
 
 
 def call(console: Console, *arguments: str | Path) -> None:
+    """Print and run a command. Raises UserError where it fails."""
     words = [str(argument) for argument in arguments]
     console.print(f"\n[bold]$ fastlt {shlex.join(words)}[/]", highlight=False, soft_wrap=True)
     code = subprocess.run([sys.executable, "-m", "fastlt", *words]).returncode
@@ -76,11 +78,11 @@ def call(console: Console, *arguments: str | Path) -> None:
 
 
 def comparison(runs: dict[str, Path]) -> Table:
-    columns = ("top1", "many", "medium", "few")
+    """Return a table of the runs' figures."""
     table = Table(
         "",
         "top-1",
-        *columns[1:],
+        *METRICS[1:],
         "epochs",
         "images",
         "time",
@@ -88,8 +90,8 @@ def comparison(runs: dict[str, Path]) -> Table:
     )
     table.columns[0].no_wrap = True
     for name, run in runs.items():
-        result = result_of(run)
-        figures = ("-" if result[column] is None else f"{result[column]:.1f}" for column in columns)
+        result = read_result(run)
+        figures = ("-" if result[column] is None else f"{result[column]:.1f}" for column in METRICS)
         table.add_row(
             name,
             *figures,
@@ -98,7 +100,3 @@ def comparison(runs: dict[str, Path]) -> Table:
             f"{result['seconds']:.0f} s",
         )
     return table
-
-
-def result_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "result.json").read_text(encoding="utf-8"))

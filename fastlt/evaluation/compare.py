@@ -12,20 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
+from fastlt.classes import ClassSpace
 from fastlt.config import MAY_CHANGE
 from fastlt.errors import UserError
 from fastlt.evaluation.significance import holm
-from fastlt.reports.run import Run, read_run
-
-FIGURES = {
-    "top-1": "top1",
-    "many": "many",
-    "medium": "medium",
-    "few": "few",
-    "balanced": "balanced_accuracy",
-    "harmonic": "harmonic_mean",
-    "ECE": "ece",
-}
+from fastlt.utils.run_files import COLUMNS, RunFiles, read_run_files
 
 
 def compare(places: Sequence[Path], console: Console) -> None:
@@ -41,7 +32,7 @@ def compare(places: Sequence[Path], console: Console) -> None:
         if times > 1
     ]:
         raise UserError(f"{twice[0]} is named twice")
-    runs = [read_run(Path(place)) for place in places]
+    runs = [read_run_files(Path(place)) for place in places]
     names = shortest(places)
     console.print(unshortened(figures(runs, names)))
     changed = settings(runs)
@@ -76,17 +67,17 @@ def shortest(places: Sequence[Path]) -> list[str]:
     return names
 
 
-def figures(runs: Sequence[Run], names: Sequence[str]) -> Table:
+def figures(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
     table = Table(
         "run",
-        *FIGURES,
+        *COLUMNS,
         "epochs",
         title="last epoch, %; in brackets the difference to the first",
         title_justify="left",
     )
     for run, name in zip(runs, names, strict=True):
         cells = []
-        for key in FIGURES.values():
+        for key in COLUMNS.values():
             value, first = run.result.get(key), runs[0].result.get(key)
             change = (
                 ""
@@ -98,7 +89,7 @@ def figures(runs: Sequence[Run], names: Sequence[str]) -> Table:
     return table
 
 
-def settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+def settings(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
     """Of those keys that are not the same everywhere."""
     flat = [
         {f"{s}.{key}": str(v) for s, values in run.config.items() for key, v in values.items()}
@@ -117,7 +108,7 @@ class McNemar:
     not the same.
     """
 
-    def __init__(self, one: Run, other: Run) -> None:
+    def __init__(self, one: RunFiles, other: RunFiles) -> None:
         a, b = one.predictions, other.predictions
         same_images = (
             a
@@ -126,7 +117,7 @@ class McNemar:
             and np.array_equal(a["label"], b["label"])
         )
         self.p: float | None = None
-        if same_images and one.space.target_names == other.space.target_names:
+        if same_images and target_names(one) == target_names(other):
             right, also = a["predicted"] == a["label"], b["predicted"] == b["label"]
             self.gained, self.lost = int((~right & also).sum()), int((right & ~also).sum())
             self.p = (
@@ -134,6 +125,11 @@ class McNemar:
                 if self.gained + self.lost
                 else 1.0
             )
+
+
+def target_names(run: RunFiles) -> list[str]:
+    """Return the names of the classes that a run was evaluated on."""
+    return ClassSpace.load(run.path / "classes.json").target_names
 
 
 def verdict(test: McNemar, name: str, other_name: str, p: float | None, tests: int) -> str:

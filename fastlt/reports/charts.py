@@ -1,5 +1,6 @@
-"""Charts as inline SVG: matplotlib draws the shapes, the page's style sheet gives the colours, so
-light and dark both fit.
+"""Charts as inline SVG: matplotlib draws the shapes, the page's style sheet gives the colours.
+
+So light and dark both fit.
 
 Every chart is drawn twice, for a wide and for a narrow page: letters of an SVG that is scaled down
 to a telephone are too small.
@@ -74,7 +75,7 @@ Draw = Callable[[Figure, bool], None]  # (figure, is it the narrow one)
 
 
 def loss_curve(epochs: Sequence[int], losses: Sequence[float]) -> Markup:
-    """Training loss over epochs (from 1)."""
+    """Return the training loss over epochs (from 1)."""
 
     def draw(figure: Figure, narrow: bool) -> None:
         axes = figure.add_subplot(title="training loss")
@@ -90,8 +91,9 @@ def loss_curve(epochs: Sequence[int], losses: Sequence[float]) -> Markup:
 
 
 def accuracy_curves(epochs: Sequence[int], curves: Mapping[str, Sequence[float | None]]) -> Markup:
-    """Top-1 and group accuracies (percent, None where not known) over the evaluated epochs (from
-    1).
+    """Return top-1 and group accuracies over the evaluated epochs (from 1).
+
+    They are in percent, None where not known.
     """
     shown = {
         name: values
@@ -134,9 +136,7 @@ def accuracy_curves(epochs: Sequence[int], curves: Mapping[str, Sequence[float |
 def class_accuracies(
     names: Names, counts: Sequence[int], values: Sequence[float | None], groups: Names
 ) -> Markup:
-    """Accuracy per class (percent) over the classes in the given order, most frequent first, with
-    training images below.
-    """
+    """Return accuracy per class (percent) in the given order, training images below."""
     accuracy = np.array([np.nan if value is None else value for value in values], dtype=float)
     label = (
         f"Accuracy of {len(names)} classes sorted by their training images, {max(counts)} to "
@@ -157,7 +157,7 @@ def class_accuracies(
 
 
 def histogram(values: Sequence[int], what: str, of: str) -> Markup:
-    """How many `of` (targets) have how many `what` (auxiliaries)."""
+    """Return how many `of` (targets) have how many `what` (auxiliaries)."""
 
     def draw(figure: Figure, narrow: bool) -> None:
         axes = figure.add_subplot(title=f"{of} by their number of {what}")
@@ -180,7 +180,7 @@ def histogram(values: Sequence[int], what: str, of: str) -> Markup:
 
 
 def chart(label: str, draw: Draw, wide: tuple[int, int], narrow: tuple[int, int]) -> Markup:
-    """Both drawings of one chart; sizes in CSS pixels.
+    """Return both drawings of one chart; sizes in CSS pixels.
 
     `label` is the text for those who cannot see it.
     """
@@ -192,9 +192,7 @@ def chart(label: str, draw: Draw, wide: tuple[int, int], narrow: tuple[int, int]
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Moves values apart so that neighbours in size are at least `gap` from each other; the order
-    stays.
-    """
+    """Return values moved apart so that neighbours are at least `gap` from each other, in order."""
     order = np.argsort(values, kind="stable")
     moved = np.asarray(values, dtype=float)[order]
     for i in range(1, len(moved)):
@@ -291,7 +289,10 @@ def _class_dots(figure: Figure, counts: Sequence[int], accuracy: Floats, groups:
 
 
 def running_mean(x: np.ndarray, y: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over `width` consecutive known values (NaN: not known), at the mean of their x."""
+    """Return means over `width` consecutive known values, at the mean of their x.
+
+    Values that are not known are NaN.
+    """
     known = ~np.isnan(y)
     if known.sum() < width:
         return x[:0], y[:0]
@@ -325,6 +326,7 @@ def _line(axes: Axes, x: Sequence[int], y: Sequence[float], colour: str) -> None
 
 
 def shortened(name: str) -> str:
+    """Return a name that fits an axis."""
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
@@ -348,8 +350,9 @@ def _svg(label: str, draw: Draw, size: tuple[int, int], narrow: bool) -> Markup:
 
 
 def write_png(path: Path, draw: Draw, size: tuple[int, int]) -> None:
-    """For places without a style sheet: in the colours of the light page, twice as sharp as a
-    screen needs.
+    """Write a drawing for places without a style sheet.
+
+    It has the colours of the light page, and is twice as sharp as a screen needs.
     """
     style: Any = {
         name: LIGHT.get(value, value) if isinstance(value, str) else value
@@ -367,7 +370,7 @@ def write_png(path: Path, draw: Draw, size: tuple[int, int]) -> None:
 
 
 def _themed(svg: str, label: str, size: tuple[int, int]) -> str:
-    """Inline SVG without prologue, fonts and fixed size, coloured by the page."""
+    """Return inline SVG without prologue, fonts and fixed size, coloured by the page."""
     svg = svg[svg.index("<svg") :]
     opening = (
         f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(label)}" '

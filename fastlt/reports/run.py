@@ -1,12 +1,10 @@
-"""`fastlt report`: one self-contained HTML page about a run: how good, for whom, and what it
-confuses.
+"""`fastlt report` of a run: one self-contained HTML page: how good, for whom, what is confused.
 
 The page is `templates/report.html`; here is what it shows: figures, tables and images, ready to
 print.
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,12 +21,8 @@ from fastlt.errors import UserError
 from fastlt.packing.reader import Pack, Split, open_pack
 from fastlt.reports import charts
 from fastlt.utils.files import write_text
+from fastlt.utils.run_files import read_run_files
 from fastlt.utils.thumbnail import thumbnail
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 # By its path, for `python -m fastlt` may find a folder of the same name where it was called.
 TEMPLATES = Path(__file__).parent / "templates"
@@ -39,7 +33,7 @@ MATRIX_UP_TO = 32  # targets; a larger matrix fits no screen
 
 @dataclass(frozen=True)
 class Run:
-    """What a RUN folder holds; an absent file is an empty value."""
+    """A finished run; an absent file is an empty value."""
 
     path: Path
     config: dict[str, Any]
@@ -56,13 +50,17 @@ class Run:
 
     @cached_property
     def by_frequency(self) -> list[int]:
-        """Target ids, most training images first."""
+        """The target ids, most training images first."""
         return sorted(
             range(self.space.num_targets), key=lambda target: -self.space.train_counts[target]
         )
 
     @cached_property
     def per_class(self) -> list[float | None]:
+        """The accuracy of each target, None where not known.
+
+        Raises UserError where it is damaged.
+        """
         known = self.result.get("per_class") or [None] * self.space.num_targets
         if len(known) != self.space.num_targets:
             found = f"result.json has {len(known)} classes, classes.json {self.space.num_targets}"
@@ -71,7 +69,7 @@ class Run:
 
     @cached_property
     def confusion(self) -> list[tuple[int, int, int]]:
-        """(true, predicted, count), off the diagonal, most frequent first."""
+        """The confusions (true, predicted, count), off the diagonal, most frequent first."""
         return sorted(
             (tuple(entry) for entry in self.result.get("confusion", [])),
             key=lambda entry: -entry[2],
@@ -79,9 +77,7 @@ class Run:
 
 
 class Relation:
-    """The class graph as the page needs it: who neighbours whom, and which targets share an
-    auxiliary.
-    """
+    """The class graph: who neighbours whom, and which targets share an auxiliary."""
 
     def __init__(self, space: ClassSpace):
         self.space = space
@@ -92,7 +88,7 @@ class Relation:
             self.owners.setdefault(auxiliary, []).append(target)
 
     def shared(self, first: int, second: int) -> list[str]:
-        """Names of the auxiliaries that neighbour both targets."""
+        """Return the names of the auxiliaries that neighbour both targets."""
         return [
             self.space.names[auxiliary]
             for auxiliary in self.neighbours[first]
@@ -101,11 +97,11 @@ class Relation:
 
     @cached_property
     def siblings(self) -> set[tuple[int, int]]:
-        """(target, target), both ways, of targets that share an auxiliary."""
+        """The pairs (target, target), both ways, of targets that share an auxiliary."""
         return {(a, b) for owners in self.owners.values() for a in owners for b in owners if a != b}
 
-    def kin(self, order: Sequence[int]) -> list[int]:
-        """The targets of `order`, those connected through shared auxiliaries next to each other."""
+    def grouped(self, order: Sequence[int]) -> list[int]:
+        """Return the targets of `order`, those that share auxiliaries next to each other."""
         beside: dict[int, list[int]] = {}
         for a, b in sorted(self.siblings):
             beside.setdefault(a, []).append(b)
@@ -121,8 +117,7 @@ class Relation:
 
 
 def write_report(run: Path, *, pack: Path | None = None) -> Path:
-    """Writes RUN/report.html, one page without any reference to a file or a network, and returns
-    its path.
+    """Write RUN/report.html, one page that needs no other file and no network; return its path.
 
     `pack` is where the sample images are; without it the pack that the run was trained on, and no
     images where that is gone.
@@ -130,6 +125,7 @@ def write_report(run: Path, *, pack: Path | None = None) -> Path:
     Raises:
         UserError: `run` is not a finished run, one of its files is damaged, or `pack` has other
             targets.
+
     """
     content = read_run(Path(run))
     opened, absent = find_pack(content, pack)
@@ -139,69 +135,14 @@ def write_report(run: Path, *, pack: Path | None = None) -> Path:
 
 
 def read_run(path: Path) -> Run:
-    if not path.is_dir():
-        raise UserError(f"there is no run at {path}: train one with `fastlt train`")
-    if not (path / "result.json").is_file():
-        if (path / "config.toml").is_file():
-            raise UserError(
-                f"the run {path} has no result.json yet: let its training end, the same command "
-                "goes on with it"
-            )
-        raise UserError(
-            f"{path} is not a run, it has no result.json: name the folder that `fastlt train "
-            "--out` wrote"
-        )
-    result = _json(
-        path / "result.json", (path / "result.json").read_text(encoding="utf-8", errors="replace")
-    )
-    if not isinstance(result, dict) or result.get("top1") is None:
-        raise UserError(f"{path / 'result.json'} names no top1: it is not the result of a run")
-    return Run(
-        path,
-        _config(path),
-        result,
-        _epochs(path),
-        ClassSpace.load(path / "classes.json"),
-        _predictions(path),
-    )
-
-
-def _json(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): train again") from error
-
-
-def _config(path: Path) -> dict[str, Any]:
-    file = path / "config.toml"
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid TOML: {error}") from error
-
-
-def _epochs(path: Path) -> list[dict[str, Any]]:
-    file = path / "metrics.jsonl"
-    lines = (
-        file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
-    )
-    return [_json(file, line) for line in lines if line.strip()]
-
-
-def _predictions(path: Path) -> dict[str, np.ndarray]:
-    file = path / "val_predictions.npz"
-    if not file.is_file():
-        return {}
-    try:
-        with np.load(file) as arrays:
-            return {name: arrays[name] for name in ("label", "predicted", "confidence", "image")}
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{file} is damaged ({error}): train again") from error
+    """Return what the page shows of a run. Raise UserError where it is no finished one."""
+    files = read_run_files(path)
+    space = ClassSpace.load(path / "classes.json")
+    return Run(path, files.config, files.result, files.epochs, space, files.predictions)
 
 
 def find_pack(run: Run, path: Path | None) -> tuple[Pack | None, str]:
-    """The pack with the sample images, or None and a sentence that says why not.
+    """Return the pack with the sample images, or None and a sentence that says why not.
 
     A pack that was named must be right.
     """
@@ -223,7 +164,7 @@ def find_pack(run: Run, path: Path | None) -> tuple[Pack | None, str]:
 
 
 def render(run: Run, pack: Pack | None, absent: str = "") -> str:
-    """The page as text."""
+    """Return the page as text."""
     space = run.space if run.space.pairs or pack is None else pack.space
     relation = Relation(space)
     return (
@@ -253,7 +194,7 @@ def render(run: Run, pack: Pack | None, absent: str = "") -> str:
 
 
 def environment() -> Environment:
-    """The templates, with the filters that all of them use."""
+    """Return the templates, with the filters that all of them use."""
     templates = FileSystemLoader(TEMPLATES)
     found = Environment(
         loader=templates,
@@ -275,8 +216,9 @@ def environment() -> Environment:
 
 
 def group_rows(run: Run) -> list[dict[str, Any]]:
-    """All targets, then many, medium and few: classes, training images, last and best accuracy;
-    None where there is no class.
+    """Return a row for all targets, then many, medium and few.
+
+    Each has classes, training images, last and best accuracy; None where there is no class.
     """
     counts, best = run.space.train_counts, run.result.get("best") or {}
     rows = [
@@ -325,7 +267,7 @@ def _group_row(
 
 
 def story(run: Run) -> str:
-    """The first screen's answer, in a sentence."""
+    """Return the first screen's answer, in a sentence."""
     shares = {name: run.result.get(name) for name, members in run.space.groups().items() if members}
     known = [(name, share) for name, share in shares.items() if share is not None]
     if len(known) < 2:
@@ -345,7 +287,7 @@ def story(run: Run) -> str:
 
 
 def curves(run: Run) -> list[Markup]:
-    """Loss and accuracy over epochs, as far as metrics.jsonl tells."""
+    """Return loss and accuracy over epochs, as far as metrics.jsonl has them."""
     drawn = []
     if losses := [
         (line["epoch"] + 1, line["loss"]) for line in run.epochs if line.get("loss") is not None
@@ -359,6 +301,7 @@ def curves(run: Run) -> list[Markup]:
 
 
 def class_chart(run: Run) -> Markup | None:
+    """Return the accuracies of all classes; None where none is known."""
     if all(value is None for value in run.per_class):
         return None
     pick = run.by_frequency
@@ -371,7 +314,7 @@ def class_chart(run: Run) -> Markup | None:
 
 
 def class_rows(run: Run, relation: Relation) -> list[dict[str, Any]]:
-    """Every target, most frequent first."""
+    """Return a row for every target, most frequent first."""
     return [
         {
             "name": run.space.target_names[target],
@@ -386,7 +329,7 @@ def class_rows(run: Run, relation: Relation) -> list[dict[str, Any]]:
 
 
 def extremes(run: Run) -> dict[str, list[tuple[str, int, float]]]:
-    """The five worst and the five best classes: (name, training images, accuracy)."""
+    """Return the five worst and the five best classes: (name, training images, accuracy)."""
     every = zip(run.per_class, run.space.train_counts, run.space.target_names, strict=False)
     known = [(value, count, name) for value, count, name in every if value is not None]
     ranked = [(name, count, value) for value, count, name in sorted(known)]
@@ -397,7 +340,7 @@ def extremes(run: Run) -> dict[str, list[tuple[str, int, float]]]:
 
 
 def graph_summary(run: Run, relation: Relation) -> dict[str, Any] | None:
-    """None where there are no pairs at all."""
+    """Return what is known of the graph; None where there are no pairs at all."""
     space = relation.space
     if not space.pairs:
         return None
@@ -435,8 +378,9 @@ def graph_summary(run: Run, relation: Relation) -> dict[str, Any] | None:
 
 
 def error_summary(run: Run, relation: Relation) -> dict[str, Any]:
-    """The most frequent confusions, and how many of all errors fall between targets that share an
-    auxiliary.
+    """Return the most frequent confusions, and the share of errors between related targets.
+
+    Targets are related that share an auxiliary.
     """
     total = sum(count for _, _, count in run.confusion)
     between = sum(
@@ -471,12 +415,13 @@ def _confusion_row(
 
 
 def matrix(run: Run, relation: Relation) -> list[dict[str, Any]]:
-    """The confusion matrix in percent of each true class, kin beside kin; empty where there are too
-    many targets for it.
+    """Return the confusion matrix in percent of each true class, related classes together.
+
+    It is empty where there are too many targets for it.
     """
     if run.space.num_targets > MATRIX_UP_TO or not run.confusion:
         return []
-    order = relation.kin(run.by_frequency)
+    order = relation.grouped(run.by_frequency)
     shares = {
         (true, predicted): 100 * count / max(1, run.space.val_counts[true])
         for true, predicted, count in run.confusion
@@ -501,8 +446,9 @@ def matrix(run: Run, relation: Relation) -> list[dict[str, Any]]:
 
 
 def group_flow(run: Run) -> list[dict[str, Any]]:
-    """Where the images of each group end up: right, or wrongly in many, medium or few; percent of
-    the group's images.
+    """Return where the images of each group end up, in percent of the group's images.
+
+    That is right, or wrongly in many, medium or few.
     """
     rows = []
     for name in GROUPS:
@@ -523,8 +469,9 @@ def group_flow(run: Run) -> list[dict[str, Any]]:
 
 
 def samples(run: Run, relation: Relation, pack: Pack | None) -> list[dict[str, Any]]:
-    """The worst, the rarest and the most common classes with some of their training images and of
-    their neighbours'.
+    """Return the worst, the rarest and the most common classes with images.
+
+    They are some of their training images and of their neighbours'.
     """
     if pack is None:
         return []
@@ -572,7 +519,7 @@ def _spread_over(values: np.ndarray, most: int) -> np.ndarray:
 
 
 def mistakes(run: Run, relation: Relation, pack: Pack | None) -> list[dict[str, Any]]:
-    """The most confident errors, one for each kind of confusion."""
+    """Return the most confident errors, one for each kind of confusion."""
     found = run.predictions
     if pack is None or not found or not _same_images(found, pack.val):
         return []
@@ -597,9 +544,7 @@ def mistakes(run: Run, relation: Relation, pack: Pack | None) -> list[dict[str, 
 
 
 def _same_images(predictions: dict[str, np.ndarray], split: Split) -> bool:
-    """Whether the predictions were made on this split: its labels are those that were predicted
-    against.
-    """
+    """Return whether the predictions were made on this split: its labels are those of them."""
     image = predictions["image"]
     return (
         len(image) > 0
@@ -609,7 +554,7 @@ def _same_images(predictions: dict[str, np.ndarray], split: Split) -> bool:
 
 
 def thumbnails(split: Split, images: Iterable[int]) -> list[str]:
-    """Data URIs of small JPEGs; an image that cannot be decoded is left out."""
+    """Return data URIs of small JPEGs; an image that cannot be decoded is left out."""
     return [uri for image in images if (uri := thumbnail(bytes(split.read(int(image)))))]
 
 
@@ -617,14 +562,17 @@ def thumbnails(split: Split, images: Iterable[int]) -> list[str]:
 
 
 def percent(value: float | None) -> str:
+    """Return a percentage with one decimal, - where not known."""
     return "-" if value is None else f"{value:.1f}"
 
 
 def number(value: float | None) -> str:
+    """Return a number with separators, - where not known."""
     return "-" if value is None else f"{value:,.0f}"
 
 
 def duration(seconds: float | None) -> str:
+    """Return seconds as a duration in words."""
     if seconds is None:
         return "-"
     hours, rest = divmod(round(seconds), 3600)
@@ -639,4 +587,5 @@ def duration(seconds: float | None) -> str:
 
 
 def config_value(value: Any) -> str:
+    """Return a value of the configuration as text."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,5 +1,4 @@
-"""`fastlt granularity`: how fine the classes of a pack are, told by features alone, without a
-training.
+"""`fastlt granularity score`: how fine the classes of a pack are, by features alone.
 
 Of each class the medoid stands for it: the image nearest to all the others. A class is fine where
 other classes' medoids are as near to its images as its own (ranking with medoids, after Cui et al.
@@ -17,9 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastlt.classes import ClassSpace
-from fastlt.curate.features import extract, open_backbone
-from fastlt.curate.settings import FilterConfig
 from fastlt.errors import UserError
+from fastlt.evaluation.feature_settings import FeatureSettings
+from fastlt.evaluation.features import extract, open_backbone
 from fastlt.packing.reader import open_pack
 from fastlt.studies.hierarchy import Level, read_hierarchy
 from fastlt.utils.files import write_text
@@ -30,7 +29,7 @@ BLOCK = 4096  # images whose distances are made together
 
 
 class Score(NamedTuple):
-    """Of a set of features under one labelling; distances are 1 - cosine."""
+    """The granularity of features under one labelling; distances are 1 - cosine."""
 
     classes: int
     # 1, the coarsest: every image is nearest to its own class' medoid; 0.5: labels say nothing; 0,
@@ -41,14 +40,12 @@ class Score(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Above 1 classes are wider than what lies between them."""
+        """The width of classes over the distance between them; above 1 they overlap."""
         return self.within / max(self.between, 1e-12)
 
 
 class Between(NamedTuple):
-    """Two targets that are near to each other, and the auxiliary that lies between them, if one
-    does.
-    """
+    """Two targets that are near to each other, and the auxiliary between them, if there is one."""
 
     target: str
     nearest: str
@@ -61,7 +58,10 @@ class Between(NamedTuple):
 
 
 def score(features: np.ndarray, labels: np.ndarray) -> Score:
-    """features (n, D) of length 1, labels (n,) int. Classes without images do not count."""
+    """Return the granularity of features (n, D) of length 1 under labels (n,) int.
+
+    Classes without images do not count. Raises UserError for fewer than two classes.
+    """
     labels = np.unique(labels, return_inverse=True)[1]
     centres = medoids(features, labels)
     count = len(centres)
@@ -81,7 +81,7 @@ def score(features: np.ndarray, labels: np.ndarray) -> Score:
 
 
 def medoids(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(classes, D) float32: of each class the image of the highest sum of cosines to it."""
+    """Return the image of each class with the highest sum of cosines, (classes, D) float32."""
     found = []
     for label in range(int(labels.max()) + 1):
         members = features[labels == label].astype(np.float32)
@@ -90,8 +90,9 @@ def medoids(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def structure(features: np.ndarray, labels: np.ndarray, space: ClassSpace) -> list[Between]:
-    """Of each target with images the nearest other one, the nearest pairs first; labels (n,) are
-    ids of the class space.
+    """Return each target with images beside its nearest one, the nearest pairs first.
+
+    labels (n,) are ids of the class space.
     """
     present = np.unique(labels)
     centres = medoids(features, np.searchsorted(present, labels))
@@ -121,15 +122,20 @@ def structure(features: np.ndarray, labels: np.ndarray, space: ClassSpace) -> li
 
 
 def nearer(features: np.ndarray, own: np.ndarray, other: np.ndarray) -> float:
-    """The share of images (n, D) that are nearer to the other medoid (D,) than to their own."""
+    """Return the share of images (n, D) that are nearer to the other medoid than to their own.
+
+    Medoids are (D,).
+    """
     return float((features.astype(np.float32) @ (other - own) > 0).mean())
 
 
 def in_the_middle(
     distance: np.ndarray, first: int, second: int, targets: int
 ) -> tuple[int, tuple[float, float]] | None:
-    """The auxiliary class that is nearest to both of two targets, if it is nearer to each than they
-    are to each other, and its distances. distance (classes, classes), targets first.
+    """Return the auxiliary that is nearest to both of two targets, and its distances.
+
+    None where it is not nearer to each than they are to each other. distance (classes, classes),
+    targets first.
     """
     worst = np.maximum(distance[first, targets:], distance[second, targets:])
     if not len(worst) or worst.min() >= distance[first, second]:
@@ -141,9 +147,7 @@ def in_the_middle(
 def labellings(
     labels: np.ndarray, space: ClassSpace, levels: Mapping[str, Level]
 ) -> dict[str, np.ndarray]:
-    """Of the targets' images: labels (n,) of the pack's own first, then by the groups of each
-    level.
-    """
+    """Return labellings of the targets' images: labels (n,) of the pack, then of each level."""
     found = {"targets": labels}
     for name, level in levels.items():
         ids = {group: i for i, group in enumerate(sorted(set(level.values())))}
@@ -152,10 +156,12 @@ def labellings(
 
 
 def run_granularity(
-    place: str, settings: FilterConfig, hierarchy: str, out: Path | None, console: Console
+    place: str, settings: FeatureSettings, hierarchy: str, out: Path | None, console: Console
 ) -> None:
-    """place: a pack, of whose training images the features are made; hierarchy: as read_hierarchy
-    takes it, or "". Raises UserError.
+    """Print the scores of a pack, and the nearest targets; write them to `out`. Raises UserError.
+
+    place: a pack, of whose training images the features are made; hierarchy: as read_hierarchy
+    takes it, or "".
     """
     pack = open_pack(place)
     space, split = pack.space, pack.train
@@ -189,13 +195,15 @@ def run_granularity(
 
 
 def as_json(scores: Mapping[str, Score], pairs: Sequence[Between], backbone: str) -> dict[str, Any]:
-    told = {name: {**of._asdict(), "ratio": of.ratio} for name, of in scores.items()}
-    return {"backbone": backbone, "scores": told, "nearest": [pair._asdict() for pair in pairs]}
+    """Return the figures as a JSON object."""
+    entries = {name: {**of._asdict(), "ratio": of.ratio} for name, of in scores.items()}
+    return {"backbone": backbone, "scores": entries, "nearest": [pair._asdict() for pair in pairs]}
 
 
 def show(
     scores: Mapping[str, Score], pairs: Sequence[Between], space: ClassSpace, console: Console
 ) -> None:
+    """Print the scores and the nearest targets."""
     table = Table(
         "classes",
         "",
@@ -250,9 +258,9 @@ def show(
 
 
 def reading(scores: Mapping[str, Score]) -> str:
-    """What the figures mean for auxiliaries."""
+    """Return what the figures mean for auxiliaries."""
     own, wide = scores["targets"], scores.get("targets and auxiliaries")
-    told = (
+    text = (
         f"An image has {1 - own.granularity:.1%} of the other classes' medoids nearer than its "
         "own. Granularity is 1 where classes "
         "lie well apart, 0.5 where labels say nothing: the coarser, the more there is to gain from "
@@ -260,9 +268,9 @@ def reading(scores: Mapping[str, Score]) -> str:
         "features: compare packs by one backbone, and none that was trained on either."
     )
     if wide is None:
-        return told
+        return text
     change = "finer" if wide.granularity < own.granularity else "no finer"
     return (
-        f"{told} With the pack's auxiliaries the label space is {change}: {own.granularity:.4f} "
+        f"{text} With the pack's auxiliaries the label space is {change}: {own.granularity:.4f} "
         f"-> {wide.granularity:.4f}."
     )

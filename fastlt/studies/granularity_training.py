@@ -1,10 +1,11 @@
-"""`fastlt granularity train`: does a long tail hurt less where classes are finer? The quantitative
-study of the paper, on any pack with a hierarchy over its classes.
+"""`fastlt granularity train`: whether a long tail hurts less where classes are finer.
+
+It is the quantitative study of the paper, on any pack with a hierarchy over its classes.
 
 Each level is trained on a balanced and on a long-tailed set, all of as many images. With the number
 of classes fixed, they are drawn from all parents, one each, up to all children of a few; and the
 parents themselves, each with the images of its children. With the parents fixed, the same few are
-told apart as parents, or by their children.
+distinguished as parents, or by their children.
 """
 
 import json
@@ -21,9 +22,10 @@ from fastlt.errors import UserError
 from fastlt.packing.reader import Pack, Split, open_pack
 from fastlt.packing.relabel import Selection, derive_pack
 from fastlt.studies.hierarchy import most_families, read_hierarchy
-from fastlt.studies.repeated import GROUPS, Control, spread, train_all
+from fastlt.studies.repeated import Control, spread, train_all
 from fastlt.utils.files import write_text
 from fastlt.utils.results_file import append_rows, check_file
+from fastlt.utils.run_files import METRICS
 
 KINDS = ("balanced", "long-tailed")
 SPOKEN = {
@@ -36,13 +38,15 @@ LARGEST = 500  # training images that are used of a class at most
 
 
 class Level(NamedTuple):
-    """Classes, each the union of some of the pack's; finer ones last."""
+    """A set of classes, each the union of some of the pack's; finer ones come last."""
 
     name: str
     classes: dict[str, list[int]]  # name -> target ids of the pack
 
 
-class Asked(NamedTuple):
+class StudyOptions(NamedTuple):
+    """The options of the command."""
+
     pack: str
     hierarchy: str
     out: Path
@@ -52,14 +56,16 @@ class Asked(NamedTuple):
     settings: list[str]
 
 
-def run_granularity_study(asked: Asked, csv: Path | None, console: Console) -> None:
-    """Runs that have finished in --out are not run again. Raises UserError."""
+def run_granularity_study(options: StudyOptions, csv: Path | None, console: Console) -> None:
+    """Run the study. Runs that have finished in --out are not run again. Raises UserError."""
     if csv is not None:
         check_file(csv)
-    controls = controls_of(open_pack(asked.pack), asked)
+    controls = controls_of(open_pack(options.pack), options)
     rows = [
-        told(row)
-        for row in train_all("cifar100-siblings", controls, asked.out, 1, asked.parallel, console)
+        study_row(row)
+        for row in train_all(
+            "cifar100-siblings", controls, options.out, 1, options.parallel, console
+        )
     ]
     for fixed in ("classes", "parents"):
         console.print(
@@ -70,40 +76,40 @@ def run_granularity_study(asked: Asked, csv: Path | None, console: Console) -> N
         console.print(f"added to {csv}")
 
 
-def controls_of(pack: Pack, asked: Asked) -> dict[str, Control]:
-    """The trainings of the study, whose packs are made where they are not there yet."""
-    families = most_families(read_hierarchy(asked.hierarchy, pack.space.target_names))
+def controls_of(pack: Pack, options: StudyOptions) -> dict[str, Control]:
+    """Return the trainings of the study; their packs are made where they are not there yet."""
+    families = most_families(read_hierarchy(options.hierarchy, pack.space.target_names))
     drawn = [
-        levels(pack, families, np.random.default_rng([draw, 2])) for draw in range(asked.draws)
+        levels(pack, families, np.random.default_rng([draw, 2])) for draw in range(options.draws)
     ]
-    total = min(most_images(pack, level, asked.imbalance) for found in drawn for level in found)
+    total = min(most_images(pack, level, options.imbalance) for found in drawn for level in found)
     if total < 2 * (most := max(len(level.classes) for level in drawn[0])):
         raise UserError(
-            f"{asked.pack} has too few images: a long tail of {most} classes would have {total:,} "
-            "training images"
+            f"{options.pack} has too few images: a long tail of {most} classes would have "
+            f"{total:,} training images"
         )
     check_study(
-        asked.out,
-        {"pack": pack.id, "families": families, "imbalance": asked.imbalance, "images": total},
+        options.out,
+        {"pack": pack.id, "families": families, "imbalance": options.imbalance, "images": total},
     )
     controls = {}
     for draw, found in enumerate(drawn):
         for level in found:
-            for kind, place in packs_of(pack, level, draw, total, asked).items():
+            for kind, place in packs_of(pack, level, draw, total, options).items():
                 settings = [
                     "loss.name=ce",
                     "data.auxiliary=false",
                     f"train.seed={draw}",
-                    *asked.settings,
+                    *options.settings,
                 ]
                 controls[f"{level.name} | {kind} | {draw}"] = Control(place, settings)
     return controls
 
 
 def check_study(out: Path, wanted: dict[str, Any]) -> None:
-    """What is trained in --out is kept in study.json.
+    """Raise UserError where --out holds another study, or something else.
 
-    Raises UserError where that is another study, or none.
+    What is trained there is kept in study.json.
     """
     if out.is_dir() and any(out.iterdir()) and not (out / "study.json").is_file():
         raise UserError(f"{out} holds other things than a study: choose another --out")
@@ -119,7 +125,7 @@ def check_study(out: Path, wanted: dict[str, Any]) -> None:
 
 
 def levels(pack: Pack, families: Mapping[str, list[str]], rng: np.random.Generator) -> list[Level]:
-    """The study's levels, drawn anew each time. families: parent -> its classes."""
+    """Return the study's levels, drawn anew each time. families: parent -> its classes."""
     ids = {name: target for target, name in enumerate(pack.space.target_names)}
     children = {name: [ids[member] for member in members] for name, members in families.items()}
     if (count := len(children)) < 4:
@@ -146,11 +152,12 @@ def levels(pack: Pack, families: Mapping[str, list[str]], rng: np.random.Generat
 
 
 def divisors(count: int, most: int) -> list[int]:
+    """Return the divisors of a number up to a limit."""
     return [part for part in range(2, most + 1) if count % part == 0]
 
 
 def most_images(pack: Pack, level: Level, imbalance: float) -> int:
-    """Of a long tail over the level's classes, whichever of them is the most frequent."""
+    """Return the most images of a long tail over the level's classes, whichever is the largest."""
     counts = pack.space.train_counts
     fewest = min(
         sum(min(LARGEST, counts[target]) for target in targets)
@@ -159,18 +166,20 @@ def most_images(pack: Pack, level: Level, imbalance: float) -> int:
     return math.floor(fewest * tail_shares(imbalance, len(level.classes)).sum())
 
 
-def packs_of(pack: Pack, level: Level, draw: int, total: int, asked: Asked) -> dict[str, Path]:
-    """The balanced and the long-tailed set of a level, of `total` training images each."""
+def packs_of(
+    pack: Pack, level: Level, draw: int, total: int, options: StudyOptions
+) -> dict[str, Path]:
+    """Return the balanced and the long-tailed pack of a level, of `total` training images each."""
     names, found = list(level.classes), {}
     rng = np.random.default_rng([draw, 3])
     rank = rng.permutation(len(names))
-    tail = tail_counts(total, asked.imbalance, len(names))
+    tail = tail_counts(total, options.imbalance, len(names))
     val = take(pack.val, level, [10**9] * len(names), rng)
     for kind, counts in zip(
         KINDS, (spread_evenly(total, len(names)), [tail[i] for i in rank]), strict=True
     ):
         place = (
-            asked.out / "packs" / f"{level.name.replace(':', '').replace(' ', '-')}-{kind}-{draw}"
+            options.out / "packs" / f"{level.name.replace(':', '').replace(' ', '-')}-{kind}-{draw}"
         )
         if not place.is_dir():
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -180,13 +189,17 @@ def packs_of(pack: Pack, level: Level, draw: int, total: int, asked: Asked) -> d
 
 
 def tail_shares(imbalance: float, classes: int) -> np.ndarray:
-    """Images of each class (classes,) over those of the most frequent, as in CIFAR-100-LT."""
+    """Return the images of each class (classes,) over those of the most frequent.
+
+    They fall as in CIFAR-100-LT.
+    """
     return imbalance ** (-np.arange(classes) / (classes - 1))
 
 
 def tail_counts(total: int, imbalance: float, classes: int) -> list[int]:
-    """A long tail of `total` images, one a class at least; the most frequent class makes up for
-    what was rounded.
+    """Return the counts of a long tail of `total` images, each class one at least.
+
+    The most frequent class makes up for what was rounded.
     """
     shares = tail_shares(imbalance, classes)
     counts = np.maximum(1, np.rint(total * shares / shares.sum())).astype(int)
@@ -195,11 +208,12 @@ def tail_counts(total: int, imbalance: float, classes: int) -> list[int]:
 
 
 def spread_evenly(total: int, classes: int) -> list[int]:
+    """Return counts as equal as they can be."""
     return [total // classes + (i < total % classes) for i in range(classes)]
 
 
 def take(split: Split, level: Level, counts: Sequence[int], rng: np.random.Generator) -> Selection:
-    """counts of each class at most, drawn evenly from what it unites."""
+    """Return a draw of `counts` images of each class, evenly from the classes that it unites."""
     images, labels = [], []
     for label, (targets, count) in enumerate(zip(level.classes.values(), counts, strict=True)):
         own = np.flatnonzero(np.isin(split.label, targets))
@@ -209,7 +223,8 @@ def take(split: Split, level: Level, counts: Sequence[int], rng: np.random.Gener
     return Selection(np.concatenate(images), np.concatenate(labels))
 
 
-def told(row: dict[str, Any]) -> dict[str, Any]:
+def study_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's figures with level, kind and draw in columns of their own."""
     level, kind, draw = row["control"].split(" | ")
     return {
         "level": level,
@@ -220,7 +235,7 @@ def told(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]], fixed: str) -> Table:
-    """The gaps of each level, mean and standard deviation over draws."""
+    """Return the gaps of each level, mean and standard deviation over draws."""
     title = f"the number of {fixed} fixed: accuracy in percent, coarse levels first"
     result = Table(
         "level", *KINDS, "balanced - long-tailed", "many - few", title=title, title_justify="left"
@@ -237,6 +252,6 @@ def table(rows: Sequence[dict[str, Any]], fixed: str) -> Table:
             for row in of["long-tailed"].values()
         ]
         known: list[float | None] = [gap for gap in tails if not math.isnan(gap)]
-        tops = [spread([of[kind][d][GROUPS[0]] for d in draws]) for kind in KINDS]
+        tops = [spread([of[kind][d][METRICS[0]] for d in draws]) for kind in KINDS]
         result.add_row(level.partition(": ")[2], *tops, spread(list(gaps)), spread(known))
     return result

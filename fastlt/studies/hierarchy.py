@@ -1,4 +1,4 @@
-"""What the classes of a task belong to: from a CSV, CIFAR-100's own superclasses, or WordNet.
+"""The hierarchy over classes: from a CSV, CIFAR-100's own superclasses, or WordNet.
 
 A level gives each class its group. Levels are named, and go from fine to coarse.
 """
@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastlt.curate.wordnet import WordNet, read_wordnet
 from fastlt.errors import UserError
 from fastlt.packing.cifar import open_cifar
+from fastlt.utils.wordnet import WordNet, find_synsets, read_wordnet
 
 Level = dict[str, str]  # class -> group
 
 
 def read_hierarchy(place: str, names: Sequence[str]) -> dict[str, Level]:
-    """place: a CSV with the columns class,parent, cifar100:DIR, wordnet:FOLDER or wn:LEXICON.
+    """Return the levels of a hierarchy, fine to coarse.
+
+    place: a CSV with the columns class,parent, cifar100:DIR, wordnet:FOLDER or wn:LEXICON.
 
     Raises UserError where a class has no group, or nothing is grouped.
     """
@@ -29,6 +31,7 @@ def read_hierarchy(place: str, names: Sequence[str]) -> dict[str, Level]:
 
 
 def of_csv(file: Path, names: Sequence[str]) -> dict[str, Level]:
+    """Return the levels of a CSV: the parents, and a level for each further column."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             rows = list(csv.DictReader(lines))
@@ -60,6 +63,7 @@ def of_csv(file: Path, names: Sequence[str]) -> dict[str, Level]:
 
 
 def of_cifar(folder: Path, names: Sequence[str]) -> Level:
+    """Return CIFAR-100's superclasses."""
     cifar = open_cifar(folder)
     groups = {
         fine: cifar.coarse_names[coarse]
@@ -73,11 +77,13 @@ def of_cifar(folder: Path, names: Sequence[str]) -> Level:
 
 
 def of_wordnet(wordnet: WordNet, names: Sequence[str]) -> dict[str, Level]:
-    """The tree cut at each depth: what is less deep, or unknown to WordNet, stands for itself.
+    """Return the levels of WordNet's tree, cut at each depth.
+
+    What is less deep, or unknown to WordNet, stands for itself.
 
     Cuts that join nothing, join all, or are like the one before are left out.
     """
-    synsets = {name: wordnet.find(name) for name in names}
+    synsets = dict(zip(names, find_synsets(wordnet, names), strict=True))
     if not any(synsets.values()):
         raise UserError(
             f"WordNet knows none of the classes, not even '{names[0]}': use a CSV with the columns "
@@ -103,7 +109,7 @@ def of_wordnet(wordnet: WordNet, names: Sequence[str]) -> dict[str, Level]:
 
 
 def way_down(wordnet: WordNet, synset: str) -> list[str]:
-    """From the root; of several hypernyms the first."""
+    """Return the way from the root to a synset; of several hypernyms the first."""
     path = [synset]
     while (above := wordnet.parents.get(path[-1])) and above[0] not in path:
         path.append(above[0])
@@ -111,7 +117,7 @@ def way_down(wordnet: WordNet, synset: str) -> list[str]:
 
 
 def in_words(wordnet: WordNet, groups: Mapping[str, str]) -> Level:
-    """Groups by name, and by id too where two have the same name."""
+    """Return groups by name, and by id too where two have the same name."""
     words = {
         group: wordnet.lemmas[group][0] if group in wordnet.lemmas else group
         for group in groups.values()
@@ -124,8 +130,9 @@ def in_words(wordnet: WordNet, groups: Mapping[str, str]) -> Level:
 
 
 def most_families(levels: Mapping[str, Level]) -> dict[str, list[str]]:
-    """Of the level with most groups of several classes, the finest such one: these groups and their
-    classes, both sorted.
+    """Return the groups of several classes, and their classes, both sorted.
+
+    They are of the level with most such groups, the finest of those.
     """
     found: dict[str, list[str]] = {}
     for level in levels.values():

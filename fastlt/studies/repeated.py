@@ -1,8 +1,5 @@
-"""The user's own command, `fastlt train`, over several controls and seeds: what comparisons of
-accuracy share.
-"""
+"""The user's own command, `fastlt train`, over several controls and seeds."""
 
-import json
 import os
 import statistics
 import subprocess
@@ -30,14 +27,16 @@ from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.methods import method_settings
 from fastlt.utils.pool import cores
+from fastlt.utils.run_files import EPOCHS, FIGURES, METRICS, result_of
 from fastlt.utils.signals import exit_on_sigterm
 
 LOOK_EVERY = 1.0  # seconds
-GROUPS = ("top1", "many", "medium", "few")
 
 
 @dataclass(frozen=True)
 class Control:
+    """A training that is compared with others."""
+
     pack: Path
     settings: list[str]  # section.key=value
     method: str | None = None  # of `fastlt train --method`
@@ -51,7 +50,7 @@ def train_all(
     parallel: int,
     console: Console,
 ) -> list[dict[str, Any]]:
-    """The figures of each control's runs, a row a run; `parallel` runs at a time share the cores.
+    """Return the figures of each control's runs, a row a run; `parallel` at a time share the cores.
 
     A run that is in `out` is read, one that stopped goes on. Where one fails no other is begun,
     those under way are saved, and UserError is raised.
@@ -78,7 +77,7 @@ def train_all(
             watch(waiting, list(places.values()), total, console)
         except BaseException as error:
             # which a terminal sends to the trainings too
-            runner.stop(tell=not isinstance(error, KeyboardInterrupt))
+            runner.stop(terminate=not isinstance(error, KeyboardInterrupt))
             pool.shutdown(cancel_futures=True)
             if runner.failure is not None and isinstance(error, UserError):
                 raise runner.failure from None
@@ -100,7 +99,7 @@ class Runner:
         self._lock = threading.Lock()
 
     def run(self, *arguments: str) -> None:
-        """Raises UserError where it fails, or where no more are to be begun."""
+        """Run a command. Raises UserError where it fails, or where no more are to be begun."""
         with self._lock:
             if self._stopped:
                 raise UserError("another run has failed")
@@ -122,34 +121,36 @@ class Runner:
                 f"{said.strip()[-500:]}"
             )
 
-    def stop(self, tell: bool, because: BaseException | None = None) -> None:
-        """tell: those under way, which save and end."""
+    def stop(self, terminate: bool, because: BaseException | None = None) -> None:
+        """Begin no more commands. terminate: those under way save and end."""
         with self._lock:
             self.failure = self.failure or because
-            if tell and not self._stopped:
+            if terminate and not self._stopped:
                 for process in self._running:
                     process.terminate()
             self._stopped = True
 
     @contextmanager
     def stopping_all_if_it_fails(self) -> Iterator[None]:
-        """Before the thread is free for the next one."""
+        """Stop all where the block fails, before the thread is free for the next one."""
         try:
             yield
         except BaseException as error:
-            self.stop(tell=True, because=error)
+            self.stop(terminate=True, because=error)
             raise
 
 
 def epochs_of(recipe: str, control: Control) -> int:
+    """Return the epochs of a control's runs."""
     return load_config(recipe, control.settings, method_settings(control.method, None)).train.epochs
 
 
 def watch(
     waiting: list[Future[dict[str, Any]]], runs: list[Path], total: int, console: Console
 ) -> None:
-    """A bar over the epochs of all runs, until they have ended or one has failed, whose error is
-    raised.
+    """Show a bar over the epochs of all runs until they have ended.
+
+    Where one fails its error is raised.
     """
     columns: list[str | ProgressColumn] = [
         "training",
@@ -171,11 +172,13 @@ def watch(
 
 
 def epochs_done(run: Path) -> int:
-    path = run / "metrics.jsonl"
+    """Return how many epochs a run has done."""
+    path = run / EPOCHS
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def folder_name(control: str, seed: int) -> str:
+    """Return the name of a run's folder."""
     return (
         "".join(c if c.isalnum() or c == "." else "-" for c in control)
         .strip("-")
@@ -196,14 +199,12 @@ def _train(recipe: str, control: Control, run: Path, seed: int, runner: Runner) 
         *control.settings,
     ]
     runner.run("train", recipe, *options)
-    if not (run / "result.json").is_file():
+    result = result_of(run)
+    if result is None:
         raise UserError(
             f"the run in {run} was stopped before its end: the same command goes on from there"
         )
-    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    figures = {
-        name: result[name] for name in (*GROUPS, "balanced_accuracy", "harmonic_mean", "ece")
-    }
+    figures = {name: result[name] for name in FIGURES}
     figures |= {
         "epochs": result["epochs"],
         "images": result["images"],
@@ -217,19 +218,21 @@ def _train(recipe: str, control: Control, run: Path, seed: int, runner: Runner) 
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
+    """Return accuracies by control, mean and standard deviation over seeds."""
     result = Table(
         "",
         "all",
-        *GROUPS[1:],
+        *METRICS[1:],
         title="accuracy of the last epoch in percent, mean ± standard deviation over seeds",
     )
     for name in dict.fromkeys(row["control"] for row in rows):
         runs = [row for row in rows if row["control"] == name]
-        result.add_row(name, *(spread([row[group] for row in runs]) for group in GROUPS))
+        result.add_row(name, *(spread([row[group] for row in runs]) for group in METRICS))
     return result
 
 
 def spread(values: list[float | None]) -> str:
+    """Return mean and standard deviation in words."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"

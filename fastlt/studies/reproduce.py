@@ -1,5 +1,6 @@
-"""Published figures under their own protocol, and the controls of our own claim: the user's own
-commands, over seeds.
+"""Published figures under their own protocol, and the controls of our own claim.
+
+Both are the user's own commands, over seeds.
 
 Runs stay in --out: one that stopped goes on when this is called again, and one that has finished is
 not run again.
@@ -14,12 +15,13 @@ from rich.table import Table
 
 from fastlt.config import did_you_mean, load_config
 from fastlt.errors import UserError
-from fastlt.studies.repeated import GROUPS, Control, Runner, spread, table, train_all
+from fastlt.studies.repeated import Control, Runner, spread, table, train_all
 from fastlt.utils.results_file import append_rows, check_file
+from fastlt.utils.run_files import METRICS
 
 
 class Published(NamedTuple):
-    """Top-1 in percent of several papers and re-runs; theirs is the best test epoch."""
+    """The top-1 in percent of several papers and re-runs; theirs is the best test epoch."""
 
     method: str
     low: float
@@ -45,7 +47,9 @@ SIBLINGS: dict[str, tuple[str, list[str]]] = {  # name -> auxiliary set of the p
 }
 
 
-class Asked(NamedTuple):
+class ReproduceOptions(NamedTuple):
+    """The options of the command."""
+
     source: str  # cifar100:DIR
     out: Path
     epochs: int  # 0: as published
@@ -54,8 +58,8 @@ class Asked(NamedTuple):
     settings: list[str]
 
 
-def run_reproduce(task: str, asked: Asked, csv: Path | None, console: Console) -> None:
-    """`fastlt reproduce`."""
+def run_reproduce(task: str, options: ReproduceOptions, csv: Path | None, console: Console) -> None:
+    """Run `fastlt reproduce`. Raises UserError for an unknown task."""
     if task not in TASKS:
         raise UserError(
             f"there is nothing to reproduce by the name '{task}'{did_you_mean(task, list(TASKS))}: "
@@ -63,22 +67,23 @@ def run_reproduce(task: str, asked: Asked, csv: Path | None, console: Console) -
         )
     if csv is not None:
         check_file(csv)
-    rows = TASKS[task](asked, console)
+    rows = TASKS[task](options, console)
     if csv is not None:
         append_rows(csv, rows)
         console.print(f"added to {csv}")
 
 
-def cifar100_lt(asked: Asked, console: Console) -> list[dict[str, Any]]:
-    pack = packed("cifar100-lt", "none", asked)
+def cifar100_lt(options: ReproduceOptions, console: Console) -> list[dict[str, Any]]:
+    """Return the rows of published methods on CIFAR-100-LT, and print them beside theirs."""
+    pack = packed("cifar100-lt", "none", options)
     protocol = load_config("cifar100-lt")
-    epochs = asked.epochs or protocol.train.epochs
-    settings = [*shortened(epochs, protocol.train.epochs), *asked.settings]
+    epochs = options.epochs or protocol.train.epochs
+    settings = [*shortened(epochs, protocol.train.epochs), *options.settings]
     controls = {
         name: Control(pack, settings, published.method) for name, published in CIFAR100_LT.items()
     }
-    rows = train_all("cifar100-lt", controls, asked.out, asked.seeds, asked.parallel, console)
-    changed = epochs != protocol.train.epochs or bool(asked.settings)
+    rows = train_all("cifar100-lt", controls, options.out, options.seeds, options.parallel, console)
+    changed = epochs != protocol.train.epochs or bool(options.settings)
     console.print(
         beside_published(
             rows, changed, f"CIFAR-100-LT, imbalance 100: top-1 in percent, {epochs} epochs"
@@ -96,36 +101,44 @@ def cifar100_lt(asked: Asked, console: Console) -> list[dict[str, Any]]:
     return rows
 
 
-def siblings(asked: Asked, console: Console) -> list[dict[str, Any]]:
+def siblings(options: ReproduceOptions, console: Console) -> list[dict[str, Any]]:
+    """Return the rows of the controls on CIFAR-100 with sibling auxiliaries, and print them."""
     packs = {
-        kind: packed("cifar100-siblings", kind, asked)
+        kind: packed("cifar100-siblings", kind, options)
         for kind in dict.fromkeys(kind for kind, _ in SIBLINGS.values())
     }
-    last = [f"train.epochs={asked.epochs}"] if asked.epochs else []
+    last = [f"train.epochs={options.epochs}"] if options.epochs else []
     controls = {
-        name: Control(packs[kind], [*extra, *last, *asked.settings])
+        name: Control(packs[kind], [*extra, *last, *options.settings])
         for name, (kind, extra) in SIBLINGS.items()
     }
-    rows = train_all("cifar100-siblings", controls, asked.out, asked.seeds, asked.parallel, console)
+    rows = train_all(
+        "cifar100-siblings", controls, options.out, options.seeds, options.parallel, console
+    )
     console.print(table(rows))
     return rows
 
 
-TASKS: dict[str, Callable[[Asked, Console], list[dict[str, Any]]]] = {
+TASKS: dict[str, Callable[[ReproduceOptions, Console], list[dict[str, Any]]]] = {
     "cifar100-lt": cifar100_lt,
     "cifar100-siblings": siblings,
 }
 
 
-def packed(task: str, kind: str, asked: Asked) -> Path:
-    path = asked.out / (f"pack-{kind}" if kind != "none" or task == "cifar100-siblings" else "pack")
+def packed(task: str, kind: str, options: ReproduceOptions) -> Path:
+    """Return the pack of a task, made where it is not there yet."""
+    path = options.out / (
+        f"pack-{kind}" if kind != "none" or task == "cifar100-siblings" else "pack"
+    )
     if not path.is_dir():
-        Runner().run("pack", asked.source, "--task", task, "--auxiliary", kind, "--out", str(path))
+        Runner().run(
+            "pack", options.source, "--task", task, "--auxiliary", kind, "--out", str(path)
+        )
     return path
 
 
 def shortened(epochs: int, whole: int) -> list[str]:
-    """The schedule of CIFAR-100-LT, drawn together; LDAM-DRW's own epoch follows by itself."""
+    """Return the schedule of CIFAR-100-LT in fewer epochs; that of LDAM-DRW follows by itself."""
     if epochs == whole:
         return []
     schedule = load_config("cifar100-lt").schedule
@@ -143,13 +156,14 @@ def shortened(epochs: int, whole: int) -> list[str]:
 
 
 def beside_published(rows: list[dict[str, Any]], changed: bool, title: str) -> Table:
-    result = Table("", "published", "ours", "best epoch", *GROUPS[1:], "", title=title)
+    """Return a table of our figures beside the published ones."""
+    result = Table("", "published", "ours", "best epoch", *METRICS[1:], "", title=title)
     result.columns[0].no_wrap = True
     for name, published in CIFAR100_LT.items():
         runs = [row for row in rows if row["control"] == name]
         best = spread([row["best_top1"] for row in runs])
         verdict = "" if changed else place_of(mean_top1(rows, name), published)
-        groups = [spread([row[group] for row in runs]) for group in GROUPS]
+        groups = [spread([row[group] for row in runs]) for group in METRICS]
         result.add_row(
             name, f"{published.low:g}..{published.high:g}", groups[0], best, *groups[1:], verdict
         )
@@ -157,11 +171,12 @@ def beside_published(rows: list[dict[str, Any]], changed: bool, title: str) -> T
 
 
 def place_of(value: float, published: Published) -> str:
+    """Return whether a figure is below, in or above the published range."""
     return "below" if value < published.low else "above" if value > published.high else "in range"
 
 
 def order(rows: list[dict[str, Any]]) -> str:
-    """Whether the methods come in the order of what is published."""
+    """Return whether the methods come in the published order, in words."""
     found = sorted(CIFAR100_LT, key=lambda name: mean_top1(rows, name))
     if found == list(CIFAR100_LT):
         return f"the published order holds: {' < '.join(found)}"
@@ -169,5 +184,6 @@ def order(rows: list[dict[str, Any]]) -> str:
 
 
 def mean_top1(rows: list[dict[str, Any]], name: str) -> float:
+    """Return the mean top-1 of a control."""
     values = [row["top1"] for row in rows if row["control"] == name]
     return sum(values) / len(values)

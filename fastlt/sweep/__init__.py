@@ -1,4 +1,4 @@
-"""Many trainings that answer one question: which auxiliaries, how many, how strongly silenced.
+"""Many trainings that answer one question: which auxiliaries, how many, how silenced.
 
 On Ray Tune.
 """

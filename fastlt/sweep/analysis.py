@@ -1,6 +1,4 @@
-"""What a sweep says: means over seeds, effects of each axis, differences to the baseline, and what
-it cost.
-"""
+"""The analysis of a sweep: means over seeds, effects of axes, differences, and costs."""
 
 import csv
 import math
@@ -9,51 +7,37 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fastlt.errors import UserError
 from fastlt.evaluation.significance import holm, t_test
+from fastlt.reports.sweep import Difference, Spread
 from fastlt.sweep.results import plain
-from fastlt.sweep.spec import METRICS, Range, Sweep, axes_but_seeds, read_sweep
+from fastlt.sweep.spec import Range, Sweep, axes_but_seeds, read_sweep
+from fastlt.utils.run_files import FIGURES, METRICS
 
 Row = dict[str, Any]
 Level = tuple[str, ...]  # a value of each axis but the seed, as the table has them
 
 
-class Spread(NamedTuple):
-    """Over seeds."""
-
-    mean: float
-    deviation: float | None  # None of one seed
-    seeds: int
-
-
-class Difference(NamedTuple):
-    """To the baseline, seed by seed."""
-
-    mean: float
-    # two-sided paired t-test, corrected for the number of points (Holm); None of fewer than two
-    # seeds
-    p: float | None
-
-
 @dataclass(frozen=True)
 class Study:
+    """The results of a sweep."""
+
     out: Path
     sweep: Sweep
     rows: Sequence[Row]  # as results.csv has them, figures as numbers
 
     @cached_property
     def axes(self) -> list[str]:
+        """The axes that points differ in: all but the seed."""
         return axes_but_seeds(self.sweep)
 
     @cached_property
     def measured(self) -> list[Row]:
-        """What was stopped early has no figures that could be compared with those of whole
-        trainings.
-        """
+        """The rows of whole trainings: what was stopped early cannot be compared with them."""
         return [row for row in self.rows if row["status"] == "finished" and row["top1"] is not None]
 
     @cached_property
@@ -63,11 +47,12 @@ class Study:
         return {level: list(rows) for level, rows in groupby(order, self.level)}
 
     def level(self, row: Row) -> Level:
+        """Return the point of a row."""
         return tuple(str(row[name]) for name in self.axes)
 
     @cached_property
     def ranked(self) -> list[Level]:
-        """Best first, by what the sweep was to raise; what is not known last."""
+        """The points, best first by the metric of the sweep; those without a result last."""
         means = {
             level: self.spread(rows, self.sweep.search.metric).mean
             for level, rows in self.points.items()
@@ -76,8 +61,9 @@ class Study:
 
     @cached_property
     def baseline(self) -> Level | None:
-        """The point that the sweep names, axes that it does not name at their first value; None
-        where it was not measured, or a search is not told one.
+        """The baseline; None where it was not measured, or a search names none.
+
+        It is the point that the sweep names; axes that it does not name are at their first value.
         """
         if not self.sweep.baseline and self.sweep.search.kind != "grid":
             return None
@@ -98,7 +84,7 @@ class Study:
         return min(fitting, key=lambda level: places[level], default=None)
 
     def values(self, axis: str) -> list[str]:
-        """That occur, in the sweep's order; numbers of a range by size."""
+        """Return the values of an axis that occur, in the sweep's order; of a range by size."""
         found = {str(row[axis]) for row in self.measured}
         listed = self.sweep.axes[axis]
         if isinstance(listed, list):
@@ -107,7 +93,7 @@ class Study:
 
     @staticmethod
     def spread(rows: Sequence[Row], figure: str) -> Spread:
-        """Over seeds: of several rows of a seed their mean counts."""
+        """Return a figure over seeds: of several rows of a seed their mean counts."""
         by_seed: dict[Any, list[float]] = {}
         for row in rows:
             if row[figure] is not None:
@@ -122,7 +108,7 @@ class Study:
         )
 
     def effect(self, axis: str) -> dict[str, dict[str, Spread]]:
-        """Of each value of an axis each figure, all other axes averaged."""
+        """Return each figure for each value of an axis, all other axes averaged."""
         return {
             value: {
                 figure: self.spread([r for r in self.measured if str(r[axis]) == value], figure)
@@ -132,25 +118,27 @@ class Study:
         }
 
     def size(self, axis: str) -> float:
-        """Between the best and the worst value of an axis, in what the sweep was to raise."""
+        """Return the metric's difference between the best and the worst value of an axis."""
         means = [of[self.sweep.search.metric].mean for of in self.effect(axis).values()]
         known = [mean for mean in means if not math.isnan(mean)]
         return max(known) - min(known) if known else 0.0
 
     @cached_property
     def by_size(self) -> list[str]:
-        """The axes with several values, those of the largest effects first, and ranges last: of
-        each of their values there is one trial.
+        """The axes with several values, those of the largest effects first.
+
+        Ranges come last: of each of their values there is one trial.
         """
         several = [axis for axis in self.axes if len(self.values(axis)) > 1]
         return sorted(several, key=lambda axis: (self.is_range(axis), -self.size(axis)))
 
     def is_range(self, axis: str) -> bool:
+        """Return whether an axis is a range rather than a list."""
         return isinstance(self.sweep.axes[axis], Range)
 
     @cached_property
     def differences(self) -> dict[Level, Difference]:
-        """Of every point that is not the baseline's very runs to the baseline."""
+        """The difference to the baseline of every point with other runs than it."""
         if self.baseline is None:
             return {}
         found: dict[Level, tuple[float, float | None]] = {}
@@ -164,7 +152,10 @@ class Study:
         return {level: Difference(mean, corrected.get(level)) for level, (mean, _) in found.items()}
 
     def is_baseline(self, level: Level) -> bool:
-        """Also what only differs from it in ways that do not matter: the very runs."""
+        """Return whether a point has the very runs of the baseline.
+
+        So has one that differs from it in ways that do not matter.
+        """
         runs, own = (
             {row["run"] for row in self.points[of]} if of is not None else set()
             for of in (self.baseline, level)
@@ -172,7 +163,7 @@ class Study:
         return runs == own
 
     def cost(self) -> dict[str, float]:
-        """Of each run once."""
+        """Return what all runs cost, each counted once."""
         runs = {row["run"]: row for row in self.rows if row["seconds"] is not None}
         resources = self.sweep.resources
         seconds = sum(row["seconds"] for row in runs.values())
@@ -185,7 +176,10 @@ class Study:
 
 
 def read_study(out: Path) -> Study:
-    """Raises UserError where DIR is no sweep, or nothing of it is done yet."""
+    """Return the results of a sweep.
+
+    Raises UserError where DIR is no sweep, or nothing of it is done yet.
+    """
     sweep = read_sweep(out / "sweep.toml")
     try:
         with (out / "results.csv").open(encoding="utf-8", newline="") as file:
@@ -210,22 +204,15 @@ def read_study(out: Path) -> Study:
 
 
 def numbered(row: dict[str, str]) -> Row:
-    told: Row = dict(row)
-    for name in (
-        *METRICS,
-        "balanced_accuracy",
-        "harmonic_mean",
-        "ece",
-        "epochs",
-        "images",
-        "seconds",
-    ):
-        told[name] = float(row[name]) if row.get(name) else None
-    return told
+    """Return a row of results.csv with its figures as numbers."""
+    found: Row = dict(row)
+    for name in (*FIGURES, "epochs", "images", "seconds"):
+        found[name] = float(row[name]) if row.get(name) else None
+    return found
 
 
 def paired(rows: Sequence[Row], others: Sequence[Row], figure: str) -> np.ndarray:
-    """Differences of the seeds that both have."""
+    """Return the differences of the seeds that both have, (seeds,)."""
     of, to = (
         {row["seed"]: row[figure] for row in each if row[figure] is not None}
         for each in (rows, others)

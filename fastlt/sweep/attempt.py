@@ -1,5 +1,6 @@
-"""RUN/trial.json: by which source and on which node a trial was trained, how often it was begun,
-and how long it took.
+"""RUN/trial.json: the origin of a trial, how often it was begun, and how long it took.
+
+The origin is the commit of the source and the node.
 
 What a killed attempt did after its last epoch is not counted.
 """
@@ -17,27 +18,28 @@ FILE = "trial.json"
 
 
 class Attempt:
-    """One more of a trial; its time adds to that of those before."""
+    """One more attempt at a trial; its time adds to that of those before."""
 
     def __init__(self, run: Path, node: str) -> None:
         before = read_attempts(run)
         self.path = run / FILE
-        self.told = {"commit": commit(), "node": node, "attempts": before.get("attempts", 0) + 1}
+        self.origin = {"commit": commit(), "node": node, "attempts": before.get("attempts", 0) + 1}
         self.seconds, self.began = before.get("seconds", 0.0), time.monotonic()
         self.note()
 
     def note(self) -> None:
+        """Write the time so far."""
         write_text(
             self.path,
             json.dumps(
-                {**self.told, "seconds": round(self.seconds + time.monotonic() - self.began, 2)}
+                {**self.origin, "seconds": round(self.seconds + time.monotonic() - self.began, 2)}
             )
             + "\n",
         )
 
 
 def read_attempts(run: Path) -> dict[str, Any]:
-    """Empty where none has begun."""
+    """Return what is known of the attempts at a trial; empty where none has begun."""
     try:
         found = json.loads((run / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -47,10 +49,10 @@ def read_attempts(run: Path) -> dict[str, Any]:
 
 @cache
 def commit() -> str:
-    """Of the source that is running, where it is a clone; with + where it was changed since."""
+    """Return the commit of the source where it is a clone, with + where it was changed since."""
     here = Path(__file__).parent
     try:
-        told = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"],
             capture_output=True,
             text=True,
@@ -58,4 +60,4 @@ def commit() -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return told.stdout.strip() if told.returncode == 0 else ""
+    return described.stdout.strip() if described.returncode == 0 else ""

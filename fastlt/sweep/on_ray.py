@@ -23,9 +23,9 @@ from rich.progress import (
 )
 
 from fastlt.errors import UserError, extra
-from fastlt.sweep.board import Board
 from fastlt.sweep.results import ENDED, WHY, note_failure, outcome, write_results
 from fastlt.sweep.spec import Range, Sweep, Values
+from fastlt.sweep.state import SweepState
 from fastlt.sweep.trial import Trial
 from fastlt.sweep.worker import train_trial
 from fastlt.utils.files import write_text
@@ -45,7 +45,7 @@ ANSWERS_WITHIN = 10  # seconds
 
 @contextmanager
 def quiet_ray(address: str | None, sweep: Sweep) -> Iterator[Any]:
-    """Ray, started here or joined at the address, and without its own words; yields ray.tune.
+    """Yield ray.tune, with Ray started here or connected to at the address, without its output.
 
     Raises UserError where there is none, or no machine of it can hold a trial.
     """
@@ -69,7 +69,7 @@ def quiet_ray(address: str | None, sweep: Sweep) -> Iterator[Any]:
             f"cannot reach Ray{f' at {address}' if address else ''}: "
             f"{str(error).splitlines()[0]}{secret}"
         ) from error
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what becomes of trials is told by us
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what becomes of trials is text by us
     try:
         check_room(ray.nodes(), sweep)
         with interrupted_by_signals():
@@ -79,7 +79,7 @@ def quiet_ray(address: str | None, sweep: Sweep) -> Iterator[Any]:
 
 
 def check_answers(address: str) -> None:
-    """Ray itself would try for minutes. Raises UserError."""
+    """Raise UserError where there is no answer at the address: Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     if address == "auto" or "://" in address:
         return
@@ -92,26 +92,26 @@ def check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=ANSWERS_WITHIN).close()
     except OSError as error:
         raise UserError(
-            f"nobody answers at {address} ({error}): `ray start --head --port={port}` there begins "
+            f"no answer from {address} ({error}): `ray start --head --port={port}` there begins "
             "a cluster"
         ) from error
 
 
 def check_room(nodes: Sequence[dict[str, Any]], sweep: Sweep) -> None:
-    """Trials that no machine can hold would wait for ever. Raises UserError."""
+    """Raise UserError for trials that no machine can hold: they would wait for ever."""
     wanted = {"CPU": sweep.resources.cpus, "GPU": sweep.resources.gpus}
     have = [node["Resources"] for node in nodes if node["Alive"]]
     if not any(all(of.get(name, 0) >= amount for name, amount in wanted.items()) for of in have):
-        told = "; ".join(f"{of.get('CPU', 0):g} cores and {of.get('GPU', 0):g} GPUs" for of in have)
+        text = "; ".join(f"{of.get('CPU', 0):g} cores and {of.get('GPU', 0):g} GPUs" for of in have)
         raise UserError(
             f"a trial asks for {wanted['CPU']:g} cores and {wanted['GPU']:g} GPUs, which no "
-            f"machine has ({told}): see [resources]"
+            f"machine has ({text}): see [resources]"
         )
 
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM and Ctrl-C raise KeyboardInterrupt, for which Ray has other habits."""
+    """Let SIGTERM and Ctrl-C raise KeyboardInterrupt: Ray treats them in other ways."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -120,15 +120,18 @@ def interrupted_by_signals() -> Iterator[None]:
         yield
 
 
-def follow(board: Board, tune: Any, drawn: dict[str, Any], total: int, console: Console) -> None:
-    """Until these trials have ended, with a bar over them and results.csv up to date. drawn: how
-    Ray comes by them.
+def follow(
+    state: SweepState, tune: Any, drawn: dict[str, Any], total: int, console: Console
+) -> None:
+    """Run trials until they have ended, with a bar, and with results.csv up to date.
+
+    drawn: arguments of the tuner that say which trials there are.
     """
-    for trial in board.left():
-        (board.run(trial) / WHY).unlink(missing_ok=True)  # it gets another chance
-    own = board.out / "ray"  # what matters lies in the runs, so it is made anew each time
+    for trial in state.left():
+        (state.run(trial) / WHY).unlink(missing_ok=True)  # it gets another chance
+    own = state.out / "ray"  # what matters lies in the runs, so it is made anew each time
     shutil.rmtree(own, ignore_errors=True)
-    search, resources = board.sweep.search, board.sweep.resources
+    search, resources = state.sweep.search, state.sweep.resources
     columns = (
         TextColumn("trials"),
         BarColumn(),
@@ -141,17 +144,17 @@ def follow(board: Board, tune: Any, drawn: dict[str, Any], total: int, console: 
         *columns, TextColumn("{task.description}"), console=console, transient=True
     ) as bar:
         watch = make_watch(
-            board, tune, partial(bar.update, bar.add_task("", total=total)), bar.console
+            state, tune, partial(bar.update, bar.add_task("", total=total)), bar.console
         )
         tuner = tune.Tuner(
-            tune.with_resources(partial(train_trial, board), resources_of(board.sweep)),
+            tune.with_resources(partial(train_trial, state), resources_of(state.sweep)),
             param_space=drawn.pop("param_space", {}),
             tune_config=tune.TuneConfig(
                 metric=search.metric,
                 mode="max",
                 max_concurrent_trials=resources.parallel or None,
                 reuse_actors=True,
-                scheduler=scheduler_of(board),
+                scheduler=scheduler_of(state),
                 **drawn,
             ),
             run_config=tune.RunConfig(
@@ -167,66 +170,68 @@ def follow(board: Board, tune: Any, drawn: dict[str, Any], total: int, console: 
 
 
 def one_of_each(trials: Sequence[Trial], tune: Any) -> dict[str, Any]:
+    """Return Ray's space of given trials."""
     return {"values": tune.grid_search([trial.values for trial in trials])}
 
 
 def resources_of(sweep: Sweep) -> dict[str, float]:
+    """Return what a trial takes, as Ray names it."""
     return {
         "cpu": sweep.resources.cpus,
         **({"gpu": sweep.resources.gpus} if sweep.resources.gpus else {}),
     }
 
 
-def scheduler_of(board: Board) -> Any:
-    """ASHA, where trials that are behind are to end early."""
-    search = board.sweep.search
+def scheduler_of(state: SweepState) -> Any:
+    """Return ASHA where trials that are behind are to end early, else None."""
+    search = state.sweep.search
     if not search.stop_early:
         return None
     from ray.tune.schedulers import ASHAScheduler
 
-    some_trial = board.trials[0] if board.trials else board.trial({})
+    some_trial = state.trials[0] if state.trials else state.trial({})
     most = max(
         some_trial.config.train.epochs,
-        *(trial.config.train.epochs for trial in board.trials),
+        *(trial.config.train.epochs for trial in state.trials),
         search.grace,
     )
     return ASHAScheduler(time_attr="epoch", max_t=most + 1, grace_period=search.grace)
 
 
-def optuna_search(board: Board) -> Any:
-    """That knows what has ended."""
+def optuna_search(state: SweepState) -> Any:
+    """Return Optuna's search, which knows the trials that have ended."""
     with extra("sweep"):
         import optuna
         from ray.tune.search.optuna import OptunaSearch
 
     of = optuna.distributions
-    search = board.sweep.search
+    search = state.sweep.search
     space: dict[str, of.BaseDistribution] = {
         name: of.CategoricalDistribution(range(len(axis)))  # by number, for a value may be a list
         if isinstance(axis, list)
         else of.IntDistribution(round(axis.low), round(axis.high), log=axis.log)
         if axis.whole
         else of.FloatDistribution(axis.low, axis.high, log=axis.log)
-        for name, axis in board.sweep.axes.items()
+        for name, axis in state.sweep.axes.items()
     }
     ended = [
-        (numbered(board.sweep, trial.values), board.row(trial)[search.metric])
-        for trial in board.trials
+        (numbered(state.sweep, trial.values), state.row(trial)[search.metric])
+        for trial in state.trials
     ]
     seen = [(values, figure) for values, figure in ended if figure is not None]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    told: dict[str, Any] = (
+    text: dict[str, Any] = (
         {"points_to_evaluate": [v for v, _ in seen], "evaluated_rewards": [f for _, f in seen]}
         if seen
         else {}
     )
     return OptunaSearch(
-        space, metric=search.metric, mode="max", seed=search.seed + len(seen), **told
+        space, metric=search.metric, mode="max", seed=search.seed + len(seen), **text
     )
 
 
 def numbered(sweep: Sweep, values: Values) -> Values:
-    """Values of lists as their number."""
+    """Return the values of axes, those of lists as their number."""
     return {name: place_of(sweep.axes[name], value) for name, value in values.items()}
 
 
@@ -235,58 +240,58 @@ def place_of(axis: list[Any] | Range, value: Any) -> Any:
     return value if isinstance(axis, Range) else axis.index(value)
 
 
-def make_watch(board: Board, tune: Any, update: Any, console: Console) -> Any:
-    """A callback of Ray's: results.csv whenever a trial ends."""
+def make_watch(state: SweepState, tune: Any, update: Any, console: Console) -> Any:
+    """Return a callback of Ray's that writes results.csv whenever a trial ends."""
 
     class Watch(tune.Callback):
-        def __init__(self, board: Board, update: Any, console: Console) -> None:
-            self.board, self.update, self.console = board, update, console
+        def __init__(self, state: SweepState, update: Any, console: Console) -> None:
+            self.state, self.update, self.console = state, update, console
 
         def __getstate__(self) -> dict[str, Any]:
             # Ray writes it down for resuming by its own means, and a screen cannot be written down
             return {}
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            self.board.begin(trial.config)
+            self.state.begin(trial.config)
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            name = escape(self.board.run(self.board.begin(trial.config)).name)
-            self._say(f"the process of {name} died: it goes on from its checkpoint")
+            name = escape(self.state.run(self.state.begin(trial.config)).name)
+            self._report(f"the process of {name} died: it goes on from its checkpoint")
 
         def on_trial_complete(
             self, iteration: int, trials: list[Any], trial: Any, **_: Any
         ) -> None:
-            run = self.board.run(self.board.begin(trial.config))
-            if self.board.sweep.search.stop_early and outcome(run)[1] not in ("finished", "failed"):
+            run = self.state.run(self.state.begin(trial.config))
+            if self.state.sweep.search.stop_early and outcome(run)[1] not in ("finished", "failed"):
                 write_text(run / ENDED, "")
             if outcome(run)[1] == "failed":
-                self._say(f"{escape(run.name)} failed: {escape(outcome(run)[2])}")
+                self._report(f"{escape(run.name)} failed: {escape(outcome(run)[2])}")
             self._count()
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            run = self.board.run(self.board.begin(trial.config))
+            run = self.state.run(self.state.begin(trial.config))
             note_failure(run, reason_of(trial))
-            self._say(f"{escape(run.name)} failed: {escape(outcome(run)[2])}")
+            self._report(f"{escape(run.name)} failed: {escape(outcome(run)[2])}")
             self._count()
 
-        def _say(self, told: str) -> None:
-            self.console.print(f"[yellow]note:[/] {told}", highlight=False, soft_wrap=True)
+        def _report(self, text: str) -> None:
+            self.console.print(f"[yellow]note:[/] {text}", highlight=False, soft_wrap=True)
 
         def _count(self) -> None:
-            rows = self.board.rows()
-            write_results(self.board.out, rows)
+            rows = self.state.rows()
+            write_results(self.state.out, rows)
             best = max((row["top1"] for row in rows if row["top1"] is not None), default=None)
             self.update(advance=1, description="" if best is None else f"best top-1 {best:.1f}")
 
-    return Watch(board, update, console)
+    return Watch(state, update, console)
 
 
 def reason_of(trial: Any) -> str:
-    """The last line of what Ray says."""
+    """Return the last line of what Ray says about a failure."""
     try:
         error = trial.get_error()
-        told = "".join(traceback.format_exception(error)) if error else ""
+        text = "".join(traceback.format_exception(error)) if error else ""
     except Exception:  # what Ray kept cannot be read back
-        told = ""
-    lines = [line for line in told.strip().splitlines() if line.strip()]
+        text = ""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
     return lines[-1] if lines else "its process died"

@@ -1,32 +1,36 @@
-"""`fastlt report DIR` of a sweep: one page that answers what the sweep asked, and effects.png, its
-main figure.
-"""
+"""`fastlt report DIR` of a sweep: what its page says, gathered from the study."""
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from fastlt.config import load_config
 from fastlt.errors import UserError
-from fastlt.reports import charts
-from fastlt.reports.run import environment
-from fastlt.sweep.analysis import Level, Spread, Study, read_study
-from fastlt.sweep.spec import METRICS
-from fastlt.utils.files import whole_file, write_text
+from fastlt.reports.sweep import (
+    SPOKEN,
+    Effect,
+    Heat,
+    Point,
+    Spread,
+    SweepPage,
+    Trials,
+    write_effects,
+    write_sweep_page,
+)
+from fastlt.sweep.analysis import Level, Study, read_study
+from fastlt.sweep.spec import Range
+from fastlt.utils.run_files import METRICS
 
-SHOWN_POINTS = 40
-NAMES = {"top1": "all", "many": "many", "medium": "medium", "few": "few"}
-SPOKEN = {"top1": "top-1", "many": "many-shot", "medium": "medium-shot", "few": "few-shot"}
+SHOWN_POINTS, SHOWN_EFFECTS = 40, 3
 
 
 def write_sweep_report(out: Path, axes: Sequence[str] = ()) -> Path:
-    """axes: the two of the heat map; by default those of the largest effects."""
+    """Write DIR/report.html and DIR/effects.png, and return the path of the page.
+
+    axes: the two of the heat map; by default those of the largest effects. Raises UserError where
+    there are no such axes, or nothing has been measured.
+    """
     study = read_study(out)
     if unknown := [axis for axis in axes if axis not in study.axes]:
         raise UserError(
@@ -41,97 +45,80 @@ def write_sweep_report(out: Path, axes: Sequence[str] = ()) -> Path:
     if axes and len(set(axes)) != 2:
         raise UserError("--axes names two axes, as --axes silence,neighbours")
     path = out / "report.html"
-    write_text(
-        path,
-        render(
-            study, list(axes) or [axis for axis in study.by_size if not study.is_range(axis)][:2]
-        ),
-    )
-    if not study.by_size:  # one value of each axis: there is nothing to draw
-        return path
-    with whole_file(out / "effects.png") as temporary:
-        charts.write_png(
-            temporary,
-            lambda figure, narrow: draw_effects(figure, study, study.by_size[:3], narrow),
-            (1060, 380),
+    lists = [axis for axis in study.by_size if not study.is_range(axis)]
+    write_sweep_page(page_of(study, list(axes) or lists[:2]), path)
+    if study.by_size:  # else one value of each axis: there is nothing to draw
+        write_effects(
+            [effect(study, axis) for axis in study.by_size[:SHOWN_EFFECTS]], out / "effects.png"
         )
     return path
 
 
-def render(study: Study, pair: Sequence[str]) -> str:
+def page_of(study: Study, pair: Sequence[str]) -> SweepPage:
+    """Return what the page shows. pair: the two axes of the heat map, or fewer for none."""
     best = study.ranked[0]
-    return (
-        environment()
-        .get_template("sweep.html")
-        .render(
-            title=study.out.resolve().name,
-            study=study,
-            best=best,
-            best_spread=figures(study, best),
-            story=story(study),
-            command=command(study, best),
-            points=[point(study, level) for level in study.ranked[:SHOWN_POINTS]],
-            more=max(0, len(study.ranked) - SHOWN_POINTS),
-            effects=[effect(study, axis) for axis in study.by_size],
-            heat=heat(study, pair) if len(pair) == 2 else None,
-            cost=study.cost(),
-            metric=study.sweep.search.metric,
-            stopped=sum(row["status"] == "stopped early" for row in study.rows),
-            spans={axis: span(study, axis) for axis in study.axes},
-            not_done=[
-                row for row in study.rows if row["status"] not in ("finished", "stopped early")
-            ],
-            names=NAMES,
-            spoken=SPOKEN,
-        )
+    over = ("finished", "stopped early")
+    return SweepPage(
+        title=study.out.resolve().name,
+        recipe=study.sweep.recipe,
+        metric=study.sweep.search.metric,
+        story=story(study),
+        command=command(study, best),
+        spans={axis: span(study, axis) for axis in study.axes},
+        points=[point(study, level) for level in study.ranked[:SHOWN_POINTS]],
+        effects=[effect(study, axis) for axis in study.by_size],
+        heat=heat(study, pair) if len(pair) == 2 else None,
+        cost=study.cost(),
+        stopped=sum(row["status"] == "stopped early" for row in study.rows),
+        not_done=[row for row in study.rows if row["status"] not in over],
+        more=max(0, len(study.ranked) - SHOWN_POINTS),
     )
 
 
-# --- in words
-
-
 def story(study: Study) -> str:
-    """The answer, in a few sentences."""
+    """Return the answer in a few sentences."""
     metric, best, base = study.sweep.search.metric, study.ranked[0], study.baseline
-    told = [f"The best of {len(study.ranked)} points is {spoken(study, best)}."]
+    sentences = [f"The best of {len(study.ranked)} points is {spoken(study, best)}."]
     if base is None:
-        told += ["The baseline was not measured."] if study.sweep.baseline else []
+        sentences += ["The baseline was not measured."] if study.sweep.baseline else []
     elif best in study.differences:
         gain = study.differences[best]
-        told.append(
+        sentences.append(
             f"That is {gain.mean:+.1f} points {SPOKEN[metric]} over "
-            f"{spoken(study, base)}{surety(gain.p)}."
+            f"{spoken(study, base)}{chance(gain.p)}."
         )
     else:
-        told.append("That is the baseline itself: nothing else was better.")
+        sentences.append("That is the baseline itself: nothing else was better.")
     if study.spread(study.points[best], metric).seeds < 2:
-        told.append("It has one seed alone: differences may be chance.")
+        sentences.append("It has one seed alone: differences may be chance.")
     for axis in [axis for axis in study.by_size if not study.is_range(axis)][:2]:
         means = {
             value: of[metric].mean for value, of in study.effect(axis).items() if of[metric].seeds
         }
         high, low = max(means, key=lambda v: means[v]), min(means, key=lambda v: means[v])
-        told.append(
+        sentences.append(
             f"On average {axis} = {high} is best, {means[high] - means[low]:.1f} points above "
             f"{axis} = {low}."
         )
-    return " ".join(told)
+    return " ".join(sentences)
 
 
-def surety(p: float | None) -> str:
+def chance(p: float | None) -> str:
+    """Return how likely a difference is chance, in words."""
     if p is None:
         return ""
     return f", p = {p:.2g}" if p < 0.05 else f"; over these seeds that may be chance, p = {p:.2f}"
 
 
 def spoken(study: Study, level: Level) -> str:
+    """Return a point in words."""
     return ", ".join(
         f"{axis} = {brief(value)}" for axis, value in zip(study.axes, level, strict=True)
     )
 
 
 def brief(value: str) -> str:
-    """A number that was drawn, to four digits."""
+    """Return a value of an axis, long numbers to four digits."""
     try:
         return f"{float(value):.4g}" if len(value) > 6 else value
     except ValueError:
@@ -139,6 +126,7 @@ def brief(value: str) -> str:
 
 
 def span(study: Study, axis: str) -> str:
+    """Return the values of an axis in words."""
     values = study.values(axis)
     return (
         f"{brief(values[0])} to {brief(values[-1])}" if study.is_range(axis) else ", ".join(values)
@@ -146,7 +134,7 @@ def span(study: Study, axis: str) -> str:
 
 
 def command(study: Study, level: Level) -> str:
-    """That trains the point again, with the first of its seeds."""
+    """Return the command that trains a point again, with the first of its seeds."""
     row = study.points[level][0]
     pack = pack_of(study.out / "runs" / row["run"])
     recipe = study.sweep.recipe
@@ -161,9 +149,10 @@ def command(study: Study, level: Level) -> str:
 
 
 def pack_of(run: Path) -> str:
+    """Return the pack of a run, or PACK where the run was removed."""
     try:
         return load_config(str(run / "config.toml")).data.pack
-    except UserError:  # it was removed
+    except UserError:
         return "PACK"
 
 
@@ -171,128 +160,44 @@ def pack_of(run: Path) -> str:
 
 
 def figures(study: Study, level: Level) -> dict[str, Spread]:
+    """Return the figures of a point, by metric."""
     return {name: study.spread(study.points[level], name) for name in METRICS}
 
 
-def point(study: Study, level: Level) -> dict[str, Any]:
-    return {
-        "values": [brief(value) for value in level],
-        "figures": figures(study, level),
-        "difference": study.differences.get(level),
-        "is_baseline": level == study.baseline,
-        "is_same": study.is_baseline(level),
+def point(study: Study, level: Level) -> Point:
+    """Return a point as the page shows it."""
+    return Point(
+        values=[brief(value) for value in level],
+        figures=figures(study, level),
+        difference=study.differences.get(level),
+        is_baseline=level == study.baseline,
+        is_same=study.is_baseline(level),
+    )
+
+
+def effect(study: Study, axis: str) -> Effect:
+    """Return the effect of an axis: means of each value, and for a range the single trials."""
+    values = {brief(value): of for value, of in study.effect(axis).items()}
+    listed = study.sweep.axes[axis]
+    if not isinstance(listed, Range):
+        return Effect(axis, values, None)
+    dots = {
+        name: [(float(row[axis]), row[name]) for row in study.measured if row[name] is not None]
+        for name in METRICS
     }
+    return Effect(axis, values, Trials(listed.log, dots))
 
 
-def effect(study: Study, axis: str) -> dict[str, Any]:
-    found = {brief(value): of for value, of in study.effect(axis).items()}
-    told = "; ".join(f"{axis} {value}: {of['top1'].mean:.1f}" for value, of in found.items())
-
-    def draw(figure: Figure, narrow: bool) -> None:
-        draw_effect(figure.add_subplot(), study, axis)
-
-    return {
-        "axis": axis,
-        "values": found,
-        "chart": charts.chart(f"Accuracy over {axis}. {told}", draw, (500, 300), (350, 280)),
-    }
-
-
-def draw_effects(figure: Figure, study: Study, axes: Sequence[str], narrow: bool) -> None:
-    for place, axis in zip(
-        figure.subplots(1, len(axes), sharey=True, squeeze=False)[0], axes, strict=True
-    ):
-        draw_effect(place, study, axis)
-
-
-def draw_effect(axes: Any, study: Study, axis: str) -> None:
-    axes.set_title(f"accuracy over {axis}, %")
-    if study.is_range(axis):
-        draw_trials(axes, study, axis)
-    else:
-        draw_means(axes, study, axis)
-
-
-def draw_trials(axes: Any, study: Study, axis: str) -> None:
-    """Each as a dot, at its own place of the range."""
-    if study.sweep.axes[axis].log:  # type: ignore[union-attr]
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    for name in METRICS:
-        dots = [(float(row[axis]), row[name]) for row in study.measured if row[name] is not None]
-        if dots:
-            colour = charts.COLOURS["ink" if name == "top1" else name]
-            axes.plot(
-                *zip(*dots, strict=True),
-                color=colour,
-                marker="o",
-                markersize=5,
-                linestyle="",
-                label=NAMES[name],
-            )
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, handletextpad=0.1)
-
-
-def draw_means(axes: Any, study: Study, axis: str) -> None:
-    found = study.effect(axis)
-    ends = {}
-    for name in METRICS:
-        spreads = [of[name] for of in found.values()]
-        if all(math.isnan(spread.mean) for spread in spreads):
-            continue
-        colour = charts.COLOURS["ink" if name == "top1" else name]
-        axes.errorbar(
-            range(len(spreads)),
-            [s.mean for s in spreads],
-            [s.deviation or 0.0 for s in spreads],
-            color=colour,
-            marker="o",
-            markersize=5,
-            capsize=3,
-            elinewidth=1.2,
-        )
-        ends[name] = spreads[-1].mean
-    axes.set_xticks(range(len(found)), list(found), parse_math=False)
-    low, high = axes.get_ylim()
-    for (name, _), y in zip(
-        ends.items(), charts.spread(list(ends.values()), (high - low) * 0.06), strict=True
-    ):
-        colour = charts.COLOURS["ink" if name == "top1" else name]
-        axes.annotate(
-            NAMES[name],
-            (1.02, y),
-            xycoords=("axes fraction", "data"),
-            color=colour,
-            va="center",
-            weight="bold",
-        )
-
-
-def heat(study: Study, pair: Sequence[str]) -> dict[str, Any]:
-    """Of the sweep's metric over two axes, others averaged; strengths from 0 to 100 for the
-    colours.
-    """
+def heat(study: Study, pair: Sequence[str]) -> Heat:
+    """Return the sweep's metric over two axes, others averaged."""
     metric, (down, across) = study.sweep.search.metric, pair
-    rows: list[dict[str, Any]] = []
-    for v in study.values(down):
-        own = [row for row in study.measured if str(row[down]) == v]
+    columns = study.values(across)
+    rows = []
+    for value in study.values(down):
+        own = [row for row in study.measured if str(row[down]) == value]
         cells = [
-            study.spread([row for row in own if str(row[across]) == w], metric)
-            for w in study.values(across)
+            study.spread([row for row in own if str(row[across]) == column], metric)
+            for column in columns
         ]
-        rows.append({"value": v, "cells": cells})
-    known = [cell.mean for row in rows for cell in row["cells"] if cell.seeds]
-    low, width = min(known), max(max(known) - min(known), 1e-9)
-    strengths = [[shade(cell, low, width) for cell in row["cells"]] for row in rows]
-    return {
-        "down": down,
-        "across": across,
-        "columns": study.values(across),
-        "rows": rows,
-        "strengths": strengths,
-    }
-
-
-def shade(cell: Spread, low: float, width: float) -> int:
-    return 0 if not cell.seeds else round(5 + 65 * (cell.mean - low) / width)
+        rows.append((value, cells))
+    return Heat(down, across, columns, rows)

@@ -1,5 +1,6 @@
-"""What has become of the trials, read from their folders: one row a point, in DIR/results.csv and
-results.parquet.
+"""The results of the trials, read from their folders: a row for each point.
+
+They go to DIR/results.csv and results.parquet.
 """
 
 import csv
@@ -9,22 +10,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fastlt.errors import UserError
 from fastlt.sweep.attempt import read_attempts
 from fastlt.sweep.trial import Trial
 from fastlt.utils.files import whole_file, write_text
+from fastlt.utils.run_files import FIGURES, read_epochs, result_of
 
 Row = dict[str, Any]
-FIGURES = ("top1", "many", "medium", "few", "balanced_accuracy", "harmonic_mean", "ece")
 WHY = "failed.txt"  # in the RUN of a trial that failed
 ENDED = "ended.txt"  # in that of one that was ended early
 
 
 def run_of(out: Path, trial: Trial, first: dict[str, str]) -> Path:
-    """The RUN of a trial; of those that are one run, that of the first."""
+    """Return the RUN folder of a trial; of those that are one run, that of the first."""
     return out / "runs" / first.setdefault(trial.key, trial.name)
 
 
 def read_row(run: Path, trial: Trial, cpus: float, gpus: float) -> Row:
+    """Return the row of a trial."""
     result, status, note = outcome(run)
     row: Row = {**{name: plain(value) for name, value in trial.values.items()}, "seed": trial.seed}
     row |= {"run": run.name, "status": status, "note": note}
@@ -39,8 +42,11 @@ def read_row(run: Path, trial: Trial, cpus: float, gpus: float) -> Row:
 
 
 def outcome(run: Path) -> tuple[dict[str, Any], str, str]:
-    """Figures, what has become of it (finished, stopped early, failed, begun, waiting), and why."""
-    if (result := read_json(run / "result.json")) is not None:
+    """Return figures, status and reason of a run.
+
+    The status is finished, stopped early, failed, begun or waiting.
+    """
+    if (result := result_of(run)) is not None:
         return result, "finished", ""
     if (run / WHY).is_file():
         return last_record(run), "failed", read_text(run / WHY)
@@ -49,32 +55,23 @@ def outcome(run: Path) -> tuple[dict[str, Any], str, str]:
     return {}, "begun" if (run / "config.toml").is_file() else "waiting", ""
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and "top1" in found else None
-
-
 def last_record(run: Path) -> dict[str, Any]:
-    """Of the last epoch that was evaluated."""
+    """Return the record of the last epoch that was evaluated; empty where there is none."""
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-    except (OSError, ValueError):
+        records = read_epochs(run)
+    except (OSError, UserError):
         return {}
     evaluated = [record for record in records if "top1" in record]
     return {**evaluated[-1], "epochs": evaluated[-1]["epoch"] + 1} if evaluated else {}
 
 
 def plain(value: Any) -> Any:
-    """One cell of a table."""
+    """Return a value as one cell of a table."""
     return json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
 
 
 def write_results(out: Path, rows: Sequence[Row]) -> None:
-    """Replaced as a whole, each time."""
+    """Write the rows to both files, each replaced as a whole."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with (
         whole_file(out / "results.csv") as temporary,
@@ -98,13 +95,16 @@ def write_results(out: Path, rows: Sequence[Row]) -> None:
 
 
 def as_text(value: Any) -> str | None:
+    """Return a value as text, None as it is."""
     return None if value is None else str(value)
 
 
 def read_text(path: Path) -> str:
+    """Return the text of a file, empty where there is none."""
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def note_failure(run: Path, why: str) -> None:
+    """Write why a trial failed to its RUN folder."""
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / WHY, why.strip() + "\n")

@@ -1,6 +1,4 @@
-"""SWEEP.toml: what all trials share, the axes along which they differ, and how trials are chosen
-and placed.
-"""
+"""SWEEP.toml: the settings of all trials, their axes, and how they are chosen and placed."""
 
 import re
 import sys
@@ -13,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from fastlt.config import Config, Count, Positive, Section, did_you_mean
 from fastlt.errors import UserError
+from fastlt.utils.run_files import Metric
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,13 +35,12 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "random": {"data.auxiliary": True, "data.pairs": "random"},
     "none": {"data.auxiliary": False},
 }
-METRICS = ("top1", "many", "medium", "few")
 SECTIONS = tuple(Config.model_fields)
 Values = dict[str, Any]  # axis -> value
 
 
 class Range(Section):
-    """Of an axis that is searched rather than gone through."""
+    """An axis that is searched rather than gone through."""
 
     low: float
     high: float
@@ -59,6 +57,7 @@ class Range(Section):
         return self
 
     def draw(self, rng: np.random.Generator) -> float | int:
+        """Return a random value of the range."""
         if self.whole:
             return int(rng.integers(round(self.low), round(self.high) + 1))
         if self.log:
@@ -70,16 +69,18 @@ Axis = list[Any] | Range
 
 
 class Search(Section):
+    """The way in which trials are chosen."""
+
     kind: Literal["grid", "random", "optuna"] = "grid"
     trials: Count = 0  # of random and optuna
     seed: Annotated[int, Field(ge=0)] = 0
-    metric: Literal["top1", "many", "medium", "few"] = "top1"  # what is to be high
+    metric: Metric = "top1"  # what is to be high
     stop_early: bool = False  # ASHA: trials that are behind at the same epoch end there
     grace: Annotated[int, Field(ge=1)] = 1  # epochs before which none is ended
 
 
 class Resources(Section):
-    """Of a trial."""
+    """The resources of a trial."""
 
     cpus: Positive = 1.0  # torch has as many threads
     gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0.25: four trials share one
@@ -88,6 +89,8 @@ class Resources(Section):
 
 
 class Sweep(Section):
+    """A sweep as SWEEP.toml describes it."""
+
     recipe: str
     method: str = ""  # of `fastlt train --method`
     settings: dict[str, Any] = Field(default={})  # section.key -> value, of every trial
@@ -119,7 +122,7 @@ class Sweep(Section):
 
 
 def read_sweep(file: Path) -> Sweep:
-    """Raises UserError that says where it is wrong."""
+    """Return the sweep of a file. Raises UserError that says where it is wrong."""
     try:
         tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -136,7 +139,10 @@ def read_sweep(file: Path) -> Sweep:
 
 
 def in_words(error: ValidationError) -> str:
-    """The first thing that is wrong. An axis is a list or a range, of which pydantic names both."""
+    """Return the first thing that is wrong, in words.
+
+    An axis is a list or a range, of which pydantic names both.
+    """
     first = next((e for e in error.errors() if e["type"] != "list_type"), error.errors()[0])
     place = ".".join(
         str(part) for part in first["loc"] if re.fullmatch(r"[\w.]+", str(part)) and part != "Range"
@@ -150,7 +156,7 @@ def in_words(error: ValidationError) -> str:
 
 
 def dotted(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections within a table as `section.key`."""
+    """Return a table with sections within it as `section.key`."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         if key in SECTIONS and isinstance(value, dict):
@@ -161,7 +167,7 @@ def dotted(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(values: Values) -> dict[str, Any]:
-    """Values of axes as settings."""
+    """Return the values of axes as settings. Raises UserError for an unknown control."""
     settings: dict[str, Any] = {}
     for axis, value in values.items():
         if axis == "control":
@@ -176,16 +182,17 @@ def settings_of(values: Values) -> dict[str, Any]:
 
 
 def axes_but_seeds(sweep: Sweep) -> list[str]:
-    """What points differ in; seeds are repetitions of a point."""
+    """Return the axes that points differ in; seeds are repetitions of a point."""
     return [name for name in sweep.axes if SHORT.get(name, name) != SHORT["seed"]]
 
 
 def choose(rng: np.random.Generator, axis: Axis) -> Any:
+    """Return a random value of an axis."""
     return axis.draw(rng) if isinstance(axis, Range) else axis[int(rng.integers(len(axis)))]
 
 
 def values_of(sweep: Sweep, suggested: dict[str, Any]) -> Values:
-    """The value that Ray suggests, or, where it suggests a place in a list, the value there."""
+    """Return the values that Ray suggests; where it suggests a place in a list, the value there."""
     if "values" in suggested:
         return suggested["values"]
     return {

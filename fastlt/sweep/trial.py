@@ -41,30 +41,36 @@ OF_AUXILIARIES = (
 
 @dataclass(frozen=True)
 class Trial:
+    """A point of the sweep, with its configuration."""
+
     values: Values  # axis -> value
     settings: tuple[str, ...]  # section.key=value
     config: Config
 
     @property
     def name(self) -> str:
+        """The name of its folder."""
         return name_of(self.values)
 
     @property
     def seed(self) -> int:
+        """The seed of its training."""
         return self.config.train.seed
 
     @property
     def key(self) -> str:
-        """The same for trials that are one run."""
-        told = {**trained(self.config), "data.pack": self.config.data.pack}
-        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+        """A digest that is the same for trials that are one run."""
+        text = {**trained(self.config), "data.pack": self.config.data.pack}
+        return hashlib.sha256(json.dumps(text, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def make_trial(
     sweep: Sweep, pack: str, values: Values, more: Sequence[str] = (), shared: Path | None = None
 ) -> Trial:
-    """more: settings of the command line, on top of the sweep's. shared: a folder for what all
-    trials decode. Raises UserError that names the setting.
+    """Return the trial of a point. Raises UserError that names the setting.
+
+    more: settings of the command line, on top of the sweep's. shared: a folder for what all trials
+    decode.
     """
     own = settings_of(values)
     if isinstance(own.get("data.pack"), str):
@@ -91,27 +97,28 @@ def make_trial(
 
 
 def absolute(place: str) -> str:
-    """Of a pack: wherever a process that opens it was started."""
+    """Return the place of a pack, wherever a process that opens it was started."""
     return place if is_remote(place) else str(Path(place).resolve())
 
 
 def trained(config: Config) -> dict[str, Any]:
-    """Of a configuration, by `section.key`, all that what is trained depends on, but for the place
-    of the pack.
-    """
+    """Return all settings that a training depends on, but for the place of the pack."""
     left_out = {*MAY_CHANGE, *(OF_AUXILIARIES if has_no_auxiliaries(config) else ())}
     return {key: value for key, value in flat(config).items() if key not in left_out}
 
 
 def has_no_auxiliaries(config: Config) -> bool:
+    """Return whether a training has no auxiliary classes."""
     return not config.data.auxiliary or config.data.neighbours == 0
 
 
 def as_setting(key: str, value: Any) -> str:
+    """Return key and value as `key=value`, the value in TOML."""
     return f"{key}={toml_of(value)}"
 
 
 def toml_of(value: Any) -> str:
+    """Return a value in TOML."""
     if isinstance(value, dict):
         return (
             "{"
@@ -126,7 +133,7 @@ def toml_of(value: Any) -> str:
 
 
 def points(sweep: Sweep) -> list[Values]:
-    """Of a grid, all; of a random search, as many different ones as it is to have."""
+    """Return all points of a grid; of a random search, as many different ones as it is to have."""
     if sweep.search.kind == "grid":
         lists = [axis for axis in sweep.axes.values() if isinstance(axis, list)]
         return [dict(zip(sweep.axes, values, strict=True)) for values in itertools.product(*lists)]
@@ -141,17 +148,21 @@ def points(sweep: Sweep) -> list[Values]:
 
 
 def name_of(values: Values) -> str:
-    """The folder's name: what the trial is, with a hash where that is too long or not all."""
-    told = ",".join(f"{axis.rpartition('.')[2]}={short(value)}" for axis, value in values.items())
-    name = re.sub(r"[^A-Za-z0-9=,.+-]+", "-", told).strip("-.")
-    tells_all = name == told and all(short(value) == str(value) for value in values.values())
-    if len(name) <= LONGEST_NAME and tells_all:
+    """Return the folder's name: what the trial is.
+
+    It has a hash where that is too long or not everything.
+    """
+    text = ",".join(f"{axis.rpartition('.')[2]}={short(value)}" for axis, value in values.items())
+    name = re.sub(r"[^A-Za-z0-9=,.+-]+", "-", text).strip("-.")
+    is_whole = name == text and all(short(value) == str(value) for value in values.values())
+    if len(name) <= LONGEST_NAME and is_whole:
         return name
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return f"{name[: LONGEST_NAME - 9]}-{digest[:8]}"
 
 
 def short(value: Any) -> str:
+    """Return a value in few characters."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
@@ -160,7 +171,7 @@ def short(value: Any) -> str:
 
 
 def check_axes(sweep: Sweep, pack: str, more: Sequence[str]) -> None:
-    """Every value of every axis alone, before anything is trained. Raises UserError."""
+    """Raise UserError for a wrong value of any axis, before anything is trained."""
     for name in sweep.axes:
         if name not in SHORT and "." not in name and name != "control":
             known = ", ".join([*SHORT, "control"])
@@ -188,6 +199,7 @@ def check_axes(sweep: Sweep, pack: str, more: Sequence[str]) -> None:
 
 
 def check_axis(sweep: Sweep, pack: str, name: str, more: Sequence[str]) -> None:
+    """Raise UserError for a wrong value of an axis."""
     axis = sweep.axes[name]
     for value in axis if isinstance(axis, list) else [first_of(axis)]:
         try:
@@ -202,4 +214,5 @@ def check_axis(sweep: Sweep, pack: str, name: str, more: Sequence[str]) -> None:
 
 
 def first_of(axis: Axis) -> Any:
+    """Return some value of an axis."""
     return axis[0] if isinstance(axis, list) else axis.draw(np.random.default_rng(0))

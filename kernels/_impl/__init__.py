@@ -1,1 +1,1 @@
-"""What the public modules are made of."""
+"""The parts that the public modules are made of."""

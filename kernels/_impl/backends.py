@@ -1,5 +1,7 @@
-"""Which implementation runs: the Triton kernels on a GPU, or in Triton's interpreter where that was
-asked for; torch elsewhere.
+"""The choice of the implementation.
+
+The Triton kernels run on a GPU, or in Triton's interpreter where that was asked for; torch
+elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose_backend(backend: str, matrix: Tensor, count: int) -> str:
-    """ "torch" or "triton", for rows like those of `matrix`, of which there are `count`.
+    """Return "torch" or "triton", for `count` rows like those of `matrix`.
 
     Raises ValueError where "triton" was asked for and cannot run, saying why.
     """
@@ -29,8 +31,9 @@ def choose_backend(backend: str, matrix: Tensor, count: int) -> str:
 
 
 def is_transformed() -> bool:
-    """Whether this runs under torch.func (grad, vmap, jvp) or forward-mode differentiation, which
-    the fast paths do not know.
+    """Return whether this runs under torch.func or forward-mode differentiation.
+
+    The fast paths know neither grad, vmap and jvp nor the latter.
     """
     if torch.compiler.is_compiling():
         return False

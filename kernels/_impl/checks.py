@@ -1,4 +1,4 @@
-"""Every argument check of the losses, in one place: a ValueError that names the argument.
+"""The argument checks of the losses: a ValueError that names the argument.
 
 Shapes and dtypes are always checked. Values (ids in range, a usable prior) cost a device
 synchronisation, so they are checked on CPU tensors, and elsewhere only with FASTLT_KERNELS_DEBUG=1;
@@ -23,6 +23,7 @@ LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_matrix(name: str, matrix: Tensor, shape: str) -> None:
+    """Raise ValueError where a tensor is no matrix of floats."""
     _check_tensor(name, matrix)
     if matrix.ndim != 2:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(matrix.shape)}")
@@ -33,7 +34,7 @@ def check_matrix(name: str, matrix: Tensor, shape: str) -> None:
 
 
 def check_linear(features: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
-    """The rest, once features is known to be a matrix."""
+    """Raise ValueError where weight or bias do not fit features, which are a matrix."""
     check_matrix("weight", weight, "(C, D)")
     if weight.shape[1] != features.shape[1]:
         raise ValueError(
@@ -62,7 +63,7 @@ def check_loss(
     reduction: str,
     backend: str,
 ) -> None:
-    """What all the losses share."""
+    """Raise ValueError for a wrong argument of those that all the losses share."""
     if rows > 0 and classes == 0:
         raise ValueError("logits, or weight, must have at least one class")
     _check_options(silence, label_smoothing, reduction, backend)
@@ -76,19 +77,21 @@ def check_loss(
 
 
 def check_chunk_bytes(chunk_bytes: int) -> None:
+    """Raise ValueError where chunk_bytes is not a positive integer."""
     check_integer("chunk_bytes", chunk_bytes)
     if not 0 < chunk_bytes < 2**63:
         raise ValueError(f"chunk_bytes must be positive and below 2^63, got {chunk_bytes}")
 
 
 def check_predicted(num_targets: int, classes: int) -> None:
+    """Raise ValueError where num_targets is not a number of classes."""
     check_integer("num_targets", num_targets)
     if not 0 <= num_targets <= classes:
         raise ValueError(f"num_targets must be in 0..{classes}, got {num_targets}")
 
 
 def should_check_values(device: torch.device) -> bool:
-    """Whether to look at the values of tensors on this device."""
+    """Return whether to look at the values of tensors on this device."""
     if torch.compiler.is_compiling() or is_transformed() or device.type == "meta":
         return False
     return device.type == "cpu" or os.environ.get("FASTLT_KERNELS_DEBUG") == "1"
@@ -101,12 +104,14 @@ def _check_tensor(name: str, value: Any) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
+    """Raise ValueError where a value is no plain number."""
     # A tensor of one number would be waited for, and its gradient dropped without a word.
     if not isinstance(value, Real | torch.SymInt | torch.SymFloat) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def check_integer(name: str, value: Any) -> None:
+    """Raise ValueError where a value is no plain integer."""
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
         raise ValueError(f"{name} must be an integer, got {type(value).__name__}")
 

@@ -1,4 +1,4 @@
-"""How the linear loss is cut so that its temporaries fit."""
+"""The cut of the linear loss into pieces whose temporaries fit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALIGNED = 64
 
 
 class Chunking(NamedTuple):
-    """How the work is cut."""
+    """The sizes of the pieces."""
 
     rows: int  # of features at a time
     classes: int  # of logits at a time; fewer than all: for gradients, the logits are made twice
@@ -49,8 +49,10 @@ def plan_chunks(
     chunk_bytes: int,
     weight_grad: bool = True,
 ) -> Chunking:
-    """slots: silenced columns per row, padded; product, total: dtypes of products and sums;
-    in_torch: rows are torch's.
+    """Return the cut of a problem.
+
+    slots: silenced columns per row, padded; product, total: dtypes of products and sums; in_torch:
+    rows are torch's.
     """
     cast_bytes = width * product.itemsize if weight_dtype != product else 0  # of a class
     cast_once = 0 < classes * cast_bytes <= chunk_bytes // 4
@@ -101,7 +103,7 @@ def plan_chunks(
 
 
 def _even(length: int, step: int) -> int:
-    """The step that takes as many as this one does, and leaves no short rest."""
+    """Return the step that takes as many as this one does, and leaves no short rest."""
     return math.ceil(length / math.ceil(length / step)) if length else step
 
 
@@ -114,6 +116,6 @@ def _up(count: int, step: int = ALIGNED) -> int:
 
 
 def slices(length: int, step: int, start: int = 0) -> Iterator[slice]:
-    """start..length - 1 in steps; one empty slice where there is nothing."""
+    """Yield start..length - 1 in steps; one empty slice where there is nothing."""
     for begin in range(start, max(length, start + 1), max(step, 1)):
         yield slice(begin, min(begin + step, length))

@@ -1,5 +1,6 @@
-"""What only the class-parallel loss can get wrong: a ValueError on every rank, where one alone
-would leave the others waiting.
+"""The checks of the class-parallel loss alone: a ValueError on every rank.
+
+One alone would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fastlt_kernels.graph import ClassGraph
 
 
 def place_in(group: Group) -> tuple[int, int]:
-    """Rank and world size.
+    """Return rank and world size.
 
     Raises RuntimeError without a process group, ValueError outside of this one.
     """
@@ -29,6 +30,7 @@ def place_in(group: Group) -> tuple[int, int]:
 
 
 def check_shard(weight: Tensor, classes: int, shard: slice, rank: int, world: int) -> None:
+    """Raise ValueError where weight has not the rows of this rank's classes."""
     if weight.shape[0] != length(shard):
         raise ValueError(
             f"weight must have {length(shard)} rows, the part of {classes} classes that rank "
@@ -38,6 +40,7 @@ def check_shard(weight: Tensor, classes: int, shard: slice, rank: int, world: in
 
 
 def check_classes(num_classes: int) -> None:
+    """Raise ValueError where num_classes is no positive integer."""
     check_integer("num_classes", num_classes)
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -49,6 +52,7 @@ def check_sampling(
     graph: ClassGraph | None,
     num_predicted: int,
 ) -> None:
+    """Raise ValueError where the sampling of negatives is not possible."""
     check_number("sample_rate", sample_rate)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generator must be a torch.Generator, got {type(generator).__name__}")
@@ -71,8 +75,7 @@ def check_alike(
     error: ValueError | None,
     group: Group,
 ) -> None:
-    """Raises ValueError on every rank where one has a wrong argument, or they differ in what must
-    be alike.
+    """Raise ValueError on every rank where one has a wrong argument, or they differ.
 
     The ranks would wait for each other for ever. It costs an exchange and a synchronisation, as
     other checks of values do.

@@ -1,5 +1,6 @@
-"""Sampled negatives for the class-parallel loss: all that a batch must see of a shard, and some of
-its auxiliaries.
+"""Sampled negatives for the class-parallel loss.
+
+They are all that a batch must see of a shard, and some of its auxiliaries.
 
 After Partial FC (arXiv 2203.15565), which samples all classes but the batch's own. Here targets are
 few and always in, and so is what the batch's labels silence. Two things differ: each sampled
@@ -25,7 +26,7 @@ BEYOND = torch.iinfo(
 
 
 class Sample(NamedTuple):
-    """k of the c classes of a shard."""
+    """The classes of a sample: k of the c classes of a shard."""
 
     classes: Tensor  # (k,) int64, ascending, counted from the shard's first
     positions: Tensor  # (c,) int64, where a class is in `classes`; -1: not drawn
@@ -35,8 +36,9 @@ class Sample(NamedTuple):
 
 
 def sample_size(shard: slice, graph: ClassGraph, sample_rate: float, labels: int) -> int:
-    """k, for a batch with that many labels: what they may force, the sampled share, and so one at
-    least beyond the forced.
+    """Return k for a batch with that many labels.
+
+    It is what they may force and the sampled share, and so one at least beyond the forced.
     """
     targets = _targets(shard, graph)
     auxiliaries = length(shard) - targets
@@ -48,7 +50,7 @@ def sample_size(shard: slice, graph: ClassGraph, sample_rate: float, labels: int
 def sampled_classes(
     num_classes: int, world: int, graph: ClassGraph, sample_rate: float, labels: int
 ) -> int:
-    """How many all ranks draw together."""
+    """Return how many classes all ranks draw together."""
     return sum(
         sample_size(shard_of(num_classes, rank, world), graph, sample_rate, labels)
         for rank in range(world)
@@ -63,7 +65,7 @@ def draw(
     generator: torch.Generator | None,
     dtype: torch.dtype,
 ) -> Sample:
-    """For the labels (L, N) of all ranks.
+    """Return the sample for the labels (L, N) of all ranks.
 
     Forced: the targets, the labels and their neighbours; the rest uniformly.
     """
@@ -81,8 +83,9 @@ def draw(
 
 
 def rows_in_sample(rows: Rows, sample: Sample, graph: ClassGraph, shard: slice) -> Rows:
-    """The rows with positions in the sample for class ids; one that is not there is outside of
-    every tile.
+    """Return the rows with positions in the sample for class ids.
+
+    A class that is not there is outside of every tile.
     """
     prior = sample.correction
     if rows.log_prior is not None:
@@ -107,12 +110,12 @@ def rows_in_sample(rows: Rows, sample: Sample, graph: ClassGraph, shard: slice) 
 
 
 def _targets(shard: slice, graph: ClassGraph) -> int:
-    """How many of the shard's classes are targets; they are its first."""
+    """Return how many of the shard's classes are targets; they are its first."""
     return min(max(graph.num_targets - shard.start, 0), length(shard))
 
 
 def _forced(labels: Tensor, graph: ClassGraph, shard: slice) -> Tensor:
-    """(c,) bool."""
+    """Return which classes the labels force into the sample, (c,) bool."""
     # padded with the label
     ids, _ = padded_neighbours(graph.indptr, graph.indices, graph.max_degree, labels.flatten())
     local = torch.cat([labels.flatten(), ids.flatten()]) - shard.start

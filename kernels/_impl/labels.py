@@ -1,5 +1,6 @@
-"""One label per row, or two with their shares (mixup, cutmix), in one form: the loss is linear in
-the labels.
+"""One label per row, or two with their shares (mixup, cutmix), in one form.
+
+The loss is linear in the labels.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ IGNORE_INDEX = -100  # PyTorch's own: a label that has no loss and does not coun
 def stack_labels(
     target: Tensor, target_b: Tensor | None, mix: float | Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Labels (L, N) int64 and their shares (L, N) of the given dtype, which sum to 1 over L = 1 or
-    2.
+    """Return labels (L, N) int64 and their shares (L, N) in dtype, which sum to 1 over L.
 
     An ignored label has share 0, and stands as class 0 so that it can be looked up.
     """
@@ -41,16 +41,15 @@ def stack_labels(
 
 
 def counted_rows(shares: Tensor) -> Tensor:
-    """What "mean" divides by, (): the rows that are not ignored; 1 where all are, so that their
-    mean is 0.
-    """
+    """Return what "mean" divides by, (): the rows that are not ignored; 1 where all are."""
     count = shares.sum()
     return torch.where(count > 0, count, torch.ones_like(count))
 
 
 def divided(shares: Tensor, reduction: str, product: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Shares (L, N) with the mean's divisor in, and what is left to divide the summed loss by, if
-    anything.
+    """Return shares (L, N) with the mean's divisor in, and what is left to divide the loss by.
+
+    The latter may be None.
 
     In half precision gradients divided by the rows would vanish before a loss scale lifts them:
     there the division is last.
@@ -62,5 +61,5 @@ def divided(shares: Tensor, reduction: str, product: torch.dtype) -> tuple[Tenso
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums and exponentials are made in: float32, and float64 for float64."""
+    """Return the dtype of sums and exponentials: float32, and float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,6 +1,4 @@
-"""The matrix products of the linear loss: their dtypes, and sums that are wider than what is
-multiplied.
-"""
+"""The matrix products of the linear loss: their dtypes, and sums that are wider."""
 
 from __future__ import annotations
 
@@ -9,10 +7,12 @@ from torch import Tensor
 
 
 def is_autocast(features: Tensor) -> bool:
+    """Return whether autocast is on for the device of the features."""
     return features.device.type != "meta" and torch.is_autocast_enabled(features.device.type)
 
 
 def product_dtype(features: Tensor, autocast: bool) -> torch.dtype:
+    """Return the dtype of the products."""
     device = features.device.type
     dtype = (
         torch.get_autocast_dtype(device)
@@ -24,14 +24,15 @@ def product_dtype(features: Tensor, autocast: bool) -> torch.dtype:
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a gradient is kept in between forward and backward: halves could overflow before the
-    loss scale is known.
+    """Return the dtype that a gradient is kept in between forward and backward.
+
+    Halves could overflow before the loss scale is known.
     """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def logits_of(features: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out (n, c) = features (n, D) @ weight (c, D).T + bias (c,), in the dtype of features."""
+    """Write features (n, D) @ weight (c, D).T + bias (c,) to out (n, c), in features' dtype."""
     weight = weight.to(features.dtype).T
     if bias is None:
         torch.mm(features, weight, out=out)
@@ -40,9 +41,7 @@ def logits_of(features: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
-    """total (+)= left @ right, summed in the dtype of total, which may be wider than theirs;
-    `fresh`: total is overwritten.
-    """
+    """Add left @ right to total, summed in the dtype of total; `fresh`: overwrite it."""
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, beta=0 if fresh else 1, out=total)
     elif total.is_cuda and total.dtype == torch.float32:

@@ -29,13 +29,13 @@ NEVER = tl.constexpr(2147483647)  # above every class
 
 @triton.jit
 def _columns(start, BLOCK: tl.constexpr, LANE: tl.constexpr):
-    """(BLOCK // LANE, LANE) int32, the shape of all tiles."""
+    """Return columns (BLOCK // LANE, LANE) int32, the shape of all tiles."""
     return start + tl.arange(0, BLOCK // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
 
 
 @triton.jit
 def _column_of(label, first):
-    """int32; no column of this tile where the class is in another one."""
+    """Return the column of a label, int32; none of this tile where the class is in another one."""
     return tl.maximum(tl.minimum(label - first, NEVER), -1).to(tl.int32)
 
 
@@ -44,7 +44,7 @@ def _column_of(label, first):
 
 @triton.jit
 def _silenced_range(indptr, indices, graph_rows, label_row, begin_class, steps):
-    """The place in `indices` of the label's silenced classes from begin_class on, and the end."""
+    """Return place and end in `indices` of the label's silenced classes from begin_class on."""
     graph_row = tl.load(graph_rows + label_row)
     slot, end = tl.load(indptr + graph_row), tl.load(indptr + graph_row + 1)
     high = end
@@ -58,7 +58,7 @@ def _silenced_range(indptr, indices, graph_rows, label_row, begin_class, steps):
 
 @triton.jit
 def _column_at(indices, slot, end, first):
-    """The column of the silenced class at that place; NEVER after the last."""
+    """Return the column of the silenced class at that place; NEVER after the last."""
     return tl.where(
         slot < end,
         tl.minimum(tl.load(indices + slot, mask=slot < end, other=0) - first, NEVER),
@@ -68,8 +68,9 @@ def _column_at(indices, slot, end, first):
 
 @triton.jit
 def _silenced(base, indices, slot, end, first, columns, stop, log_silence, smoothing):
-    """base with its silenced columns below `stop` lowered, which columns are not silenced, and the
-    place of the next one.
+    """Return base with its silenced columns below `stop` lowered, and where to go on.
+
+    Between them it returns which columns are not silenced.
 
     The latter tile is made only where labels are smoothed.
     """
@@ -91,8 +92,9 @@ def _silenced(base, indices, slot, end, first, columns, stop, log_silence, smoot
 
 @triton.jit
 def _block(logits, log_prior, first, columns, stop, MASKED: tl.constexpr):
-    """The logits of a row at these columns, and the same plus prior, fp32; -inf from `stop` on,
-    where they are masked.
+    """Return the logits of a row at these columns, and the same plus prior, fp32.
+
+    They are -inf from `stop` on, where they are masked.
     """
     if MASKED:
         inside = columns < stop
@@ -110,7 +112,7 @@ def _block(logits, log_prior, first, columns, stop, MASKED: tl.constexpr):
 
 @triton.jit
 def _store_label_logit(logits, log_prior, labels, label_logits, label_row, classes, first):
-    """Logit plus prior of a label; -inf where it is in another tile."""
+    """Store logit plus prior of a label; -inf where it is in another tile."""
     label = tl.load(labels + label_row)
     column = label - first
     inside = (column >= 0) & (column < classes)
@@ -122,9 +124,7 @@ def _store_label_logit(logits, log_prior, labels, label_logits, label_row, class
 
 @triton.jit
 def _best_of(read, start, first, num_predicted, best_logit, best, BLOCK: tl.constexpr):
-    """The running best over the predicted classes, with a block's logits taken in; the first of
-    equals.
-    """
+    """Return the running best over the predicted classes with a block; the first of equals."""
     classes = start + first + tl.arange(0, BLOCK)
     considered = tl.where(classes < num_predicted, tl.reshape(read, (BLOCK,)), float("-inf"))
     here, where = tl.max(considered, axis=0, return_indices=True)
@@ -138,7 +138,10 @@ def _best_of(read, start, first, num_predicted, best_logit, best, BLOCK: tl.cons
 
 @triton.jit
 def _taken_in(peak, weight, values):
-    """Running maximum and sum of exponentials above it, (BLOCK // LANE,), with a tile taken in."""
+    """Return running maximum and sum of exponentials above it, with a tile taken in.
+
+    Both are (BLOCK // LANE,).
+    """
     higher = tl.maximum(peak, tl.max(values, axis=1))
     return higher, weight * tl.exp(peak - higher) + tl.sum(tl.exp(values - higher[:, None]), axis=1)
 
@@ -151,7 +154,7 @@ def _log_sum_of(peak, weight):
 
 @triton.jit
 def _gradient_of(values, log_sum, share, unsilenced, spread, smoothing):
-    """share * softmax, less what label smoothing spreads."""
+    """Return share * softmax, less what label smoothing spreads."""
     gradient = tl.where(share != 0, tl.exp(values - log_sum) * share, 0.0)
     if smoothing is not None:
         gradient -= tl.where(unsilenced, spread, 0.0)
@@ -167,7 +170,10 @@ def _less_label(gradient, columns, column, start, stop, mass):
 
 @triton.jit
 def _label_of(labels, shares, smoothing, label_row, first, label_smoothing):
-    """Its column, its share, and what of that is on the label and on each unsilenced class."""
+    """Return a label's column, its share, and what of that is on each class.
+
+    The latter is for the label and for each unsilenced class.
+    """
     column = _column_of(tl.load(labels + label_row), first)
     share = tl.load(shares + label_row)
     spread = 0.0
@@ -198,7 +204,7 @@ def _whole_row_of_label(
     label_smoothing,
     BLOCK: tl.constexpr,
 ):
-    """Stores the terms of one label, and returns its part of the gradient."""
+    """Store the terms of one label, and return its part of the gradient."""
     slot, end = 0, 0
     if indices is not None:
         slot, end = _silenced_range(indptr, indices, graph_rows, label_row, 0, 0)
@@ -250,7 +256,7 @@ def whole_rows(
     LANE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Rows that fit into one block: terms and gradient."""
+    """Write the terms and the gradient of rows that fit in registers."""
     stride, out_stride, width = stride * ALIGNED, out_stride * ALIGNED, width * ALIGNED
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
@@ -618,7 +624,7 @@ def _write_gradient(
 def _silenced_ranges(
     indptr, indices, graph_rows, row, rows, begin_class, steps, LABELS: tl.constexpr
 ):
-    """_silenced_range of both labels; of one twice where there is one."""
+    """Return _silenced_range of both labels; of one twice where there is one."""
     slot_a, end_a = _silenced_range(indptr, indices, graph_rows, row, begin_class, steps)
     slot_b, end_b = slot_a, end_a
     if LABELS == 2:
@@ -654,7 +660,10 @@ def long_rows(
     LANE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """As `whole_rows`, for rows of several blocks: the second time they come from the cache."""
+    """Write the terms and the gradient of rows of several blocks, one program each.
+
+    The second time they come from the cache.
+    """
     stride, out_stride = stride * ALIGNED, out_stride * ALIGNED
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
@@ -856,7 +865,7 @@ def part_gradient(
 
 @triton.jit
 def scale_in_place(values, scale, count, BLOCK: tl.constexpr):
-    """values (count,) *= scale, a tensor of one element; where that is 1, memory is not touched."""
+    """Multiply values (count,) by scale, a tensor of one element; where that is 1, do nothing."""
     factor = tl.load(scale).to(tl.float32)
     if factor != 1.0:
         place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -1,10 +1,9 @@
-"""What a tile of logits says about its rows, and how tiles are put together: the parts that all the
-fast paths share.
+"""The terms of a tile of logits, and how those of several tiles are put together.
 
 A tile is some rows by some neighbouring classes: all of them, or a slice of a million, or the shard
-of one rank. Its terms are small. Merged over all tiles of a row they give the loss, and the
-log-sum-exp that each tile needs to turn its logits into their gradient. `torch_rows` and
-`triton_rows` compute them, with the same three functions:
+of one rank. Its terms are small. Merged over all tiles of a row they give the loss, and the log-
+sum-exp that each tile needs to turn its logits into their gradient. `torch_rows` and `triton_rows`
+compute them, with the same three functions:
 
     row_terms(logits, first, rows)                       what the tile says
     row_gradient(logits, first, rows, log_sum, out)      d loss / d logits, given log_sum
@@ -40,7 +39,7 @@ class Rows(NamedTuple):
     num_predicted: int
 
     def part(self, rows: slice) -> Rows:
-        """The same for some of the rows."""
+        """Return the same for some of the rows."""
         return self._replace(
             labels=self.labels[:, rows],
             shares=self.shares[:, rows],
@@ -50,7 +49,7 @@ class Rows(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What a tile says about its n rows, with silencing and prior in."""
+    """The terms of n rows over the classes of a tile, with silencing and prior."""
 
     log_sum: Tensor  # (L, n), log-sum-exp over the tile's classes
     label_logit: Tensor  # (L, n), logit plus prior of the label; -inf where it is in another tile
@@ -70,7 +69,7 @@ def describe_rows(
     label_smoothing: float,
     num_predicted: int = 0,
 ) -> Rows:
-    """The rows of labels and shares (L, n); silencing that changes nothing is left out."""
+    """Return the rows of labels and shares (L, n); silencing that changes nothing is left out."""
     silencing = graph if graph is not None and graph.max_degree > 0 and silence < 1 else None
     # Where values are not looked at, a label out of range gives an infinite loss, and no reading
     # outside of the graph.
@@ -97,8 +96,9 @@ def describe_rows(
 
 
 def merge_terms(tiles: list[Terms]) -> Terms:
-    """The terms of all the tiles of the same rows as those of one tile; of equal best logits the
-    first tile's counts.
+    """Return the terms of all the tiles of the same rows as those of one tile.
+
+    Of equal best logits the first tile's counts.
     """
     if len(tiles) == 1:
         return tiles[0]
@@ -116,14 +116,14 @@ def merge_terms(tiles: list[Terms]) -> Terms:
 
 
 def join_terms(blocks: list[Terms]) -> Terms:
-    """The terms of blocks of rows, over the same classes, as those of all the rows."""
+    """Return the terms of blocks of rows, over the same classes, as those of all the rows."""
     if len(blocks) == 1:
         return blocks[0]
-    joined = [
+    whole = [
         torch.cat(parts, dim=-1) if parts[0] is not None else None
         for parts in zip(*blocks, strict=True)
     ]
-    log_sum, label_logit, logit_sum, best_logit, best = joined
+    log_sum, label_logit, logit_sum, best_logit, best = whole
     assert log_sum is not None and label_logit is not None
     return Terms(log_sum, label_logit, logit_sum, best_logit, best)
 
@@ -133,7 +133,7 @@ def _stack(parts: list[Tensor | None]) -> Tensor:
 
 
 def losses_of(terms: Terms, rows: Rows) -> Tensor:
-    """(n,): sum over labels of share * (log_sum - expected logit), from all classes' terms."""
+    """Return the losses (n,): sums over labels of share * (log_sum - expected logit)."""
     expected = (1 - rows.label_smoothing) * terms.label_logit
     if rows.smoothing is not None and terms.logit_sum is not None:
         expected = expected + rows.smoothing * terms.logit_sum
@@ -143,7 +143,7 @@ def losses_of(terms: Terms, rows: Rows) -> Tensor:
 
 
 def implementation(backend: str) -> ModuleType:
-    """The module with the three functions, "torch" or "triton"."""
+    """Return the module with the three functions, "torch" or "triton"."""
     if backend == "triton":
         from fastlt_kernels._impl import triton_rows
 

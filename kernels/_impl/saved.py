@@ -1,6 +1,4 @@
-"""What the forward keeps for the backward, and gradients that are made already and only have to be
-scaled.
-"""
+"""The values that the forward keeps for the backward, and the scaling of gradients."""
 
 from __future__ import annotations
 
@@ -14,13 +12,13 @@ from fastlt_kernels._impl.backends import HAS_TRITON
 
 
 def save_mixed(ctx: Any, values: Sequence[Any]) -> None:
-    """Tensors by autograd's own means, which see leaks and overwriting; the rest as it is."""
+    """Save tensors by autograd's own means, which see leaks and overwriting; the rest as it is."""
     ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in values))
     ctx.others = [None if isinstance(value, Tensor) else value for value in values]
 
 
 def saved_mixed(ctx: Any) -> list[Any]:
-    """What `save_mixed` saved."""
+    """Return what `save_mixed` saved."""
     return [
         other if tensor is None else tensor
         for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)
@@ -28,8 +26,9 @@ def saved_mixed(ctx: Any) -> list[Any]:
 
 
 def refuse_twice(name: str) -> None:
-    """For the backward: with create_graph its gradient would be wanted, and it would silently count
-    as a constant.
+    """Raise RuntimeError in a backward with create_graph.
+
+    Its gradient would silently count as a constant.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -38,7 +37,7 @@ def refuse_twice(name: str) -> None:
 
 
 def scaled(saved: Tensor, grad_loss: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """saved * grad_loss (), in dtype.
+    """Return saved * grad_loss (), in dtype.
 
     When the graph is not kept, nobody needs `saved` any more: it is scaled in place, and where the
     scale is 1 (a plain loss.backward()) its memory is not even touched. Else, a second backward
@@ -63,9 +62,7 @@ def _scaled_in_place(saved: Tensor, scale: Tensor) -> Tensor:
 
 
 def _is_ours_alone(saved: Tensor) -> bool:
-    """Whether this is a real tensor, outside torch.compile's tracing, in a backward after which the
-    graph is gone.
-    """
+    """Return whether a tensor is real and used by this backward alone."""
     if type(saved) is not Tensor or not saved.is_contiguous() or torch.compiler.is_compiling():
         return False
     if not saved.is_cpu and not (
@@ -77,5 +74,5 @@ def _is_ours_alone(saved: Tensor) -> bool:
 
 
 def _is_batched(grad_loss: Tensor) -> bool:
-    """Whether it stands for several scales at once, as autograd.grad's is_grads_batched has it."""
+    """Return whether it stands for several scales at once, as is_grads_batched has it."""
     return torch._C._dispatch_keys(grad_loss).has(torch._C._parse_dispatch_key("Batched"))  # type: ignore[arg-type]

@@ -1,6 +1,4 @@
-"""The classifier cut over ranks by class: which classes a rank has, what it exchanges, and its part
-of the loss.
-"""
+"""The classifier cut over ranks by class: the classes of a rank, its exchanges and its loss."""
 
 from __future__ import annotations
 
@@ -13,26 +11,28 @@ from torch import Tensor
 
 from fastlt_kernels._impl.chunks import Chunking, plan_chunks, slices
 from fastlt_kernels._impl.products import kept_dtype
-from fastlt_kernels._impl.rows import Rows, Terms, implementation, join_terms, merge_terms
-from fastlt_kernels._impl.tile import Tile
+from fastlt_kernels._impl.rows import Rows, Terms, join_terms, merge_terms
+from fastlt_kernels._impl.tile_work import TileWork
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # None: all processes
 
 
 def shard_of(num_classes: int, rank: int, world: int) -> slice:
-    """The classes of a rank: torch.chunk's and DTensor's cut, of which the last may be shorter or
-    empty.
+    """Return the classes of a rank: torch.chunk's and DTensor's cut.
+
+    The last may be shorter or empty.
     """
     size = -(-num_classes // world)
     return slice(min(rank * size, num_classes), min((rank + 1) * size, num_classes))
 
 
 def length(shard: slice) -> int:
+    """Return the number of classes of a shard."""
     return int(shard.stop - shard.start)
 
 
 def gather(local: Tensor, group: Group) -> Tensor:
-    """(world, ...): the tensors of all ranks, which are of one shape."""
+    """Return (world, ...): the tensors of all ranks, which are of one shape."""
     world = dist.get_world_size(group)
     whole = local.new_empty(world * local.shape[0], *local.shape[1:])
     # torch 2.13 renames the collectives on one tensor, and warns of the old names.
@@ -42,7 +42,7 @@ def gather(local: Tensor, group: Group) -> Tensor:
 
 
 def gather_labels(labels: Tensor, shares: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Labels and shares (L, n) of all ranks, (L, N), in one exchange."""
+    """Return labels and shares (L, n) of all ranks, (L, N), in one exchange."""
     count = labels.shape[0]
     packed = gather(torch.cat([labels, shares.double().view(torch.int64)]), group)  # (world, 2L, n)
     packed = packed.transpose(0, 1).reshape(2 * count, -1)
@@ -50,8 +50,7 @@ def gather_labels(labels: Tensor, shares: Tensor, group: Group) -> tuple[Tensor,
 
 
 def reduce_terms(terms: Terms, group: Group) -> Terms:
-    """The terms of all ranks' classes, from those of this rank's, in one exchange of a few numbers
-    a row.
+    """Return the terms of all ranks' classes, in one exchange of a few numbers a row.
 
     A log-sum-exp says as much as a maximum and a sum. The best class is an integer in the bits of a
     float.
@@ -89,13 +88,14 @@ class Scattering:
         self.work = collective(self.own, self.partial, group=group, async_op=True)
 
     def result(self) -> Tensor:
+        """Return this rank's rows, when the exchange is over."""
         if self.work is not None:
             self.work.wait()
         return self.own
 
 
 class ShardGradients(NamedTuple):
-    """Of this rank's rows and classes; None where not wanted."""
+    """The gradients of this rank's rows and classes; None where not wanted."""
 
     features: Tensor | None  # (n, D), dtype of the sums
     weight: Tensor | None  # (c, D), the dtype that gradients of weight are kept in
@@ -103,12 +103,7 @@ class ShardGradients(NamedTuple):
 
 
 class ShardWork:
-    """All N rows by this rank's classes: their terms, and then, with what all ranks say, the
-    gradients.
-
-    Logits that are one tile are made once. Else each tile of some rows by some classes is made for
-    both.
-    """
+    """All N rows by this rank's classes: their terms, then, with all ranks' terms, gradients."""
 
     def __init__(
         self,
@@ -121,31 +116,32 @@ class ShardWork:
         backend: str,
         gradients: bool,
     ) -> None:
-        self.features, self.rows, self.first = features, rows, first
+        self.features, self.rows = features, rows
         self.classes = weight.shape[0]
-        self.backend = implementation(backend)
-        self.plan = _plan(features, weight, rows, chunk_bytes, backend, gradients)
         self.kept = [kept_dtype(weight.dtype), kept_dtype((weight if bias is None else bias).dtype)]
-        self.tile = Tile(weight, bias, features.dtype, self.plan)
-        self.held: tuple[slice, slice] | None = None  # whose logits the tile holds
+        plan = _plan(features, weight, rows, chunk_bytes, backend, gradients)
+        self.work = TileWork(weight, bias, rows, plan, features.dtype, backend, first)
 
     def terms(self) -> Terms:
-        """Over this rank's classes, of all rows."""
+        """Return the terms of all rows over this rank's classes."""
         if self.classes == 0:
             return _no_terms(self.rows)
-        return join_terms([self._terms_of(part) for part in self._row_parts()])
+        return join_terms(
+            [self.work.terms(self.features[part], part) for part in self._row_parts()]
+        )
 
     def gradients(
         self, log_sum: Tensor, wanted: Sequence[bool], scatter: Callable[[Tensor], Scattering]
     ) -> ShardGradients:
-        """log_sum (L, N) is over all ranks' classes; wanted: of features, weight, bias.
+        """Return the gradients of this rank's rows and classes.
 
+        log_sum (L, N) is over all ranks' classes; wanted: of features, weight, bias.
         The sum of the features' gradient over ranks goes on while the last tile's part of the
         weight's is made.
         """
         count, width = self.features.shape
         total = self.rows.shares.dtype
-        several = self.features.shape[0] > self.plan.rows
+        several = count > self.work.plan.rows
         of_weight, of_bias = (
             self.features.new_empty(shape, dtype=total if several else kept) if want else None
             for shape, kept, want in zip(
@@ -155,20 +151,17 @@ class ShardWork:
         of_features = self.features.new_zeros(count, width, dtype=total) if wanted[0] else None
         scattering = None
         pieces = (
-            [(part, tile) for part in self._row_parts() for tile in self._tiles()]
+            [(part, tile) for part in self._row_parts() for tile in self.work.tiles]
             if self.classes
             else []
         )
         for part, classes in pieces:
-            gradient = self._gradient(part, classes, log_sum)
+            features = self.features[part]
+            gradient = self.work.gradient(features, part, classes, log_sum[:, part])
             if of_features is not None:
-                self.tile.add_to_features(of_features[part], gradient, classes)
+                self.work.tile.add_to_features(of_features[part], gradient, classes)
                 scattering = scatter(of_features) if (part, classes) == pieces[-1] else None
-            fresh = part.start == 0
-            if of_weight is not None:
-                self.tile.add_to_weight(of_weight, gradient, self.features[part], classes, fresh)
-            if of_bias is not None:
-                self.tile.add_to_bias(of_bias, gradient, classes, fresh)
+            self.work.add_to_parameters(of_weight, of_bias, features, part, classes, gradient)
         if of_features is not None and not pieces:
             scattering = scatter(of_features)
         return ShardGradients(
@@ -178,42 +171,15 @@ class ShardWork:
         )
 
     def _row_parts(self) -> list[slice]:
-        return list(slices(self.features.shape[0], self.plan.rows))
-
-    def _tiles(self) -> list[slice]:
-        return list(slices(self.classes, self.plan.classes))
-
-    def _terms_of(self, part: slice) -> Terms:
-        rows = self.rows.part(part)
-        return merge_terms(
-            [
-                self.backend.row_terms(self._logits(part, t), self.first + t.start, rows)
-                for t in self._tiles()
-            ]
-        )
-
-    def _logits(self, part: slice, classes: slice) -> Tensor:
-        """(n, c), in the one buffer."""
-        if self.held == (part, classes):
-            return self.tile.buffer[: length(part), : length(classes)]
-        self.held = part, classes
-        return self.tile.logits(self.features[part], classes)
-
-    def _gradient(self, part: slice, classes: slice, log_sum: Tensor) -> Tensor:
-        """(n, c) d loss / d logits, where the logits were."""
-        logits = self._logits(part, classes)
-        self.held = None
-        self.backend.row_gradient(
-            logits, self.first + classes.start, self.rows.part(part), log_sum[:, part], logits
-        )
-        return logits
+        return list(slices(self.features.shape[0], self.work.plan.rows))
 
 
 def _plan(
     features: Tensor, weight: Tensor, rows: Rows, chunk_bytes: int, backend: str, gradients: bool
 ) -> Chunking:
-    """As in one process, but logits that fit as a whole stay one tile: they wait for the other
-    ranks' terms.
+    """Return the cut as in one process, but with logits that fit as a whole as one tile.
+
+    They wait for the other ranks' terms.
     """
     count, width = features.shape
     classes = weight.shape[0]
@@ -235,7 +201,7 @@ def _plan(
 
 
 def _no_terms(rows: Rows) -> Terms:
-    """Of no classes."""
+    """Return the terms of no classes."""
     none = torch.full_like(rows.shares, -torch.inf)
     return Terms(
         none,

@@ -1,6 +1,4 @@
-"""A tile of logits, some rows by some classes, and the matrix products that make it and use its
-gradient.
-"""
+"""A tile of logits, some rows by some classes, and its matrix products."""
 
 from __future__ import annotations
 
@@ -12,8 +10,7 @@ from fastlt_kernels._impl.products import add_product_, logits_of
 
 
 class Tile:
-    """One buffer, in which the logits of one tile after another are made and become their own
-    gradient.
+    """A buffer in which the logits of tiles are made, and become their own gradient.
 
     Its rows start at aligned addresses, and what is behind a row's last class belongs to the tile.
     """
@@ -29,7 +26,7 @@ class Tile:
         )
 
     def logits(self, features: Tensor, classes: slice) -> Tensor:
-        """(n, c) in the buffer, of features (n, D) in the dtype of the products."""
+        """Return logits (n, c) in the buffer, of features (n, D) in the dtype of the products."""
         logits = self.buffer[: features.shape[0], : classes.stop - classes.start]
         for part in slices(classes.stop, self.step, classes.start):
             bias = None if self.bias is None else self.bias[part]
@@ -39,8 +36,9 @@ class Tile:
     def add_to_features(
         self, total: Tensor, gradient: Tensor, classes: slice, fresh: bool = False
     ) -> None:
-        """total (n, D) += gradient (n, c) @ weight; `fresh`: it is overwritten, which one product
-        alone can do.
+        """Add gradient (n, c) @ weight to total (n, D).
+
+        `fresh`: it is overwritten, which one product alone can do.
         """
         for part in slices(classes.stop, self.step, classes.start):
             add_product_(
@@ -53,13 +51,14 @@ class Tile:
     def add_to_weight(
         self, total: Tensor, gradient: Tensor, features: Tensor, classes: slice, fresh: bool
     ) -> None:
-        """total (C, D) += gradient.T @ features at the tile's classes; `fresh`: overwrite it."""
+        """Add gradient.T @ features to total (C, D) at the tile's classes; `fresh`: overwrite."""
         for part in slices(classes.stop, self.step, classes.start):
             add_product_(total[part], _columns(gradient, part, classes).T, features, fresh)
 
     def add_to_bias(self, total: Tensor, gradient: Tensor, classes: slice, fresh: bool) -> None:
-        """total (C,) += the sum of gradient over its rows, in fp32 or total's float64; `fresh`: it
-        is overwritten.
+        """Add the sum of gradient over its rows to total (C,), in fp32 or total's float64.
+
+        `fresh`: it is overwritten.
         """
         dtype = torch.promote_types(total.dtype, torch.float32)
         # A few rows at a time, for a CPU widens all that it is to sum.

@@ -1,5 +1,6 @@
-"""The loss on logits in plain torch: differentiable as often as torch is, on any device, under any
-transform.
+"""The loss on logits in plain torch.
+
+It is differentiable as often as torch is, on any device, under any transform.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from fastlt_kernels.graph import padded_neighbours
 
 
 def torch_losses(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (N, C) to losses (N,); and, without a gradient, log-sum-exp of the first label (N,)
-    and predictions (N,) int64.
+    """Return losses (N,), log-sum-exps (N,) and predictions (N,) int64 of logits (N, C).
+
+    The latter two are of the first label, and have no gradient.
     """
     base = logits.to(rows.shares.dtype)
     if rows.log_prior is not None:
@@ -28,7 +30,7 @@ def torch_losses(logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _label_losses(base: Tensor, rows: Rows, which: int) -> tuple[Tensor, Tensor]:
-    """(N,) losses and log-sum-exp of one label per row; base (N, C) is logits plus prior."""
+    """Return losses and log-sum-exps (N,) of one label per row; base (N, C) has the prior."""
     labels = rows.labels[which]
     # A label of no share has no say in loss or gradient, whatever the logits: 0 * inf is not 0.
     base = base.masked_fill((rows.shares[which] == 0)[:, None], 0)
@@ -44,7 +46,7 @@ def _label_losses(base: Tensor, rows: Rows, which: int) -> tuple[Tensor, Tensor]
 
 
 def _silenced_mask(base: Tensor, rows: Rows, which: int) -> Tensor | None:
-    """(N, C) bool.
+    """Return which logits are silenced, (N, C) bool, None where none are.
 
     A scatter of constants needs no gradient, and padding, which points at the label, is undone at
     the end.

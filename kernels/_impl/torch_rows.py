@@ -1,5 +1,6 @@
-"""The terms and the gradient of a tile of logits, in torch: in place, and a few rows at a time so
-that they stay in cache.
+"""The terms and the gradient of a tile of logits, in torch.
+
+They are made in place, a few rows at a time, so that these stay in cache.
 
 torch's softmax makes one exponential per element, and its largest value tells the log-sum-exp. The
 columns that any label of the row silences (a few) are taken out of the tile and handled beside it.
@@ -26,7 +27,7 @@ BLOCK_BYTES = 2**20
 
 
 def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
-    """logits (n, c) are those of the classes first..first + c - 1, and are left as they are."""
+    """Return the terms of logits (n, c) of the classes first..first + c - 1, left as they are."""
     silenced = silenced_columns(rows, first, logits.shape[1])
     terms = []
     for block, base, room in _blocks(logits, rows, None):
@@ -41,7 +42,7 @@ def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
 
 
 def row_gradient(logits: Tensor, first: int, rows: Rows, log_sum: Tensor, out: Tensor) -> None:
-    """log_sum (L, n) is over all classes; out (n, c) gets the gradient, and may be logits."""
+    """Write the gradient to out (n, c), which may be logits; log_sum (L, n) is over all classes."""
     silenced = silenced_columns(rows, first, logits.shape[1])
     for block, base, room in _blocks(logits, rows, out):
         part, part_silenced = rows.part(block), silenced.part(block)
@@ -51,7 +52,10 @@ def row_gradient(logits: Tensor, first: int, rows: Rows, log_sum: Tensor, out: T
 
 
 def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
-    """The terms of logits (n, C) over all classes; out (n, C), the gradient, may be logits."""
+    """Return the terms of logits (n, C) over all classes; write the gradient to out (n, C).
+
+    out may be logits.
+    """
     silenced = silenced_columns(rows, 0, logits.shape[1])
     terms = []
     for block, base, room in _blocks(logits, rows, out):
@@ -65,8 +69,9 @@ def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
 
 
 class SilencedColumns(NamedTuple):
-    """The columns of the tile that the labels silence: their union in M = L * max_degree slots per
-    row.
+    """The columns of the tile that the labels silence.
+
+    They are a union in M = L * max_degree slots per row.
     """
 
     columns: Tensor  # (n, M) int64
@@ -74,12 +79,14 @@ class SilencedColumns(NamedTuple):
     by_label: Tensor  # (L, n, M) bool, whether this label silences the column of this real slot
 
     def part(self, rows: slice) -> SilencedColumns:
+        """Return the same for some of the rows."""
         return SilencedColumns(self.columns[rows], self.real[rows], self.by_label[:, rows])
 
 
 def silenced_columns(rows: Rows, first: int, columns: int) -> SilencedColumns:
-    """Those among the classes first..first + columns - 1, counted from first; M = 0 where nothing
-    is silenced.
+    """Return the silenced columns among some classes, counted from `first`.
+
+    M = 0 where nothing is silenced.
     """
     if rows.graph_rows is None or rows.indptr is None or rows.indices is None:
         none = rows.labels.new_empty(rows.labels.shape[1], 0)
@@ -111,7 +118,7 @@ def _inside(silenced: SilencedColumns, first: int, columns: int) -> SilencedColu
 
 
 class Shared(NamedTuple):
-    """What the gradient needs of the first pass."""
+    """The values of the first pass that the gradient needs."""
 
     terms: Terms
     softmax: Tensor  # (n, c), over the columns that no label silences; 0 at the others
@@ -123,8 +130,9 @@ class Shared(NamedTuple):
 def _softmax_(
     base: Tensor, room: Tensor, first: int, rows: Rows, silenced: SilencedColumns
 ) -> Shared:
-    """base (n, c) is logits plus prior, which its silenced columns lose; the softmax goes to room
-    (n, c).
+    """Write the softmax of base (n, c), logits plus prior, to room (n, c).
+
+    base loses its silenced columns. Return what the gradient needs.
     """
     columns, real, by_label = silenced
     label_logit = _label_logit(base, first, rows.labels)
@@ -154,7 +162,7 @@ def _softmax_(
 def _write_gradient(
     base: Tensor, first: int, rows: Rows, silenced: SilencedColumns, shared: Shared, log_sum: Tensor
 ) -> None:
-    """base (n, c) becomes sum over labels of share * (softmax - target mass)."""
+    """Turn base (n, c) into the sum over labels of share * (softmax - target mass)."""
     columns, _, by_label = silenced
     shares = rows.shares
     # What has no share has no say, whatever its logits: 0 * inf is not 0.
@@ -174,8 +182,9 @@ def _write_gradient(
 
 
 def _zero_rows_(base: Tensor, rows: Tensor) -> None:
-    """base (n, c) where rows (n,) bool are; on a CPU a look at them costs less than a pass over
-    all.
+    """Zero base (n, c) where rows (n,) bool are.
+
+    On a CPU a look at them costs less than a pass over all.
     """
     if not base.is_cpu:
         base.masked_fill_(rows[:, None], 0)
@@ -184,7 +193,7 @@ def _zero_rows_(base: Tensor, rows: Tensor) -> None:
 
 
 def _label_columns(first: int, labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Column of each label (L, n), and whether it is in the tile."""
+    """Return the column of each label (L, n), and whether it is in the tile."""
     local = labels - first
     return local.clamp(0, columns - 1), (local >= 0) & (local < columns)
 
@@ -195,8 +204,9 @@ def _label_logit(base: Tensor, first: int, labels: Tensor) -> Tensor:
 
 
 def _unsilenced_sum_(base: Tensor, values: Tensor, silenced: SilencedColumns) -> Tensor:
-    """(L, n): sum of base over what label L does not silence; leaves base zero at the union of
-    silenced columns.
+    """Return the sum of base over what label L does not silence, (L, n).
+
+    It leaves base zero at the union of silenced columns.
     """
     columns, real, by_label = silenced
     # Up and down, which leaves alone what slots that are not real point at, and minds no infinity.
@@ -209,8 +219,9 @@ def _unsilenced_sum_(base: Tensor, values: Tensor, silenced: SilencedColumns) ->
 
 
 def _contained(columns: Tensor, real: Tensor, others: Tensor, others_real: Tensor) -> Tensor:
-    """(n, K) bool: whether a real column is among the real columns of `others`, which ascend in
-    each row.
+    """Return whether a real column is among the real ones of `others`, (n, K) bool.
+
+    `others` ascend in each row.
     """
     haystack = others.masked_fill(~others_real, torch.iinfo(others.dtype).max)
     slot = torch.searchsorted(haystack, columns).clamp_(max=others.shape[1] - 1)
@@ -220,8 +231,9 @@ def _contained(columns: Tensor, real: Tensor, others: Tensor, others_real: Tenso
 def _blocks(
     logits: Tensor, rows: Rows, out: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """A few rows at a time in the dtype of the sums, in out where that is as wide, else in a copy;
-    and room for as many.
+    """Yield a few rows at a time in the dtype of the sums, and room for as many.
+
+    They are in `out` where that is as wide, else in a copy.
     """
     count, columns = logits.shape
     dtype = rows.shares.dtype
@@ -251,7 +263,7 @@ def _add_prior_(base: Tensor, first: int, rows: Rows) -> Tensor:
 
 
 def _best(logits: Tensor, first: int, num_predicted: int) -> dict[str, Any]:
-    """The best of the predicted classes among those of the tile."""
+    """Return the best of the predicted classes among those of the tile."""
     if num_predicted == 0:
         return {}
     count = min(max(num_predicted - first, 0), logits.shape[1])

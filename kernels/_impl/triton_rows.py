@@ -1,6 +1,4 @@
-"""The terms and the gradient of a tile of logits, by the Triton kernels of `row_kernels`: how they
-are cut and launched.
-"""
+"""The terms and the gradient of a tile of logits, by the Triton kernels of `row_kernels`."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ VECTOR = 16
 
 
 class Cut(NamedTuple):
-    """How rows of logits go to programs."""
+    """The way in which rows of logits go to programs."""
 
     block: int  # columns of a program at a time, a power of two
     warps: int
@@ -36,8 +34,9 @@ class Cut(NamedTuple):
 
 
 def plan_cut(rows: int, classes: int, labels: int, processors: int) -> Cut:
-    """Whole rows in registers where they fit; long rows in one program, a few very long ones in
-    parts.
+    """Return the cut: whole rows in registers where they fit.
+
+    Long rows are in one program, a few very long ones in parts.
     """
     if classes <= WHOLE_ROW // labels:  # two labels keep two sets of values and their gradient
         block = triton.next_power_of_2(max(classes, 16))
@@ -55,7 +54,7 @@ def plan_cut(rows: int, classes: int, labels: int, processors: int) -> Cut:
 
 
 def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
-    """logits (n, c) are those of the classes first..first + c - 1, and are left as they are."""
+    """Return the terms of logits (n, c) of the classes first..first + c - 1, left as they are."""
     rows = _laid_out(rows)
     count, columns = logits.shape
     labels = rows.labels.shape[0]
@@ -90,7 +89,7 @@ def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
 
 
 def row_gradient(logits: Tensor, first: int, rows: Rows, log_sum: Tensor, out: Tensor) -> None:
-    """log_sum (L, n) is over all classes; out (n, c) gets the gradient, and may be logits."""
+    """Write the gradient to out (n, c), which may be logits; log_sum (L, n) is over all classes."""
     rows = _laid_out(rows)
     count, columns = logits.shape
     labels = rows.labels.shape[0]
@@ -126,7 +125,10 @@ def row_gradient(logits: Tensor, first: int, rows: Rows, log_sum: Tensor, out: T
 
 
 def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
-    """The terms of logits (n, C) over all classes; out (n, C), the gradient, may be logits."""
+    """Return the terms of logits (n, C) over all classes; write the gradient to out (n, C).
+
+    out may be logits.
+    """
     rows = _laid_out(rows)
     count, columns = logits.shape
     labels = rows.labels.shape[0]
@@ -172,9 +174,7 @@ def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
 
 
 def scale_(values: Tensor, scale: Tensor) -> Tensor:
-    """values *= scale (), in place; memory is not touched where scale is 1, which the device alone
-    knows.
-    """
+    """Multiply values by scale (), in place; memory is not touched where scale is 1."""
     block = 4096
     with _on(values):
         row_kernels.scale_in_place[(triton.cdiv(values.numel(), block),)](
@@ -184,7 +184,10 @@ def scale_(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _laid_out(rows: Rows) -> Rows:
-    """Some rows of two labels are not contiguous, and the kernels take (L, n) as it is."""
+    """Return the rows with contiguous labels.
+
+    Some rows of two labels are not, and the kernels take (L, n) as it is.
+    """
     tensors = {
         name: getattr(rows, name) for name in ("labels", "shares", "smoothing", "graph_rows")
     }
@@ -192,12 +195,12 @@ def _laid_out(rows: Rows) -> Rows:
 
 
 def _padded(prior: Tensor | None) -> Tensor | None:
-    """Readable as far as a whole row's columns are."""
+    """Return the prior, readable as far as a whole row's columns are."""
     return None if prior is None else torch.nn.functional.pad(prior, (0, VECTOR))
 
 
 class _Out(NamedTuple):
-    """Terms as the kernels write them, one set per part but for the label's logit."""
+    """The terms as the kernels write them, one set per part but for the label's logit."""
 
     log_sums: Tensor  # (parts, L, n)
     label_logits: Tensor  # (L, n)
@@ -238,7 +241,7 @@ def _cut(logits: Tensor, labels: int) -> Cut:
 
 
 def _width(logits: Tensor, out: Tensor) -> int:
-    """Columns that may be read and written: padded to whole vectors where memory is.
+    """Return the columns that may be read and written: padded to whole vectors where memory is.
 
     Behind the columns of logits that become their own gradient is nobody else's memory; behind
     those of others may be.
@@ -252,17 +255,17 @@ def _width(logits: Tensor, out: Tensor) -> int:
 
 
 def _span(columns: int, cut: Cut) -> int:
-    """Columns of a part, whole blocks."""
+    """Return the columns of a part, whole blocks."""
     return triton.cdiv(triton.cdiv(columns, cut.parts), cut.block) * cut.block
 
 
 def _lane(logits: Tensor) -> int:
-    """Neighbouring columns of one thread: what it reads at once, 16 bytes."""
+    """Return the neighbouring columns of one thread: what it reads at once, 16 bytes."""
     return 16 // logits.element_size()
 
 
 def _in_units(*lengths: int) -> tuple[int, list[int]]:
-    """A unit, and the lengths in it.
+    """Return a unit, and the lengths in it.
 
     Triton sees by itself what is a multiple of 16; so rows of 1,000 classes are vectors too.
     """
@@ -275,7 +278,7 @@ def _log_silence(rows: Rows) -> float:
 
 
 def _steps(rows: Rows) -> int:
-    """Bisections that find a place among max_degree neighbours."""
+    """Return the bisections that find a place among max_degree neighbours."""
     return rows.max_degree.bit_length()
 
 
@@ -289,5 +292,5 @@ def _processors(device: torch.device) -> int:
 
 
 def _on(tensor: Tensor) -> Any:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Return a context on the tensor's device: Triton launches on the current one."""
     return torch.cuda.device_of(tensor)

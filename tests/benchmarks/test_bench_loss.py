@@ -165,6 +165,15 @@ def test_bad_input_is_one_sentence_and_code_2(arguments, said, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["file"]
 
 
+def test_without_out_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    smallest = ["--quick", "--rows=8", "--classes=20", "--width=8", "--contender=ours-logits"]
+    ended = CliRunner().invoke(app, ["bench-loss", *smallest])
+    assert ended.exit_code == 0, ended.output
+    assert "--out DIR keeps the figures" in ended.output and "ours-logits" in ended.output
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "arguments", [["--rows=0"], ["--classes=1"], ["--width=0"], ["--dtype=int8"], ["--rows=many"]]
 )
@@ -172,7 +181,7 @@ def test_sizes_and_dtypes_that_are_none_are_refused(arguments):
     assert CliRunner().invoke(app, ["bench-loss", *arguments]).exit_code == 2
 
 
-def test_a_file_of_another_benchmark_is_refused_before_anything_is_measured(tmp_path):
+def test_a_file_of_another_benchmark_is_refused_at_once(tmp_path):
     path = tmp_path / "loss-cpu.csv"
     path.write_text("recipe,ratio\n")
     with pytest.raises(UserError, match="other columns"):
@@ -180,7 +189,7 @@ def test_a_file_of_another_benchmark_is_refused_before_anything_is_measured(tmp_
     assert path.read_text() == "recipe,ratio\n"
 
 
-def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+def test_a_picture_that_cannot_be_written_is_refused_at_once(tmp_path):
     (tmp_path / "loss-cpu.png").mkdir()
     with pytest.raises(UserError, match=r"loss-cpu\.png \(it is a folder\)"):
         check_place(tmp_path / "loss-cpu.csv", COLUMNS)

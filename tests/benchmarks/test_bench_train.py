@@ -27,7 +27,7 @@ from fastlt_benchmarks.train import run_bench_train
 SMALL = ["model.name=resnet8", "data.size=16", "data.batch=16"]
 
 
-@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
 def test_rates_and_parts_are_printed_and_kept_with_their_context(
     small_pack, tmp_path, capsys, compiled
 ):
@@ -147,7 +147,7 @@ def test_the_command_that_is_kept_names_no_machine(monkeypatch):
     )
 
 
-def test_the_table_of_controls_has_mean_and_deviation_and_no_zero_for_an_empty_group():
+def test_controls_have_mean_and_deviation_and_no_zero_for_an_empty_group():
     rows = [
         {"control": name, "top1": 50.0 + seed, "many": 60.0, "medium": 1.0, "few": None}
         for name in SIBLINGS
@@ -225,7 +225,7 @@ def test_a_run_that_is_stopped_from_outside_is_said_to_go_on(small_pack, tmp_pat
     stopper.join()
 
 
-def test_where_one_run_fails_no_other_is_begun_and_those_under_way_are_saved(small_pack, tmp_path):
+def test_where_a_run_fails_no_other_is_begun_and_the_rest_is_saved(small_pack, tmp_path):
     settings = [*SMALL, "train.threads=1"]
     controls = {
         "long": Control(small_pack, [*settings, "train.epochs=5000", "train.eval_every=5000"]),
@@ -265,7 +265,7 @@ def test_a_comparison_that_is_ended_ends_its_trainings(small_pack, tmp_path):
     assert not Path(f"/proc/{child}").exists()
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path):
     with pytest.raises(UserError, match=r"cannot write to .* \(Is a directory\)"):
         run_bench_train(
             "cifar100-lt", SMALL, None, steps=5, rounds=1, csv=tmp_path, console=Console(quiet=True)

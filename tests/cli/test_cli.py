@@ -1,8 +1,12 @@
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
+from typer.testing import CliRunner
 
+from fastlt.cli import app
+from fastlt.cli.app import PANELS
 from fastlt.config import recipe_names
 
 
@@ -11,7 +15,7 @@ def fastlt(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_help_names_every_command():
+def test_help_names_every_command_in_its_panel():
     text = fastlt("--help").stdout
     for command in (
         "pack",
@@ -24,6 +28,20 @@ def test_help_names_every_command():
         "bench-loss",
     ):
         assert command in text
+    order = [f" {panel} " for panel in PANELS]
+    assert sorted(order, key=text.index) == order
+    assert "─ Commands ─" not in text, "a command has no panel"
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["curate", "propose"]])
+def test_h_is_help(command):
+    ended = CliRunner().invoke(app, [*command, "-h"])
+    assert ended.exit_code == 0 and "Usage:" in ended.output
+
+
+def test_version_and_completion():
+    assert CliRunner().invoke(app, ["--version"]).output == f"fastlt {version('fastlt')}\n"
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).output
 
 
 def test_the_way_of_a_user(image_folders, tmp_path):

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from fastlt.curate import features as deep
-from fastlt.curate.features import later_copies, nearest, open_backbone, robust_mean
+from fastlt.curate.features import later_copies, nearest, robust_mean
 from fastlt.curate.settings import FilterConfig
 from fastlt.errors import UserError
+from fastlt.evaluation.features import open_backbone
 
 CPU = torch.device("cpu")
 

@@ -256,9 +256,7 @@ def test_features_are_of_the_weights_and_not_of_their_place(curated, hued_pack, 
     assert len(list((curated / "features").glob("features-*"))) == 2 * made
 
 
-def test_what_has_no_accepted_licence_is_dropped_and_the_card_tells_what_was_not_retrieved(
-    curated, hued_pack, run, tmp_path
-):
+def test_what_has_no_accepted_licence_is_dropped_and_counted(curated, hued_pack, run, tmp_path):
     (curated.parent / "images/mink/broken.jpg").write_bytes(b"no image")
     filtered(curated, hued_pack, settings_of(curated, run))
     card = json.loads((curated / "auxiliary/card.json").read_text())

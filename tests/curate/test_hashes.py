@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fastlt.curate.hashes import COSINES, Hashes, _near, joined, look, same_look, small_grey
+from fastlt.curate.hashes import COSINES, Hashes, _near, concatenated, look, same_look, small_grey
 from fastlt.decode.images import open_image
 
 
@@ -79,10 +79,10 @@ def test_off_flat_and_empty():
     assert len(same_look(hashes([]), hashes([1]), 3)) == 0
     assert len(same_look(hashes([1], has_look=[False]), hashes([1]), 3)) == 0
     assert same_look(hashes([5], mirrored=[9]), hashes([9]), 0).tolist() == [[0, 0]]
-    assert len(joined([hashes([1, 2]), hashes([3])]).take(np.array([2, 0]))) == 2
+    assert len(concatenated([hashes([1, 2]), hashes([3])]).take(np.array([2, 0]))) == 2
 
 
-def test_photographs_keep_their_look_when_resized_compressed_anew_or_mirrored(shared_data):
+def test_photographs_keep_their_look_when_resized_or_compressed_anew(shared_data):
     photos = sorted((shared_data / "photos/images").glob("*/*.jpg"))[::8]
     greys = [small_grey(photo.read_bytes()) for photo in photos]
     looks = [look(grey) for grey in greys]

@@ -366,7 +366,7 @@ def test_what_a_model_says_around_its_json_does_no_harm(tmp_path, around):
     assert len(found) == 4 and len(chat.asked) == 3
 
 
-def test_one_damaged_category_does_not_cost_the_others_and_names_are_on_one_line(tmp_path):
+def test_a_damaged_category_is_left_out_and_names_are_on_one_line(tmp_path):
     def answer(name, times):
         reply = json.loads(categories(*GOOD[name]))
         reply["categories"] += [{"name": ""}, {"nome": "x"}, {"name": f"{name}\tkin\n"}]

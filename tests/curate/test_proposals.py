@@ -74,7 +74,7 @@ def test_a_second_meaning_of_a_name_and_what_came_before_are_dropped():
     assert [category.owners for category in categories] == [{0}, {1}]
 
 
-def test_the_best_are_kept_up_to_the_limit_and_what_is_dropped_takes_no_room():
+def test_the_best_are_kept_up_to_the_limit():
     proposals = [
         Proposal(0, name, "llm") for name in ("tabby", "ocicat", "serval", "lynx", "caracal")
     ]

@@ -123,9 +123,7 @@ def test_what_strangers_send_loses_nothing(web: Web, tmp_path):
     assert found[good]["title"] == "two\u2028lines\x1c"
 
 
-def test_pictures_are_stored_untouched_with_their_provenance_as_shards_that_pack_reads(
-    web: Web, tmp_path
-):
+def test_pictures_are_stored_as_they_are_with_their_provenance(web: Web, tmp_path):
     data = {
         web.file(f"/{i}.{kind.lower()}", picture(i, kind=kind)): picture(i, kind=kind)
         for i, kind in enumerate(["JPEG", "PNG", "WEBP"])
@@ -674,7 +672,7 @@ def test_what_a_source_lacks_is_named(tmp_path, settings, said):
         retrieved(tmp_path, **settings)
 
 
-def test_a_machine_without_the_libraries_is_told_what_to_install(tmp_path):
+def test_a_missing_library_is_named_with_its_extra(tmp_path):
     propose(tmp_path, "liger")
     code = (
         "import sys; sys.modules['aiohttp'] = None; sys.argv = ['fastlt', 'curate', 'retrieve', "
@@ -825,9 +823,7 @@ def test_a_shard_that_is_damaged_or_gone_is_fetched_again(web: Web, tmp_path):
     )
 
 
-def test_licences_are_chosen_before_candidates_are_cut_and_columns_may_be_spelt_otherwise(
-    web: Web, tmp_path
-):
+def test_licences_are_chosen_before_candidates_are_cut(web: Web, tmp_path):
     places = [web.file(f"/{i}.jpg", picture(i)) for i in range(8)]
     propose(tmp_path, "liger")
     (tmp_path / "u.csv").write_text(
@@ -853,7 +849,7 @@ def test_licences_are_chosen_before_candidates_are_cut_and_columns_may_be_spelt_
         )
 
 
-def test_a_clip_index_of_others_opens_no_file_here_and_a_damaged_one_is_named(web: Web, tmp_path):
+def test_a_clip_index_of_others_opens_no_file_here(web: Web, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     pa = pytest.importorskip("pyarrow")
     index = tmp_path / "index"

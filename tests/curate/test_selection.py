@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fastlt.curate.hashes import Hashes
-from fastlt.curate.image_index import Pile
-from fastlt.curate.selection import give_up_small_classes, judge
+from fastlt.curate.image_index import ImageIndex
+from fastlt.curate.selection import give_up_small_classes, select_images
 from fastlt.curate.settings import FilterConfig
 from fastlt.packing.reader import open_pack
 
@@ -15,7 +15,7 @@ EAST, NORTH, UP = np.eye(3)
 
 
 @pytest.fixture
-def make_pile(hued_pack):
+def build_index(hued_pack):
     rng = np.random.default_rng(0)
 
     def make(features, labels, bits=None, exact=None):
@@ -32,34 +32,34 @@ def make_pile(hued_pack):
             if exact is not None
             else [bytes(rng.integers(0, 256, 32, np.uint8)) for _ in range(count)]
         )
-        return Pile(split, Hashes(digests, seen, ~seen, np.ones(count, bool)), vectors)
+        return ImageIndex(split, Hashes(digests, seen, ~seen, np.ones(count, bool)), vectors)
 
     return make
 
 
-def reasons(pile, known=None, owners=((0,),), **settings):
-    return judge(pile, known or {}, owners, FilterConfig(**settings), CPU).reasons
+def reasons(index, known=None, owners=((0,),), **settings):
+    return select_images(index, known or {}, owners, FilterConfig(**settings), CPU).reasons
 
 
-def test_of_a_chain_of_duplicates_those_are_dropped_that_are_like_a_kept_one(make_pile):
+def test_of_a_chain_of_duplicates_those_like_a_kept_one_are_dropped(build_index):
     """The second is like the first, the third like the second alone: it stays."""
     turned = [np.cos(a) * EAST + np.sin(a) * NORTH for a in (0, 0.15, 0.3)]
-    assert reasons(make_pile(turned, 0), gamma2=0.98) == ["", "duplicate: the same features", ""]
-    assert reasons(make_pile(turned, 0), gamma2=1.5) == ["", "", ""]
+    assert reasons(build_index(turned, 0), gamma2=0.98) == ["", "duplicate: the same features", ""]
+    assert reasons(build_index(turned, 0), gamma2=1.5) == ["", "", ""]
     bits = [0b0, 0b111, 0b111111]
-    assert reasons(make_pile([EAST] * 3, 0, bits), gamma2=1.5, hash_distance=3) == [
+    assert reasons(build_index([EAST] * 3, 0, bits), gamma2=1.5, hash_distance=3) == [
         "",
         "duplicate: the same look",
         "",
     ]
-    assert reasons(make_pile([EAST] * 3, 0, bits), gamma2=1.5, hash_distance=-1) == ["", "", ""]
+    assert reasons(build_index([EAST] * 3, 0, bits), gamma2=1.5, hash_distance=-1) == ["", "", ""]
 
 
-def test_the_bytes_of_a_leak_are_no_earlier_image(make_pile):
+def test_the_bytes_of_a_leak_are_no_earlier_image(build_index):
     """What is dropped as a leak does not make others duplicates; they are leaks themselves."""
     digests = [b"a" * 32, b"a" * 32, b"b" * 32, b"b" * 32]
-    known = {"training": make_pile([UP], 0, exact=[b"a" * 32])}
-    assert reasons(make_pile([EAST] * 4, 0, exact=digests), known, gamma2=1.5) == [
+    known = {"training": build_index([UP], 0, exact=[b"a" * 32])}
+    assert reasons(build_index([EAST] * 4, 0, exact=digests), known, gamma2=1.5) == [
         "leak: the bytes of a training image",
         "leak: the bytes of a training image",
         "",
@@ -67,21 +67,21 @@ def test_the_bytes_of_a_leak_are_no_earlier_image(make_pile):
     ]
 
 
-def test_a_copy_in_the_wrong_class_does_not_cost_the_right_one(make_pile):
-    pile = make_pile(
+def test_a_copy_in_the_wrong_class_does_not_cost_the_right_one(build_index):
+    index = build_index(
         [EAST, NORTH, NORTH, NORTH, EAST, EAST, EAST],
         [1, 1, 1, 1, 0, 0, 0],
         exact=[b"a" * 32, *[bytes([i]) * 32 for i in range(3)], b"a" * 32, b"x" * 32, b"y" * 32],
     )
-    found = reasons(pile, owners=[(0,), (0,)], gamma2=1.5, hash_distance=-1)
+    found = reasons(index, owners=[(0,), (0,)], gamma2=1.5, hash_distance=-1)
     assert found == ["unlike its class", *[""] * 6]
 
 
-def test_leaks_by_look_and_by_features_name_whose_they_are(make_pile):
-    known = {"training": make_pile([UP], 0, [0b1]), "test": make_pile([EAST + 0.05 * NORTH], 0)}
-    pile = make_pile([EAST, NORTH + EAST, NORTH + EAST + 0.3 * UP], 0, [1 << 20, 0b11, 1 << 40])
-    verdicts = judge(
-        pile, known, [(0,)], FilterConfig(gamma1=-1, gamma2=0.99, hash_distance=1), CPU
+def test_leaks_by_look_and_by_features_name_whose_they_are(build_index):
+    known = {"training": build_index([UP], 0, [0b1]), "test": build_index([EAST + 0.05 * NORTH], 0)}
+    index = build_index([EAST, NORTH + EAST, NORTH + EAST + 0.3 * UP], 0, [1 << 20, 0b11, 1 << 40])
+    verdicts = select_images(
+        index, known, [(0,)], FilterConfig(gamma1=-1, gamma2=0.99, hash_distance=1), CPU
     )
     assert verdicts.reasons == [
         "leak: the features of a test image",
@@ -91,10 +91,10 @@ def test_leaks_by_look_and_by_features_name_whose_they_are(make_pile):
     assert all("train-000000.tar:" in of for of in verdicts.of[:2])
 
 
-def test_gamma1_is_the_cosine_to_the_prototype_of_the_class(make_pile):
-    pile = make_pile([*[EAST] * 8, NORTH + 2 * EAST, NORTH, UP, UP, UP], [*[0] * 10, 1, 1, 1])
-    verdicts = judge(
-        pile, {}, [(0,), (0,)], FilterConfig(gamma2=1.5, gamma1=0.7, hash_distance=-1), CPU
+def test_gamma1_is_the_cosine_to_the_prototype_of_the_class(build_index):
+    index = build_index([*[EAST] * 8, NORTH + 2 * EAST, NORTH, UP, UP, UP], [*[0] * 10, 1, 1, 1])
+    verdicts = select_images(
+        index, {}, [(0,), (0,)], FilterConfig(gamma2=1.5, gamma1=0.7, hash_distance=-1), CPU
     )
     assert verdicts.reasons == [*[""] * 9, "unlike its class", "", "", ""]
     assert verdicts.likeness[8] == pytest.approx(2 / 5**0.5, abs=2e-3)
@@ -103,16 +103,16 @@ def test_gamma1_is_the_cosine_to_the_prototype_of_the_class(make_pile):
 @pytest.mark.parametrize(
     ("kind", "dropped"), [("retrieved", []), ("targets", [0, 1]), ("both", [0, 1])]
 )
-def test_prototypes_may_be_of_the_owners_images(make_pile, kind, dropped):
-    known = {"training": make_pile([UP] * 5 + [NORTH], [0] * 5 + [1])}
-    pile = make_pile([EAST, EAST, NORTH, NORTH], [0, 0, 1, 1])
-    found = reasons(pile, known, [(0,), (1,)], gamma2=1.5, prototype=kind, hash_distance=-1)
+def test_prototypes_may_be_of_the_owners_images(build_index, kind, dropped):
+    known = {"training": build_index([UP] * 5 + [NORTH], [0] * 5 + [1])}
+    index = build_index([EAST, EAST, NORTH, NORTH], [0, 0, 1, 1])
+    found = reasons(index, known, [(0,), (1,)], gamma2=1.5, prototype=kind, hash_distance=-1)
     assert [image for image, reason in enumerate(found) if reason] == dropped
 
 
-def test_classes_with_too_few_images_are_given_up_with_all_of_them(make_pile):
-    verdicts = judge(
-        make_pile([EAST] * 5, [0, 0, 0, 1, 1]),
+def test_classes_with_too_few_images_are_given_up_with_all_of_them(build_index):
+    verdicts = select_images(
+        build_index([EAST] * 5, [0, 0, 0, 1, 1]),
         {},
         [(0,), (0,)],
         FilterConfig(gamma2=1.5, hash_distance=-1),

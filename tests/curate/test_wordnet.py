@@ -12,18 +12,11 @@ from rich.console import Console
 from fastlt.curate.proposals import Target
 from fastlt.curate.propose import run_propose
 from fastlt.curate.settings import CurateConfig
-from fastlt.curate.wordnet import (
-    find_targets,
-    pool,
-    propose,
-    read_mapping,
-    read_tables,
-    read_wordnet,
-    within,
-)
+from fastlt.curate.wordnet import check_known, pool, propose, read_mapping, within
 from fastlt.errors import UserError
 from fastlt.utils.embeddings import Embeddings, read_embeddings
 from fastlt.utils.names import normalised
+from fastlt.utils.wordnet import find_synsets, read_tables, read_wordnet
 
 #          animal 0
 #        /          \
@@ -86,7 +79,7 @@ def test_distances_are_the_shortest_and_rise_bounds_the_way_up(small):
     assert set(within(small, ID[2], 1, 0)) == {ID[i] for i in (2, 5, 6)}
 
 
-def test_neighbours_are_hyponyms_then_siblings_and_never_what_contains_a_target(small):
+def test_neighbours_are_hyponyms_then_siblings_never_hypernyms(small):
     owl, tabby = propose(small, [ID[4], ID[5]], 4, 2, None)
     assert names_of(owl) == ["barn owl", "crane", "bobcat", "lynx"]
     assert [(p.name, p.refused) for p in owl if p.refused] == [
@@ -127,10 +120,11 @@ def test_names_are_found_by_their_first_meaning(small):
 
 
 def test_a_mapping_goes_before_names_and_is_checked(small, tmp_path):
-    targets = [Target("crane"), Target("owl")]
+    names = ["crane", "owl"]
+    targets = [Target(name) for name in names]
     file = tmp_path / "synsets.csv"
     file.write_text(f"target,synset\ncrane,{ID[8]}\n")
-    assert find_targets(small, targets, read_mapping(file, targets)) == [ID[8], ID[4]]
+    assert find_synsets(small, names, read_mapping(file, targets)) == [ID[8], ID[4]]
     for text, said in (
         (f"target,synset\nkrane,{ID[8]}\n", "line 2: there is no target 'krane'"),
         ("target,synset\nowl,owl.n.01\n", "'owl.n.01' is no WordNet id"),
@@ -138,11 +132,11 @@ def test_a_mapping_goes_before_names_and_is_checked(small, tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=said):
-            find_targets(small, targets, read_mapping(file, targets))
+            find_synsets(small, names, read_mapping(file, targets))
     with pytest.raises(
         UserError, match="knows none of the targets, not even 'oowl', did you mean 'owl'"
     ):
-        find_targets(small, [Target("oowl")], {})
+        check_known(small, [Target("oowl")], find_synsets(small, ["oowl"]))
 
 
 def test_a_random_pool_has_neither_targets_nor_what_is_below_them(small):
@@ -242,9 +236,7 @@ def real(shared_data):
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["neighbours", "random"])
-def test_imagenets_classes_get_neighbours_none_of_which_is_a_target_or_its_synonym(
-    shared_data, real, tmp_path, control
-):
+def test_no_neighbour_of_imagenets_classes_is_a_target(shared_data, real, tmp_path, control):
     labels = shared_data / "labels"
     ids = (labels / "imagenet/imagenet_synsets.txt").read_text().split()
     kind = "random" if control else "neighbours"

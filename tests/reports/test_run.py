@@ -272,7 +272,7 @@ def test_a_run_on_the_targets_alone_is_held_against_the_graph_of_its_pack(run: P
     assert "of the auxiliary" not in page.html
 
 
-def test_without_auxiliaries_there_is_no_graph_and_without_errors_no_confusion(
+def test_without_auxiliaries_no_graph_and_without_errors_no_confusion(
     tmp_path: Path,
 ) -> None:
     space = ClassSpace(target_names=["a", "b"], train_counts=[9, 3], val_counts=[1, 1])
@@ -379,7 +379,7 @@ def test_siblings_share_an_auxiliary_and_stand_together() -> None:
     relation = Relation(space)
     assert relation.siblings == {(0, 2), (2, 0), (1, 3), (3, 1)}
     assert relation.shared(0, 2) == ["x"] and relation.shared(0, 1) == []
-    assert relation.kin([0, 1, 2, 3]) == [0, 2, 1, 3]
+    assert relation.grouped([0, 1, 2, 3]) == [0, 2, 1, 3]
 
 
 def test_spread_keeps_order_and_distance() -> None:

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from fastlt.classes import ClassSpace
 from fastlt.config import load_config
-from fastlt.curate.settings import FilterConfig
 from fastlt.errors import UserError
+from fastlt.evaluation.feature_settings import FeatureSettings
 from fastlt.studies.granularity import medoids, run_granularity, score, structure
 from fastlt.training.loop import train
 
@@ -103,7 +103,7 @@ def test_a_pack_by_the_features_of_a_run(small_pack, tmp_path):
     train(config, tmp_path / "run", Console(quiet=True))
     console = Console(record=True, width=160)
     (tmp_path / "h.csv").write_text("class,parent\na,p\nb,p\nc,q\n")
-    settings = FilterConfig(weights=str(tmp_path / "run"))
+    settings = FeatureSettings(weights=str(tmp_path / "run"))
     run_granularity(
         str(small_pack), settings, str(tmp_path / "h.csv"), tmp_path / "g.json", console
     )

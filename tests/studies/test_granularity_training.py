@@ -1,4 +1,4 @@
-"""The study of granularity: which sets are trained on, and what is told of them."""
+"""The study of granularity: which sets are trained on, and what is reported of them."""
 
 import csv
 import json
@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
+from fastlt.cli import app
 from fastlt.errors import UserError
 from fastlt.packing.reader import open_pack
 from fastlt.packing.sources import read_collection
 from fastlt.packing.writer import PackOptions, write_pack
 from fastlt.studies.granularity_training import (
-    Asked,
+    StudyOptions,
     levels,
     most_images,
     packs_of,
@@ -21,6 +23,7 @@ from fastlt.studies.granularity_training import (
     spread_evenly,
     tail_counts,
 )
+from fastlt.studies.repeated import Runner
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +77,15 @@ def test_both_sets_have_as_many_images(study, tmp_path):
     assert tail_counts(6, 100, 4) == [3, 1, 1, 1]
     assert spread_evenly(10, 4) == [3, 3, 2, 2]
     pack = open_pack(study / "pack")
-    asked = Asked(str(study / "pack"), str(study / "h.csv"), tmp_path, 1, 1, 6, [])
+    options = StudyOptions(str(study / "pack"), str(study / "h.csv"), tmp_path, 1, 1, 6, [])
     found = levels(pack, families(), np.random.default_rng(0))
     total = min(most_images(pack, level, 6) for level in found)
     # a single class has 12 images at most
     assert total == int(12 * (1 + 6 ** (-1 / 3) + 6 ** (-2 / 3) + 1 / 6))
     for level in found:
         made = {
-            kind: open_pack(place) for kind, place in packs_of(pack, level, 0, total, asked).items()
+            kind: open_pack(place)
+            for kind, place in packs_of(pack, level, 0, total, options).items()
         }
         assert {len(each.train) for each in made.values()} == {total}
         counts = made["long-tailed"].space.train_counts
@@ -92,11 +96,25 @@ def test_both_sets_have_as_many_images(study, tmp_path):
         ]
 
 
-def test_the_whole_study_is_told_and_kept(study, tmp_path):
+@pytest.fixture
+def in_process(monkeypatch):
+    """Commands run in this process, which spares each of a dozen trainings its imports."""
+
+    def run(runner: Runner, *arguments: str) -> None:
+        ended = CliRunner().invoke(app, list(arguments))
+        assert ended.exit_code == 0, ended.output
+
+    monkeypatch.setattr(Runner, "run", run)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_whole_study_is_reported_and_kept(study, tmp_path):
     console = Console(record=True, width=160)
     settings = ["train.epochs=1", "data.size=16", "data.batch=8", "model.name=resnet8"]
-    asked = Asked(str(study / "pack"), str(study / "h.csv"), tmp_path / "out", 1, 2, 6, settings)
-    run_granularity_study(asked, tmp_path / "g.csv", console)
+    options = StudyOptions(
+        str(study / "pack"), str(study / "h.csv"), tmp_path / "out", 1, 1, 6, settings
+    )
+    run_granularity_study(options, tmp_path / "g.csv", console)
     said = console.export_text()
     assert "the number of classes fixed" in said and "4 of a parent" in said and "children" in said
     with (tmp_path / "g.csv").open() as file:
@@ -105,16 +123,18 @@ def test_the_whole_study_is_told_and_kept(study, tmp_path):
     one = next(path for path in (tmp_path / "out").glob("*/result.json"))
     assert json.loads(one.read_text())["epochs"] == 1
     with pytest.raises(UserError, match="holds other things than a study"):
-        run_granularity_study(asked._replace(out=study / "pack"), None, console)
+        run_granularity_study(options._replace(out=study / "pack"), None, console)
     with pytest.raises(UserError, match="holds a study with another imbalance"):
-        run_granularity_study(asked._replace(imbalance=3), None, console)
+        run_granularity_study(options._replace(imbalance=3), None, console)
 
 
-def test_too_few_images_are_told(study, tmp_path):
-    asked = Asked(str(study / "pack"), str(study / "h.csv"), tmp_path / "out", 1, 1, 1e9, [])
+def test_too_few_images_are_refused(study, tmp_path):
+    options = StudyOptions(
+        str(study / "pack"), str(study / "h.csv"), tmp_path / "out", 1, 1, 1e9, []
+    )
     with pytest.raises(
         UserError,
         match="has too few images: a long tail of 8 classes would have 12 training images",
     ) as error:
-        run_granularity_study(asked, None, Console(quiet=True))
+        run_granularity_study(options, None, Console(quiet=True))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

@@ -97,7 +97,7 @@ def test_what_was_not_measured_is_neither_baseline_nor_best(study):
     assert "The baseline was not measured." in write_sweep_report(out).read_text()
 
 
-def test_without_a_word_the_baseline_is_the_first_point_and_its_very_runs_are_not_compared(study):
+def test_by_default_the_baseline_is_the_first_point(study):
     found = read_study(study(lambda s, n, seed: 50 - n + seed))
     assert (
         found.baseline == ("1", "0")
@@ -142,7 +142,7 @@ def test_before_a_trial_has_ended_there_is_no_report(study):
         read_study(out)
 
 
-def test_a_search_has_no_baseline_of_itself_and_its_ranges_are_drawn_as_such(tmp_path):
+def test_a_search_has_no_default_baseline_and_its_ranges_are_drawn(tmp_path):
     axes = "optim.lr = {low = 0.01, high = 1, log = true}\nsilence = [0.1, 1]"
     (tmp_path / "sweep.toml").write_text(
         f'recipe = "demo"\n[axes]\n{axes}\n[search]\nkind = "random"\ntrials = 5\n'

@@ -58,7 +58,7 @@ def test_what_makes_no_difference_is_one_run(sweep):
     assert len({make_trial(more, "pack", values).key for values in points(more)}) == 5
 
 
-def test_folders_are_told_apart_where_short_names_are_not(sweep):
+def test_folders_differ_where_short_names_do_not(sweep):
     found = sweep(
         'recipe = "demo"\n[axes]\npack = ["a/pack", "b/pack"]\noptim.lr = [0.1, 0.10000001]'
     )

@@ -1,4 +1,4 @@
-"""What the driver knows of the trials: all of it lies in DIR."""
+"""The state of a sweep: all that the driver knows of the trials lies in DIR."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -14,13 +14,14 @@ from fastlt.sweep.spec import Sweep, Values, values_of
 from fastlt.sweep.trial import Trial, absolute, make_trial, trained
 from fastlt.utils.files import write_text
 from fastlt.utils.lock import LOCK
+from fastlt.utils.run_files import RESULT
 
 BEFORE_IT_BEGINS = {LOCK, "runs", "packs.json"}  # what a sweep that was refused may leave
 
 
 @dataclass
-class Board:
-    """What the driver knows of the trials."""
+class SweepState:
+    """The trials of a sweep, and what has become of them."""
 
     sweep: Sweep
     pack: str
@@ -33,10 +34,14 @@ class Board:
     finished: dict[str, Row] = field(default_factory=dict)  # by the name of the trial
 
     def trial(self, values: Values) -> Trial:
+        """Return the trial of a point."""
         return make_trial(self.sweep, self.pack, values, self.more, self.out / "decoded")
 
     def add(self, values: Values) -> Trial:
-        """Those of a search become known as they are begun."""
+        """Return the trial of a point, and add it to those that are known.
+
+        Those of a search become known as they are begun.
+        """
         trial = self.trial(values)
         if all(trial.values != known.values for known in self.trials):
             self.trials.append(trial)
@@ -44,7 +49,7 @@ class Board:
         return trial
 
     def begin(self, suggested: dict[str, Any]) -> Trial:
-        """The trial that Ray begins, which of a search is a new one, and is written down."""
+        """Return the trial that Ray begins; in a search it may be new, and is written down."""
         before = len(self.trials)
         trial = self.add(values_of(self.sweep, suggested))
         if len(self.trials) > before:
@@ -52,19 +57,22 @@ class Board:
         return trial
 
     def write_down(self) -> None:
+        """Write the known points to trials.jsonl."""
         write_text(
             self.out / "trials.jsonl",
             "".join(json.dumps(trial.values) + "\n" for trial in self.trials),
         )
 
     def run(self, trial: Trial) -> Path:
+        """Return the RUN folder of a trial."""
         return run_of(self.out, trial, self.first)
 
     def rows(self) -> list[Row]:
+        """Return the rows of all trials."""
         return [self.row(trial) for trial in self.trials]
 
     def row(self, trial: Trial) -> Row:
-        """What has finished does not change any more."""
+        """Return the row of a trial; that of a finished one does not change any more."""
         if (known := self.finished.get(trial.name)) is not None:
             return known
         row = read_row(self.run(trial), trial, self.sweep.resources.cpus, self.sweep.resources.gpus)
@@ -73,7 +81,7 @@ class Board:
         return row
 
     def left(self) -> list[Trial]:
-        """One of each run that is not over."""
+        """Return one trial of each run that is not over."""
         runs: dict[Path, Trial] = {}
         for trial in self.trials:
             if outcome(self.run(trial))[1] not in ("finished", "stopped early"):
@@ -81,17 +89,17 @@ class Board:
         return list(runs.values())
 
 
-def known_points(board: Board) -> Iterator[Values]:
-    """Of a search that was killed: what it had tried."""
-    path = board.out / "trials.jsonl"
+def known_points(state: SweepState) -> Iterator[Values]:
+    """Yield the points that a search had tried before it was killed."""
+    path = state.out / "trials.jsonl"
     if path.is_file():
         yield from (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
 
 
-def check_runs(board: Board) -> None:
-    """UserError where what is there already was trained otherwise than the sweep now says."""
-    for trial in board.trials:
-        kept = board.run(trial) / "config.toml"
+def check_runs(state: SweepState) -> None:
+    """Raise UserError where a run was trained with other settings than the sweep now has."""
+    for trial in state.trials:
+        kept = state.run(trial) / "config.toml"
         if not kept.is_file():
             continue
         before, now = trained(load_config(str(kept))), trained(trial.config)
@@ -104,7 +112,7 @@ def check_runs(board: Board) -> None:
 
 
 def check_folder(out: Path, resume: bool) -> None:
-    """Raises UserError where DIR holds another sweep, or what is none."""
+    """Raise UserError where DIR holds another sweep, or something else."""
     if (out / "runs").is_dir() and any((out / "runs").iterdir()):
         if not resume:
             raise UserError(
@@ -118,37 +126,34 @@ def check_folder(out: Path, resume: bool) -> None:
         raise UserError(f"{out} holds other things than a sweep: choose another --out")
 
 
-def check_packs(board: Board) -> None:
-    """The packs are there, and are those that earlier trials were trained on:
-
-    DIR/packs.json tells. Raises UserError.
-    """
+def check_packs(state: SweepState) -> None:
+    """Raise UserError where a pack is absent, or another one than DIR/packs.json says."""
     axis = next(
-        (axis for name, axis in board.sweep.axes.items() if name in ("pack", "data.pack")), None
+        (axis for name, axis in state.sweep.axes.items() if name in ("pack", "data.pack")), None
     )
     places = (
-        [board.pack]
+        [state.pack]
         if axis is None
         else [str(place) for place in axis]
         if isinstance(axis, list)
         else []
     )
     now = {place if axis is not None else "": open_pack(absolute(place)).id for place in places}
-    file = board.out / "packs.json"
+    file = state.out / "packs.json"
     kept = (
         json.loads(file.read_text(encoding="utf-8"))
-        if file.is_file() and any((board.out / "runs").iterdir())
+        if file.is_file() and any((state.out / "runs").iterdir())
         else {}
     )
     if changed := [place for place, pack in now.items() if kept.get(place, pack) != pack]:
         raise UserError(
-            f"{board.out} was trained on another pack than {changed[0] or board.pack}: choose "
+            f"{state.out} was trained on another pack than {changed[0] or state.pack}: choose "
             "another --out"
         )
     write_text(file, json.dumps({**kept, **now}, indent=1) + "\n")
 
 
-def left_out(board: Board) -> int:
-    """Runs that have finished in DIR and are of no point that the sweep has now."""
-    own = {board.run(trial) for trial in board.trials}
-    return sum(path.parent not in own for path in (board.out / "runs").glob("*/result.json"))
+def left_out(state: SweepState) -> int:
+    """Return how many finished runs in DIR are of no point that the sweep has now."""
+    own = {state.run(trial) for trial in state.trials}
+    return sum(path.parent not in own for path in (state.out / "runs").glob(f"*/{RESULT}"))

@@ -1,0 +1,117 @@
+"""What a RUN folder holds, and the names of its figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from fastlt.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:  # `fastlt --help` comes here, and needs no numpy
+    import numpy as np
+
+RESULT, EPOCHS, CONFIG = "result.json", "metrics.jsonl", "config.toml"
+Metric = Literal["top1", "many", "medium", "few"]
+METRICS: tuple[str, ...] = get_args(Metric)
+COLUMNS = {  # title in tables -> key of result.json
+    "top-1": "top1",
+    "many": "many",
+    "medium": "medium",
+    "few": "few",
+    "balanced": "balanced_accuracy",
+    "harmonic": "harmonic_mean",
+    "ECE": "ece",
+}
+FIGURES = tuple(COLUMNS.values())
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The contents of a finished run; an absent file is an empty value."""
+
+    path: Path
+    config: dict[str, Any]  # section -> key -> value
+    result: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    predictions: dict[str, np.ndarray]  # label, predicted, confidence, image: (n,) each
+
+
+def result_of(run: Path) -> dict[str, Any] | None:
+    """Return the result of a run, or None where it has not finished or cannot be read."""
+    try:
+        found = json.loads((run / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "top1" in found else None
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """Return the result of a run. Raise UserError where it has not finished, or is damaged."""
+    if not run.is_dir():
+        raise UserError(f"there is no run at {run}: train one with `fastlt train`")
+    file = run / RESULT
+    if not file.is_file():
+        if (run / CONFIG).is_file():
+            raise UserError(
+                f"the run {run} has no result.json yet: let its training end, the same command "
+                "goes on with it"
+            )
+        raise UserError(
+            f"{run} is not a run, it has no result.json: name the folder that `fastlt train "
+            "--out` wrote"
+        )
+    result = _json(file, file.read_text(encoding="utf-8", errors="replace"))
+    if not isinstance(result, dict) or result.get("top1") is None:
+        raise UserError(f"{file} names no top1: it is not the result of a run")
+    return result
+
+
+def read_run_files(run: Path) -> RunFiles:
+    """Return what a finished run holds. Raise UserError where a file of it is damaged."""
+    result = read_result(run)
+    return RunFiles(run, _config(run), result, read_epochs(run), _predictions(run))
+
+
+def read_epochs(run: Path) -> list[dict[str, Any]]:
+    """Return the record of each epoch so far. Raise UserError where one is damaged."""
+    file = run / EPOCHS
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [_json(file, line) for line in lines if line.strip()]
+
+
+def _json(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): train again") from error
+
+
+def _config(run: Path) -> dict[str, Any]:
+    file = run / CONFIG
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid TOML: {error}") from error
+
+
+def _predictions(run: Path) -> dict[str, np.ndarray]:
+    file = run / "val_predictions.npz"
+    if not file.is_file():
+        return {}
+    import numpy as np
+
+    try:
+        with np.load(file) as arrays:
+            return {name: arrays[name] for name in ("label", "predicted", "confidence", "image")}
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{file} is damaged ({error}): train again") from error
