@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mkdocs.structure.files import File, Files
+from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"^<!-- generated: (\S+) -->$", re.MULTILINE)
@@ -38,7 +39,7 @@ def on_page_markdown(markdown: str, **given: Any) -> str:
 
 def changelog() -> str:
     """Return the changelog of the repository."""
-    return (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    return (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
 
 
 # --- the configuration
@@ -144,7 +145,7 @@ def default_of(field: Any) -> str:
     if field.is_required():
         return "needed"
     value = field.get_default(call_default_factory=True)
-    if hasattr(value, "model_fields"):
+    if isinstance(value, BaseModel):
         return "-"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
