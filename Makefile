@@ -1,4 +1,4 @@
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow lint docs clean
 
 setup:
 	@tools/setup.sh
@@ -16,5 +16,8 @@ lint: setup
 	@mkdir -p .venv/typing && ln -sfn "$(CURDIR)/kernels" .venv/typing/fastlt_kernels && ln -sfn "$(CURDIR)/benchmarks" .venv/typing/fastlt_benchmarks
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet && echo "docs: site/index.html"
+
 clean:
-	@rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf .venv build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

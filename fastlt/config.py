@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from fastlt.errors import UserError
+from fastlt.errors import ConfigError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -391,7 +391,7 @@ class Config(Section):
 def config_type(method: str = "plain") -> type[Config]:
     """Return the Config with the keys that heads, losses and the named method add to its sections.
 
-    Raises UserError for a method that does not exist.
+    Raises ConfigError for a method that does not exist.
     """
     opened = {name: resolve_name(place)(method) for name, place in OPEN_SECTIONS.items()}
     fields: dict[str, Any] = {name: (section, section()) for name, section in opened.items()}
@@ -415,17 +415,21 @@ def never_reached(config: Config) -> list[str]:
 
 def load_config(
     recipe: str,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | Mapping[str, Any] = (),
     method: Callable[[int, int | None], Mapping[str, Any]] | None = None,
 ) -> Config:
     """Return the configuration of a recipe with `section.key=value` on top.
 
-    recipe: a name, or the path of a .toml file. method: from the epochs of the recipe, and those of
-    the overrides or None, to the settings that come between the two, by `section.key`: see
-    `fastlt.methods.method_settings`. Raises UserError that names the nearest key.
+    recipe: a name, or the path of a .toml file. overrides: texts `section.key=value`, or values by
+    `section.key`. method: from the epochs of the recipe, and those of the overrides or None, to the
+    settings that come between the two, by `section.key`: see `fastlt.methods.method_settings`.
+    Raises ConfigError that names the nearest key.
     """
     tree = read_recipe(recipe)
-    changes = [_parsed(override) for override in overrides]
+    if isinstance(overrides, Mapping):
+        changes = [(key.split("."), value) for key, value in overrides.items()]
+    else:
+        changes = [_parsed(override) for override in overrides]
     name = _last(changes, "method", "name")
     if name is not None:
         tree = merged(tree, {"method": {"name": name}})
@@ -469,19 +473,19 @@ def read_recipe(recipe: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any
     `extends` is a name, or a path beside the recipe's own file.
     """
     if recipe in extended_by:
-        raise UserError(
+        raise ConfigError(
             f"the recipe {recipe} extends itself: {' -> '.join([*extended_by, recipe])}"
         )
     text = _recipe_text(recipe)
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{recipe} is not valid TOML: {error}") from error
+        raise ConfigError(f"{recipe} is not valid TOML: {error}") from error
     base = tree.pop("extends", None)
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise UserError(
+        raise ConfigError(
             f"{recipe}: extends = {base!r} must be the name of a recipe or the path of a .toml file"
         )
     if base.endswith(".toml"):
@@ -495,11 +499,11 @@ def _recipe_text(recipe: str) -> str:
         try:
             return path.read_text(encoding="utf-8")
         except OSError as error:
-            raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+            raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"the recipe {path} is not UTF-8 text") from error
+            raise ConfigError(f"the recipe {path} is not UTF-8 text") from error
     if recipe not in recipe_names():
-        raise UserError(
+        raise ConfigError(
             f"there is no recipe '{recipe}'{did_you_mean(recipe, recipe_names())}; recipes: "
             f"{', '.join(recipe_names())}"
         )
@@ -537,13 +541,13 @@ def with_settings(model: type[Tree], file: Path | None, overrides: Sequence[str]
 def checked(tree: dict[str, Any], where: str, model: type[Tree] | None = None) -> Any:
     """Return the tree as a model, by default the Config of its method.
 
-    Raises UserError that says where the tree comes from, and which key is wrong.
+    Raises ConfigError that says where the tree comes from, and which key is wrong.
     """
     kind: Any = model or config_type(_method(tree))
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_in_words(error.errors()[0], kind)}") from error
+        raise ConfigError(f"{where}: {_in_words(error.errors()[0], kind)}") from error
 
 
 def _in_words(error: Any, model: type[BaseModel]) -> str:
@@ -557,7 +561,7 @@ def _in_words(error: Any, model: type[BaseModel]) -> str:
 def _parsed(override: str) -> tuple[list[str], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"'{override}' is not of the form section.key=value")
+        raise ConfigError(f"'{override}' is not of the form section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -571,7 +575,7 @@ def _set(
     name = ".".join(keys)
     known = list(setting_names(model))
     if name not in known:
-        raise UserError(f"there is no setting '{name}'{did_you_mean(name, known)}")
+        raise ConfigError(f"there is no setting '{name}'{did_you_mean(name, known)}")
     section = tree.setdefault(keys[0], {})
     if isinstance(section, dict):  # anything else is refused when the whole is checked
         section[keys[1]] = value

@@ -12,7 +12,6 @@ from fastlt.cli.app import app, console
 from fastlt.errors import UserError
 
 if TYPE_CHECKING:
-    from fastlt.packing.collection import Collection
     from fastlt.packing.writer import WriteBeton
 
 
@@ -127,6 +126,7 @@ def pack(
     given = dict(locals())
     from dataclasses import fields
 
+    from fastlt.packing.collect import collect
     from fastlt.packing.remote import is_remote
     from fastlt.packing.writer import PackOptions, verify_pack, write_pack
 
@@ -142,7 +142,17 @@ def pack(
         return
     write_beton = beton_writer() if beton else None
     collection = collect(
-        source, target, auxiliary, val, test, holdout, pairs, root, class_names, task, imbalance
+        source,
+        target=target,
+        auxiliary=auxiliary,
+        val=val,
+        test=test,
+        holdout=holdout,
+        pairs=pairs,
+        root=root,
+        class_names=class_names,
+        task=task.value if task else None,
+        imbalance=imbalance,
     )
     if out is None:
         raise UserError("no place to write to: name one with --out PACK")
@@ -162,64 +172,3 @@ def beton_writer() -> WriteBeton:
 
     import_ffcv()
     return write_beton
-
-
-def collect(
-    source: str | None,
-    target: Path | None,
-    auxiliary: str | None,
-    val: Path | None,
-    test: Path | None,
-    holdout: float,
-    pairs: Path | None,
-    root: Path | None,
-    class_names: Path | None,
-    task: Task | None,
-    imbalance: float,
-) -> Collection:
-    """Return the images that the arguments of `pack` name."""
-    from fastlt.packing.holdout import hold_out
-    from fastlt.packing.sources import is_pack, read_cifar100, read_collection
-
-    if holdout and val is not None:
-        raise UserError("--holdout takes the place of --val: leave one of them out")
-    if source is None:
-        if not holdout and target is not None and val is None and is_pack(target):
-            val = target
-        if target is None or (val is None and not holdout):
-            raise UserError(
-                "nothing to pack: name images with --target and --val (or --holdout), or give "
-                "cifar100:DIR"
-            )
-        if task is not None:
-            raise UserError(
-                f"--task {task.value} is for cifar100:DIR, not for --target: leave it out"
-            )
-        collection = read_collection(
-            target, Path(auxiliary) if auxiliary else None, val, pairs, root, class_names, test
-        )
-        if holdout:
-            hold_out(collection, holdout)
-        return collection
-    kind, _, folder = source.partition(":")
-    if kind != "cifar100" or not folder:
-        raise UserError(
-            f"unknown source '{source}': it must be cifar100:DIR; folders are named with --target, "
-            "--auxiliary and --val"
-        )
-    if target or val or test or pairs or root or class_names:
-        raise UserError(
-            "--target, --val, --test, --pairs, --root and --class-names do not go with "
-            "cifar100:DIR: leave them out"
-        )
-    if task is None:
-        raise UserError("cifar100 needs --task cifar100-lt or --task cifar100-siblings")
-    controls = ["siblings", "random", "none"]
-    default = "none" if task is Task.lt else "siblings"
-    if auxiliary not in (None, *controls):
-        raise UserError(f"--auxiliary {auxiliary}: for cifar100 it is one of {', '.join(controls)}")
-    collection = read_cifar100(Path(folder), task.value, imbalance, auxiliary or default)
-    if holdout:
-        collection.val, collection.test = [], collection.val
-        hold_out(collection, holdout)
-    return collection

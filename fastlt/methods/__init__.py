@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastlt.config import MethodConfig, did_you_mean
-from fastlt.errors import UserError
+from fastlt.errors import ConfigError
 from fastlt.methods.presets import PRESETS, SECOND_STAGE, Settings, preset_settings
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ def method_names() -> list[str]:
 
 @cache
 def method_type(name: str) -> Any:
-    """Return the class of a method. Raises UserError that names the nearest one."""
+    """Return the class of a method. Raises ConfigError that names the nearest one."""
     if name not in method_names():
         names = method_names()
-        raise UserError(
+        raise ConfigError(
             f"there is no method '{name}'{did_you_mean(name, names)}: method.name is one of "
             f"{', '.join(names)}"
         )
@@ -62,7 +62,7 @@ def method_settings(method: str | None, start: str | None) -> Callable[[int, int
     if method is not None and method not in PRESETS:
         names = [*method_names(), *PRESETS]
         if method not in names:
-            raise UserError(
+            raise ConfigError(
                 f"there is no method '{method}'{did_you_mean(method, names)}; methods: "
                 f"{', '.join(names)}"
             )

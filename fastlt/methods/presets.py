@@ -7,7 +7,7 @@ as it is.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fastlt.errors import UserError
+from fastlt.errors import ConfigError
 
 Settings = dict[str, Any]  # section.key -> value
 SECOND_STAGE_EPOCHS = 10  # in all three papers, on CIFAR-100-LT
@@ -161,7 +161,7 @@ def preset_settings(name: str | None, start: str | None) -> Callable[[int, int |
     """
     if name in SECOND_STAGE:
         if start is None:
-            raise UserError(
+            raise ConfigError(
                 f"--method {name} begins with the model of another run: name it with --start RUN"
             )
         second = SECOND_STAGE[name].settings

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlt.config import ModelConfig, did_you_mean
-from fastlt.errors import UserError
+from fastlt.errors import MissingExtra, UserError
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 
@@ -114,7 +114,7 @@ def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise UserError(
+        raise MissingExtra(
             f"model {config.name} comes from timm, which is not installed: pip install "
             "'fastlt[timm]'"
         ) from error

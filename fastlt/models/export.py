@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastlt.config import Config
-from fastlt.errors import UserError
+from fastlt.errors import MissingExtra, UserError
 from fastlt.models.classifier import Classifier, build_model
 from fastlt.models.heads import section
 from fastlt.models.weights import copies, load_weights, write_tensors
@@ -105,7 +105,7 @@ def export_onnx(source: Path, path: Path) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401  torch's exporter imports it when called
     except ImportError as error:
-        raise UserError(
+        raise MissingExtra(
             "ONNX export needs onnx, onnxscript and onnxruntime: pip install 'fastlt[onnx]'"
         ) from error
     model, _ = load_exported(source)

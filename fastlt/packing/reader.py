@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastlt.classes import ClassSpace
 from fastlt.decode.images import BadImage, decode_pil
-from fastlt.errors import UserError
+from fastlt.errors import DataError
 from fastlt.packing.remote import TABLES, Remote, fetch_tables, is_remote
 
 FORMAT_VERSION = 1
@@ -92,7 +92,7 @@ class Split:
         return f"{folder}/{self.shards[int(self.shard[image])]}:{self.key(image)}"
 
     def fetched(self, shard: int) -> Path:
-        """The shard's local file. Raises UserError where it cannot be had."""
+        """The shard's local file. Raises DataError where it cannot be had."""
         name = self.shards[shard]
         return (
             self.folder / name if self.remote is None else self.remote.fetch(f"{self.name}/{name}")
@@ -117,7 +117,7 @@ class Split:
                 if self.remote is None:
                     break
                 continue  # another process made room in the cache just now
-        raise UserError(
+        raise DataError(
             f"{path} has vanished from the pack: copy the pack again, or raise data.cache_gb"
         )
 
@@ -156,7 +156,7 @@ def open_pack(path: Path | str, cache_bytes: int = 100 * 10**9) -> Pack:
     """Opens what `fastlt pack` wrote; path may be an address, of whose shards cache_bytes at most
     are kept here.
 
-    Raises UserError where it is no pack or one of another version, and where a file is missing or
+    Raises DataError where it is no pack or one of another version, and where a file is missing or
     truncated.
     """
     url = str(path).rstrip("/") if is_remote(str(path)) else ""
@@ -171,27 +171,27 @@ def open_pack(path: Path | str, cache_bytes: int = 100 * 10**9) -> Pack:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return manifest.json. Raises UserError where it is missing, damaged or too new."""
+    """Return manifest.json. Raises DataError where it is missing, damaged or too new."""
     if not path.is_dir():
-        raise UserError(f"there is no pack at {path}: make one with `fastlt pack`")
+        raise DataError(f"there is no pack at {path}: make one with `fastlt pack`")
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
+        raise DataError(
             f"{path} is not a pack: it has no readable manifest.json; make one with `fastlt pack`"
         ) from error
     if not isinstance(manifest, dict) or "format_version" not in manifest:
-        raise UserError(
+        raise DataError(
             f"{path} is not a pack: its manifest.json is of something else; make one with `fastlt "
             "pack`"
         )
     if manifest["format_version"] != FORMAT_VERSION:
-        raise UserError(
+        raise DataError(
             f"{path} has pack format {manifest['format_version']}, this version reads "
             f"{FORMAT_VERSION}: pack again"
         )
     if not all(isinstance(manifest.get(part), dict) for part in ("files", "shards")):
-        raise UserError(
+        raise DataError(
             f"{path} is damaged: its manifest.json lists no files or shards; copy the pack again "
             "or pack again"
         )
@@ -203,11 +203,11 @@ def _read_index(file: Path, splits: list[str]) -> dict[str, np.ndarray]:
         with np.load(file) as index:
             columns = {name: index[name] for name in index.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is damaged ({error}): pack again, or copy it again") from error
+        raise DataError(f"{file} is damaged ({error}): pack again, or copy it again") from error
     if missing := [
         name for split in splits for name in COLUMNS if f"{split}_{name}" not in columns
     ]:
-        raise UserError(
+        raise DataError(
             f"{file} is damaged: it has no column {missing[0]}; pack again, or copy it again"
         )
     return columns
@@ -222,10 +222,10 @@ def check_sizes(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> N
             continue
         file = path / name
         if not file.is_file():
-            raise UserError(f"{file} is missing from the pack: pack again, or copy it again")
+            raise DataError(f"{file} is missing from the pack: pack again, or copy it again")
         if file.stat().st_size != entry["size"]:
             found, wanted = file.stat().st_size, entry["size"]
-            raise UserError(
+            raise DataError(
                 f"{file} is damaged: it has {found} bytes, the manifest says {wanted}; copy it "
                 "again"
             )
@@ -257,9 +257,9 @@ def check_shards(split: Split) -> None:
     for name, end in zip(split.shards, ends.tolist(), strict=True):
         file = split.folder / name
         if not file.is_file():
-            raise UserError(f"{file} is missing from the pack: pack again, or copy it again")
+            raise DataError(f"{file} is missing from the pack: pack again, or copy it again")
         if file.stat().st_size < end:
-            raise UserError(
+            raise DataError(
                 f"{file} is damaged: it has {file.stat().st_size} bytes, the index needs {end}; "
                 "copy it again"
             )
@@ -268,19 +268,19 @@ def check_shards(split: Split) -> None:
 def picture(split: Split, image: int, is_sound: bool = False) -> Image.Image:
     """One image, upright RGB.
 
-    Raises UserError that names shard and key where it cannot be decoded. is_sound: as in
+    Raises DataError that names shard and key where it cannot be decoded. is_sound: as in
     decode_pil.
     """
     try:
         # what is too large was left out by packing
         found = decode_pil(split.read(image), sys.maxsize, is_sound)
     except (BadImage, OSError, ValueError) as error:
-        raise UserError(
+        raise DataError(
             f"{split.where(image)}: {error}; the pack is damaged: copy it again or pack again"
         ) from error
     if found.size != (split.width[image], split.height[image]):
         wanted = f"{split.width[image]} x {split.height[image]}"
-        raise UserError(
+        raise DataError(
             f"{split.where(image)}: {found.width} x {found.height} pixels, the index says "
             f"{wanted}: pack again"
         )

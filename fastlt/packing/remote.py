@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastlt.errors import UserError
+from fastlt.errors import MissingExtra, UserError
 from fastlt.utils.files import is_disk_full, whole_file
 from fastlt.utils.lock import take_lock
 
@@ -111,7 +111,7 @@ def download(url: str, path: Path, entry: dict[str, Any] | None) -> None:
                 "read it?"
             ) from error
         except ImportError as error:
-            raise UserError(
+            raise MissingExtra(
                 f"{url} needs a package that is not installed ({error}): pip install fastlt[remote]"
             ) from error
         except OSError as error:

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from fastlt.classes import pair_ids
 from fastlt.decode.images import EXTENSIONS
-from fastlt.errors import UserError
+from fastlt.errors import DataError, UserError
 from fastlt.packing.cifar import read_cifar100
 from fastlt.packing.collection import Collection, ImageRef
 from fastlt.packing.reader import open_pack
@@ -168,18 +168,18 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
     try:
         rows = list(csv.reader(_read_text(file).rstrip().splitlines()))
     except csv.Error as error:
-        raise UserError(f"{file} is not a CSV file: {error}") from error
+        raise DataError(f"{file} is not a CSV file: {error}") from error
     header = [cell.strip() for cell in rows[0]] if rows else []
     if header[:2] != ["target", "auxiliary"]:
-        raise UserError(f"{file}, line 1: the header must be 'target,auxiliary'")
+        raise DataError(f"{file}, line 1: the header must be 'target,auxiliary'")
     if len(rows) == 1:
-        raise UserError(
+        raise DataError(
             f"{file} holds no pairs: every line after the header names a target and an auxiliary "
             "that neighbours it"
         )
     for line, row in enumerate(rows[1:], start=2):
         if len(row) != len(header) or not row[0].strip() or not row[1].strip():
-            raise UserError(
+            raise DataError(
                 f"{file}, line {line}: '{','.join(row)}' is not of the form '{','.join(header)}'"
             )
     return [(row[0].strip(), row[1].strip()) for row in rows[1:]]
@@ -197,14 +197,14 @@ def _list(
     if path.is_file():
         return _list_split_file(path, root or path.parent, limit)
     if not path.is_dir():
-        raise UserError(f"there is no folder or file {path}")
+        raise DataError(f"there is no folder or file {path}")
     children = sorted(child for child in _children(path) if not child.name.startswith("."))
     classes = [child for child in children if child.is_dir()]
     shards = [child for child in children if child.suffix == ".tar"]
     if shards and not classes:
         return _list_shards(path, shards, limit)
     if not classes:
-        raise UserError(
+        raise DataError(
             f"{path} has no class sub-folders and no .tar shards: give a folder with a sub-folder "
             "of images per class"
         )
@@ -216,7 +216,7 @@ def _list_class_folders(path: Path, classes: list[Path], may_be_empty: bool) -> 
     left_out: Counter[str] = Counter()
     for label, folder in enumerate(classes):
         if not _is_text(folder.name):
-            raise UserError(
+            raise DataError(
                 f"{path}: the name of class folder {folder.name!a} is not valid UTF-8: rename it"
             )
         before = len(refs)
@@ -227,7 +227,7 @@ def _list_class_folders(path: Path, classes: list[Path], may_be_empty: bool) -> 
             else:
                 left_out[Path(relative).suffix or "without extension"] += 1
         if len(refs) == before and not may_be_empty:
-            raise UserError(
+            raise DataError(
                 f"the class folder {folder} holds no images ({', '.join(EXTENSIONS)}): add some or "
                 "remove it"
             )
@@ -257,10 +257,10 @@ def _list_split_file(file: Path, root: Path, limit: int | None) -> Listing:
             )
             lines.append(number)
     if not refs:
-        raise UserError(f"{file} lists no images: every line must be 'relative/path label'")
+        raise DataError(f"{file} lists no images: every line must be 'relative/path label'")
     if missing := _first_missing(refs):
         index, path = missing
-        raise UserError(
+        raise DataError(
             f"{file}, line {lines[index]}: there is no image {path}: paths are taken below --root, "
             f"here {root}"
         )
@@ -271,12 +271,12 @@ def _split_line(line: str, place: str, limit: int | None) -> tuple[str, int]:
     relative, label = ([*line.rsplit(maxsplit=1), ""])[:2]
     relative = relative.strip()
     if not re.fullmatch(r"-?[0-9]+", label):
-        raise UserError(
+        raise DataError(
             f"{place}: '{line.strip()}' is not of the form 'relative/path label' with an integer "
             "label"
         )
     if relative.startswith("/") or ".." in relative.split("/"):
-        raise UserError(
+        raise DataError(
             f"{place}: {relative} leaves the root folder: paths must be relative and stay below "
             "--root"
         )
@@ -285,9 +285,9 @@ def _split_line(line: str, place: str, limit: int | None) -> tuple[str, int]:
 
 def _in_range(label: int, place: str, limit: int | None) -> int:
     if label < 0:
-        raise UserError(f"{place}: label {label} is out of range: labels start at 0")
+        raise DataError(f"{place}: label {label} is out of range: labels start at 0")
     if limit is not None and label >= limit:
-        raise UserError(
+        raise DataError(
             f"{place}: label {label} is out of range: there are {limit} target classes, 0 to "
             f"{limit - 1}"
         )
@@ -325,7 +325,7 @@ def _list_shards(where: Path, shards: list[Path], limit: int | None) -> Listing:
     """Images with their `.cls`, an ASCII integer or a class name; pixels are not read."""
     found = [(shard, *sample) for shard in shards for sample in _samples(shard)]
     if not found:
-        raise UserError(f"{where} holds no images ({', '.join(EXTENSIONS)})")
+        raise DataError(f"{where} holds no images ({', '.join(EXTENSIONS)})")
     numbered = all(re.fullmatch(r"-?[0-9]+", text) for *_, text in found)
     if numbered:
         labels = [
@@ -363,11 +363,11 @@ def _samples(shard: Path) -> list[tuple[str, tarfile.TarInfo, str]]:
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("it is cut off or damaged")
     except (OSError, tarfile.TarError) as error:
-        raise UserError(
+        raise DataError(
             f"cannot read the shard {shard} ({error}): it must be a whole, uncompressed tar file"
         ) from error
     if unlabelled := next((key for key in images if key not in classes), None):
-        raise UserError(
+        raise DataError(
             f"{shard}: the image {unlabelled} has no {unlabelled}.cls that names its class"
         )
     return [(key, image, classes[key]) for key, image in images.items()]
@@ -381,7 +381,7 @@ def _class_text(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> s
     except UnicodeDecodeError:
         text = ""
     if not text or not text.isprintable():
-        raise UserError(
+        raise DataError(
             f"{shard}: {member.name} must hold a class as text, an integer or a name, not "
             f"{data[:16]!r}"
         )
@@ -397,7 +397,7 @@ def _class_names(listing: Listing, given: list[str], prefix: str = "") -> list[s
     ):  # the first gap comes within len(labels) steps, however large the labels are
         if label not in labels:
             name = f" ('{given[label]}')" if given else ""
-            raise UserError(
+            raise DataError(
                 f"{listing.where}: class {label}{name} has no images: labels must run from 0 to "
                 f"{count - 1} with no gap"
             )
@@ -410,12 +410,12 @@ def _as_targets(
     """The images of `val` or `test` with the targets' ids."""
     kind = "validation" if split == "val" else "test"
     if not validation.refs:
-        raise UserError(f"{validation.where} holds no {kind} images")
+        raise DataError(f"{validation.where} holds no {kind} images")
     if validation.numbered:
         known = targets.names or dict(enumerate(target_names))
         for label, name in validation.names.items():
             if known[label] != name and name in known.values():
-                raise UserError(
+                raise DataError(
                     f"{validation.where}: label {label} is '{name}' here but '{known[label]}' in "
                     f"{targets.where}: "
                     "both must number the classes alike"
@@ -424,7 +424,7 @@ def _as_targets(
     ids = {name: label for label, name in enumerate(target_names)}
     for name in validation.names.values():
         if name not in ids:
-            raise UserError(
+            raise DataError(
                 f"{validation.where}: the {kind} class '{name}' is no class of the training "
                 f"set {targets.where}"
             )
@@ -451,12 +451,12 @@ def _read_names(file: Path) -> list[str]:
                 if name
                 else "there is no class name"
             )
-            raise UserError(
+            raise DataError(
                 f"{file}, line {line}: {problem}; every line names one class, in the order of the "
                 "labels"
             )
     if not names:
-        raise UserError(
+        raise DataError(
             f"{file} holds no class names: every line names one class, in the order of the labels"
         )
     return names
@@ -466,9 +466,9 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
+        raise DataError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(
+        raise DataError(
             f"{file} is not UTF-8 text: {error.reason} at byte {error.start}"
         ) from error
 
@@ -481,7 +481,7 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _cannot_list(error: OSError) -> NoReturn:
-    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+    raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
 def _is_text(name: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fastlt.errors import UserError
+from fastlt.errors import MissingExtra
 
 OPERATORS = (
     "nms",
@@ -43,7 +43,7 @@ def make_importable() -> torch.library.Library | None:
         return None
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
-        raise UserError(
+        raise MissingExtra(
             "torchvision is not installed, and timm models and RandAugment need it: pip install "
             "'fastlt[timm]'"
         )

@@ -19,7 +19,7 @@ from fastlt.data.engines.interface import NO_GPU_DECODER, Options
 from fastlt.data.engines.interface import PREFETCH as PREFETCH
 from fastlt.data.engines.torch import BatchDataset
 from fastlt.data.plan import Batch
-from fastlt.errors import UserError
+from fastlt.errors import MissingExtra, UserError
 from fastlt.packing.reader import Split, check_shards, picture
 
 LARGEST_BATCH = 2048
@@ -34,7 +34,7 @@ def import_dali() -> tuple[Any, Any, Any]:
     try:
         from nvidia.dali import fn, pipeline_def, types
     except (ImportError, OSError) as error:
-        raise UserError(
+        raise MissingExtra(
             f"the dali engine cannot be loaded ({error}): `pip install fastlt[dali]`, or set "
             "data.engine=torch"
         ) from error

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from fastlt.errors import UserError
+from fastlt.errors import MissingExtra, UserError
 
 
 def import_ffcv() -> tuple[ModuleType, ModuleType]:
@@ -19,7 +19,7 @@ def import_ffcv() -> tuple[ModuleType, ModuleType]:
             from fastlt.data.engines.ffcv import jit as ffcv_jit
             from fastlt.data.engines.ffcv import parts as ffcv_parts
     except (ImportError, OSError, AttributeError) as error:
-        raise UserError(
+        raise MissingExtra(
             f"the ffcv engine cannot be loaded ({error}): `make setup` installs FFCV with its "
             "system libraries "
             "(libturbojpeg, OpenCV core and imgproc), or install those and then `pip install "
