@@ -1,4 +1,4 @@
-.PHONY: setup demo test test-slow lint docs clean
+.PHONY: setup demo test test-slow lint docs gpu clean
 
 setup:
 	@tools/setup.sh
@@ -18,6 +18,9 @@ lint: setup
 
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet && echo "docs: site/index.html"
+
+gpu:
+	@tools/gpu.sh
 
 clean:
 	@rm -rf .venv build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
