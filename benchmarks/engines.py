@@ -123,7 +123,7 @@ def main(
         table.add_row(row["engine"], row["decode"], *figures, f"{row['images_per_second']:,.0f}")
     console.print(table)
     if csv is not None:
-        append_rows(csv, rows)
+        append_rows(csv, rows, "python -m fastlt_benchmarks.engines")
     sys.exit(bool(report_faults(rows, console)))
 
 

@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from rich.console import Console
 if TYPE_CHECKING:
     from fastlt.packing.reader import Pack
 
+# Processes that tests start find the functions of test modules by the names of their paths. Last, so
+# that fastlt is the installed one.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with a thread each, not with all cores each
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

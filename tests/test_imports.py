@@ -16,7 +16,8 @@ LEVELS = [  # low to high; the rooms of one level do not import each other
     {"evaluation", "reports"},
     {"training"},
     {"studies", "sweep", "curate", "demo"},
-    {"cli"},
+    {"api", "cli"},
+    {"_moved"},
     {"__init__", "__main__"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(LEVELS) for room in rooms}

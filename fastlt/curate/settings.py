@@ -24,91 +24,121 @@ class ProposeConfig(Section):
     """The settings of `fastlt curate propose`."""
 
     provider: Literal["wordnet", "llm", "file"] = "wordnet"
-    # random: as many, drawn from all of WordNet
+    """Where neighbours come from: WordNet, a language model, or a file."""
     control: Literal["neighbours", "random"] = "neighbours"
-    # the most auxiliary classes that one target gets
+    """random: a control, as many categories drawn from all of WordNet."""
     per_target: Annotated[int, Field(ge=1, le=1000)] = 8
-    # tail: as many in all, but more for targets with fewer images
+    """The most auxiliary classes that one target gets."""
     allocation: Literal["even", "tail"] = "even"
-    seed: Annotated[int, Field(ge=0)] = 0  # of the random control
-    # wordnet
-    wordnet: str = ""  # a folder with its tables, or wn:omw-en:1.4, data of the library wn
-    synsets: str = ""  # CSV target,synset for targets whose name says too little
-    reach: Annotated[int, Field(ge=1, le=20)] = 4  # edges of the tree between target and neighbour
-    rise: Count = 2  # of which upwards: 1 are siblings, 2 are cousins
-    # FILE.npz or FILE.npz:KEY with names and vectors: what is as near is ranked by them
+    """tail: as many in all, but more for targets with fewer images."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the random control."""
+    wordnet: str = ""
+    """For wordnet: a folder with its tables, or wn:omw-en:1.4, data of the library wn."""
+    synsets: str = ""
+    """For wordnet: a CSV target,synset for targets whose name says too little."""
+    reach: Annotated[int, Field(ge=1, le=20)] = 4
+    """For wordnet: edges of the tree between a target and its neighbours, at most."""
+    rise: Count = 2
+    """For wordnet: how many of these edges may go upwards: 1 for siblings, 2 for cousins."""
     embeddings: str = ""
-    # file
-    file: str = ""  # CSV target,category[,query[,description]], best first
-    # llm
+    """For wordnet: FILE.npz or FILE.npz:KEY with names and vectors that rank what is equally
+    near."""
+    file: str = ""
+    """For file: a CSV target,category[,query[,description]], best first."""
     model: str = ""
-    # of any endpoint that speaks OpenAI's protocol; empty: OPENAI_BASE_URL, or OpenAI itself
+    """For llm: the model's name."""
     base_url: str = ""
-    # how replies are asked for; auto: by a schema, or as the endpoint takes it
+    """For llm: an endpoint that speaks OpenAI's protocol; empty: OPENAI_BASE_URL, or OpenAI."""
     structured: Literal["auto", "json_schema", "json_object", "none"] = "auto"
-    # a text file with $target, $count, $others; empty: the one that comes with fastlt
+    """For llm: how replies are asked for; auto: by a schema, or as the endpoint takes it."""
     prompt: str = ""
+    """For llm: a text file with $target, $count and $others; empty: the one of fastlt."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.2
-    concurrency: Several = 4  # requests at a time
-    timeout: Annotated[float, Field(gt=0)] = 60.0  # seconds, of one request
-    # of a request that fails, waiting longer each time, and of a reply that is not what was asked
-    # for
+    """For llm: the sampling temperature."""
+    concurrency: Several = 4
+    """For llm: requests at a time."""
+    timeout: Annotated[float, Field(gt=0)] = 60.0
+    """For llm: seconds that one request may take."""
     retries: Count = 5
-    price_in: Price = 0.0  # dollars for a million tokens
+    """For llm: repetitions of a request that fails, or whose reply is of another form."""
+    price_in: Price = 0.0
+    """For llm: dollars for a million tokens of the prompts."""
     price_out: Price = 0.0
+    """For llm: dollars for a million tokens of the replies."""
 
 
 class RetrieveConfig(Section):
     """The settings of `fastlt curate retrieve`."""
 
-    # asked in turn, until there are enough candidates
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = ("openverse",)
-    per_category: Several = 100  # candidates of each auxiliary class
-    licences: tuple[str, ...] = ()  # those that are accepted, such as cc0, by, by-sa; empty: any
-    # other addresses of the same interface, by source
+    """The sources, asked in turn until there are enough candidates."""
+    per_category: Several = 100
+    """Candidates of each auxiliary class."""
+    licences: tuple[str, ...] = ()
+    """Licences that are accepted, such as cc0, by, by-sa; empty: any."""
     endpoints: dict[Source, str] = Field(default={})
-    # of source urls: CSV or parquet with category, url and, if there, licence, author
+    """Other addresses of the same interface, by source."""
     urls: str = ""
-    folder: str = ""  # of source folder: a sub-folder of images for each category
-    # of source clip: what `clip-retrieval inference` wrote of images, with their addresses
+    """For urls: a CSV or parquet with category, url and, if there, licence and author."""
+    folder: str = ""
+    """For folder: a folder with a sub-folder of images for each category."""
     clip_index: str = ""
-    clip_text: str = ""  # and of the categories: FILE.npz with names and vectors of the same model
-    # an address or page by which hosts can reach you; part of the user agent
+    """For clip: what `clip-retrieval inference` wrote of images, with their addresses."""
+    clip_text: str = ""
+    """For clip: FILE.npz with names and vectors of the categories by the same model."""
     contact: str = ""
-    allow_private: bool = False  # addresses of private networks and of this machine too
-    per_host: Annotated[float, Field(gt=0)] = 5.0  # requests a second of one host
-    concurrency: Several = 32  # requests at a time
-    timeout: Annotated[float, Field(gt=0)] = 30.0  # seconds, of one request
-    retries: Count = 2  # of what may go better the next time
-    max_bytes: Several = 20_000_000  # of an image
+    """An address or page by which hosts can reach you, as part of the user agent."""
+    allow_private: bool = False
+    """Fetch from addresses of private networks and of this machine too."""
+    per_host: Annotated[float, Field(gt=0)] = 5.0
+    """Requests a second to one host."""
+    concurrency: Several = 32
+    """Requests at a time."""
+    timeout: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds that one request may take."""
+    retries: Count = 2
+    """Repetitions of requests that may succeed the next time."""
+    max_bytes: Several = 20_000_000
+    """The largest image, in bytes."""
     max_pixels: Several = 50_000_000
-    min_side: Several = 64  # pixels
-    shard: Several = 500  # images that are fetched, and written, together
-    retry: Literal["transient", "all"] = "transient"  # of what failed before, when called again
+    """The largest image, in pixels."""
+    min_side: Several = 64
+    """The shortest side of an image, in pixels."""
+    shard: Several = 500
+    """Images that are fetched and written together."""
+    retry: Literal["transient", "all"] = "transient"
+    """Which failures are tried again by a later call."""
 
 
 class FilterConfig(FeatureSettings):
     """The settings of `fastlt curate filter`, below those of the features."""
 
-    # whose images a class is like: its own, its owners', both
     prototype: Literal["retrieved", "targets", "both"] = "retrieved"
-    gamma1: Cosine = 0.7  # the least cosine of an image to the prototype of its class
-    # from this cosine on two images are the same; above 1: none are
+    """Whose images the prototype of a class is made of: its own, its owners', or both."""
+    gamma1: Cosine = 0.7
+    """The least cosine of an image to the prototype of its class."""
     gamma2: Annotated[float, Field(gt=0, le=2)] = 0.98
-    # of 64 bits, up to which two perceptual hashes are the same; -1: off
+    """The cosine from which on two images are the same; above 1: none are."""
     hash_distance: Annotated[int, Field(ge=-1, le=5)] = 4
-    test: str = ""  # a further pack none of whose images may be among the auxiliaries
-    min_images: Several = 10  # an auxiliary class with fewer is given up
-    # images of a class on its contact sheet, kept and dropped ones each; 0: no sheets
+    """The bits of 64 up to which two perceptual hashes are the same; -1: off."""
+    test: str = ""
+    """A further pack none of whose images may be among the auxiliaries."""
+    min_images: Several = 10
+    """An auxiliary class with fewer images is given up."""
     sheet: Count = 24
+    """Images of a class on its contact sheet, kept and dropped ones each; 0: no sheets."""
 
 
 class CurateConfig(Section):
     """The settings of all steps."""
 
     propose: ProposeConfig = ProposeConfig()
+    """The settings of `propose`."""
     retrieve: RetrieveConfig = RetrieveConfig()
+    """The settings of `retrieve`."""
     filter: FilterConfig = FilterConfig()
+    """The settings of `filter`."""
 
 
 def read_settings(

@@ -43,9 +43,13 @@ class Range(Section):
     """An axis that is searched rather than gone through."""
 
     low: float
+    """The lowest value."""
     high: float
+    """The highest value."""
     log: bool = False
-    whole: bool = False  # numbers without a fraction
+    """Draw evenly on a logarithmic scale."""
+    whole: bool = False
+    """Draw numbers without a fraction."""
 
     @model_validator(mode="after")
     def _ascends(self) -> "Range":
@@ -72,32 +76,49 @@ class Search(Section):
     """The way in which trials are chosen."""
 
     kind: Literal["grid", "random", "optuna"] = "grid"
-    trials: Count = 0  # of random and optuna
+    """grid: all values; random: drawn; optuna: chosen by what earlier trials gave."""
+    trials: Count = 0
+    """Trials of random and optuna."""
     seed: Annotated[int, Field(ge=0)] = 0
-    metric: Metric = "top1"  # what is to be high
-    stop_early: bool = False  # ASHA: trials that are behind at the same epoch end there
-    grace: Annotated[int, Field(ge=1)] = 1  # epochs before which none is ended
+    """Seed of what is drawn."""
+    metric: Metric = "top1"
+    """The figure that is to be high."""
+    stop_early: bool = False
+    """ASHA: end trials that are behind others at the same epoch."""
+    grace: Annotated[int, Field(ge=1)] = 1
+    """Epochs before which no trial is ended early."""
 
 
 class Resources(Section):
     """The resources of a trial."""
 
-    cpus: Positive = 1.0  # torch has as many threads
-    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0.25: four trials share one
-    parallel: Count = 0  # trials at a time at most; 0: as many as there is room for
-    retries: Count = 2  # of a trial whose process dies, or that fails for no reason of its own
+    cpus: Positive = 1.0
+    """Cores of a trial; torch has as many threads."""
+    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """GPUs of a trial; 0.25: four trials share one."""
+    parallel: Count = 0
+    """Trials at a time, at most; 0: as many as there is room for."""
+    retries: Count = 2
+    """Repetitions of a trial whose process dies, or that fails for no reason of its own."""
 
 
 class Sweep(Section):
     """A sweep as SWEEP.toml describes it."""
 
     recipe: str
-    method: str = ""  # of `fastlt train --method`
-    settings: dict[str, Any] = Field(default={})  # section.key -> value, of every trial
+    """The recipe of every trial, a name or the path of a .toml file."""
+    method: str = ""
+    """A method, as `fastlt train --method` takes it."""
+    settings: dict[str, Any] = Field(default={})
+    """Settings of every trial, by section.key."""
     axes: dict[str, Axis] = Field(min_length=1)
-    baseline: Values = Field(default={})  # values of axes: the trials that others are compared with
+    """Axes, each with its values or, where they are searched, a range."""
+    baseline: Values = Field(default={})
+    """Values of axes: the trials that others are compared with."""
     search: Search = Search()
+    """The way in which trials are chosen."""
     resources: Resources = Resources()
+    """The resources of a trial."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Sweep":

@@ -21,9 +21,12 @@ class Tile:
         self.weight = weight.to(dtype) if plan.cast_weight_once else weight  # (C, D)
         self.bias = bias  # (C,)
         self.step = plan.products
-        self.buffer = weight.new_empty(
-            plan.rows, -(-plan.classes // ALIGNED) * ALIGNED, dtype=dtype
-        )
+        shape = plan.rows, -(-plan.classes // ALIGNED) * ALIGNED
+        self.buffer = weight.new_empty(shape, dtype=dtype)
+        if self.buffer.device.type == "cpu" and dtype == torch.bfloat16:
+            # Products on AMX read behind the last class of a row, where a NaN would spoil the sum
+            # although it is multiplied by zero (seen with torch 2.13 on a Xeon).
+            self.buffer.zero_()
 
     def logits(self, features: Tensor, classes: slice) -> Tensor:
         """Return logits (n, c) in the buffer, of features (n, D) in the dtype of the products."""

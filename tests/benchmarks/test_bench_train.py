@@ -158,6 +158,7 @@ def test_controls_have_mean_and_deviation_and_no_zero_for_an_empty_group():
     assert table(rows).row_count == len(SIBLINGS)
 
 
+@pytest.mark.slow
 def test_controls_are_trained_seed_by_seed_and_read_again(small_pack, tmp_path):
     settings = [*SMALL, "train.epochs=1"]
     controls = {

@@ -156,6 +156,7 @@ def kill_ranks(small_pack: Path, run: Path, kills: int, *settings: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["linear", "class-parallel"])
 def test_a_killed_process_is_started_again_and_nothing_is_lost(small_pack, tmp_path, case):
     out = kill_ranks(small_pack, tmp_path / "killed", 1, *CASES[case], *LONG)
@@ -190,8 +191,15 @@ def test_five_kills_of_one_of_two_processes(small_pack, tmp_path):
     assert curve(tmp_path / "killed") == curve(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("case", ["linear", "class-parallel"])
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("case", "first", "then"),
+    [
+        ("class-parallel", 2, 1),
+        pytest.param("class-parallel", 1, 2, marks=pytest.mark.slow),
+        pytest.param("linear", 2, 1, marks=pytest.mark.slow),
+        pytest.param("linear", 1, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_another_number_of_processes_goes_on(small_pack, tmp_path, case, first, then):
     settings = [*CASES[case], *LONG]
     process = start(command_of(small_pack, tmp_path / "run", *settings, processes=first))

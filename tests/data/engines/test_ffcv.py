@@ -513,4 +513,4 @@ def test_a_machine_without_ffcv_is_told_what_to_install():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "pip install fastlt[ffcv]" in done.stderr and "make setup" in done.stderr
-    assert "UserError" in done.stderr.splitlines()[-1]
+    assert "MissingExtra" in done.stderr.splitlines()[-1]
