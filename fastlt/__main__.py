@@ -13,6 +13,7 @@ from fastlt.utils.files import is_disk_full
 
 
 def main() -> None:
+    """Run the command line of this process."""
     from fastlt.cli import app
 
     speak_to_the_user(app)

@@ -45,14 +45,17 @@ class ClassSpace(BaseModel):
 
     @property
     def num_targets(self) -> int:
+        """The number of target classes, T."""
         return len(self.target_names)
 
     @property
     def num_auxiliaries(self) -> int:
+        """The number of auxiliary classes."""
         return len(self.auxiliary_names)
 
     @property
     def num_classes(self) -> int:
+        """The number of all classes, C."""
         return self.num_targets + self.num_auxiliaries
 
     @property
@@ -102,6 +105,7 @@ class ClassSpace(BaseModel):
         return groups
 
     def save(self, path: Path) -> None:
+        """Write the class space to a JSON file."""
         write_text(path, self.model_dump_json(indent=1) + "\n")
 
     @staticmethod

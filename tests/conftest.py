@@ -14,8 +14,8 @@ from rich.console import Console
 if TYPE_CHECKING:
     from fastlt.packing.reader import Pack
 
-# Processes that tests start find the functions of test modules by the names of their paths. Last, so
-# that fastlt is the installed one.
+# Processes that tests start find the functions of test modules by the names of their paths. It
+# comes last, so that fastlt is the installed one.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with a thread each, not with all cores each
     torch.set_num_threads(1)

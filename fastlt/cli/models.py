@@ -28,6 +28,8 @@ POST_HOC = (
 
 
 class ScoredSplit(str, Enum):
+    """The splits of a pack that `eval` scores."""
+
     val = "val"
     test = "test"
 

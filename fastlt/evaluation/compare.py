@@ -68,6 +68,7 @@ def shortest(places: Sequence[Path]) -> list[str]:
 
 
 def figures(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
+    """Return a table of the figures of runs."""
     table = Table(
         "run",
         *COLUMNS,

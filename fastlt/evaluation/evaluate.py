@@ -40,6 +40,7 @@ EVALUATION_BATCH = 256
 
 
 def evaluation_geometry(config: DataConfig) -> Geometry:
+    """Return how images are cut for evaluation: their centre, of `size` pixels a side."""
     return Geometry("centre-crop", config.size, resize=config.eval_resize or config.size)
 
 
@@ -76,6 +77,7 @@ def predict(
 
 
 def save_predictions(predictions: Predictions, path: Path) -> None:
+    """Write predictions to an .npz file."""
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **vars(predictions))
 
@@ -93,6 +95,7 @@ class Opened(NamedTuple):
     split: Split
 
     def batches(self) -> Iterator[Batch]:
+        """Return the batches of the split, in its order."""
         return evaluation_batches(
             self.split, evaluation_geometry(self.config.data), EVALUATION_BATCH
         )
@@ -102,7 +105,8 @@ class Opened(NamedTuple):
 def opened(run: Path, pack: Path | str | None, split: str = "val") -> Iterator[Opened]:
     """Open a run, and the images of `val` or `test` to score it on.
 
-    Device and engine are what this machine has, wherever the model was trained."""
+    Device and engine are what this machine has, wherever the model was trained.
+    """
     config = run_config(run)
     config = config.model_copy(update={"train": config.train.model_copy(update={"device": "auto"})})
     images = open_pack(pack or config.data.pack, round(config.data.cache_gb * 1e9))
@@ -253,6 +257,7 @@ def best_of(run: Path) -> dict[str, Any]:
 
 
 def check_targets(names: list[str], pack: Pack) -> None:
+    """Raise UserError where a pack has other targets than `names`."""
     if names != pack.space.target_names:
         raise UserError(
             f"the model was trained for other targets than those of {pack.path}: evaluate it on a "
@@ -261,6 +266,7 @@ def check_targets(names: list[str], pack: Pack) -> None:
 
 
 def run_config(run: Path) -> Config:
+    """Return the configuration that a run was trained with."""
     if not (run / "config.toml").is_file():
         raise UserError(
             f"there is no run at {run}: it has no config.toml; train one with `fastlt train`"

@@ -31,6 +31,8 @@ class Seen(NamedTuple):
 
 
 class Method(NamedTuple):
+    """A post-hoc method: its logits, and the strengths that are tried."""
+
     logits: Callable[[Seen, float], Tensor]  # and the strength
     strengths: np.ndarray
     changes_winner: bool  # with its strength
@@ -81,7 +83,7 @@ class Features(NamedTuple):
     values: Tensor  # (n, D) float32
 
     def take(self, which: np.ndarray) -> "Features":
-        """which (n,) bool."""
+        """Return the features of some images; which (n,) bool."""
         return Features(
             self.image[which],
             self.label[which],
@@ -90,6 +92,7 @@ class Features(NamedTuple):
 
 
 def check_methods(names: list[str], model: Classifier) -> None:
+    """Raise UserError for methods that do not exist, or change nothing about the model."""
     for name in names:
         if name not in METHODS:
             raise UserError(
@@ -104,6 +107,7 @@ def check_methods(names: list[str], model: Classifier) -> None:
 
 
 def applies(name: str, model: Classifier) -> bool:
+    """Return whether a method changes anything about a model."""
     return name != "tau-norm" or model.head.limits_rows
 
 
@@ -144,7 +148,7 @@ def choose(name: str, model: Classifier, found: Features, log_prior: Tensor) -> 
 def apply(
     name: str | None, strength: float, model: Classifier, found: Features, log_prior: Tensor
 ) -> Predictions:
-    """name None: as trained."""
+    """Return the predictions with a method of a strength; without a name, as trained."""
     parts = []
     for start in range(0, len(found.label), BLOCK):
         seen = look(model, found.values[start : start + BLOCK], log_prior)
@@ -158,7 +162,7 @@ def apply(
 
 @torch.inference_mode()
 def look(model: Classifier, features: Tensor, log_prior: Tensor) -> Seen:
-    """features (n, D)."""
+    """Return what the head sees of features (n, D)."""
     weight = model.head.weight.float()
     products = features @ weight.T
     return Seen(

@@ -29,6 +29,7 @@ class BasicBlock(nn.Module):
         self.stride, self.padding = stride, (channels - channels_in) // 2
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the maps (N, channels, H, W) of a block; a stride of 2 halves the sides."""
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.stride > 1 or self.padding:
             x = F.pad(
@@ -38,9 +39,9 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The CIFAR ResNet of 6n + 2 layers (arXiv 1512.03385, section 4.2):
+    """The CIFAR ResNet of 6n + 2 layers (arXiv 1512.03385, section 4.2).
 
-    (N, 3, H, W) to (N, 64) features.
+    Images (N, 3, H, W) to features (N, 64).
     """
 
     num_features = 64
@@ -86,6 +87,7 @@ def build_backbone(config: ModelConfig, size: int) -> nn.Module:
 
 
 def checkpoint_activations(backbone: nn.Module, name: str) -> None:
+    """Make a backbone recompute its activations. UserError where it cannot."""
     try:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError, NotImplementedError) as error:

@@ -47,6 +47,7 @@ def export_safetensors(
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
+    """Return what a model of fastlt says of itself. UserError where it is none."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -77,9 +78,9 @@ def load_exported(path: Path) -> tuple[Classifier, list[str]]:
 
 
 class FromPixels(nn.Module):
-    """uint8 pixels to logits, so that nobody has to know mean and deviation:
+    """A model of pixels (N, H, W, 3) uint8, so that nobody has to know mean and deviation.
 
-    (N, H, W, 3) uint8 to (N, T) float32.
+    It gives logits (N, T) float32.
     """
 
     mean: Tensor
@@ -92,6 +93,7 @@ class FromPixels(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Return the logits (N, T) of pixels (N, H, W, 3) uint8."""
         return self.model(((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2))
 
 
@@ -136,6 +138,7 @@ def export_onnx(source: Path, path: Path) -> float:
 
 
 def write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+    """Write a model to ONNX with a free batch size."""
     batch = torch.export.Dim("batch", min=1)
     program = torch.onnx.export(
         model,

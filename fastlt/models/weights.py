@@ -35,6 +35,7 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file of a checkpoint. UserError where it is damaged."""
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises OSError or its own, undocumented, types
@@ -45,6 +46,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
+    """Fill a model with the tensors of a file. UserError where they do not fit."""
     own_only = getattr(getattr(model, "head", None), "is_sharded", False)
     try:
         missing, unexpected = model.load_state_dict(read_tensors(path), strict=not own_only)
@@ -129,6 +131,7 @@ def weights_file(place: str) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file that the user named. UserError where it is none."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -125,6 +125,7 @@ def load_head(folder: Path, tensors: dict[str, Any]) -> None:
 
 
 def path_of(run: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after a step."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
@@ -190,6 +191,7 @@ class Writer:
             last.result()
 
     def close(self) -> None:
+        """End the thread."""
         self._pool.shutdown()
 
 

@@ -24,6 +24,7 @@ class CompiledForBatch:
         self.no_sync = getattr(module, "no_sync", nullcontext)
 
     def __call__(self, images: Tensor, *labels: Tensor | None) -> Step:
+        """Return the step of a batch, compiled where it is of the usual length."""
         return (self.compiled if len(images) == self.batch else self.module)(images, *labels)
 
 

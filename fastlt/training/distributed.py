@@ -28,7 +28,7 @@ BAD_INPUT = 2  # exit code of what another start would not change
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world` of them; `local` is its number on its machine."""
+    """The place of this process among `world`; `local` is its number on its machine."""
 
     rank: int = 0
     world: int = 1

@@ -43,13 +43,17 @@ class Memory(NamedTuple):
 
     @property
     def resident(self) -> int:
+        """Bytes that are held whatever the batch."""
         return self.weights + self.gradients + self.optimiser + self.averaged
 
     def at(self, images: int) -> int:
+        """Return the bytes of a step of so many images."""
         return self.resident + images * self.per_image
 
 
 class Speed(NamedTuple):
+    """The speed of the loop, as it was measured."""
+
     images_per_second: float
     batch: int
     steps: int
@@ -135,6 +139,7 @@ def probe(trainer: Trainer, images: int) -> tuple[int, float]:
 
 
 def memory_of(trainer: Trainer, per_image: int) -> Memory:
+    """Return the bytes that a training holds."""
     parameters = list(trainer.model.parameters())
     states = [
         state for group in trainer.updater.optimizer.state.values() for state in group.values()
@@ -147,10 +152,12 @@ def memory_of(trainer: Trainer, per_image: int) -> Memory:
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def memory_bytes(device: torch.device) -> int:
+    """Return the bytes of memory of a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -186,6 +193,7 @@ def own_steps(trainer: Trainer) -> Iterator[None]:
 
 
 def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -237,4 +245,5 @@ def estimate(
 
 
 def in_words(size: float) -> str:
+    """Return a size in MB or GB."""
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

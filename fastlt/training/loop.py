@@ -228,6 +228,7 @@ def asks_for_checkpoint(trainer: Trainer, last_saved: float) -> bool:
 
 
 def is_due(config: TrainConfig, step: int, last_saved: float) -> bool:
+    """Return whether a checkpoint is due by steps or by minutes."""
     by_steps = config.checkpoint_steps > 0 and step % config.checkpoint_steps == 0
     return by_steps or time.perf_counter() - last_saved > 60 * config.checkpoint_minutes
 
@@ -353,6 +354,7 @@ def make_input(
 
 
 def step_seed(seed: int, step: int, stream: int, rank: int = 0) -> int:
+    """Return the seed of a stream of random numbers of a step."""
     return int(
         np.random.SeedSequence([seed, step, stream, *([rank] if rank else [])]).generate_state(
             1, np.uint64
@@ -377,6 +379,7 @@ def forward_of(trainer: Trainer) -> Callable[..., Step]:
 
 
 def is_compiled(config: Config, device: torch.device) -> bool:
+    """Return whether a training is compiled on a device."""
     return config.train.compile == "on" or (
         config.train.compile == "auto" and device.type == "cuda"
     )
@@ -423,6 +426,7 @@ def train_top1(state: TrainState) -> float:
 
 
 def is_evaluated(config: Config, epoch: int) -> bool:
+    """Return whether the model is evaluated after an epoch."""
     return (epoch + 1) % config.train.eval_every == 0 or epoch + 1 == config.train.epochs
 
 

@@ -310,6 +310,7 @@ def grow(trainer: Trainer) -> None:
 
 
 def train_loader(data: DataConfig, pack: Pack, device: torch.device, size: int) -> Loader:
+    """Return the loader of the training images, of `size` pixels a side."""
     return Loader(
         pack.train,
         size,
@@ -343,10 +344,12 @@ def val_loader(data: DataConfig, pack: Pack, device: torch.device) -> Loader:
 
 
 def shared_by(data: DataConfig) -> Path | None:
+    """Return the folder of decoded images that trainings share, or None."""
     return Path(data.shared) if data.shared else None
 
 
 def synchronised(model: Classifier, ranks: Ranks, device: torch.device) -> Classifier:
+    """Return the model with batch norm over the images of all ranks."""
     if ranks.world > 1 and device.type != "cuda":
         raise UserError("model.sync_bn needs GPUs: set it to false")
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -27,6 +27,7 @@ class MaxNorm:
 
     @torch.no_grad()
     def project(self) -> None:
+        """Cut rows that are too long back to the limit."""
         lengths = self.weight.norm(dim=1, keepdim=True)
         self.weight.mul_((self.limit / lengths.clamp(min=1e-12)).clamp(max=1))
 
@@ -121,8 +122,10 @@ class Updater:
         self.good_steps = self.good_steps * (1 - grows)
 
     def state(self) -> dict[str, float]:
+        """Return what a checkpoint keeps of the loss scale."""
         return {"scale": self.scale.item(), "good_steps": self.good_steps.item()}
 
     def load(self, state: dict[str, float]) -> None:
+        """Take up what a checkpoint kept."""
         self.scale.fill_(state["scale"])
         self.good_steps.fill_(state["good_steps"])
