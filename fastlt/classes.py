@@ -22,9 +22,9 @@ MANY_ABOVE, FEW_BELOW = (
 
 
 class ClassSpace(BaseModel):
-    """Targets have ids 0..T-1, auxiliaries T..C-1, so that masking at inference is a slice.
+    """The target and auxiliary classes of a pack, and their pairs, as classes.json holds them.
 
-    `classes.json` holds one of these.
+    Targets have ids 0..T-1, auxiliaries T..C-1, so that masking at inference is a slice.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,7 +60,7 @@ class ClassSpace(BaseModel):
 
     @property
     def names(self) -> list[str]:
-        """All C names, targets first."""
+        """The names of all C classes, targets first."""
         return self.target_names + self.auxiliary_names
 
     @model_validator(mode="after")
@@ -96,7 +96,7 @@ class ClassSpace(BaseModel):
         )
 
     def groups(self) -> dict[str, list[int]]:
-        """Target ids by their number of training images: many, medium, few."""
+        """Return target ids by their number of training images: many, medium, few."""
         groups: dict[str, list[int]] = {"many": [], "medium": [], "few": []}
         for target, count in enumerate(self.train_counts[: self.num_targets]):
             groups[
@@ -125,7 +125,7 @@ def pair_ids(
     auxiliary_names: Sequence[str],
     where: str,
 ) -> list[tuple[int, int]]:
-    """Names to ids.
+    """Return pairs of names as pairs of ids.
 
     `where` names the file in errors; its rows are counted from line 2, after the header.
     """

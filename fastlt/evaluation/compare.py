@@ -51,14 +51,14 @@ def compare(places: Sequence[Path], console: Console) -> None:
 
 
 def unshortened(table: Table) -> Table:
-    """Long names go on in the next line, for by their ends they are told apart."""
+    """Return a name whose end is not cut off, for ends tell names apart."""
     for column in table.columns:
         column.overflow = "fold"
     return table
 
 
 def shortest(places: Sequence[Path]) -> list[str]:
-    """As few of the last folders as tell them apart."""
+    """Return as few of the last folders of each path as tell the paths apart."""
     parts = [Path(place).resolve().parts for place in places]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
@@ -91,7 +91,7 @@ def figures(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
 
 
 def settings(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
-    """Of those keys that are not the same everywhere."""
+    """Return a table of the settings that are not the same in all runs."""
     flat = [
         {f"{s}.{key}": str(v) for s, values in run.config.items() for key, v in values.items()}
         for run in runs
@@ -134,7 +134,7 @@ def target_names(run: RunFiles) -> list[str]:
 
 
 def verdict(test: McNemar, name: str, other_name: str, p: float | None, tests: int) -> str:
-    """p: corrected for the number of tests."""
+    """Return what a p says in words; it is corrected for the number of tests."""
     if p is None:
         return (
             f"{name} and {other_name} were evaluated on other images or classes: no test of "

@@ -148,7 +148,7 @@ def evaluate_run(run: Path, pack: Path | str | None = None, split: str = "val") 
 
 @torch.inference_mode()
 def features_of(it: Opened) -> Features:
-    """What the backbone makes of every image."""
+    """Return the features of every image by the backbone."""
     it.model.eval()
     images, labels, values = [], [], []
     for batch, pixels in it.loader.iterate(it.batches()):
@@ -238,7 +238,7 @@ def check_apart(chosen_on: Split, scored: Split, place: str) -> None:
 
 
 def target_log_prior(it: Opened) -> Tensor:
-    """Of the targets, as they were sampled, (T,) float32."""
+    """Return the log prior of the targets, as they were sampled, (T,) float32."""
     stored = np.array(it.space.train_counts[: it.space.num_targets])
     return log_prior_of(
         torch.from_numpy(target_counts(stored, it.config.data.target_sampling)), 1.0

@@ -12,7 +12,7 @@ ECE_BINS = 15
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of the evaluated images, masked to the targets."""
+    """The predictions on evaluated images, masked to the targets."""
 
     image: np.ndarray  # (n,) int64, index into the val split
     label: np.ndarray  # (n,) int32
@@ -21,7 +21,7 @@ class Predictions:
 
 
 def joined_predictions(parts: list[Predictions]) -> Predictions:
-    """Of several ranks, in the order of the images."""
+    """Return the predictions of several ranks in the order of the images."""
     if len(parts) == 1:
         return parts[0]
     columns = {
@@ -51,7 +51,7 @@ def score(predictions: Predictions, space: ClassSpace) -> dict[str, Any]:
 
 
 def class_accuracies(predictions: Predictions, num_targets: int) -> np.ndarray:
-    """Recall of each target as a share, (T,) float64; NaN where a class has no evaluated image."""
+    """Return the recall of each target, (T,) float64; NaN where it has no evaluated image."""
     total = np.bincount(predictions.label, minlength=num_targets)
     right = np.bincount(
         predictions.label[predictions.predicted == predictions.label], minlength=num_targets
@@ -60,12 +60,12 @@ def class_accuracies(predictions: Predictions, num_targets: int) -> np.ndarray:
 
 
 def harmonic_mean(accuracies: np.ndarray) -> float:
-    """0 where any class is never recognised: the harsh mean over classes."""
+    """Return the harmonic mean of accuracies: 0 where a class is never recognised."""
     return 0.0 if (accuracies == 0).any() else float(len(accuracies) / (1 / accuracies).sum())
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = ECE_BINS) -> float:
-    """Expected calibration error over equally wide bins (Guo et al. 2017, arXiv 1706.04599)."""
+    """Return the expected calibration error over equally wide bins (arXiv 1706.04599)."""
     confidence = np.nan_to_num(confidence)  # of a model that has diverged
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     count = np.bincount(place, minlength=bins)
@@ -74,9 +74,7 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = ECE
 
 
 def confusions(predictions: Predictions) -> list[list[int]]:
-    """[true, predicted, count] of every confusion that happened, most frequent first: a sparse
-    matrix.
-    """
+    """Return [true, predicted, count] of every confusion that happened, most frequent first."""
     wrong = predictions.predicted != predictions.label
     pairs = np.stack([predictions.label[wrong], predictions.predicted[wrong]], axis=1)
     values, counts = np.unique(pairs, axis=0, return_counts=True)

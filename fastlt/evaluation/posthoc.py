@@ -21,7 +21,7 @@ BLOCK = 4096  # images whose logits are held at a time
 
 
 class Seen(NamedTuple):
-    """By the head, of n images."""
+    """The images as the head sees them, n of them."""
 
     logits: Tensor  # (n, T) float32, as trained
     products: Tensor  # (n, T), features times rows of the weight
@@ -39,27 +39,30 @@ class Method(NamedTuple):
 
 
 def tau_norm(seen: Seen, tau: float) -> Tensor:
-    """Rows of the weight divided by their length to the power of tau, no bias (Kang et al. 2020,
-    arXiv 1910.09217, section 4.2).
+    """Return logits by rows divided by their length to the power of tau, without bias.
+
+    Kang et al. 2020, arXiv 1910.09217, section 4.2.
     """
     return seen.products / seen.rows**tau
 
 
 def logit_adjustment(seen: Seen, tau: float) -> Tensor:
-    """Less tau times the log of the class's share of the training images (Menon et al. 2021, arXiv
-    2007.07314, eq. 9).
+    """Return logits less tau times the log of the class's share of the training images.
+
+    Menon et al. 2021, arXiv 2007.07314, eq. 9.
     """
     return seen.logits - tau * seen.log_prior
 
 
 def cosine(seen: Seen, scale: float) -> Tensor:
-    """By the cosine of the angle between feature and row: neither's length counts."""
+    """Return logits by the cosine between feature and row: neither length counts."""
     return scale * seen.products / (seen.features * seen.rows).clamp(min=1e-12)
 
 
 def angular(seen: Seen, scale: float) -> Tensor:
-    """By the angle itself (Wang and Yan 2022, arXiv 2212.01565): wins as the cosine does, with
-    another confidence.
+    """Return logits by the angle between feature and row (Wang and Yan 2022, arXiv 2212.01565).
+
+    The same class wins as with the cosine, with another confidence.
     """
     return -scale * torch.acos(
         (seen.products / (seen.features * seen.rows).clamp(min=1e-12)).clamp(-1, 1)
@@ -76,7 +79,7 @@ METHODS = {
 
 
 class Features(NamedTuple):
-    """Of evaluated images, on the device of the model."""
+    """The features of evaluated images, on the device of the model."""
 
     image: np.ndarray  # (n,) int64, index into the val split
     label: np.ndarray  # (n,) int64
@@ -112,8 +115,9 @@ def applies(name: str, model: Classifier) -> bool:
 
 
 def set_aside(labels: np.ndarray, share: float) -> np.ndarray:
-    """Which of the images (n,) strengths are chosen on, bool: evenly from each class, at least one
-    of those that have two.
+    """Return which of the images (n,) strengths are chosen on, bool.
+
+    They are taken evenly from each class, at least one of those that have two.
     """
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):

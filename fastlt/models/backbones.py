@@ -16,8 +16,9 @@ CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; the shortcut has no parameters (option A of arXiv 1512.03385:
-    subsample, pad channels with zeros).
+    """A block of two 3x3 convolutions, whose shortcut has no parameters.
+
+    Option A of arXiv 1512.03385: subsample, pad channels with zeros.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int):

@@ -59,7 +59,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def find_metadata(path: Path) -> dict[str, Any] | None:
-    """As read_metadata; None where there is no such file, or somebody else wrote it."""
+    """Return what `read_metadata` does; None where there is no such file, or it is of others."""
     try:
         return read_metadata(path)
     except UserError:
@@ -98,10 +98,10 @@ class FromPixels(nn.Module):
 
 
 def export_onnx(source: Path, path: Path) -> float:
-    """RUN/model.safetensors to ONNX with a free batch size, checked against torch in onnxruntime.
+    """Write RUN/model.safetensors as ONNX with a free batch size, checked in onnxruntime.
 
-    Returns the largest difference of logits relative to their magnitude. Raises UserError where the
-    two disagree.
+    Returns the largest difference of logits relative to their magnitude. Raises UserError where
+    torch and onnxruntime disagree.
     """
     try:
         import onnxruntime

@@ -20,7 +20,7 @@ from fastlt_kernels import ClassParallelLinear, shard_of
 
 
 class Head(nn.Module, ABC):
-    """What heads have in common. `weight` is (C, D): row j is of class j."""
+    """The base of all heads. `weight` is (C, D): row j is of class j."""
 
     Numbers: ClassVar[type[Section]] = Section  # keys of [model] that it adds
     exported_as: ClassVar[str] = "linear"  # the name in HEADS of what `of_targets` returns
@@ -45,7 +45,7 @@ class Head(nn.Module, ABC):
 
 
 class LinearHead(Head):
-    """(N, D) features to (N, C) logits."""
+    """A linear head: (N, D) features to (N, C) logits."""
 
     is_linear = True
 
@@ -107,7 +107,7 @@ class ScaledHead(LinearHead):
 
 
 class CosineHead(Head):
-    """(N, D) features to (N, C) logits `scale * cos(feature, class weight)`."""
+    """A head with (N, C) logits `scale * cos(feature, class weight)` of (N, D) features."""
 
     exported_as = "cosine"
     limits_rows = False

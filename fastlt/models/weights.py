@@ -15,7 +15,7 @@ from fastlt.models.heads import Head
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous ones on the CPU: safetensors refuses channels_last."""
+    """Return contiguous copies on the CPU: safetensors refuses channels_last."""
     return {
         name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
         for name, tensor in tensors.items()
@@ -79,8 +79,9 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
 
 
 def of_size(pos_embed: Tensor, backbone: nn.Module) -> Tensor:
-    """Position embeddings (1, tokens, D) of a vision transformer, resampled where they are of
-    images of another size.
+    """Return a vision transformer's position embeddings for the size of its images.
+
+    pos_embed: (1, tokens, D), of images of another size.
     """
     if pos_embed.ndim != 3 or pos_embed.shape == backbone.pos_embed.shape:
         return pos_embed
@@ -100,8 +101,9 @@ def of_size(pos_embed: Tensor, backbone: nn.Module) -> Tensor:
 
 
 def start_head(head: Head, path: Path) -> None:
-    """Copies the rows of `weight` in the file, (T, D) or (C, D), and of `bias`, into the first rows
-    of the head. `head.weight` and `head.bias`, as a trained model has them, will do as well.
+    """Copy `weight` (T or C, D) and `bias` of a file into the first rows of a head.
+
+    `head.weight` and `head.bias`, as a trained model has them, will do as well.
     """
     found = {name.removeprefix("head."): tensor for name, tensor in read_weights(path).items()}
     rows, bias = found.get("weight"), found.get("bias")
@@ -123,7 +125,7 @@ def start_head(head: Head, path: Path) -> None:
 
 
 def weights_file(place: str) -> Path:
-    """Of a RUN folder, its trained model."""
+    """Return the file of a place: the trained model, where it is a RUN folder."""
     path = Path(place)
     if path.is_dir() and not (path / "model.safetensors").is_file():
         raise UserError(f"{path} has no model.safetensors: name a run that has finished")

@@ -71,7 +71,7 @@ class Heat(NamedTuple):
 
 @dataclass(frozen=True)
 class SweepPage:
-    """All that the page of a sweep shows."""
+    """The content of the page of a sweep."""
 
     title: str
     recipe: str

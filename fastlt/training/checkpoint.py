@@ -32,7 +32,7 @@ SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 
 
 def class_space_id(space: ClassSpace) -> str:
-    """Two runs with the same id give the same meaning to every row of the classifier."""
+    """Return a digest of the class space, by which rows of a classifier have the same meaning."""
     return hashlib.sha256(
         json.dumps([space.target_names, space.auxiliary_names]).encode()
     ).hexdigest()[:16]
@@ -82,8 +82,9 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
 
 
 def head_tensors(model: Classifier, optimizer: Optimizer, ema: Classifier | None) -> dict[str, Any]:
-    """DTensors over the memory of a class-parallel head, its average and the optimiser's buffers;
-    empty for other heads.
+    """Return DTensors over the memory of a class-parallel head, its average and their buffers.
+
+    The buffers are the optimiser's. Empty for other heads.
     """
     if not model.head.is_sharded:
         return {}
@@ -102,7 +103,7 @@ def head_tensors(model: Classifier, optimizer: Optimizer, ema: Classifier | None
 
 
 def write_head(folder: Path, tensors: dict[str, Any]) -> None:
-    """All ranks together."""
+    """Write the tensors of a class-parallel head; all ranks call it together."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
@@ -112,7 +113,10 @@ def write_head(folder: Path, tensors: dict[str, Any]) -> None:
 
 
 def load_head(folder: Path, tensors: dict[str, Any]) -> None:
-    """Into the memory of `tensors`; all ranks together, however many had written it."""
+    """Read a class-parallel head into the memory of `tensors`.
+
+    All ranks call it together, however many had written it.
+    """
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -180,12 +184,12 @@ class Writer:
         keep: int,
         head: Path | None = None,
     ) -> None:
-        """As write_checkpoint; tensors and state are not to be changed afterwards."""
+        """Write as `write_checkpoint` does; tensors and state must not be changed afterwards."""
         self.wait()
         self._last = self._pool.submit(write_checkpoint, run, step, tensors, state, keep, head)
 
     def wait(self) -> None:
-        """Until the last one is on the disk."""
+        """Wait until the last checkpoint is on the disk."""
         last, self._last = self._last, None
         if last is not None:
             last.result()
@@ -199,18 +203,18 @@ class Writer:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Return the whole checkpoints of a run, oldest first."""
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
 def remove_leftovers(run: Path) -> None:
-    """What a killed run left half-written."""
+    """Remove what a killed run left half-written."""
     for path in [*run.glob(".*.partial"), *(run / "checkpoints").glob(".*.partial")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint; None where they are those that were written."""
+    """Return what is wrong with the bytes of a checkpoint; None where nothing is."""
     try:
         lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
         listed = {line.partition("  ")[2] for line in lines}
@@ -254,8 +258,10 @@ def version_of(checkpoint: Path) -> str | None:
 
 
 def check_pack(checkpoint: Path, state: dict[str, Any], space: ClassSpace, pack_id: str) -> None:
-    """Another class space gives the rows of the classifier another meaning; other images or pairs,
-    the order and the prior.
+    """Raise UserError where a checkpoint belongs to another pack.
+
+    Another class space gives the rows of the classifier another meaning; other images or pairs
+    change the order and the prior.
     """
     if state["class_space"] == class_space_id(space) and state["pack"] != pack_id:
         raise UserError(
@@ -289,7 +295,9 @@ def load_checkpoint(
 
 
 def fill_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """State tensors take the memory format of their parameter: load_state_dict would leave
+    """Fill the state of an optimiser.
+
+    State tensors take the memory format of their parameter: load_state_dict would leave
     channels_last behind.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -36,11 +36,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Who writes and prints."""
+        """Whether this rank writes and prints."""
         return self.rank == 0
 
     def any(self, mine: bool, device: torch.device) -> bool:
-        """Whether it is so on any rank; all have to ask together."""
+        """Return whether `mine` is true on any rank; all ranks call it together."""
         if self.world == 1:
             return mine
         flag = torch.tensor([float(mine)], device=device)
@@ -54,7 +54,7 @@ class Ranks:
         return values
 
     def all(self, mine: Any) -> list[Any]:
-        """What each rank has, by rank."""
+        """Return what each rank has, by rank."""
         if self.world == 1:
             return [mine]
         found: list[Any] = [None] * self.world
@@ -62,7 +62,7 @@ class Ranks:
         return found
 
     def firsts(self, mine: Any) -> Any:
-        """What the first rank has."""
+        """Return what the first rank has."""
         if self.world == 1:
             return mine
         told = [mine]
@@ -74,7 +74,7 @@ ALONE = Ranks()
 
 
 def is_first() -> bool:
-    """Before or after the group is there: who speaks to the user."""
+    """Return whether this process speaks to the user, before or after the group is there."""
     return int(os.environ.get("RANK", 0)) == 0
 
 

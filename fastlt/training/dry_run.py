@@ -33,7 +33,7 @@ OF_MEMORY = 0.5  # that the batch which is measured may take
 
 
 class Memory(NamedTuple):
-    """Bytes of one process."""
+    """The bytes of one process."""
 
     weights: int
     gradients: int
@@ -43,7 +43,7 @@ class Memory(NamedTuple):
 
     @property
     def resident(self) -> int:
-        """Bytes that are held whatever the batch."""
+        """The bytes that are held whatever the batch."""
         return self.weights + self.gradients + self.optimiser + self.averaged
 
     def at(self, images: int) -> int:
@@ -60,7 +60,9 @@ class Speed(NamedTuple):
 
 
 def dry_run(config: Config, processes: int, console: Console) -> None:
-    """processes: those that would share the batch, each on a GPU as fast as this machine's; the run
+    """Print what a run would take.
+
+    processes: those that would share the batch, each on a GPU as fast as this machine's; the run
     itself is of one.
     """
     if config.data.batch % processes:
@@ -81,7 +83,7 @@ def dry_run(config: Config, processes: int, console: Console) -> None:
 
 
 def measure(trainer: Trainer, batch: int) -> tuple[Memory, Speed]:
-    """In the last epoch, when images are largest and all is trained."""
+    """Return the memory and speed in the last epoch, when images are largest and all is trained."""
     trainer.state.epoch = trainer.config.train.epochs - 1
     grow(trainer)
     set_modes(trainer)
@@ -93,8 +95,9 @@ def measure(trainer: Trainer, batch: int) -> tuple[Memory, Speed]:
 
 
 def probe(trainer: Trainer, images: int) -> tuple[int, float]:
-    """Of random images: the bytes that the forward pass of one keeps, and the seconds that one
-    takes forward and backward.
+    """Return the bytes that the forward pass of an image keeps, and the seconds of a step of it.
+
+    They are measured on random images.
     """
     size = trainer.plan.geometry.size
     pixels = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8)
@@ -206,7 +209,7 @@ def estimate(
     speed: Speed,
     device: torch.device,
 ) -> dict[str, str]:
-    """In words, by what it is about."""
+    """Return what is printed, by what it is about."""
     per_epoch, images = whole
     # what is dropped at the end of an epoch takes no time
     images = min(images, per_epoch * config.data.batch)

@@ -234,7 +234,7 @@ def is_due(config: TrainConfig, step: int, last_saved: float) -> bool:
 
 
 def stop_if_asked(trainer: Trainer) -> None:
-    """Right after a checkpoint. Raises Stopped once it is on the disk."""
+    """Raise Stopped where that was asked for, once the checkpoint before is on the disk."""
     state = trainer.state
     trainer.stop.made = trainer.ranks.any(trainer.stop.made, trainer.device)
     if trainer.stop.made and state.epoch < trainer.config.train.epochs:
@@ -274,8 +274,9 @@ def train_step(
     pixels: Tensor,
     mark: Callable[[str], None] = lambda part: None,
 ) -> Tensor:
-    """One batch: its `Step` and the norm of the gradient as one tensor (4,), still on the device.
-    mark is told of parts done.
+    """Train on one batch; return its `Step` and the norm of the gradient as one tensor (4,).
+
+    It is still on the device. mark is called with the name of each part that is done.
     """
     config, state, device = trainer.config, trainer.state, trainer.device
     generator = torch.Generator().manual_seed(
@@ -306,13 +307,14 @@ def train_step(
 
 
 def unsynchronised(forward: Callable[..., Step]) -> AbstractContextManager[Any]:
-    """Ranks keep their gradients to themselves, to add more to them."""
+    """Return a context in which ranks keep their gradients to themselves, to add more to them."""
     return getattr(forward, "no_sync", nullcontext)()
 
 
 def accumulation(accumulate: int, step: int, steps: int) -> tuple[int, bool]:
-    """How many batches the group of this step has (the last of an epoch may have fewer), and
-    whether the step ends it.
+    """Return how many batches the group of this step has, and whether the step ends it.
+
+    The last group of an epoch may have fewer.
     """
     start = step // accumulate * accumulate
     group = min(accumulate, steps - start)
@@ -327,10 +329,10 @@ def make_input(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """uint8 pixels (N, H, W, 3) to augmented, normalised images (N, 3, H, W) and labels on the
-    device.
+    """Return augmented, normalised images (N, 3, H, W) and labels on the device.
 
-    dtype: that of autocast, to which the first layer would turn them anyway.
+    pixels: (N, H, W, 3) uint8. dtype: that of autocast, to which the first layer would turn the
+    images anyway.
     """
     augment, data = config.augment, config.data
     # not for the short batch that may end an epoch
@@ -411,13 +413,14 @@ def read_steps(steps: list[Tensor], trainer: Trainer) -> None:
 
 
 def mean_loss(state: TrainState) -> float | None:
-    """None where no step was finite."""
+    """Return the mean loss of this epoch so far; None where no step was finite."""
     return state.loss_sum / state.summed if state.summed else None
 
 
 def train_top1(state: TrainState) -> float:
-    """Percent of this epoch's target images that the model, as it was at their step, got right
-    among the targets.
+    """Return the percentage of this epoch's target images that the model got right.
+
+    It is the model as it was at each step, and among the targets.
     """
     return 100 * state.correct / max(1e-9, state.counted)
 
@@ -468,7 +471,7 @@ def evaluated_model(trainer: Trainer) -> Classifier:
 
 
 def evaluate(trainer: Trainer) -> Predictions:
-    """Each rank evaluates its part; all have all predictions afterwards."""
+    """Return the predictions on val; each rank evaluates its part, and all get all."""
     ranks, data, val = trainer.ranks, trainer.config.data, trainer.pack.val
     batches = evaluation_batches(
         val, evaluation_geometry(data), EVALUATION_BATCH, ranks.rank, ranks.world

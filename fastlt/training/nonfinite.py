@@ -21,9 +21,9 @@ class Begun(NamedTuple):
 
 
 class Guard:
-    """most: steps in a row; listed: the file that names their images.
+    """Skipped steps, counted without waiting for the device.
 
-    Looks come late: no step has to wait for the device.
+    most: steps in a row that end the run; listed: the file that names their images.
     """
 
     def __init__(self, models: list[nn.Module], most: int, listed: Path, split: Split) -> None:
@@ -52,11 +52,11 @@ class Guard:
 
     @torch.no_grad()
     def look(self, is_finite: list[bool], in_row: int, where: str) -> tuple[int, int]:
-        """is_finite: of the optimiser steps since the last look; in_row: how many were skipped
-        right before them.
+        """Look at whether the steps since the last look were finite.
 
-        Returns how many were skipped, and how many of them in a row at the end. Raises UserError at
-        too many in a row.
+        is_finite: of each optimiser step; in_row: how many were skipped right before them. Returns
+        how many were skipped, and how many of them in a row at the end. Raises UserError at too
+        many in a row.
         """
         begun, self._begun = self._begun, []
         for step, finite in zip(begun, is_finite, strict=True):

@@ -27,8 +27,9 @@ from fastlt.utils.lock import alone_in
 
 @contextmanager
 def only_run(run: Path, ranks: Ranks = ALONE) -> Iterator[None]:
-    """Two trainings in one RUN folder would overwrite each other; the first of several processes
-    holds the lock for all.
+    """Hold the lock of a RUN folder, which two trainings would overwrite for each other.
+
+    The first of several processes holds it for all.
     """
     if not ranks.is_first:
         yield
@@ -158,7 +159,7 @@ def finished(trainer: Trainer) -> dict[str, Any] | None:
 
 
 def newest_sound(run: Path, console: Console) -> Path | None:
-    """None where there is no checkpoint yet.
+    """Return the newest checkpoint that is sound; None where there is none yet.
 
     Damaged ones are removed, for the run will come by their steps again.
     """
@@ -210,7 +211,7 @@ def save(trainer: Trainer) -> None:
 
 
 def save_head(trainer: Trainer) -> Path | None:
-    """What all ranks have to write together; the rest is written in the background."""
+    """Write what all ranks have to write together; return its folder, or None."""
     ema = trainer.ema.average.model if trainer.ema is not None else None
     tensors = ckpt.head_tensors(trainer.model, trainer.updater.optimizer, ema)
     if not tensors or trainer.ranks.any(

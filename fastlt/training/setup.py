@@ -34,7 +34,7 @@ from fastlt.utils.signals import StopRequest
 
 @dataclass
 class TrainState:
-    """What a checkpoint must know besides tensors."""
+    """The part of a checkpoint that is not tensors."""
 
     epoch: int = 0  # of the stage
     step_in_epoch: int = 0
@@ -57,13 +57,13 @@ class TrainState:
 
     @property
     def epochs_done(self) -> int:
-        """Epochs of all stages that are done."""
+        """The epochs of all stages that are done."""
         return self.epochs_before + self.epoch
 
 
 @dataclass
 class Trainer:
-    """All that a run needs, made by `prepare`; a context manager that closes what it holds.
+    """The parts of a run, made by `prepare`; a context manager that closes what it holds.
 
     `config`, `plan`, `train_loader`, `updater`, `guard` and `factor` are of the current stage.
     """
@@ -98,18 +98,18 @@ class Trainer:
 
     @property
     def epochs(self) -> int:
-        """Epochs of all stages."""
+        """The epochs of all stages."""
         return sum(stage_config(self.run_config, stage).train.epochs for stage in self.stages)
 
     @property
     def is_done(self) -> bool:
-        """Whether all epochs of the last stage are done."""
+        """Return whether all epochs of the last stage are done."""
         last = self.state.stage == len(self.stages) - 1
         return last and self.state.epoch >= self.config.train.epochs
 
     @property
     def has_all_steps(self) -> bool:
-        """Whether all steps are done, though the last evaluation may not be."""
+        """Return whether all steps are done, though the last evaluation may not be."""
         state, plan = self.state, self.plan
         last = state.stage == len(self.stages) - 1
         done = state.epoch * plan.steps_per_epoch + state.step_in_epoch
@@ -265,7 +265,7 @@ def next_stage(trainer: Trainer) -> None:
 
 
 def check_head_weights(config: Config, space: ClassSpace) -> None:
-    """Rows of a model of ours go to the same classes, and to a head of the same kind."""
+    """Raise UserError where the head would start from rows of other classes or another kind."""
     if not config.model.head_weights:
         return
     path = weights_file(config.model.head_weights)
@@ -285,7 +285,7 @@ def check_head_weights(config: Config, space: ClassSpace) -> None:
 
 
 def check_sizes(model: Classifier, config: Config, device: torch.device) -> None:
-    """Some models take images of one size alone: told now, not when images begin to grow."""
+    """Raise UserError where a model does not take small images, before images begin to grow."""
     if not config.data.start_size:
         return
     side = config.data.start_size
@@ -327,7 +327,9 @@ def train_loader(data: DataConfig, pack: Pack, device: torch.device, size: int) 
 
 
 def val_loader(data: DataConfig, pack: Pack, device: torch.device) -> Loader:
-    """Decodes exactly, so that a figure does not depend on the machine; but for the dali engine,
+    """Return the loader of the val split.
+
+    It decodes exactly, so that a figure does not depend on the machine; but for the dali engine,
     which cannot.
     """
     decode = "region" if data.engine == "dali" else "exact"
@@ -390,8 +392,9 @@ def build_plan(
 
 
 def window_of(data: DataConfig, pack: Pack) -> int:
-    """Half of the cache, where it cannot hold all shards: the other half is for those that come
-    next.
+    """Return the bytes of shards that an epoch goes through together; 0: all.
+
+    It is half of the cache, where that cannot hold all shards: the other half is for the next.
     """
     remote = pack.train.remote
     if remote is None or sum(entry["size"] for entry in remote.files.values()) <= remote.limit:
@@ -400,7 +403,7 @@ def window_of(data: DataConfig, pack: Pack) -> int:
 
 
 def budgets_of(data: DataConfig, space: ClassSpace) -> tuple[int, ...]:
-    """Images of each auxiliary class in an epoch."""
+    """Return the images of each auxiliary class in an epoch."""
     stored = np.array(space.train_counts)
     if data.auxiliary_ratio:
         return spread_budget(
@@ -415,8 +418,9 @@ def budgets_of(data: DataConfig, space: ClassSpace) -> tuple[int, ...]:
 
 
 def size_at(data: DataConfig, epoch: int) -> int:
-    """Pixels a side: growing from start_size to size over the ramp, in steps of 32 (of 4 where
-    images are smaller than 96).
+    """Return the pixels a side in an epoch, growing from start_size to size over the ramp.
+
+    The steps are of 32, or of 4 where images are smaller than 96.
     """
     if not data.start_size:
         return data.size

@@ -15,9 +15,10 @@ GROWS_AFTER = 2000  # steps in a row without overflow
 
 
 class MaxNorm:
-    """Rows of a head's weight (C, D) are cut back to a length that lies `share` of the way from the
-    shortest to the longest row that it starts with (Alshammari et al. 2022, arXiv 2203.14197,
-    section 3.3).
+    """A limit on the length of the rows of a head, weight (C, D).
+
+    It lies `share` of the way from the shortest to the longest row at the start (Alshammari et al.
+    2022, arXiv 2203.14197, section 3.3).
     """
 
     def __init__(self, weight: Tensor, share: float) -> None:
@@ -33,8 +34,10 @@ class MaxNorm:
 
 
 class Updater:
-    """clip: the largest norm of the gradient; 0: any. scales: for float16, whose range gradients
-    would leave. sharded: parameters of which each rank has its own part.
+    """The way from gradients to weights.
+
+    clip: the largest norm of the gradient; 0: any. scales: for float16, whose range gradients would
+    leave. sharded: parameters of which each rank has its own part.
     """
 
     def __init__(
@@ -74,9 +77,9 @@ class Updater:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Gradients of `scale` times the loss, which are used up, to a step.
+        """Take an optimiser step by gradients of `scale` times the loss, which are used up.
 
-        Returns their norm, (); not finite: skipped.
+        Returns their norm, (); where it is not finite the step was skipped.
         """
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = self._norm() / self.scale
