@@ -82,7 +82,11 @@ OPEN_SECTIONS = {
     "method": "fastlt.methods:section",
 }
 # `module:function` -> pairs of whether settings contradict each other, and what to do about it
-CHECKS = ("fastlt.losses:misfits", "fastlt.models.heads:misfits")
+CHECKS = (
+    "fastlt.losses:misfits",
+    "fastlt.models.heads:misfits",
+    "fastlt.data.engines.choice:misfits",
+)
 # `module:function` from a method's name to what it sets elsewhere, by `section.key`
 METHOD_SETTINGS = "fastlt.methods:settings_of"
 
@@ -118,8 +122,8 @@ class DataConfig(Section):
     """Further packs whose training images are added: folder -> weight of each of its images."""
     cache_gb: Positive = 100.0
     """Size of the local cache of a pack at an address, in GB; for each address."""
-    engine: Literal["auto", "resident", "torch", "ffcv", "dali"] = "auto"
-    """What loads the images; auto takes the fastest that can be had and prints which."""
+    engine: str = "auto"
+    """auto, resident, torch, ffcv or dali; auto takes the fastest there is and prints which."""
     decode: Literal["auto", "region", "exact", "gpu"] = "auto"
     """How training images are decoded; auto: gpu with DALI, else region, or else exact."""
     strict: bool = False

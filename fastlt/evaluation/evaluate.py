@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from fastlt.classes import ClassSpace
 from fastlt.config import Config, DataConfig, load_config
-from fastlt.data.augment import normalise
 from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import Batch, evaluation_batches, target_counts
-from fastlt.data.prefetch import to_device
 from fastlt.errors import UserError
+from fastlt.evaluation.forward import output_of
 from fastlt.evaluation.metrics import Predictions, confusions, score
 from fastlt.evaluation.posthoc import (
     METHODS,
@@ -35,6 +34,7 @@ from fastlt.models.device import choose_device, on_device
 from fastlt.models.export import load_exported
 from fastlt.packing.reader import Pack, Split, open_pack
 from fastlt.utils.files import whole_file, write_text
+from fastlt.utils.run_files import read_result
 
 EVALUATION_BATCH = 256
 
@@ -54,14 +54,12 @@ def predict(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Predictions:
-    """Runs the model over the batches in evaluation mode; the mode is put back afterwards."""
+    """Return the predictions of a model in evaluation mode, which is put back afterwards."""
     was_training = model.training
     model.eval()
     rows: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor]] = []
     for batch, images in loader.iterate(batches):
-        x = normalise(to_device(images, device), config.mean, config.std, channels_last=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(x)
+        logits = output_of(model, images, config.mean, config.std, device, dtype)
         probabilities = logits[:, : space.num_targets].float().softmax(dim=1)
         rows.append((batch.images, batch.labels, *probabilities.max(dim=1)))
     model.train(was_training)
@@ -143,23 +141,20 @@ def evaluate_run(run: Path, pack: Path | str | None = None, split: str = "val") 
     result = {**result, "confusion": confusions(predictions)}
     if pack is None and split == "test":
         write_text(run / "test.json", json.dumps(result, indent=1) + "\n")
-    return result | ({"best": best_of(run)} if pack is None and split == "val" else {})
+    return result | (
+        {"best": read_result(run).get("best", {})} if pack is None and split == "val" else {}
+    )
 
 
 @torch.inference_mode()
 def features_of(it: Opened) -> Features:
     """Return the features of every image by the backbone."""
     it.model.eval()
+    data = it.config.data
     images, labels, values = [], [], []
     for batch, pixels in it.loader.iterate(it.batches()):
-        x = normalise(
-            to_device(pixels, it.device),
-            it.config.data.mean,
-            it.config.data.std,
-            channels_last=True,
-        )
-        with torch.autocast(it.device.type, it.dtype, enabled=it.dtype != torch.float32):
-            values.append(it.model.backbone(x).float())
+        found = output_of(it.model.backbone, pixels, data.mean, data.std, it.device, it.dtype)
+        values.append(found.float())
         images.append(batch.images)
         labels.append(batch.labels)
     if not images:
@@ -243,17 +238,6 @@ def target_log_prior(it: Opened) -> Tensor:
     return log_prior_of(
         torch.from_numpy(target_counts(stored, it.config.data.target_sampling)), 1.0
     )
-
-
-def best_of(run: Path) -> dict[str, Any]:
-    """The best epoch, as training noted it."""
-    path = run / "result.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["best"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"cannot read {path}: call `fastlt train` again, which goes on where it stopped"
-        ) from error
 
 
 def check_targets(names: list[str], pack: Pack) -> None:

@@ -13,13 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastlt.config import ModelConfig
-from fastlt.data.augment import normalise
 from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import evaluation_batches
-from fastlt.data.prefetch import to_device
 from fastlt.errors import UserError
 from fastlt.evaluation.feature_settings import FeatureSettings
+from fastlt.evaluation.forward import output_of
 from fastlt.models.classifier import build_model
 from fastlt.models.device import best_precision, find_device
 from fastlt.models.export import find_metadata, load_exported
@@ -109,16 +108,15 @@ def extract(
     """
     geometry = Geometry("centre-crop", backbone.size, resize=backbone.size)
     is_half = backbone.device.type == "cuda" and best_precision(backbone.device) == "bf16"
+    dtype = torch.bfloat16 if is_half else torch.float32
     parts: list[np.ndarray] = []
     with closing(
         Loader(split, backbone.size, workers=workers, strict=False, device=backbone.device)
     ) as loader:
         for made, images in loader.iterate(evaluation_batches(split, geometry, batch)):
-            pixels = normalise(
-                to_device(images, backbone.device), backbone.mean, backbone.std, channels_last=True
+            features = output_of(
+                backbone.model, images, backbone.mean, backbone.std, backbone.device, dtype
             )
-            with torch.autocast(backbone.device.type, torch.bfloat16, enabled=is_half):
-                features = backbone.model(pixels)
             parts.append(F.normalize(features.float(), dim=1).half().cpu().numpy())
             advance(len(made.images))
     return np.concatenate(parts)

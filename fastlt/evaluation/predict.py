@@ -15,7 +15,6 @@ from torch import Tensor
 from fastlt.config import DataConfig
 from fastlt.data.augment import normalise
 from fastlt.data.geometry import boxes_of
-from fastlt.data.prefetch import to_device
 from fastlt.decode.images import (
     EXTENSIONS,
     FAILURES,
@@ -27,6 +26,7 @@ from fastlt.decode.images import (
 )
 from fastlt.errors import DataError, UserError
 from fastlt.evaluation.evaluate import EVALUATION_BATCH, evaluation_geometry
+from fastlt.evaluation.forward import output_of
 from fastlt.models.classifier import Classifier
 from fastlt.models.device import PRECISIONS, best_precision, find_device
 from fastlt.models.export import load_exported, read_metadata
@@ -102,10 +102,8 @@ class Model:
     @torch.inference_mode()
     def _probabilities(self, pixels: Tensor) -> Tensor:
         """Return the probabilities (n, T) of pixels (n, size, size, 3) uint8."""
-        there = to_device(pixels, self.device)
-        x = normalise(there, self._data.mean, self._data.std, channels_last=True)
-        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
-            logits = self.module(x)
+        mean, std = self._data.mean, self._data.std
+        logits = output_of(self.module, pixels, mean, std, self.device, self._dtype)
         return logits.float().softmax(dim=1)
 
 

@@ -55,6 +55,7 @@ from fastlt.training.optim import set_lr
 from fastlt.training.run_folder import check_config, disk_errors, finished, only_run, resume, save
 from fastlt.training.setup import Trainer, TrainState, grow, next_stage, prepare
 from fastlt.utils.files import write_text
+from fastlt.utils.run_files import METRICS
 from fastlt.utils.signals import Stopped, stop_on_signals
 
 UNKNOWN = -1.0  # the norm of a gradient that is still being accumulated
@@ -449,11 +450,11 @@ def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None)
     }
     if predictions is not None:
         figures = score(predictions, trainer.space)
-        record |= {name: figures[name] for name in ("top1", "many", "medium", "few")}
+        record |= {name: figures[name] for name in METRICS}
         if figures["top1"] > state.best.get("top1", -1.0):
             state.best = {
                 "epoch": state.epoch + 1,
-                **{name: figures[name] for name in ("top1", "many", "medium", "few")},
+                **{name: figures[name] for name in METRICS},
             }
     if trainer.ranks.is_first:
         with (trainer.run / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -1,7 +1,6 @@
 """The RUN folder: who may use it, what is taken up from it, and what is saved to it."""
 
 import copy
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from fastlt.training.distributed import ALONE, Ranks
 from fastlt.training.setup import Trainer, TrainState, enter_stage
 from fastlt.utils.files import is_disk_full, sibling, write_text
 from fastlt.utils.lock import alone_in
+from fastlt.utils.run_files import result_of
 
 
 @contextmanager
@@ -149,13 +149,7 @@ def finished(trainer: Trainer) -> dict[str, Any] | None:
 
     None where they are not, or the result cannot be read: it is made anew.
     """
-    if not trainer.has_all_steps:
-        return None
-    try:
-        result = json.loads((trainer.run / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and "top1" in result else None
+    return result_of(trainer.run) if trainer.has_all_steps else None
 
 
 def newest_sound(run: Path, console: Console) -> Path | None:

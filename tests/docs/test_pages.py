@@ -11,11 +11,11 @@ import pytest
 from helpers.doc_pages import (
     ROOT,
     blocks,
-    carry_out,
     commands,
     given,
     named_in_text,
     pages,
+    run_block,
 )
 from PIL import Image
 from typer.main import get_command
@@ -93,7 +93,7 @@ def test_the_code_of_a_page_runs(name, data, tmp_path, restored):
         if "file" in block.notes:
             Path(block.notes["file"]).write_text(block.text)
         elif block.is_run:
-            carry_out(block, restored)
+            run_block(block, restored)
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -76,11 +76,11 @@ def named_in_text(page: Path) -> Iterator[list[str]]:
         yield found.split()
 
 
-def carry_out(block: Block, context: Any) -> None:
+def run_block(block: Block, context: Any) -> None:
     """Run a block in the working folder; `fastlt` within this process, which saves its start."""
     if block.language == "python":
         if "module" in block.notes:
-            add_method(block.notes["module"], block.text, context)
+            add_module(block.notes["module"], block.text, context)
             return
         exec(compile(block.text, f"line {block.line}", "exec"), {"__name__": "__main__"})
         return
@@ -101,12 +101,27 @@ def run_fastlt(words: list[str]) -> None:
     assert done.exit_code == 0, done.output
 
 
-def add_method(place: str, source: str, context: Any) -> None:
-    """Make a method of the source, as if it were the file of that module."""
-    from fastlt import methods
-
+def add_module(place: str, source: str, context: Any) -> None:
+    """Make a method or an engine of the source, as if it were the file of that module."""
     module = types.ModuleType(place)
     exec(compile(source, place, "exec"), vars(module))
     context.setitem(sys.modules, place, module)
-    names = [*methods.method_names(), place.rpartition(".")[2].replace("_", "-")]
+    (add_method if place.startswith("fastlt.methods.") else add_engine)(module, context)
+
+
+def add_method(module: types.ModuleType, context: Any) -> None:
+    """Let the method of a module be found."""
+    from fastlt import methods
+
+    name = module.__name__.rpartition(".")[2].replace("_", "-")
+    names = [*methods.method_names(), name]
     context.setattr(methods, "method_names", lambda: names)
+
+
+def add_engine(module: types.ModuleType, context: Any) -> None:
+    """Let the engine of a module be found."""
+    from fastlt.data.engines import choice
+
+    (engine,) = (one for one in vars(module).values() if hasattr(one, "obstacle"))
+    context.setattr(choice, "ENGINES", (*choice.ENGINES, engine))
+    context.setattr(choice, "NAMES", (*choice.NAMES, engine.name))

@@ -1,33 +1,51 @@
-"""The list of engines, and the choice among them."""
+"""The engines of this folder, and the choice among them."""
 
-from fastlt.data.engines.dali import DaliEngine
-from fastlt.data.engines.ffcv.engine import FfcvEngine
-from fastlt.data.engines.ffcv.mixed import MixedFfcvEngine
-from fastlt.data.engines.gpu import GpuEngine
+from collections.abc import Iterator
+from importlib import import_module
+from pkgutil import iter_modules
+
+from fastlt.config import Config, did_you_mean
+from fastlt.data import engines
 from fastlt.data.engines.interface import DECODES, Engine, Options
-from fastlt.data.engines.resident import ResidentEngine
-from fastlt.data.engines.torch import TorchEngine
 from fastlt.errors import UserError
 from fastlt.packing.reader import Split
 
-# In the order in which `auto` tries them. A new engine is a file with a class as in interface.py,
-# and a line here (and its name in `data.engine` of config.py, if it may be asked for by name).
-# Where several share a name, the obstacle of the last one is what the user reads.
-ENGINES: tuple[type[Engine], ...] = (
-    ResidentEngine,
-    DaliEngine,
-    MixedFfcvEngine,
-    FfcvEngine,
-    GpuEngine,
-    TorchEngine,
-)
+NOT_ENGINES = ("choice", "interface")
+
+
+def find_engines() -> tuple[type[Engine], ...]:
+    """Return the engines in the order in which `auto` tries them.
+
+    Every class of the modules of this folder that says its `order` is one: to add an engine is to
+    add a file.
+    """
+    found: dict[type[Engine], None] = {}
+    for module in iter_modules(engines.__path__):
+        if module.name not in NOT_ENGINES:
+            names = vars(import_module(f"{engines.__name__}.{module.name}"))
+            found |= dict.fromkeys(one for one in names.values() if hasattr(one, "obstacle"))
+    return tuple(sorted(found, key=lambda engine: engine.order))
+
+
+ENGINES = find_engines()
 NAMES = ("auto", *dict.fromkeys(engine.name for engine in ENGINES))
+
+
+def misfits(config: Config) -> Iterator[tuple[bool, str]]:
+    """Yield whether data.engine names an engine, and what to do if it does not."""
+    name = config.data.engine
+    yield (
+        name not in NAMES,
+        f"there is no engine '{name}'{did_you_mean(name, NAMES)}: data.engine is one of "
+        f"{', '.join(NAMES)}",
+    )
 
 
 def choose(split: Split, options: Options, name: str = "auto") -> type[Engine]:
     """Return the engine of that name, or with `auto` the first that suits the split.
 
-    Raises UserError with the engine's obstacle where it cannot be used.
+    Raises UserError with the engine's obstacle where it cannot be used; where several share a name,
+    with that of the last.
     """
     if name not in NAMES:
         raise UserError(f"there is no engine '{name}': data.engine is one of {', '.join(NAMES)}")

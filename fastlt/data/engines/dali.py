@@ -58,6 +58,7 @@ class DaliEngine:
     """
 
     name = "dali"
+    order = 20
 
     def __init__(self, split: Split, options: Options) -> None:
         check_shards(split)

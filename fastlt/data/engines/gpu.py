@@ -53,6 +53,7 @@ class GpuEngine:
     """
 
     name = "torch"
+    order = 50
     decode = "gpu"
 
     def __init__(self, split: Split, options: Options, decoder: Decoder | None = None) -> None:

@@ -43,6 +43,7 @@ class Engine(Protocol):
     """The interface of an engine. Several classes may share a name, for different splits."""
 
     name: str  # as in `data.engine`
+    order: int  # in which `auto` tries engines, lowest first
     decode: str  # what it does: `region`, `exact` or `gpu`
 
     def __init__(self, split: Split, options: Options) -> None: ...

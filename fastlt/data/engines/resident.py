@@ -50,6 +50,7 @@ class ResidentEngine:
     """
 
     name = "resident"
+    order = 10
     decode = "exact"
 
     def __init__(self, split: Split, options: Options) -> None:

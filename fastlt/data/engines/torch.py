@@ -57,6 +57,7 @@ class TorchEngine:
     """
 
     name = "torch"
+    order = 60
 
     def __init__(self, split: Split, options: Options) -> None:
         check_shards(split)

@@ -50,6 +50,7 @@ class FfcvEngine:
     """
 
     name = "ffcv"
+    order = 40
 
     def __init__(self, split: Split, options: Options) -> None:
         size, workers, strict = options.size, options.workers, options.strict

@@ -22,6 +22,7 @@ class MixedFfcvEngine:
     """The engine of several packs that each have a .beton; errors are those of FfcvEngine."""
 
     name = "ffcv"
+    order = 30
 
     def __init__(self, split: Split, options: Options) -> None:
         assert isinstance(split, MixedSplit)
