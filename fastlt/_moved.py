@@ -78,6 +78,8 @@ MOVED = {
     "fastlt.view": "fastlt.packing.subset",
 }
 RENAMED = {  # functions that have another name now
+    "dead_workers_in_words": "worker_errors",
+    "joined_predictions": "concatenate_predictions",
     "mix_packs": "concat_packs",
     "staged": "prefetch_to_device",
     "view": "subset",

@@ -440,9 +440,9 @@ def load_config(
         own = resolve_name(METHOD_SETTINGS)(name)
         changes = [*((key.split("."), value) for key, value in own.items()), *changes]
     if method is not None:
-        asked = _last(changes, "train", "epochs")
-        longer = merged(tree, {"train": {"epochs": asked}})
-        epochs = checked(longer, recipe).train.epochs if asked is not None else None
+        epochs_set = _last(changes, "train", "epochs")
+        longer = merged(tree, {"train": {"epochs": epochs_set}})
+        epochs = checked(longer, recipe).train.epochs if epochs_set is not None else None
         between = method(checked(tree, recipe).train.epochs, epochs)
         changes = [*((key.split("."), value) for key, value in between.items()), *changes]
         tree = merged(tree, {"method": {"name": _last(changes, "method", "name") or _method(tree)}})

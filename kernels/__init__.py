@@ -1,11 +1,12 @@
-"""Losses for long-tailed recognition with auxiliary classes: neighbour silencing, on logits or
-straight from features.
+"""Losses for long-tailed recognition with auxiliary classes and neighbour silencing.
 
-neighbor_silencing_loss           from logits linear_neighbor_silencing_loss    from features and
-classifier weight, in bounded memory class_parallel_loss               the same with the classes
-sharded over ranks; ClassParallelLinear holds the shard ..._outputs                       the same
-with the log-sum-exp and the predictions of the same pass ClassGraph                        which
-classes silence which reference_loss                    the specification, in plain dense torch
+- `neighbor_silencing_loss`: from logits
+- `linear_neighbor_silencing_loss`: from features and classifier weight, in bounded memory
+- `class_parallel_loss`: the same with the classes sharded over ranks; `ClassParallelLinear` holds
+  the shard
+- `..._outputs`: the same with the log-sum-exp and the predictions of the same pass
+- `ClassGraph`: which classes silence which
+- `reference_loss`: the specification, in plain dense torch
 """
 
 from fastlt_kernels._impl.shards import shard_of

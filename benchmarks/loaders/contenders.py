@@ -19,7 +19,6 @@ from fastlt_benchmarks.loaders.images import FILES, PACK, STOCK, TRANSCODED
 from fastlt_benchmarks.loaders.limits import DecodingAlone
 from fastlt_benchmarks.loaders.peers import dali_stock, ffcv_stock, pillow, simplejpeg, spdl
 from fastlt_benchmarks.loaders.trials import Contender, Source, Task
-from fastlt_benchmarks.loss.contenders import Unavailable
 
 
 def all_contenders() -> list[Contender]:
@@ -116,11 +115,6 @@ def start_ours(task: Task, engine: str, decode: str, form: str = PACK, **options
         **options,
     }
     loader = Loader(pack.train, task.size, engine, **settings)
-    if loader.engine_name == "resident":
-        loader.close()
-        raise Unavailable(
-            "images of one size this small are kept in memory decoded, whatever data.engine says"
-        )
     geometry = Geometry("random-resized-crop", task.size, flip=True)
     plan = Plan(
         pack.train,

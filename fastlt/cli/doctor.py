@@ -136,19 +136,19 @@ def engines() -> dict[str, str]:
     try:
         import torch
 
+        from fastlt.data.engines.choice import ENGINES
         from fastlt.data.engines.dali import import_dali
         from fastlt.data.engines.ffcv.native import import_ffcv
         from fastlt.data.engines.gpu import torchvision_decoder
     except ImportError as error:
         return {"unknown": f"{error.name} is not installed"}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {
-        "torch": "available",
-        "resident": "available",
-        "ffcv": available(import_ffcv),
-        "dali": available(import_dali),
-        "torch with data.decode=gpu": available(lambda: torchvision_decoder(device)),
+    libraries = {"ffcv": import_ffcv, "dali": import_dali}
+    found = {
+        name: available(libraries[name]) if name in libraries else "available"
+        for name in dict.fromkeys(engine.name for engine in ENGINES)
     }
+    return found | {"torch with data.decode=gpu": available(lambda: torchvision_decoder(device))}
 
 
 def available(check: Callable[[], object]) -> str:

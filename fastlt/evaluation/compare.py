@@ -46,12 +46,12 @@ def compare(places: Sequence[Path], console: Console) -> None:
         {name: test.p for name, test in zip(names[1:], tests, strict=True) if test.p is not None}
     )
     for name, test in zip(names[1:], tests, strict=True):
-        told = verdict(test, names[0], name, corrected.get(name), len(corrected))
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        sentence = verdict(test, names[0], name, corrected.get(name), len(corrected))
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def unshortened(table: Table) -> Table:
-    """Return a name whose end is not cut off, for ends tell names apart."""
+    """Return a name whose end is not cut off, as names differ in their ends."""
     for column in table.columns:
         column.overflow = "fold"
     return table

@@ -20,7 +20,7 @@ class Predictions:
     confidence: np.ndarray  # (n,) float32, softmax over the targets of the predicted class
 
 
-def joined_predictions(parts: list[Predictions]) -> Predictions:
+def concatenate_predictions(parts: list[Predictions]) -> Predictions:
     """Return the predictions of several ranks in the order of the images."""
     if len(parts) == 1:
         return parts[0]

@@ -68,7 +68,7 @@ def method_settings(method: str | None, start: str | None) -> Callable[[int, int
             )
         own = {"method.name": method, **settings_of(method)}
         begin = {"model.weights": start} if start else {}
-        return lambda epochs, asked: {**begin, **own}
+        return lambda epochs, longer: {**begin, **own}
     return preset_settings(method, start)
 
 

@@ -65,9 +65,9 @@ class Ranks:
         """Return what the first rank has."""
         if self.world == 1:
             return mine
-        told = [mine]
-        dist.broadcast_object_list(told, src=0)
-        return told[0]
+        shared = [mine]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
 
 
 ALONE = Ranks()
@@ -148,7 +148,7 @@ def launch(arguments: Sequence[str], processes: int, restarts: int) -> None:
             elastic_launch(config, sys.executable)("-m", "fastlt", *arguments)
             return
         except SignalException:
-            return  # the processes were told, and have said what became of the run
+            return  # the processes got the signal, and have said what became of the run
         except ChildFailedError as error:
             codes = {failure.exitcode for failure in error.failures.values()}
             if BAD_INPUT in codes:

@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fastlt.config import Config, DataConfig, TrainConfig, to_toml
 from fastlt.data.augment import compiled_finish, scale_and_shift
 from fastlt.data.augment import finish as finish_batch
-from fastlt.data.engines.torch import dead_workers_in_words
+from fastlt.data.engines.torch import worker_errors
 from fastlt.data.jitter import colour_jitter
 from fastlt.data.mixup import draw
 from fastlt.data.plan import Batch, evaluation_batches
@@ -35,7 +35,7 @@ from fastlt.evaluation.evaluate import (
     predict,
     save_predictions,
 )
-from fastlt.evaluation.metrics import Predictions, confusions, joined_predictions, score
+from fastlt.evaluation.metrics import Predictions, concatenate_predictions, confusions, score
 from fastlt.losses import Step
 from fastlt.models.classifier import Classifier
 from fastlt.models.export import export_safetensors
@@ -79,7 +79,7 @@ def train(
         with (
             only_run(run, ranks),
             disk_errors(run),
-            dead_workers_in_words(),
+            worker_errors(),
             stop_on_signals(console) as stop,
         ):
             config = check_config(config, run, pack, console)
@@ -218,13 +218,13 @@ def asks_for_checkpoint(trainer: Trainer, last_saved: float) -> bool:
     Several ranks do not agree on the time, nor on when they heard that they are to stop: they ask
     each other, but not in every step.
     """
-    wanted = trainer.stop.made or is_due(trainer.config.train, trainer.state.step, last_saved)
+    wanted = trainer.stop.requested or is_due(trainer.config.train, trainer.state.step, last_saved)
     if trainer.ranks.world == 1:
         return wanted
     by_steps = is_due(trainer.config.train, trainer.state.step, math.inf)
     if not by_steps and trainer.state.step % ASK_EVERY:
         return False
-    trainer.stop.made = trainer.ranks.any(trainer.stop.made, trainer.device)
+    trainer.stop.requested = trainer.ranks.any(trainer.stop.requested, trainer.device)
     return trainer.ranks.any(wanted, trainer.device)
 
 
@@ -237,8 +237,8 @@ def is_due(config: TrainConfig, step: int, last_saved: float) -> bool:
 def stop_if_asked(trainer: Trainer) -> None:
     """Raise Stopped where that was asked for, once the checkpoint before is on the disk."""
     state = trainer.state
-    trainer.stop.made = trainer.ranks.any(trainer.stop.made, trainer.device)
-    if trainer.stop.made and state.epoch < trainer.config.train.epochs:
+    trainer.stop.requested = trainer.ranks.any(trainer.stop.requested, trainer.device)
+    if trainer.stop.requested and state.epoch < trainer.config.train.epochs:
         trainer.writer.wait()
         raise Stopped(
             f"stopped at epoch {state.epochs_done + 1}, step {state.step_in_epoch}: the same "
@@ -480,7 +480,7 @@ def evaluate(trainer: Trainer) -> Predictions:
     if ranks.world == 1:
         batches = until_asked_to_stop(trainer, batches)
     model = evaluated_model(trainer)
-    return joined_predictions(
+    return concatenate_predictions(
         ranks.all(
             predict(
                 model,
@@ -498,7 +498,7 @@ def evaluate(trainer: Trainer) -> Predictions:
 def until_asked_to_stop(trainer: Trainer, batches: Iterator[Batch]) -> Iterator[Batch]:
     """A run that goes on evaluates once more."""
     for batch in batches:
-        if trainer.stop.made:
+        if trainer.stop.requested:
             save(trainer)
             stop_if_asked(trainer)
         yield batch

@@ -19,7 +19,7 @@ class Stopped(Exception):
 class StopRequest:
     """Whether a signal has asked the run to stop."""
 
-    made = False
+    requested = False
 
 
 @contextmanager
@@ -54,13 +54,13 @@ def exit_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals(console: Console) -> Iterator[StopRequest]:
-    """Yield a request that is made at the first SIGTERM or Ctrl-C; the second one ends the run."""
+    """Yield what becomes requested at the first SIGTERM or Ctrl-C; the second one ends the run."""
     request = StopRequest()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if request.made:
+        if request.requested:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        request.made = True
+        request.requested = True
         console.print(
             "\nstopping: the step is finished and saved; once more stops at once", highlight=False
         )

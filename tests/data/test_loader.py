@@ -104,7 +104,7 @@ def test_workers_give_the_same_in_the_same_order_and_live_through_epochs(pack):
     assert not multiprocessing.active_children()
 
 
-def test_leaving_early_leaves_an_engine_that_starts_anew_and_nothing_after_close(pack):
+def test_leaving_early_leaves_an_engine_that_starts_anew(pack):
     plan = plan_of(pack, CROPS["pad-crop"])
     engine = TorchEngine(pack.train, Options(16, 2))
     early = engine.batches(plan.epoch(0))

@@ -118,7 +118,7 @@ def test_a_run_resumes_at_any_step(first_step):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_a_step_without_overlap_and_its_images_do_not_depend_on_their_number(world):
+def test_ranks_share_the_images_of_a_step_whatever_their_number(world):
     alone = list(plan().epoch(1))
     ranks = [list(plan(rank=rank, world=world).epoch(1)) for rank in range(world)]
     for step, batch in enumerate(alone):

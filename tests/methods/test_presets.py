@@ -214,9 +214,7 @@ def test_deferred_weights_come_in_short_runs_too(epochs):
     assert 0 < config.loss.drw_epoch < epochs
 
 
-def test_a_second_stage_begins_with_the_same_targets_and_the_same_kind_of_head(
-    small_pack, tmp_path
-):
+def test_a_second_stage_needs_the_same_targets_and_kind_of_head(small_pack, tmp_path):
     small = [
         "model.name=resnet8",
         "data.size=16",

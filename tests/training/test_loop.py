@@ -212,9 +212,7 @@ def test_another_configuration_in_the_same_folder_is_refused_and_named(finished,
         train(config_of(small_pack, "optim.lr=0.01"), finished[0], QUIET)
 
 
-def test_what_says_how_and_not_what_may_change_and_a_finished_run_is_left_alone(
-    finished, small_pack
-):
+def test_settings_that_say_how_may_change_and_a_finished_run_stays(finished, small_pack):
     run, result = finished
     before = {
         path.name: path.stat().st_mtime_ns

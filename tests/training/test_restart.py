@@ -182,7 +182,7 @@ def test_a_second_signal_stops_at_once():
     for number, raised in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
         with stop_on_signals(QUIET) as request:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert request.made
+            assert request.requested
             with pytest.raises(raised):
                 os.kill(os.getpid(), number)
     assert signal.getsignal(signal.SIGTERM) == before
@@ -196,7 +196,7 @@ def test_a_run_that_stops_in_an_evaluation_evaluates_once_more(
     def stop_in_first(trainer, batches):
         if not asked:
             asked.append(trainer.state.epoch)
-            trainer.stop.made = True
+            trainer.stop.requested = True
         return original(trainer, batches)
 
     original = training.until_asked_to_stop
@@ -326,9 +326,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts are of Linux")
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_from_the_last_checkpoint(
-    small_pack, undisturbed, small_disk
-):
+def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(small_pack, undisturbed, small_disk):
     run, filler = small_disk / "run", small_disk / "filler"
     filler.write_bytes(b"\0" * 800_000)  # a checkpoint has 0.9 MB: the second one does not fit
     with pytest.raises(
@@ -362,9 +360,7 @@ def test_a_refused_run_leaves_nothing(small_pack, tmp_path):
 # --- gradients that are not finite
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted_and_leaves_no_trace(
-    small_pack, tmp_path, monkeypatch
-):
+def test_a_step_that_is_not_finite_is_skipped_and_counted(small_pack, tmp_path, monkeypatch):
     """Not in the weights, not in the batch-norm statistics, not in the averages; mixed in at the
     input, it reaches all of them.
     """
@@ -408,14 +404,14 @@ def test_an_epoch_without_a_finite_step_has_no_loss_and_says_so(small_pack, tmp_
 # --- what has finished
 
 
-def test_a_run_that_was_stopped_in_its_last_evaluation_has_finished_after_the_next_call(
+def test_a_run_stopped_in_its_last_evaluation_finishes_when_resumed(
     small_pack, undisturbed, tmp_path, monkeypatch
 ):
     original = training.until_asked_to_stop
 
     def stop_in_last(trainer, batches):
         if trainer.state.epoch == 3:
-            trainer.stop.made = True
+            trainer.stop.requested = True
         return original(trainer, batches)
 
     with monkeypatch.context() as patch:

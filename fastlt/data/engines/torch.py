@@ -34,7 +34,7 @@ ADVICE = "try fewer data.workers, and `fastlt pack --verify` if a shard may have
 
 
 @contextmanager
-def dead_workers_in_words() -> Iterator[None]:
+def worker_errors() -> Iterator[None]:
     """Raise UserError where PyTorch reports a killed worker.
 
     Its error may come up anywhere in the main thread, at any moment.
