@@ -179,6 +179,9 @@ class DataConfig(Section):
     """Auxiliary images per target image, in place of `budget`; 0: by `budget`."""
     repeats: Several = 1
     """Times that an image comes in a row, each time cut anew; the length of an epoch stays."""
+    views: Several = 1
+    """Times that each image of a batch comes in it, each time cut anew, for methods that compare
+    views: a batch then has so many times `batch` images."""
     start_size: Count = 0
     """Progressive resizing: pixels a side at first; 0: `size` from the start."""
     ramp: tuple[Count, Count] = (0, 0)

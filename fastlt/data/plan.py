@@ -27,7 +27,8 @@ class Batch:
     `boxes` are the parts of the upright images that fill the output (see augment.py).
     """
 
-    images: np.ndarray  # (n,) int64, indices into the split
+    # (n,) int64, indices into the split; of several views, all images once, then all again
+    images: np.ndarray
     labels: np.ndarray  # (n,) int64
     # (n, 4) int32: top, left, height, width; may reach over the edge, which is filled with black
     boxes: np.ndarray
@@ -49,6 +50,7 @@ class Sampling:
     # times that an image comes in a row, each time cut anew (repeated augmentation); the counts
     # stay
     repeats: int = 1
+    views: int = 1  # times that each image of a batch comes in it, each time cut anew
 
 
 def spread_budget(total: int, stored: np.ndarray) -> tuple[int, ...]:
@@ -66,7 +68,10 @@ def spread_budget(total: int, stored: np.ndarray) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Plan:
-    """The training order. `batch` is the global batch; a rank gets every world-th image of it.
+    """The training order.
+
+    `batch` is the global batch of different images; a rank gets every world-th of them, and each as
+    often as there are views.
 
     window > 0 is for shards that are not all on this machine: that many bytes of them are shuffled
     together, then the next ones, and a rank gets neighbouring shards of a batch, so that it needs
@@ -177,6 +182,11 @@ class Plan:
         return windows
 
     def _batch(self, images: np.ndarray, places: np.ndarray, epoch: int) -> Batch:
+        views = self.sampling.views
+        images = np.tile(images, views)
+        # places beyond the epoch's, so that each view is cut by numbers of its own
+        first = np.arange(views)[:, None] * self.images_per_epoch
+        places = (first + places).reshape(-1)
         boxes, flips = boxes_of(
             self.geometry,
             self.split.height[images],

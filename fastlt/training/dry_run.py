@@ -76,7 +76,8 @@ def dry_run(config: Config, processes: int, console: Console) -> None:
         prepare(config, Path(os.devnull), open_packs(config.data)) as trainer,
     ):
         report_setup(trainer, console)
-        whole = trainer.plan.steps_per_epoch, trainer.plan.images_per_epoch
+        plan = trainer.plan
+        whole = trainer.epochs, plan.steps_per_epoch, plan.images_per_epoch
         memory, speed = measure(trainer, config.data.batch // processes)
     for name, text in estimate(config, processes, whole, memory, speed, trainer.device).items():
         console.print(f"[bold]{name:>9}[/]  {text}", highlight=False, soft_wrap=True)
@@ -99,9 +100,9 @@ def probe(trainer: Trainer, images: int) -> tuple[int, float]:
 
     They are measured on random images.
     """
-    size = trainer.plan.geometry.size
-    pixels = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8)
-    labels = torch.arange(images) % trainer.space.num_classes
+    size, views = trainer.plan.geometry.size, trainer.config.data.views
+    pixels = torch.randint(0, 256, (images * views, size, size, 3), dtype=torch.uint8)
+    labels = (torch.arange(images) % trainer.space.num_classes).repeat(views)
     made = make_input(
         trainer.config,
         pixels,
@@ -204,16 +205,19 @@ def wait_for(device: torch.device) -> None:
 def estimate(
     config: Config,
     processes: int,
-    whole: tuple[int, int],
+    whole: tuple[int, int, int],
     memory: Memory,
     speed: Speed,
     device: torch.device,
 ) -> dict[str, str]:
-    """Return what is printed, by what it is about."""
-    per_epoch, images = whole
+    """Return what is printed, by what it is about.
+
+    whole: epochs of all stages, batches of an epoch, and its images.
+    """
+    epochs, per_epoch, images = whole
     # what is dropped at the end of an epoch takes no time
     images = min(images, per_epoch * config.data.batch)
-    epochs, share = config.train.epochs, config.data.batch // processes
+    share = config.data.batch // processes
     need, have = memory.at(share), memory_bytes(device)
     hours = epochs * images / (speed.images_per_second * processes) / 3600
     parts = {

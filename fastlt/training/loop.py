@@ -337,7 +337,7 @@ def make_input(
     """
     augment, data = config.augment, config.data
     # not for the short batch that may end an epoch
-    compiled = is_compiled(config, device) and data.batch % len(pixels) == 0
+    compiled = is_compiled(config, device) and data.batch * data.views % len(pixels) == 0
     target, pixels = to_device(labels, device), to_device(pixels, device)
     if augment.randaugment or any(augment.jitter):
         planes = colour_jitter(pixels.permute(0, 3, 1, 2), augment.jitter, generator, compiled)
@@ -376,7 +376,7 @@ def forward_of(trainer: Trainer) -> Callable[..., Step]:
     if trainer.forward is None or trainer.forward[0] != phase:
         trainer.forward = None  # first: what it has hung on the parameters goes with it
         mode = config.train.compile_mode if is_compiled(config, trainer.device) else None
-        batch = trainer.plan.batch // trainer.ranks.world
+        batch = trainer.plan.batch * config.data.views // trainer.ranks.world
         trainer.forward = phase, build_forward(trainer.method, trainer.ranks, mode, batch)
     return trainer.forward[1]
 

@@ -374,7 +374,10 @@ def build_plan(
         data.eval_resize,
     )
     sampling = Sampling(
-        data.target_sampling, (*budgets_of(data, space), *[0] * unused), data.repeats
+        data.target_sampling,
+        (*budgets_of(data, space), *[0] * unused),
+        data.repeats,
+        data.views,
     )
     return Plan(
         pack.train,

@@ -203,9 +203,10 @@ def test_a_picture_is_drawn_beside_the_file(shown):
     assert shown[1].with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_the_command_measures_generated_photos_and_leaves_nothing_behind(tmp_path, monkeypatch):
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
+def test_the_command_measures_generated_photos_and_leaves_nothing_behind(
+    tmp_path, tmp_path_factory, monkeypatch
+):
+    temporary = tmp_path_factory.mktemp("t")  # a short path: workers open sockets in it
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.setattr("fastlt_benchmarks.loaders.run.QUICK_IMAGES", 12)
     options = [

@@ -138,6 +138,29 @@ def test_a_dead_worker_is_told_and_not_waited_for(pack):
     assert not multiprocessing.active_children()
 
 
+def test_a_temporary_folder_too_long_for_sockets_is_refused(pack, tmp_path, monkeypatch):
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    plan = plan_of(pack, CROPS["pad-crop"])
+    with pytest.raises(UserError, match="set TMPDIR to a shorter one"):
+        next(TorchEngine(pack.train, Options(16, 1)).batches(plan.epoch(0)))
+    made = list(TorchEngine(pack.train, Options(16, 0)).batches(plan.epoch(0)))
+    assert len(made) == plan.steps_per_epoch
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_two_views_of_an_image_are_cut_anew(pack, make):
+    plan = plan_of(pack, CROPS["pad-crop"])
+    plan = replace(plan, sampling=replace(plan.sampling, views=2))
+    for images, batch in zip(
+        make(pack.train, 16).batches(plan.epoch(0)), plan.epoch(0), strict=True
+    ):
+        assert torch.equal(images, reference(pack.train, batch, 16))
+        first, second = images.chunk(2)
+        assert not torch.equal(first, second)
+
+
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_kept_batches_are_not_overwritten(pack, make):
     batches = [

@@ -1,5 +1,7 @@
 """Which image comes when."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers.scenes import bare_split
@@ -226,3 +228,21 @@ def test_the_copies_of_a_repeated_image_are_cut_differently():
     batch = next(iter(made.epoch(0)))
     first = batch.images == batch.images[0]
     assert first.sum() >= 4 and len(np.unique(batch.boxes[first], axis=0)) > 1
+
+
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("world", [1, 2])
+def test_each_view_of_a_batch_is_the_same_images_cut_anew(views, world):
+    for rank in range(world):
+        once = plan(rank=rank, world=world)
+        several = replace(once, sampling=replace(once.sampling, views=views))
+        assert several.steps_per_epoch == once.steps_per_epoch
+        assert several.class_counts.tolist() == once.class_counts.tolist()
+        for batch, alone in zip(several.epoch(4), once.epoch(4), strict=True):
+            parts = np.array_split(np.arange(len(batch.images)), views)
+            for part in parts:
+                assert batch.images[part].tolist() == alone.images.tolist()
+                assert batch.labels[part].tolist() == alone.labels.tolist()
+            assert batch.boxes[parts[0]].tolist() == alone.boxes.tolist()
+            cuts = {(batch.boxes[part].tobytes(), batch.flips[part].tobytes()) for part in parts}
+            assert len(cuts) == views

@@ -78,11 +78,11 @@ def test_its_steps_are_the_trainers_own(trainer_of, monkeypatch):
 
 
 def test_the_estimate_multiplies(trainer_of):
-    config = trainer_of("train.epochs=36", "data.batch=16").config
+    config = trainer_of("data.batch=16").config
     told = estimate(
         config,
         2,
-        (10, 155),
+        (36, 10, 155),
         Memory(10**9, 10**9, 2 * 10**9, 0, 5 * 10**8),
         Speed(0.5, 4, 9),
         torch.device("cpu"),
@@ -96,7 +96,12 @@ def test_the_estimate_multiplies(trainer_of):
     assert told["time"].startswith("1.6 hours of training, if 2 processes")
     assert "measured over 9 steps of 4 loaded images" in told["speed"]
     much = estimate(
-        config, 1, (10, 160), Memory(10**15, 0, 0, 0, 1), Speed(9999.0, 4, 9), torch.device("cpu")
+        config,
+        1,
+        (36, 10, 160),
+        Memory(10**15, 0, 0, 0, 1),
+        Speed(9999.0, 4, 9),
+        torch.device("cpu"),
     )
     assert (
         much["memory"].endswith("TOO LITTLE, lower data.batch")

@@ -4,8 +4,10 @@ With exact decoding it is the reference, Pillow alone.
 """
 
 import ctypes
+import os
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator
@@ -28,8 +30,8 @@ from fastlt.packing.reader import Split, check_shards, picture
 Made = tuple[torch.Tensor, dict[int, str]]
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 PATIENCE = 300  # seconds for one batch: far more than any takes, but not for ever
-
-
+LONGEST_SOCKET = 107  # bytes of the path of a Unix socket, on Linux
+SOCKET_IN_TEMP = len("/pymp-12345678/listener-12345678")  # as multiprocessing names it
 ADVICE = "try fewer data.workers, and `fastlt pack --verify` if a shard may have been cut short"
 
 
@@ -107,13 +109,15 @@ class TorchEngine:
 
     def _start(self) -> Iterator[Made | str]:
         with warnings.catch_warnings():
-            # more workers than cores: `introduce` says so
+            # more workers than cores: `fastlt train` says so at its start
             warnings.filterwarnings("ignore", "This DataLoader will create")
             return iter(self._made())
 
     def _made(self) -> DataLoader:
         if self._loader is None:
             several = self._workers > 0
+            if several:
+                check_temporary_folder()
             # A fork of a process that is fetching shards inherits its locks, and never gets them.
             self._loader = DataLoader(
                 self._dataset,
@@ -134,6 +138,21 @@ class TorchEngine:
     def close(self) -> None:
         """Ends the workers."""
         self._loader = None
+
+
+def check_temporary_folder() -> None:
+    """Raise UserError where workers could not hand over their images.
+
+    They do so through a socket in the folder of temporary files. Where its path is too long, the
+    image is lost in the worker, and the training would wait for it.
+    """
+    folder = tempfile.gettempdir()
+    too_long = len(os.fsencode(folder)) + SOCKET_IN_TEMP > LONGEST_SOCKET
+    if too_long and sys.platform == "linux":
+        raise UserError(
+            f"the folder of temporary files, {folder}, has too long a path for the sockets of the "
+            "torch engine's workers: set TMPDIR to a shorter one, or data.workers=0"
+        )
 
 
 class BatchDataset(Dataset):
