@@ -5,7 +5,7 @@ hyphens for underscores; its first line of documentation is what `fastlt methods
 """
 
 import copy
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,13 +23,16 @@ class Stage:
     """A part of a training that has settings of its own.
 
     Each stage has its own order of images, optimiser and schedule, and is resumed where it was
-    stopped; the model goes on from one to the next.
+    stopped; the model goes on from one to the next, as its average where weights are averaged.
     """
 
     name: str = ""
     # section.key -> value, over the run's; `train.epochs` included
     settings: Mapping[str, Any] = field(default_factory=dict)
     trained: tuple[str, ...] = ("",)  # prefixes of the names of the parameters that are trained
+    # The method is given features (N, D) in place of images: of the images as they are evaluated,
+    # by the backbone as the stage finds it, computed once and kept in the pack's folder.
+    features: bool = False
 
 
 class Base(nn.Module):
@@ -59,15 +62,22 @@ class Base(nn.Module):
         super().__init__()
         self.config, self.model, self.task = config, model, task
         self.criterion = build_loss(task, model.head)
+        self.stage = 0  # the number of the stage
 
     def stages(self) -> list[Stage]:
         """Return the stages of the training, in their order."""
         return [Stage()]
 
-    def enter_stage(self, task: Task) -> None:
-        """Take up the task of a stage that has settings of its own, its loss included."""
-        self.task = task
+    def enter_stage(self, number: int, task: Task) -> None:
+        """Take up the task of a stage, its loss included.
+
+        It is called as the stage begins and whenever it is resumed, before tensors are loaded.
+        """
+        self.stage, self.task = number, task
         self.criterion = build_loss(task, self.model.head)
+
+    def start_stage(self, data: "StageData") -> None:
+        """Prepare what a stage needs of the training images; called once, as the stage begins."""
 
     def begin(self, epoch: int) -> Hashable:
         """Prepare for an epoch of the stage, counted from 0.
@@ -110,6 +120,10 @@ class Base(nn.Module):
         """Return a step by its loss () and the logits (N, C) that the model would predict by."""
         return self.criterion.scored(loss, self.criterion.predicted(logits), *labels)  # type: ignore[arg-type]
 
+    def metrics(self) -> dict[str, float]:
+        """Return figures of the method for the line of an epoch in metrics.jsonl, by name."""
+        return {}
+
     def extra_state(self) -> dict[str, Tensor]:
         """Return what the method trains or keeps besides the model, for checkpoints."""
         state = self.state_dict()
@@ -124,6 +138,14 @@ class Base(nn.Module):
         memo[id(self)] = twin
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
+
+
+@dataclass(frozen=True)
+class StageData:
+    """The training images of a stage, n of them, each once."""
+
+    labels: Tensor  # (n,) int64
+    features: Callable[[], Tensor]  # (n, D) float32 by the backbone, as they are evaluated
 
 
 class Frozen:

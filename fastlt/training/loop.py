@@ -49,11 +49,19 @@ from fastlt.training.messages import (
     report_damaged,
     report_setup,
     report_skipped,
+    report_stage,
     shown,
 )
 from fastlt.training.optim import set_lr
 from fastlt.training.run_folder import check_config, disk_errors, finished, only_run, resume, save
-from fastlt.training.setup import Trainer, TrainState, grow, next_stage, prepare
+from fastlt.training.setup import (
+    Trainer,
+    TrainState,
+    grow,
+    next_stage,
+    prepare,
+    start_stage,
+)
 from fastlt.utils.files import write_text
 from fastlt.utils.run_files import METRICS
 from fastlt.utils.signals import Stopped, stop_on_signals
@@ -99,6 +107,8 @@ def run_training(
         console.print(f"{trainer.run} has finished already")
         return result
     report_setup(trainer, console)
+    if trainer.state.step == 0:
+        start_stage(trainer)
     return finish(trainer, fit(trainer, console, on_epoch))
 
 
@@ -132,6 +142,7 @@ def fit(trainer: Trainer, console: Console, on_epoch: OnEpoch | None = None) -> 
         while not trainer.is_done:
             if state.epoch >= trainer.config.train.epochs:
                 next_stage(trainer)
+                report_stage(trainer, bar.console)
             grow(trainer)
             rate = train_epoch(trainer, show)
             report_damaged(trainer, bar.console)
@@ -258,14 +269,14 @@ def set_modes(trainer: Trainer) -> None:
         frozen = trainer.state.epoch < schedule.head_only_epochs
         trainer.model.backbone.requires_grad_(not frozen).train(not frozen or schedule.shift_bn)
     trained = trainer.stages[trainer.state.stage].trained
-    if trained != ("",):
+    if len(trainer.stages) > 1:
         for name, module in trainer.method.named_modules():
-            is_within = any(f"{name}.".startswith(prefix) for prefix in trained)
-            is_around = any(prefix.startswith(f"{name}.") or not name for prefix in trained)
+            is_within = not name or any(f"{name}.".startswith(prefix) for prefix in trained)
+            is_around = any(prefix.startswith(f"{name}.") for prefix in trained)
             if not is_within and not is_around:
                 module.training = False
         for name, parameter in trainer.method.named_parameters():
-            parameter.requires_grad_(name.startswith(trained))
+            parameter.requires_grad_(name in trainer.trainable and name.startswith(trained))
 
 
 def train_step(
@@ -287,16 +298,15 @@ def train_step(
     torch.manual_seed(step_seed(config.train.seed, state.step, 1, trainer.ranks.rank))
     factor = trainer.factor(state.epoch + state.step_in_epoch / trainer.plan.steps_per_epoch)
     set_lr(trainer.updater.optimizer, factor)
-    images, target, target_b, mix = make_input(
-        config, pixels, torch.from_numpy(batch.labels), generator, device, trainer.dtype
-    )
+    labels = torch.from_numpy(batch.labels)
+    inputs = make_input(config, pixels, labels, generator, device, trainer.dtype)
     mark("input")
     group, is_last = accumulation(
         config.optim.accumulate, state.step_in_epoch, trainer.plan.steps_per_epoch
     )
     with nullcontext() if is_last else unsynchronised(forward):
         with torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
-            loss, correct, counted = forward(images, target, target_b, mix)
+            loss, correct, counted = forward(*inputs)
         mark("forward")
         (loss * trainer.updater.scale / group).backward()
     mark("backward")
@@ -332,9 +342,11 @@ def make_input(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return augmented, normalised images (N, 3, H, W) and labels on the device.
 
-    pixels: (N, H, W, 3) uint8. dtype: that of autocast, to which the first layer would turn the
-    images anyway.
+    pixels: (N, H, W, 3) uint8, or features (N, D) float32, which are left as they are. dtype: that
+    of autocast, to which the first layer would turn the images anyway.
     """
+    if pixels.is_floating_point():
+        return to_device(pixels, device), to_device(labels, device), None, None
     augment, data = config.augment, config.data
     # not for the short batch that may end an epoch
     compiled = is_compiled(config, device) and data.batch * data.views % len(pixels) == 0
@@ -448,6 +460,7 @@ def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None)
         "skipped_steps": state.skipped,
         "damaged_images": len(state.damaged),
     }
+    record |= trainer.method.metrics()
     if predictions is not None:
         figures = score(predictions, trainer.space)
         record |= {name: figures[name] for name in METRICS}

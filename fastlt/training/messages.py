@@ -47,6 +47,17 @@ def report_setup(trainer: Trainer, console: Console) -> None:
         console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
 
 
+def report_stage(trainer: Trainer, console: Console) -> None:
+    """Print which stage begins."""
+    stage = trainer.stages[trainer.state.stage]
+    console.print(
+        f"stage {trainer.state.stage + 1} of {len(trainer.stages)}: {stage.name}, "
+        f"{trainer.config.train.epochs} epochs",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def notes(config: Config) -> Iterator[str]:
     """Yield what is no error, but worth a note."""
     numbers: Any = config.model

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from fastlt.config import OptimConfig, ScheduleConfig
@@ -158,6 +158,18 @@ class Averaged:
         self.decay = decay
 
     @torch.no_grad()
+    def copy_to(self, method: nn.Module) -> None:
+        """Make the method what its average is."""
+        for theirs, mine in zip(tensors_of(method), tensors_of(self.average), strict=True):
+            theirs.copy_(mine)
+
+    @torch.no_grad()
+    def restart(self, method: nn.Module) -> None:
+        """Make the average what the method is."""
+        for mine, theirs in zip(tensors_of(self.average), tensors_of(method), strict=True):
+            mine.copy_(theirs)
+
+    @torch.no_grad()
     def update(self, method: nn.Module, steps: int) -> None:
         """Move the average towards the method as it is.
 
@@ -165,10 +177,15 @@ class Averaged:
         wait for the device.
         """
         weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
-        mine, theirs = ([*net.parameters(), *net.buffers()] for net in (self.average, method))
+        mine, theirs = tensors_of(self.average), tensors_of(method)
         smooth = [i for i, tensor in enumerate(mine) if tensor.is_floating_point()]
         torch._foreach_lerp_(
             [mine[i] for i in smooth], [theirs[i].detach() for i in smooth], weight
         )
         for i in set(range(len(mine))) - set(smooth):
             mine[i].copy_(theirs[i])
+
+
+def tensors_of(net: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module."""
+    return [*net.parameters(), *net.buffers()]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from fastlt.data.plan import Plan, Sampling, spread_budget
 from fastlt.errors import UserError
 from fastlt.losses import Step, Task
 from fastlt.methods import method_type
-from fastlt.methods.method import Base, Stage
+from fastlt.methods.method import Base, Stage, StageData
 from fastlt.models.classifier import Classifier, build_model
 from fastlt.models.device import choose_device, on_device
 from fastlt.models.export import find_metadata
@@ -26,6 +27,7 @@ from fastlt.packing.reader import Pack
 from fastlt.packing.subset import subset
 from fastlt.training.checkpoint import Writer
 from fastlt.training.distributed import ALONE, Ranks
+from fastlt.training.features import FeatureLoader, features_folder, features_of
 from fastlt.training.nonfinite import Guard
 from fastlt.training.optim import Averaged, build_optimizer, lr_factor
 from fastlt.training.step import MaxNorm, Updater
@@ -84,12 +86,14 @@ class Trainer:
     stop: StopRequest
     state: TrainState
     plan: Plan
-    train_loader: Loader
+    train_loader: Loader | FeatureLoader
     updater: Updater
     guard: Guard
     factor: Callable[[float], float]  # from epochs of the stage to the factor on the base rate
     # phase and compiled function: compiled once, not once an epoch
     forward: tuple[Hashable, Callable[..., Step]] | None = None
+    # names of the parameters that are trained at all, in whichever stage
+    trainable: frozenset[str] = frozenset()
 
     @property
     def model(self) -> Classifier:
@@ -134,7 +138,7 @@ class StageParts(NamedTuple):
 
     config: Config
     plan: Plan
-    train_loader: Loader
+    train_loader: Loader | FeatureLoader
     updater: Updater
     guard: Guard
     factor: Callable[[float], float]
@@ -148,7 +152,7 @@ def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trai
     method = build_method(config, space, torch.from_numpy(counts), ranks, device)
     ema = Averaged(method, config.optim.ema) if config.optim.ema else None
     stages = method.stages()
-    parts = stage_parts(config, stages[0], run, pack, space, ranks, device, dtype, method, ema)
+    parts = stage_parts(config, stages, 0, run, pack, space, ranks, device, dtype, method, ema)
     return Trainer(
         **parts._asdict(),
         run_config=config,
@@ -165,6 +169,9 @@ def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trai
         writer=Writer(),
         stop=StopRequest(),
         state=TrainState(),
+        trainable=frozenset(
+            name for name, parameter in method.named_parameters() if parameter.requires_grad
+        ),
     )
 
 
@@ -198,7 +205,8 @@ def stage_config(config: Config, stage: Stage) -> Config:
 
 def stage_parts(
     config: Config,
-    stage: Stage,
+    stages: list[Stage],
+    number: int,
     run: Path,
     pack: Pack,
     space: ClassSpace,
@@ -209,16 +217,19 @@ def stage_parts(
     ema: Averaged | None,
 ) -> StageParts:
     """Return the parts of a stage. Raises UserError where an epoch is less than a batch."""
+    stage = stages[number]
     config = stage_config(config, stage)
+    kept = [method, *([ema.average] if ema else [])]
     plan = build_plan(config, pack, space, size_at(config.data, 0), ranks)
     if plan.steps_per_epoch == 0:
         raise UserError(
             f"an epoch has {plan.images_per_epoch} images, less than one batch of "
             f"{config.data.batch}: set data.batch lower"
         )
-    if stage.settings:
-        counts = torch.from_numpy(plan.class_counts[: space.num_classes])
-        method.enter_stage(Task(space, counts, config.loss, config.train.epochs, device))
+    counts = torch.from_numpy(plan.class_counts[: space.num_classes])
+    task = Task(space, counts, config.loss, config.train.epochs, device)
+    for entering in kept:
+        entering.enter_stage(number, task)
     head = method.model.head
     optimizer = build_optimizer(config.optim, method, config.data.batch, stage.trained)
     updater = Updater(
@@ -229,9 +240,13 @@ def stage_parts(
         MaxNorm(head.weight, config.optim.max_norm) if config.optim.max_norm < 1 else None,
     )
     listed = run / ("nonfinite.txt" if ranks.is_first else f"nonfinite-rank{ranks.rank}.txt")
-    kept = [method, *([ema.average] if ema else [])]
     guard = Guard(kept, config.train.max_skipped, listed, pack.train)
-    loader = train_loader(config.data, pack, device, plan.geometry.size)
+    loader: Loader | FeatureLoader
+    if stage.features:
+        folder = features_folder(pack, run)
+        loader = FeatureLoader(partial(features_of, method.model, pack, config, device, folder))
+    else:
+        loader = train_loader(config.data, pack, device, plan.geometry.size)
     factor = lr_factor(config.schedule, config.train.epochs)
     return StageParts(config, plan, loader, updater, guard, factor)
 
@@ -242,7 +257,8 @@ def enter_stage(trainer: Trainer, number: int) -> None:
     trainer.forward = None
     parts = stage_parts(
         trainer.run_config,
-        trainer.stages[number],
+        trainer.stages,
+        number,
         trainer.run,
         trainer.pack,
         trainer.space,
@@ -259,9 +275,29 @@ def enter_stage(trainer: Trainer, number: int) -> None:
 def next_stage(trainer: Trainer) -> None:
     """Go from the end of a stage to the start of the next."""
     state = trainer.state
+    if trainer.ema is not None:
+        trainer.ema.copy_to(trainer.method)
     enter_stage(trainer, state.stage + 1)
+    start_stage(trainer)
     state.epochs_before += state.epoch
     state.stage, state.epoch, state.step_in_epoch = state.stage + 1, 0, 0
+
+
+def start_stage(trainer: Trainer) -> None:
+    """Let the method prepare for the stage that begins."""
+    labels = torch.from_numpy(trainer.pack.train.label.astype(np.int64))
+    folder = features_folder(trainer.pack, trainer.run)
+    features = partial(
+        features_of,
+        trainer.model,
+        trainer.pack,
+        trainer.config,
+        trainer.device,
+        folder,
+    )
+    trainer.method.start_stage(StageData(labels, features))
+    if trainer.ema is not None:
+        trainer.ema.restart(trainer.method)
 
 
 def check_head_weights(config: Config, space: ClassSpace) -> None:
@@ -303,6 +339,8 @@ def check_sizes(model: Classifier, config: Config, device: torch.device) -> None
 def grow(trainer: Trainer) -> None:
     """Replace plan and loader where images of this epoch are of another size."""
     size = size_at(trainer.config.data, trainer.state.epoch)
+    if trainer.stages[trainer.state.stage].features:
+        return
     if size != trainer.plan.geometry.size:
         trainer.train_loader.close()
         trainer.plan = build_plan(trainer.config, trainer.pack, trainer.space, size, trainer.ranks)

@@ -4,7 +4,9 @@ import json
 import shutil
 import sys
 import types
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -14,13 +16,15 @@ from torch.nn import functional as F
 
 from fastlt import methods
 from fastlt.config import MethodConfig, load_config
+from fastlt.data.plan import evaluation_batches
 from fastlt.errors import UserError
-from fastlt.evaluation.evaluate import evaluate_run
+from fastlt.evaluation.evaluate import evaluate_run, evaluation_geometry
+from fastlt.evaluation.forward import output_of
 from fastlt.methods import listed_methods, method_names, method_settings, method_type
 from fastlt.methods.method import Base, Stage
 from fastlt.models.export import load_exported
-from fastlt.training.loop import open_packs, train
-from fastlt.training.setup import prepare
+from fastlt.training.loop import fit, open_packs, train
+from fastlt.training.setup import prepare, val_loader
 
 SMALL = [
     "model.name=resnet8",
@@ -33,6 +37,7 @@ SMALL = [
     "train.eval_every=2",
 ]
 QUIET = Console(quiet=True)
+CPU = torch.device("cpu")
 
 
 class Projected(Base):
@@ -77,10 +82,41 @@ class TwoStages(Base):
         return [Stage("all"), Stage("head", balanced, trained=("model.head.",))]
 
 
+class OnFeatures(Base):
+    """A head on features that are computed once, which start at the mean of each class."""
+
+    class Config(MethodConfig):
+        name: str = "on-features"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("means", torch.zeros_like(self.model.head.weight))
+
+    def stages(self):
+        settings = {"train.epochs": 2, "optim.lr": 0.02}
+        return [Stage("all"), Stage("head", settings, trained=("model.head.",), features=True)]
+
+    def start_stage(self, data):
+        if self.stage == 1:
+            self.given, self.features = data.labels, data.features()
+            for label in range(len(self.means)):
+                self.means[label] = self.features[data.labels == label].mean(dim=0)
+
+    def metrics(self):
+        return {"means": float(self.means.abs().sum())}
+
+    def forward(self, images, target, target_b=None, mix=None):
+        if self.stage == 0:
+            return super().forward(images, target, target_b, mix)
+        assert images.ndim == 2 and not images.requires_grad
+        logits = self.model.head(images - self.means.mean(dim=0))
+        return self.scored(self.loss(logits, target), logits, target)
+
+
 @pytest.fixture(autouse=True)
 def own_methods(monkeypatch):
     """The methods above, as if they were files of fastlt/methods."""
-    own = {"projected": Projected, "two-stages": TwoStages}
+    own = {"projected": Projected, "two-stages": TwoStages, "on-features": OnFeatures}
     names = method_names()
     for name, kind in own.items():
         module = types.ModuleType(f"fastlt.methods.{name.replace('-', '_')}", kind.__doc__)
@@ -107,7 +143,8 @@ OWN = {
     "plain": [],
     "distill": ["method.start_epoch=1", "method.teacher={teacher}"],
     "projected": ["optim.ema=0.5"],
-    "two-stages": [],
+    "two-stages": ["optim.ema=0.5"],
+    "on-features": ["optim.ema=0.5"],
 }
 
 
@@ -158,6 +195,42 @@ def test_a_stage_trains_what_it_names_with_its_own_settings(small_pack, tmp_path
     assert len(saved) == 4
     changed = {key for key in saved[1] if not torch.equal(saved[1][key], saved[3][key])}
     assert changed == {"head.weight", "head.bias"}  # batch-norm statistics stand still too
+
+
+def test_features_are_those_of_evaluation_and_are_kept_with_the_pack(small_pack, tmp_path):
+    pack = tmp_path / "pack"
+    shutil.copytree(small_pack, pack, ignore=shutil.ignore_patterns("features"))
+    config = config_of(pack, "on-features", "train.epochs=1")
+    with prepare(config, tmp_path / "run", open_packs(config.data)) as trainer:
+        fit(trainer, QUIET)
+        method, model = trainer.method, trainer.model.eval()
+        loader = val_loader(config.data, replace(trainer.pack, val=trainer.pack.train), CPU)
+        batches = evaluation_batches(trainer.pack.train, evaluation_geometry(config.data), 64)
+        mean, std = config.data.mean, config.data.std
+        expected = [
+            output_of(model.backbone, pixels, mean, std, CPU)
+            for _, pixels in loader.iterate(batches)
+        ]
+        torch.testing.assert_close(method.features, torch.cat(expected))
+        assert method.given.tolist() == trainer.pack.train.label.tolist()
+    (kept,) = (pack / "features").glob("*.npy")
+    assert torch.equal(torch.from_numpy(np.load(kept)), method.features)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["means"] > 0 for line in lines] == [False, True, True]
+
+
+def test_a_stage_goes_on_from_the_average(small_pack, tmp_path):
+    config = config_of(small_pack, "two-stages", "optim.ema=0.9", "train.keep=99")
+    train(config, tmp_path / "run", QUIET)
+    saved = sorted((tmp_path / "run/checkpoints").iterdir())
+    average = load_file(saved[1] / "ema.safetensors")
+    last, last_average = (
+        load_file(saved[3] / name) for name in ("model.safetensors", "ema.safetensors")
+    )
+    for key in average:
+        if key.startswith("backbone."):
+            assert torch.equal(average[key], last[key])
+            assert torch.equal(average[key], last_average[key])
 
 
 def test_distillation_is_its_formula(small_pack, teacher, tmp_path):
