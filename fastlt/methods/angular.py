@@ -12,7 +12,7 @@ from fastlt.errors import UserError
 from fastlt.losses import Step
 from fastlt.methods.method import Base, Stage
 from fastlt.models.classifier import Classifier
-from fastlt.models.heads import Head, LinearHead, with_values
+from fastlt.models.heads import Head, LinearHead
 
 Form = Literal["linear", "cosine", "dot"]
 EPSILON = 1e-6  # the slope of the arc cosine is infinite at -1 and 1
@@ -59,8 +59,7 @@ class AngularHead(Head):
 
     def of_targets(self, targets: int) -> "AngularHead":
         """Return a head with rows 0..T-1."""
-        head = AngularHead(self.weight[:targets], self.form, self.scale, self.scale.requires_grad)
-        return with_values(head, self.weight[:targets], self.scale)
+        return AngularHead(self.weight[:targets], self.form, self.scale, self.scale.requires_grad)
 
 
 def of_angle(cosine: Tensor) -> Tensor:

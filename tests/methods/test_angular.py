@@ -151,6 +151,9 @@ def test_build_keeps_the_rows_and_targets_are_sliced():
     rows = model.head.weight.detach().clone()
     built = Method.build(config.method, model)
     assert isinstance(built.head, AngularHead) and torch.equal(built.head.weight, rows)
+    assert not built.head.scale.requires_grad
+    learning = config_of("method.learn_scale=true").method
+    assert Method.build(learning, model).head.scale.requires_grad
     part = built.predicting(4)
     images = torch.randn(2, 3, 32, 32)
     built.eval()
