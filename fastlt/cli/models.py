@@ -126,6 +126,30 @@ def export(
 
 
 @app.command()
+def extend(
+    run: Run,
+    images: Annotated[
+        Path,
+        typer.Option(help="A folder for each new class, named like it, with a few images."),
+    ],
+    to: Annotated[Path, typer.Option(help="The model that is written, a .safetensors file.")],
+) -> None:
+    """Add classes that the run never saw, from a few images each, without training.
+
+    For runs of --method fate.
+    """
+    from fastlt.evaluation.extend import extend_run
+
+    names = extend_run(run, images, to)
+    console.print(
+        f"{to}: {len(names)} classes more, {', '.join(names)}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def report(
     place: Annotated[
         Path, typer.Argument(metavar="DIR", help="What `fastlt train` or `fastlt sweep` wrote.")

@@ -1,6 +1,6 @@
 """Predictions of a trained model on images of the user's own, wherever they come from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from os import PathLike
@@ -75,17 +75,38 @@ class Model:
         if top < 1:
             raise UserError(f"top={top}: ask for at least one class")
         found: list[Prediction] = []
+        for some, pixels in self._loaded(images, batch):
+            best = self._probabilities(pixels).topk(min(top, len(self.classes)))
+            for image, values, classes in zip(
+                some, best.values.tolist(), best.indices.tolist(), strict=True
+            ):
+                names = [self.classes[number] for number in classes]
+                found.append(Prediction(names, values, path_of(image)))
+        return found
+
+    def features(
+        self, images: AnyImage | Iterable[AnyImage], batch: int = EVALUATION_BATCH
+    ) -> Tensor:
+        """Return the features (n, D) float32 of images by the backbone, on the CPU.
+
+        images and batch: as of `predict`.
+        """
+        mean, std, device = self._data.mean, self._data.std, self.device
+        return torch.cat(
+            [
+                output_of(self.module.backbone, pixels, mean, std, device).float().cpu()
+                for _, pixels in self._loaded(images, batch)
+            ]
+        )
+
+    def _loaded(
+        self, images: AnyImage | Iterable[AnyImage], batch: int
+    ) -> Iterator[tuple[list[AnyImage], Tensor]]:
+        """Yield `batch` images at a time, with their pixels (n, size, size, 3) uint8."""
         each = iter(listed(images))
         with ThreadPoolExecutor(cores()) as threads:
             while some := list(islice(each, batch)):
-                pixels = torch.from_numpy(np.stack(list(threads.map(self._pixels, some))))
-                best = self._probabilities(pixels).topk(min(top, len(self.classes)))
-                for image, values, classes in zip(
-                    some, best.values.tolist(), best.indices.tolist(), strict=True
-                ):
-                    names = [self.classes[number] for number in classes]
-                    found.append(Prediction(names, values, path_of(image)))
-        return found
+                yield some, torch.from_numpy(np.stack(list(threads.map(self._pixels, some))))
 
     def transform(self, image: AnyImage) -> Tensor:
         """Return an image as `module` takes it, (3, size, size) float32 on the CPU."""

@@ -25,6 +25,7 @@ from fastlt.errors import UserError
 from fastlt.models.classifier import Classifier
 from fastlt.models.weights import copies, load_weights, read_tensors, write_tensors
 from fastlt.utils.files import flush_to_disk, sha256_of, whole_folder
+from fastlt.utils.run_files import checkpoints
 
 Snapshot = dict[str, dict[str, Tensor]]  # tensors on the CPU, by file
 FIRST_VERSION = "0.1.0"  # which did not write its number down
@@ -200,11 +201,6 @@ class Writer:
 
 
 # --- reading
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Return the whole checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
 def remove_leftovers(run: Path) -> None:

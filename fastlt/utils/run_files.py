@@ -44,6 +44,19 @@ class RunFiles:
     predictions: dict[str, np.ndarray]  # label, predicted, confidence, image: (n,) each
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """Return the whole checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Return the newest checkpoint of a run. Raise UserError where it has none."""
+    saved = checkpoints(run)
+    if not saved:
+        raise UserError(f"{run} has no checkpoint: it must keep the last one of its training")
+    return saved[-1]
+
+
 def result_of(run: Path) -> dict[str, Any] | None:
     """Return the result of a run, or None where it has not finished or cannot be read."""
     try:
