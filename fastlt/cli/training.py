@@ -168,7 +168,8 @@ def reproduce(
         str,
         typer.Argument(
             help="cifar100-lt: published methods. cifar100-siblings: do auxiliaries help, and "
-            "which?"
+            "which? methods: the related systems under one protocol. methods-siblings: the same "
+            "on top of silenced neighbours."
         ),
     ],
     data: Annotated[str, typer.Option(metavar="cifar100:DIR", help="As `fastlt pack` takes it.")],

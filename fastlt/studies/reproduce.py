@@ -15,7 +15,9 @@ from rich.table import Table
 
 from fastlt.config import did_you_mean, load_config
 from fastlt.errors import UserError
-from fastlt.studies.repeated import Control, Runner, spread, table, train_all
+from fastlt.studies.protocol import ReproduceOptions, packed, shortened
+from fastlt.studies.related import related_methods, related_on_siblings
+from fastlt.studies.repeated import Control, spread, table, train_all
 from fastlt.utils.results_file import append_rows, check_file
 from fastlt.utils.run_files import METRICS
 
@@ -45,17 +47,6 @@ SIBLINGS: dict[str, tuple[str, list[str]]] = {  # name -> auxiliary set of the p
     "neighbours, silenced (0.1)": ("siblings", ["loss.silence=0.1"]),
     "neighbours, hard mask (0)": ("siblings", ["loss.silence=0"]),
 }
-
-
-class ReproduceOptions(NamedTuple):
-    """The options of the command."""
-
-    source: str  # cifar100:DIR
-    out: Path
-    epochs: int  # 0: as published
-    seeds: int
-    parallel: int
-    settings: list[str]
 
 
 def run_reproduce(task: str, options: ReproduceOptions, csv: Path | None, console: Console) -> None:
@@ -122,37 +113,9 @@ def siblings(options: ReproduceOptions, console: Console) -> list[dict[str, Any]
 TASKS: dict[str, Callable[[ReproduceOptions, Console], list[dict[str, Any]]]] = {
     "cifar100-lt": cifar100_lt,
     "cifar100-siblings": siblings,
+    "methods": related_methods,
+    "methods-siblings": related_on_siblings,
 }
-
-
-def packed(task: str, kind: str, options: ReproduceOptions) -> Path:
-    """Return the pack of a task, made where it is not there yet."""
-    path = options.out / (
-        f"pack-{kind}" if kind != "none" or task == "cifar100-siblings" else "pack"
-    )
-    if not path.is_dir():
-        Runner().run(
-            "pack", options.source, "--task", task, "--auxiliary", kind, "--out", str(path)
-        )
-    return path
-
-
-def shortened(epochs: int, whole: int) -> list[str]:
-    """Return the schedule of CIFAR-100-LT in fewer epochs; that of LDAM-DRW follows by itself."""
-    if epochs == whole:
-        return []
-    schedule = load_config("cifar100-lt").schedule
-    steps = {
-        max(1, round(int(epoch) * epochs / whole)): factor
-        for epoch, factor in schedule.steps.items()
-    }
-    table = ", ".join(f"{epoch} = {factor!r}" for epoch, factor in steps.items())
-    warmup = schedule.warmup_epochs * epochs / whole
-    return [
-        f"train.epochs={epochs}",
-        f"schedule.warmup_epochs={warmup:g}",
-        f"schedule.steps={{{table}}}",
-    ]
 
 
 def beside_published(rows: list[dict[str, Any]], changed: bool, title: str) -> Table:

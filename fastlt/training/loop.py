@@ -7,6 +7,8 @@ same bits.
 
 import json
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -531,6 +533,7 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
         "images_per_second": trainer.state.images / max(1e-9, trainer.state.seconds),
         "damaged_images": len(trainer.state.damaged),
         "skipped_steps": trainer.state.skipped,
+        "peak_memory": peak_memory(trainer.device),
     }
     if trainer.ranks.is_first:
         export_safetensors(
@@ -540,3 +543,11 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
         save_predictions(predictions, trainer.run / "val_predictions.npz")
         write_text(trainer.run / "result.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held so far: of a GPU's memory, or of its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
