@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Direction: TypeAlias = Literal["both", "target_rows", "aux_rows"]
+TARGETS, AUXILIARIES = 1, 2  # blocks of classes, as bits
+
+
+class Mask(NamedTuple):
+    """A rule of which classes a label silences, of the release's family.
+
+    direction: the rows that hold the pairs; None: no pair is silenced. target_blocks,
+    auxiliary_blocks: all the classes, but for the label's own, that rows of targets and of
+    auxiliaries silence: TARGETS, AUXILIARIES, both added, or 0. In a silenced block it is the pairs
+    that are heard.
+    """
+
+    direction: Direction | None
+    target_blocks: int = 0
+    auxiliary_blocks: int = 0
+    few_shot: bool = False  # of the pairs, those of targets with few images alone
+
+
+MASKS = {
+    "none": Mask(None),
+    "both": Mask("both"),
+    "target-rows": Mask("target_rows"),
+    "auxiliary-rows": Mask("aux_rows"),
+    "few-shot": Mask("both", few_shot=True),
+    "few-shot-target-rows": Mask("target_rows", few_shot=True),
+    "few-shot-auxiliary-rows": Mask("aux_rows", few_shot=True),
+    "both-back": Mask("both", auxiliary_blocks=AUXILIARIES),
+    "auxiliary-rows-back": Mask("aux_rows", auxiliary_blocks=AUXILIARIES),
+    "auxiliary-rows-alone": Mask(None, auxiliary_blocks=TARGETS + AUXILIARIES),
+    "normal": Mask("target_rows", target_blocks=AUXILIARIES, auxiliary_blocks=AUXILIARIES),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +54,9 @@ class ClassGraph:
     was added for (an auxiliary may have several). Siblings are not linked, and no class is in its
     own row.
 
+    Beside these pairs, rows of targets and of auxiliaries may silence whole blocks of classes: see
+    `Mask` and `masked`.
+
     indptr (C + 1,) int64 and indices (nnz,) int64, ascending in each row. The counts are Python
     integers, so that a padded gather has a static shape. `max_degree` is the length of the longest
     row.
@@ -34,6 +68,8 @@ class ClassGraph:
     num_classes: int
     num_pairs: int
     max_degree: int
+    target_blocks: int = 0
+    auxiliary_blocks: int = 0
 
     @staticmethod
     def from_pairs(
@@ -52,13 +88,56 @@ class ClassGraph:
 
     def to(self, device: torch.device | str) -> ClassGraph:
         """Return the same graph on another device."""
-        return ClassGraph(
-            self.indptr.to(device),
-            self.indices.to(device),
-            self.num_targets,
-            self.num_classes,
-            self.num_pairs,
-            self.max_degree,
+        return replace(self, indptr=self.indptr.to(device), indices=self.indices.to(device))
+
+    @property
+    def silences(self) -> bool:
+        """Whether any label silences any class."""
+        return self.max_degree > 0 or self.target_blocks + self.auxiliary_blocks > 0
+
+    def blocks_of(self, labels: Tensor) -> Tensor | None:
+        """Return the blocks that labels int64 silence, of their shape; None where none does."""
+        if self.target_blocks + self.auxiliary_blocks == 0:
+            return None
+        blocks = torch.full_like(labels, self.auxiliary_blocks)
+        return blocks.masked_fill_(labels < self.num_targets, self.target_blocks)
+
+    def silenced_counts(self, labels: Tensor) -> Tensor:
+        """Return how many classes labels int64 silence, int64, of their shape."""
+        listed = self.indptr[labels + 1] - self.indptr[labels]
+        blocks = self.blocks_of(labels)
+        if blocks is None:
+            return listed
+        is_target = labels < self.num_targets
+        targets = self.num_targets - is_target.long()
+        auxiliaries = self.num_classes - self.num_targets - (~is_target).long()
+        # a target lists auxiliaries, an auxiliary targets: in a silenced block they are heard
+        in_block = (blocks & torch.where(is_target, AUXILIARIES, TARGETS)) != 0
+        return (
+            torch.where(in_block, -listed, listed)
+            + targets * (blocks & TARGETS).clamp(max=1)
+            + auxiliaries * (blocks & AUXILIARIES).clamp(max=1)
+        )
+
+    def masked(self, name: str, few_shot: Tensor | None = None) -> ClassGraph:
+        """Return the pairs under a rule of `MASKS`.
+
+        few_shot: (T,) bool, the targets with few images, for the rules that need them. Raises
+        ValueError for other names, and without few_shot where it is needed.
+        """
+        if name not in MASKS:
+            raise ValueError(f"mask must be one of {', '.join(MASKS)}, not {name!r}")
+        mask = MASKS[name]
+        if mask.few_shot and few_shot is None:
+            raise ValueError(f"few_shot must be given for the mask {name!r}")
+        pairs = self.pairs() if mask.direction else self.indptr.new_empty(0, 2)
+        graph = _from_checked_pairs(
+            self.num_targets, self.num_classes, pairs, mask.direction or "both"
+        )
+        if mask.few_shot and few_shot is not None:
+            graph = graph.restricted(few_shot)
+        return replace(
+            graph, target_blocks=mask.target_blocks, auxiliary_blocks=mask.auxiliary_blocks
         )
 
     def pairs(self) -> Tensor:

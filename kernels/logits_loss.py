@@ -148,7 +148,8 @@ def _reduced(losses: Tensor, shares: Tensor, reduction: str) -> Tensor:
 ROWS_SCHEMA = (
     "Tensor labels, Tensor shares, Tensor? log_prior, Tensor? smoothing, Tensor? graph_rows, "
     "Tensor? indptr, Tensor? indices, "
-    "SymInt max_degree, float silence, float label_smoothing, SymInt num_predicted"
+    "SymInt max_degree, float silence, float label_smoothing, Tensor? blocks, SymInt split, "
+    "SymInt num_predicted"
 )
 
 

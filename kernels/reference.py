@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastlt_kernels._impl.labels import IGNORE_INDEX
-from fastlt_kernels.graph import ClassGraph
+from fastlt_kernels.graph import AUXILIARIES, TARGETS, ClassGraph
 
 
 def reference_loss(
@@ -56,7 +56,11 @@ def silenced_mask(graph: ClassGraph | None, labels: Tensor, num_classes: int) ->
     mask = torch.zeros(len(labels), num_classes, dtype=torch.bool, device=labels.device)
     if graph is not None:
         for row, label in enumerate(labels.tolist()):
-            mask[row, graph.indices[graph.indptr[label] : graph.indptr[label + 1]]] = True
+            blocks = graph.target_blocks if label < graph.num_targets else graph.auxiliary_blocks
+            mask[row, : graph.num_targets] = bool(blocks & TARGETS)
+            mask[row, graph.num_targets :] = bool(blocks & AUXILIARIES)
+            mask[row, graph.indices[graph.indptr[label] : graph.indptr[label + 1]]] ^= True
+            mask[row, label] = False
     return mask
 
 

@@ -106,6 +106,7 @@ def rows_in_sample(rows: Rows, sample: Sample, graph: ClassGraph, shard: slice) 
         graph_rows=each[:-1].view(rows.labels.shape),
         indptr=each * rows.max_degree,
         indices=silenced.flatten(),
+        split=_targets(shard, graph),
     )
 
 

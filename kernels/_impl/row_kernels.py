@@ -67,7 +67,38 @@ def _column_at(indices, slot, end, first):
 
 
 @triton.jit
-def _silenced(base, indices, slot, end, first, columns, stop, log_silence, smoothing):
+def _silenced_block(blocks, labels, label_row, split, first):
+    """Return first and end of the columns that are silenced but for the label's, and that one.
+
+    The columns below `split` are targets, those from there on auxiliaries; see `Rows.blocks`.
+    """
+    low, high, own = 0, 0, 0
+    if blocks is not None:
+        which = tl.load(blocks + label_row)
+        border = tl.zeros((), tl.int64) + split - first
+        border = tl.minimum(tl.maximum(border, 0), NEVER).to(tl.int32)
+        low = tl.where((which & 1) != 0, 0, border)
+        high = tl.where((which & 2) != 0, NEVER, border)
+        own = _column_of(tl.load(labels + label_row), first)
+    return low, high, own
+
+
+@triton.jit
+def _silenced(
+    base,
+    blocks,
+    indices,
+    low,
+    high,
+    own,
+    slot,
+    end,
+    first,
+    columns,
+    stop,
+    log_silence,
+    smoothing,
+):
     """Return base with its silenced columns below `stop` lowered, and where to go on.
 
     Between them it returns which columns are not silenced.
@@ -76,12 +107,24 @@ def _silenced(base, indices, slot, end, first, columns, stop, log_silence, smoot
     """
     values = base
     unsilenced = columns >= 0
+    if blocks is not None:
+        inside = (columns >= low) & (columns < high) & (columns != own)
+        values = tl.where(inside, base + log_silence, base)
+        if smoothing is not None:
+            unsilenced = unsilenced & (inside == 0)
     if indices is not None:
         column = _column_at(indices, slot, end, first)
         while column < stop:
-            values = tl.where(columns == column, values + log_silence, values)
-            if smoothing is not None:
-                unsilenced = unsilenced & (columns != column)
+            if blocks is not None:  # what is listed is the other way round
+                is_heard = (column >= low) & (column < high)
+                heard = tl.where(is_heard, base, base + log_silence)
+                values = tl.where(columns == column, heard, values)
+                if smoothing is not None:
+                    unsilenced = tl.where(columns == column, is_heard, unsilenced)
+            else:
+                values = tl.where(columns == column, values + log_silence, values)
+                if smoothing is not None:
+                    unsilenced = unsilenced & (columns != column)
             slot += 1
             column = _column_at(indices, slot, end, first)
     return values, unsilenced, slot
@@ -196,6 +239,8 @@ def _whole_row_of_label(
     graph_rows,
     indptr,
     indices,
+    blocks,
+    split,
     log_sums,
     logit_sums,
     label_row,
@@ -208,8 +253,21 @@ def _whole_row_of_label(
     slot, end = 0, 0
     if indices is not None:
         slot, end = _silenced_range(indptr, indices, graph_rows, label_row, 0, 0)
+    low, high, own = _silenced_block(blocks, labels, label_row, split, 0)
     values, unsilenced, _ = _silenced(
-        base, indices, slot, end, 0, columns, BLOCK, log_silence, smoothing
+        base,
+        blocks,
+        indices,
+        low,
+        high,
+        own,
+        slot,
+        end,
+        0,
+        columns,
+        BLOCK,
+        log_silence,
+        smoothing,
     )
     highest = tl.maximum(tl.max(values), LOWEST)
     exponentials = tl.exp(values - highest)
@@ -240,6 +298,8 @@ def whole_rows(
     graph_rows,
     indptr,
     indices,  # (L, n) int64, CSR; or None
+    blocks,  # (L, n) int64, or None
+    split,
     log_sums,
     label_logits,
     logit_sums,  # (L, n) fp32, written
@@ -286,6 +346,8 @@ def whole_rows(
             graph_rows,
             indptr,
             indices,
+            blocks,
+            split,
             log_sums,
             logit_sums,
             which * rows + row,
@@ -311,6 +373,7 @@ def _scan_block(
     logits,
     log_prior,
     smoothing,
+    blocks,
     indices,
     bests,
     start,
@@ -318,11 +381,17 @@ def _scan_block(
     first,
     num_predicted,
     log_silence,
+    low_a,
+    high_a,
+    own_a,
     slot_a,
     end_a,
     peak_a,
     weight_a,
     sum_a,
+    low_b,
+    high_b,
+    own_b,
     slot_b,
     end_b,
     peak_b,
@@ -340,14 +409,38 @@ def _scan_block(
     if bests is not None and start + first < num_predicted:
         best_logit, best = _best_of(read, start, first, num_predicted, best_logit, best, BLOCK)
     values, unsilenced, slot_a = _silenced(
-        base, indices, slot_a, end_a, first, columns, start + BLOCK, log_silence, smoothing
+        base,
+        blocks,
+        indices,
+        low_a,
+        high_a,
+        own_a,
+        slot_a,
+        end_a,
+        first,
+        columns,
+        start + BLOCK,
+        log_silence,
+        smoothing,
     )
     peak_a, weight_a = _taken_in(peak_a, weight_a, values)
     if smoothing is not None:
         sum_a += tl.sum(tl.where(unsilenced & (columns < stop), base, 0.0), axis=1)
     if LABELS == 2:
         values, unsilenced, slot_b = _silenced(
-            base, indices, slot_b, end_b, first, columns, start + BLOCK, log_silence, smoothing
+            base,
+            blocks,
+            indices,
+            low_b,
+            high_b,
+            own_b,
+            slot_b,
+            end_b,
+            first,
+            columns,
+            start + BLOCK,
+            log_silence,
+            smoothing,
         )
         peak_b, weight_b = _taken_in(peak_b, weight_b, values)
         if smoothing is not None:
@@ -359,7 +452,10 @@ def _scan_block(
 def _scan(
     logits,
     log_prior,
+    labels,
     smoothing,
+    blocks,
+    split,
     indices,
     slot_a,
     end_a,
@@ -381,7 +477,7 @@ def _scan(
     BLOCK: tl.constexpr,
     LANE: tl.constexpr,
 ):
-    """Terms over the columns begin..stop - 1, stored as those of this part; returns the log-sum-exp
+    """Store the terms over the columns begin..stop - 1 as this part's; return the log-sum-exp
     for each label.
     """
     peak_a, weight_a = (
@@ -390,6 +486,10 @@ def _scan(
     )
     peak_b, weight_b = peak_a, weight_a
     sum_a, sum_b = weight_a, weight_a
+    low_a, high_a, own_a = _silenced_block(blocks, labels, row, split, first)
+    low_b, high_b, own_b = low_a, high_a, own_a
+    if LABELS == 2:
+        low_b, high_b, own_b = _silenced_block(blocks, labels, rows + row, split, first)
     best_logit, best = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.int64)
     full = begin + tl.maximum(stop - begin, 0) // BLOCK * BLOCK
     for start in range(begin, full, BLOCK):
@@ -398,6 +498,7 @@ def _scan(
                 logits,
                 log_prior,
                 smoothing,
+                blocks,
                 indices,
                 bests,
                 start,
@@ -405,11 +506,17 @@ def _scan(
                 first,
                 num_predicted,
                 log_silence,
+                low_a,
+                high_a,
+                own_a,
                 slot_a,
                 end_a,
                 peak_a,
                 weight_a,
                 sum_a,
+                low_b,
+                high_b,
+                own_b,
                 slot_b,
                 end_b,
                 peak_b,
@@ -429,6 +536,7 @@ def _scan(
                 logits,
                 log_prior,
                 smoothing,
+                blocks,
                 indices,
                 bests,
                 full,
@@ -436,11 +544,17 @@ def _scan(
                 first,
                 num_predicted,
                 log_silence,
+                low_a,
+                high_a,
+                own_a,
                 slot_a,
                 end_a,
                 peak_a,
                 weight_a,
                 sum_a,
+                low_b,
+                high_b,
+                own_b,
                 slot_b,
                 end_b,
                 peak_b,
@@ -478,11 +592,14 @@ def _gradient_block(
     out,
     log_prior,
     smoothing,
+    blocks,
     indices,
     start,
     stop,
     first,
     log_silence,
+    low_a,
+    high_a,
     slot_a,
     end_a,
     log_sum_a,
@@ -490,6 +607,8 @@ def _gradient_block(
     share_a,
     mass_a,
     spread_a,
+    low_b,
+    high_b,
     slot_b,
     end_b,
     log_sum_b,
@@ -505,13 +624,37 @@ def _gradient_block(
     columns = _columns(start, BLOCK, LANE)
     _, base = _block(logits, log_prior, first, columns, stop, MASKED)
     values, unsilenced, slot_a = _silenced(
-        base, indices, slot_a, end_a, first, columns, start + BLOCK, log_silence, smoothing
+        base,
+        blocks,
+        indices,
+        low_a,
+        high_a,
+        column_a,
+        slot_a,
+        end_a,
+        first,
+        columns,
+        start + BLOCK,
+        log_silence,
+        smoothing,
     )
     gradient = _gradient_of(values, log_sum_a, share_a, unsilenced, spread_a, smoothing)
     gradient = _less_label(gradient, columns, column_a, start, start + BLOCK, mass_a)
     if LABELS == 2:
         values, unsilenced, slot_b = _silenced(
-            base, indices, slot_b, end_b, first, columns, start + BLOCK, log_silence, smoothing
+            base,
+            blocks,
+            indices,
+            low_b,
+            high_b,
+            column_b,
+            slot_b,
+            end_b,
+            first,
+            columns,
+            start + BLOCK,
+            log_silence,
+            smoothing,
         )
         gradient += _gradient_of(values, log_sum_b, share_b, unsilenced, spread_b, smoothing)
         gradient = _less_label(gradient, columns, column_b, start, start + BLOCK, mass_b)
@@ -530,6 +673,8 @@ def _write_gradient(
     labels,
     shares,
     smoothing,
+    blocks,
+    split,
     indices,
     slot_a,
     end_a,
@@ -548,15 +693,18 @@ def _write_gradient(
     BLOCK: tl.constexpr,
     LANE: tl.constexpr,
 ):
-    """The gradient at the columns begin..stop - 1; the log-sum-exps are over all classes."""
+    """Write the gradient at the columns begin..stop - 1; the log-sum-exps are over all classes."""
     column_a, share_a, mass_a, spread_a = _label_of(
         labels, shares, smoothing, row, first, label_smoothing
     )
     column_b, share_b, mass_b, spread_b = column_a, share_a, mass_a, spread_a
+    low_a, high_a, _ = _silenced_block(blocks, labels, row, split, first)
+    low_b, high_b = low_a, high_a
     if LABELS == 2:
         column_b, share_b, mass_b, spread_b = _label_of(
             labels, shares, smoothing, rows + row, first, label_smoothing
         )
+        low_b, high_b, _ = _silenced_block(blocks, labels, rows + row, split, first)
     full = begin + tl.maximum(stop - begin, 0) // BLOCK * BLOCK
     for start in range(begin, full, BLOCK):
         slot_a, slot_b = _gradient_block(
@@ -564,11 +712,14 @@ def _write_gradient(
             out,
             log_prior,
             smoothing,
+            blocks,
             indices,
             start,
             stop,
             first,
             log_silence,
+            low_a,
+            high_a,
             slot_a,
             end_a,
             log_sum_a,
@@ -576,6 +727,8 @@ def _write_gradient(
             share_a,
             mass_a,
             spread_a,
+            low_b,
+            high_b,
             slot_b,
             end_b,
             log_sum_b,
@@ -594,11 +747,14 @@ def _write_gradient(
             out,
             log_prior,
             smoothing,
+            blocks,
             indices,
             full,
             stop,
             first,
             log_silence,
+            low_a,
+            high_a,
             slot_a,
             end_a,
             log_sum_a,
@@ -606,6 +762,8 @@ def _write_gradient(
             share_a,
             mass_a,
             spread_a,
+            low_b,
+            high_b,
             slot_b,
             end_b,
             log_sum_b,
@@ -645,6 +803,8 @@ def long_rows(
     graph_rows,
     indptr,
     indices,
+    blocks,
+    split,
     log_sums,
     label_logits,
     logit_sums,
@@ -677,7 +837,10 @@ def long_rows(
     log_sum_a, log_sum_b = _scan(
         logits,
         log_prior,
+        labels,
         smoothing,
+        blocks,
+        split,
         indices,
         slot_a,
         end_a,
@@ -708,6 +871,8 @@ def long_rows(
         labels,
         shares,
         smoothing,
+        blocks,
+        split,
         indices,
         slot_a,
         end_a,
@@ -738,6 +903,8 @@ def part_terms(
     graph_rows,
     indptr,
     indices,
+    blocks,
+    split,
     log_sums,
     label_logits,
     logit_sums,
@@ -755,7 +922,10 @@ def part_terms(
     LANE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Terms of a part of each row, `span` columns of a tile whose column 0 is class `first`."""
+    """Write the terms of a part of each row: `span` columns of a tile.
+
+    Its column 0 is class `first`.
+    """
     stride = stride * ALIGNED
     row, part = tl.program_id(0), tl.program_id(1)
     logits += row.to(tl.int64) * stride
@@ -773,7 +943,10 @@ def part_terms(
     _scan(
         logits,
         log_prior,
+        labels,
         smoothing,
+        blocks,
+        split,
         indices,
         slot_a,
         end_a,
@@ -810,6 +983,8 @@ def part_gradient(
     graph_rows,
     indptr,
     indices,
+    blocks,
+    split,
     log_sums,
     rows,
     classes,
@@ -823,7 +998,7 @@ def part_gradient(
     LANE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """The gradient of a part of each row; log_sums (L, n) are over all classes."""
+    """Write the gradient of a part of each row; log_sums (L, n) are over all classes."""
     stride, out_stride = stride * ALIGNED, out_stride * ALIGNED
     row = tl.program_id(0)
     begin = tl.program_id(1) * span
@@ -843,6 +1018,8 @@ def part_gradient(
         labels,
         shares,
         smoothing,
+        blocks,
+        split,
         indices,
         slot_a,
         end_a,

@@ -35,6 +35,10 @@ class Rows(NamedTuple):
     max_degree: int
     silence: float
     label_smoothing: float
+    # (L, n) int64, blocks of classes that each label silences, its own class apart: 1, the classes
+    # below `split`, 2, those from there on, or 3; a listed class of such a block is heard
+    blocks: Tensor | None
+    split: int
     # the prediction is the best of the classes 0..num_predicted - 1 by logit; 0: none is made
     num_predicted: int
 
@@ -45,6 +49,7 @@ class Rows(NamedTuple):
             shares=self.shares[:, rows],
             smoothing=None if self.smoothing is None else self.smoothing[:, rows],
             graph_rows=None if self.graph_rows is None else self.graph_rows[:, rows],
+            blocks=None if self.blocks is None else self.blocks[:, rows],
         )
 
 
@@ -70,15 +75,16 @@ def describe_rows(
     num_predicted: int = 0,
 ) -> Rows:
     """Return the rows of labels and shares (L, n); silencing that changes nothing is left out."""
-    silencing = graph if graph is not None and graph.max_degree > 0 and silence < 1 else None
+    silencing = graph if graph is not None and graph.silences and silence < 1 else None
     # Where values are not looked at, a label out of range gives an infinite loss, and no reading
     # outside of the graph.
     graph_rows = None if silencing is None else labels.clamp(0, silencing.num_classes - 1)
+    blocks = None if silencing is None or graph_rows is None else silencing.blocks_of(graph_rows)
     smoothing = None
     if label_smoothing > 0:
         unsilenced = torch.full_like(shares, num_classes)
         if silencing is not None and graph_rows is not None:
-            unsilenced -= silencing.indptr[graph_rows + 1] - silencing.indptr[graph_rows]
+            unsilenced -= silencing.silenced_counts(graph_rows)
         smoothing = label_smoothing / unsilenced
     return Rows(
         labels,
@@ -91,6 +97,8 @@ def describe_rows(
         0 if silencing is None else silencing.max_degree,
         silence,
         label_smoothing,
+        blocks,
+        0 if blocks is None or silencing is None else silencing.num_targets,
         num_predicted,
     )
 

@@ -56,7 +56,14 @@ def _silenced_mask(base: Tensor, rows: Rows, which: int) -> Tensor | None:
     labels = rows.graph_rows[which]
     columns, _ = padded_neighbours(rows.indptr, rows.indices, rows.max_degree, labels)
     mask = torch.zeros(base.shape, dtype=torch.bool, device=base.device)
-    return mask.scatter(1, columns, True).scatter(1, labels[:, None], False)
+    mask = mask.scatter(1, columns, True).scatter(1, labels[:, None], False)
+    if rows.blocks is None:
+        return mask
+    is_target = torch.arange(base.shape[1], device=base.device) < rows.split
+    block = rows.blocks[which][:, None]
+    return (mask ^ torch.where(is_target, block & 1, block & 2).bool()).scatter(
+        1, labels[:, None], False
+    )
 
 
 def _silence(base: Tensor, silenced: Tensor, silence: float) -> Tensor:

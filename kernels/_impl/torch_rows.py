@@ -5,7 +5,8 @@ They are made in place, a few rows at a time, so that these stay in cache.
 torch's softmax makes one exponential per element, and its largest value tells the log-sum-exp. The
 columns that any label of the row silences (a few) are taken out of the tile and handled beside it.
 So two labels with different silenced sets share one pass, each with its own log-sum-exp, and
-nothing is ever subtracted from a sum.
+nothing is ever subtracted from a sum. Where labels silence whole blocks of classes, each block has
+a softmax of its own, and what is handled beside it are the label and the listed classes.
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
 
 
 class SilencedColumns(NamedTuple):
-    """The columns of the tile that the labels silence.
+    """The columns of the tile that the labels list, and that some of them silence.
 
-    They are a union in M = L * max_degree slots per row.
+    They are a union in M = L * max_degree slots per row; where blocks are silenced, the labels
+    themselves are in it, in M = L * (max_degree + 1) slots.
     """
 
     columns: Tensor  # (n, M) int64
@@ -88,6 +90,8 @@ def silenced_columns(rows: Rows, first: int, columns: int) -> SilencedColumns:
 
     M = 0 where nothing is silenced.
     """
+    if rows.blocks is not None:
+        return _inside(_listed_and_labels(rows), first, columns)
     if rows.graph_rows is None or rows.indptr is None or rows.indices is None:
         none = rows.labels.new_empty(rows.labels.shape[1], 0)
         return SilencedColumns(none, none.bool(), none.bool().expand(rows.labels.shape[0], -1, -1))
@@ -109,6 +113,44 @@ def silenced_columns(rows: Rows, first: int, columns: int) -> SilencedColumns:
     return _inside(union, first, columns)
 
 
+def _listed_and_labels(rows: Rows) -> SilencedColumns:
+    """Return the listed classes of all labels and the labels, with what silences them."""
+    assert rows.graph_rows is not None and rows.indptr is not None and rows.indices is not None
+    lists = [
+        padded_neighbours(rows.indptr, rows.indices, rows.max_degree, labels)
+        for labels in rows.graph_rows
+    ]
+    beyond = torch.iinfo(torch.int64).max
+    ids = torch.cat([*(i.masked_fill(~real, beyond) for i, real in lists), rows.graph_rows.T], 1)
+    ids = ids.sort(dim=1).values
+    real = ids < beyond
+    real[:, 1:] &= ids[:, 1:] != ids[:, :-1]
+    block = torch.where(ids < rows.split, 1, 2)
+    assert rows.blocks is not None
+    lowered = (rows.blocks[..., None] & block).bool()
+    listed = torch.stack([_contained(ids, real, *one) for one in lists])
+    is_own = ids == rows.graph_rows[..., None]
+    return SilencedColumns(ids, real, real & ~is_own & (lowered ^ listed))
+
+
+class Block(NamedTuple):
+    """Neighbouring columns of a tile that a label silences all, or none of them."""
+
+    columns: slice
+    lowered: Tensor | None  # (L, n) bool, whether the label silences them; None: no label does
+
+
+def _column_blocks(rows: Rows, first: int, columns: int) -> list[Block]:
+    """Return the blocks of a tile of the classes first..first + columns - 1."""
+    if rows.blocks is None:
+        return [Block(slice(0, columns), None)]
+    border = min(max(rows.split - first, 0), columns)
+    return [
+        Block(slice(0, border), (rows.blocks & 1) != 0),
+        Block(slice(border, columns), (rows.blocks & 2) != 0),
+    ]
+
+
 def _inside(silenced: SilencedColumns, first: int, columns: int) -> SilencedColumns:
     local = silenced.columns - first
     inside = (local >= 0) & (local < columns)
@@ -121,8 +163,9 @@ class Shared(NamedTuple):
     """The values of the first pass that the gradient needs."""
 
     terms: Terms
-    softmax: Tensor  # (n, c), over the columns that no label silences; 0 at the others
-    log_rest: Tensor  # (n,), log-sum-exp over those columns
+    # (n, c), over the columns of each block that are not handled beside it; 0 at those
+    softmax: Tensor
+    log_rests: list[Tensor]  # of each block (n,) or (L, n), log-sum-exp over those columns
     # (L, n, M), logits plus prior of the silenced columns, silenced where this label does
     silenced_values: Tensor
 
@@ -137,45 +180,70 @@ def _softmax_(
     columns, real, by_label = silenced
     label_logit = _label_logit(base, first, rows.labels)
     values = base.gather(1, columns).masked_fill_(~real, -torch.inf)
-    logit_sum = _unsilenced_sum_(base, values, silenced) if rows.smoothing is not None else None
+    blocks = _column_blocks(rows, first, base.shape[1])
+    logit_sum = None
+    if rows.smoothing is not None:
+        logit_sum = _unsilenced_sum_(base, values, silenced, blocks)
 
     # Adding, not writing: slots that are not real add zero, wherever they point.
     base.scatter_add_(1, columns, torch.where(real, -torch.inf, torch.zeros_like(values)))
+    log_silence = math.log(rows.silence) if rows.silence > 0 else -math.inf
+    log_rests = [
+        _lowered(_softmax_of_block_(base[:, of], room[:, of]), lowered, log_silence)
+        for of, lowered in blocks
+    ]
+    silenced_values = torch.where(by_label, values + log_silence, values)
+    rests = [log_rest.expand(rows.labels.shape)[..., None] for log_rest in log_rests]
+    log_sum = torch.logsumexp(torch.cat([*rests, silenced_values], dim=2), dim=2)
+    return Shared(
+        Terms(log_sum, label_logit, logit_sum, None, None), room, log_rests, silenced_values
+    )
+
+
+def _softmax_of_block_(base: Tensor, room: Tensor) -> Tensor:
+    """Write the softmax of base (n, c) to room (n, c); return the log-sum-exp (n,)."""
+    if base.shape[1] == 0:
+        return base.new_full(base.shape[:1], -torch.inf)
     highest = base.amax(dim=1)
     torch.softmax(base, dim=1, out=room)
     # The largest probability is one over the sum of the exponentials that highest was taken off.
-    is_empty = highest == -torch.inf  # where every class is silenced by one label
+    is_empty = highest == -torch.inf  # where every class is handled beside it
     log_rest = highest.sub(room.amax(dim=1).log_()).masked_fill_(is_empty, -torch.inf)
     _zero_rows_(room, is_empty)
+    return log_rest
 
-    silenced_values = torch.where(
-        by_label, values + (math.log(rows.silence) if rows.silence > 0 else -math.inf), values
-    )
-    log_sum = torch.logsumexp(
-        torch.cat([log_rest.expand(rows.labels.shape)[..., None], silenced_values], dim=2), dim=2
-    )
-    return Shared(
-        Terms(log_sum, label_logit, logit_sum, None, None), room, log_rest, silenced_values
-    )
+
+def _lowered(log_rest: Tensor, lowered: Tensor | None, log_silence: float) -> Tensor:
+    """Return log-sum-exps (n,) as each label has them, (L, n) where one silences the block."""
+    return log_rest if lowered is None else torch.where(lowered, log_rest + log_silence, log_rest)
 
 
 def _write_gradient(
     base: Tensor, first: int, rows: Rows, silenced: SilencedColumns, shared: Shared, log_sum: Tensor
 ) -> None:
     """Turn base (n, c) into the sum over labels of share * (softmax - target mass)."""
-    columns, _, by_label = silenced
+    columns, real, by_label = silenced
     shares = rows.shares
     # What has no share has no say, whatever its logits: 0 * inf is not 0.
-    factor = (shares * torch.exp(shared.log_rest - log_sum)).masked_fill_(shares == 0, 0).sum(dim=0)
-    torch.mul(shared.softmax, factor[:, None], out=base)
+    blocks = _column_blocks(rows, first, base.shape[1])
+    for (of, _), log_rest in zip(blocks, shared.log_rests, strict=True):
+        factor = (shares * torch.exp(log_rest - log_sum)).masked_fill_(shares == 0, 0).sum(dim=0)
+        torch.mul(shared.softmax[:, of], factor[:, None], out=base[:, of])
     _zero_rows_(base, (shares == 0).all(dim=0))
     probabilities = torch.exp(shared.silenced_values - log_sum[..., None]).masked_fill_(
         (shares == 0)[..., None], 0
     )
     if rows.smoothing is not None:
-        base.sub_((shares * rows.smoothing).sum(dim=0)[:, None])
-        # gives back what a silenced class must not lose
-        probabilities = probabilities + rows.smoothing[..., None] * by_label
+        taken = torch.zeros_like(by_label)  # by which labels from none of a slot's block
+        for of, lowered in blocks:
+            spread = shares * rows.smoothing
+            if lowered is not None:
+                spread = spread.masked_fill(lowered, 0)
+                within = real & (columns >= of.start) & (columns < of.stop)
+                taken |= within & lowered[..., None]
+            base[:, of].sub_(spread.sum(dim=0)[:, None])
+        # gives back what a silenced class must not lose, and takes it from one that is heard
+        probabilities = probabilities + rows.smoothing[..., None] * (by_label.int() - taken.int())
     base.scatter_add_(1, columns, (shares[..., None] * probabilities).sum(dim=0))
     column, inside = _label_columns(first, rows.labels, base.shape[1])
     base.scatter_add_(1, column.T, ((rows.label_smoothing - 1) * shares * inside).T)
@@ -203,7 +271,9 @@ def _label_logit(base: Tensor, first: int, labels: Tensor) -> Tensor:
     return base.gather(1, column.T).T.masked_fill(~inside, -torch.inf)
 
 
-def _unsilenced_sum_(base: Tensor, values: Tensor, silenced: SilencedColumns) -> Tensor:
+def _unsilenced_sum_(
+    base: Tensor, values: Tensor, silenced: SilencedColumns, blocks: list[Block]
+) -> Tensor:
     """Return the sum of base over what label L does not silence, (L, n).
 
     It leaves base zero at the union of silenced columns.
@@ -213,9 +283,11 @@ def _unsilenced_sum_(base: Tensor, values: Tensor, silenced: SilencedColumns) ->
     infinite = torch.full_like(values, torch.inf)
     base.scatter_reduce_(1, columns, torch.where(real, infinite, -infinite), "amax")
     base.scatter_reduce_(1, columns, infinite.masked_fill(real, 0), "amin")
-    return base.sum(dim=1) + torch.where(real & ~by_label, values, torch.zeros_like(values)).sum(
-        dim=2
-    )
+    heard = torch.where(real & ~by_label, values, torch.zeros_like(values)).sum(dim=2)
+    for of, lowered in blocks:
+        total = base[:, of].sum(dim=1)
+        heard = heard + (total if lowered is None else total.masked_fill(lowered, 0))
+    return heard
 
 
 def _contained(columns: Tensor, real: Tensor, others: Tensor, others_real: Tensor) -> Tensor:
@@ -223,6 +295,8 @@ def _contained(columns: Tensor, real: Tensor, others: Tensor, others_real: Tenso
 
     `others` ascend in each row.
     """
+    if others.shape[1] == 0:
+        return torch.zeros_like(real)
     haystack = others.masked_fill(~others_real, torch.iinfo(others.dtype).max)
     slot = torch.searchsorted(haystack, columns).clamp_(max=others.shape[1] - 1)
     return real & (haystack.gather(1, slot) == columns)

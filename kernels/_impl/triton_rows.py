@@ -71,6 +71,8 @@ def row_terms(logits: Tensor, first: int, rows: Rows) -> Terms:
             rows.graph_rows,
             rows.indptr,
             rows.indices,
+            rows.blocks,
+            rows.split,
             *out,
             count,
             columns,
@@ -108,6 +110,8 @@ def row_gradient(logits: Tensor, first: int, rows: Rows, log_sum: Tensor, out: T
             rows.graph_rows,
             rows.indptr,
             rows.indices,
+            rows.blocks,
+            rows.split,
             log_sum.contiguous(),
             count,
             columns,
@@ -157,6 +161,8 @@ def row_loss_and_gradient(logits: Tensor, rows: Rows, out: Tensor) -> Terms:
             rows.graph_rows,
             rows.indptr,
             rows.indices,
+            rows.blocks,
+            rows.split,
             *written,
             count,
             columns,
@@ -189,7 +195,8 @@ def _laid_out(rows: Rows) -> Rows:
     Some rows of two labels are not, and the kernels take (L, n) as it is.
     """
     tensors = {
-        name: getattr(rows, name) for name in ("labels", "shares", "smoothing", "graph_rows")
+        name: getattr(rows, name)
+        for name in ("labels", "shares", "smoothing", "graph_rows", "blocks")
     }
     return rows._replace(**{name: t.contiguous() for name, t in tensors.items() if t is not None})
 

@@ -160,6 +160,15 @@ def test_directions(ranks_of, world, direction):
     check(ranks_of, world, case)
 
 
+@pytest.mark.parametrize("name", ["both-back", "auxiliary-rows-alone", "normal"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@every_world
+def test_masks_of_blocks(ranks_of, world, label_smoothing, name):
+    case = make_case(16, 20, 60, 7, mix="rows", label_smoothing=label_smoothing)
+    case.options["graph"] = case.options["graph"].masked(name)
+    check(ranks_of, world, case)
+
+
 @every_world
 def test_no_graph_and_no_prior(ranks_of, world):
     check(ranks_of, world, make_case(8, 5, 33, 6, graph=None, log_prior=None, label_smoothing=0.1))

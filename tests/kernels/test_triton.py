@@ -348,7 +348,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from fastlt_kernels._impl import row_kernels
 
-integers = {"labels", "graph_rows", "indptr", "indices", "bests"}
+integers = {"labels", "graph_rows", "indptr", "indices", "blocks", "bests"}
 names = ("whole_rows", "long_rows", "part_terms", "part_gradient")
 for name, left_out, labels in itertools.product(names, sys.argv[2:], (1, 2)):
     kernel = getattr(row_kernels, name)
@@ -356,7 +356,7 @@ for name, left_out, labels in itertools.product(names, sys.argv[2:], (1, 2)):
     constants |= {name: None for name in set(left_out.split(",")) & set(kernel.arg_names)}
     scalars = dict.fromkeys(("stride", "out_stride"), "i64")
     scalars |= dict.fromkeys(("log_silence", "label_smoothing"), "fp32")
-    counts = ("rows", "classes", "width", "first", "span", "num_predicted", "steps")
+    counts = ("rows", "classes", "width", "first", "span", "split", "num_predicted", "steps")
     scalars |= dict.fromkeys(counts, "i32")
     signature = {}
     for argument in kernel.arg_names:
@@ -390,9 +390,10 @@ SILENCING, SMOOTHING, PREDICTION = (
 
 LEFT_OUT = [
     "",
-    SILENCING,
+    "blocks",
+    f"{SILENCING},blocks",
     f"{SMOOTHING},{PREDICTION}",
-    f"{SILENCING},{SMOOTHING},{PREDICTION},log_prior",
+    f"{SILENCING},blocks,{SMOOTHING},{PREDICTION},log_prior",
 ]
 
 
