@@ -87,6 +87,22 @@ def configuration() -> str:
     return "\n".join(lines) + "\n"
 
 
+def platforms() -> str:
+    """Return a list of operating systems, with what runs there."""
+    from fastlt.cli.doctor import PLATFORMS
+
+    return "\n".join(f"- {words}" for words in PLATFORMS.values())
+
+
+def key_types() -> str:
+    """Return a table of the types of keys that fastlt.config names."""
+    from fastlt import config
+
+    names = [name for name, kind in vars(config).items() if hasattr(kind, "__metadata__")]
+    rows = [f"| `{name}` | {in_words(getattr(config, name))} |" for name in names]
+    return "\n".join(["| type | values |", "|---|---|", *rows])
+
+
 def sections(tree: Any, level: str = "##") -> Iterator[str]:
     """Yield the lines of the sections of a tree, a table each."""
     for name, field in tree.model_fields.items():
@@ -103,6 +119,8 @@ def table(section: str, fields: dict[str, Any]) -> Iterator[str]:
     for key, field in fields.items():
         name = f"{section}.{key}" if section else key
         kind, meaning = type_of(field), cell(field.description or "")
+        if name in NAMED:
+            meaning += f" One of {', '.join(f'`{one}`' for one in NAMED[name]())}."
         yield f"| `{name}` | {kind} | {default_of(field)} | {meaning} |"
 
 
@@ -295,7 +313,44 @@ def linked(text: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
+def method_files() -> list[str]:
+    """Return the names of the methods that are files."""
+    from fastlt.methods import method_names
+
+    return method_names()
+
+
+def loss_names() -> list[str]:
+    """Return the names of the losses."""
+    from fastlt.losses import LOSSES
+
+    return [*LOSSES]
+
+
+def head_names() -> list[str]:
+    """Return the names of the heads."""
+    from fastlt.models.heads import HEADS
+
+    return [*HEADS]
+
+
+def engine_names() -> list[str]:
+    """Return the names of the engines."""
+    from fastlt.data.engines.choice import NAMES
+
+    return [*NAMES]
+
+
+# keys whose values are the names of what the code finds
+NAMED: dict[str, Callable[[], list[str]]] = {
+    "loss.name": loss_names,
+    "model.head": head_names,
+    "data.engine": engine_names,
+    "method.name": method_files,
+}
 PARTS: dict[str, Callable[[], str]] = {
+    "key-types": key_types,
+    "platforms": platforms,
     "methods": methods,
     "moved": moved,
     "losses": losses,

@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def speak_to_the_user(app: Callable[[], object]) -> None:
-    """Runs a command line."""
+    """Run a command line."""
     try:
         app()
     except UserError as error:

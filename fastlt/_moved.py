@@ -80,6 +80,7 @@ MOVED = {
 RENAMED = {  # functions that have another name now
     "dead_workers_in_words": "worker_errors",
     "joined_predictions": "concatenate_predictions",
+    "Board": "State",
     "mix_packs": "concat_packs",
     "staged": "prefetch_to_device",
     "view": "subset",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from fastlt.errors import UserError
+
 if TYPE_CHECKING:
     from fastlt.evaluation.predict import Model
 
@@ -32,16 +34,24 @@ def pack(
     class_names: Place | None = None,
     task: str | None = None,
     imbalance: float = 100,
+    max_side: int = 0,
+    quality: int = 0,
+    transcode: bool = False,
+    beton: bool = False,
+    strict: bool = False,
+    drop_leaks: bool = False,
+    max_pixels: int = 0,
     workers: int = 1,
     quiet: bool = False,
-    **options: Any,
 ) -> Path:
     """Write target and auxiliary images into one PACK, as `fastlt pack`; return its folder.
 
-    The arguments are the options of the command, and mean the same; so do `options`: max_side,
-    quality, transcode, strict, drop_leaks and max_pixels. workers: processes; above 1 the script
-    that calls this needs the guard `if __name__ == "__main__":`. quiet: print nothing.
+    The arguments are the options of the command, and mean the same. max_pixels: of one image; 0:
+    the command's default. workers: processes; above 1 the script that calls this needs the guard
+    `if __name__ == "__main__":`. quiet: print nothing.
     """
+    from fastlt.data.engines.ffcv.beton import beton_writer
+    from fastlt.decode.images import MAX_PIXELS
     from fastlt.packing.collect import collect
     from fastlt.packing.writer import PackOptions, write_pack
 
@@ -58,8 +68,18 @@ def pack(
         task=task,
         imbalance=imbalance,
     )
-    chosen = PackOptions(out=Path(out), workers=workers, **options)
-    return write_pack(collection, chosen, Console(quiet=quiet))
+    chosen = PackOptions(
+        out=Path(out),
+        workers=workers,
+        max_side=max_side,
+        quality=quality,
+        transcode=transcode,
+        strict=strict,
+        drop_leaks=drop_leaks,
+        max_pixels=max_pixels or MAX_PIXELS,
+    )
+    writer = beton_writer() if beton else None
+    return write_pack(collection, chosen, Console(quiet=quiet), writer)
 
 
 def train(
@@ -87,6 +107,8 @@ def train(
     from fastlt.packing.remote import is_remote
     from fastlt.training.loop import train as train_run
 
+    if settings is not None and not isinstance(settings, Mapping):
+        raise UserError("settings must be a dictionary of values by 'section.key'")
     place = str(data) if is_remote(str(data)) else str(Path(data).resolve())
     begin = method_settings(method, None if start is None else str(Path(start).resolve()))
     config = load_config(recipe, {**(settings or {}), "data.pack": place}, begin)

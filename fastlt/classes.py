@@ -110,7 +110,10 @@ class ClassSpace(BaseModel):
 
     @staticmethod
     def load(path: Path) -> "ClassSpace":
-        """Raises UserError where the file is missing or does not hold a class space."""
+        """Return the class space of a file.
+
+        Raises UserError where the file is missing or does not hold one.
+        """
         try:
             return ClassSpace.model_validate_json(Path(path).read_bytes())
         except OSError as error:

@@ -105,7 +105,7 @@ class ModelConfig(Section):
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass (timm): less memory, a third more work."""
     head: str = "linear"
-    """linear, cosine, scaled (a factor per class), or class-parallel (classes split over ranks)."""
+    """The head: scaled has a factor per class, class-parallel splits the classes over ranks."""
     sync_bn: bool = False
     """Take batch-norm statistics over the images of all GPUs."""
     head_weights: str = ""
@@ -123,7 +123,7 @@ class DataConfig(Section):
     cache_gb: Positive = 100.0
     """Size of the local cache of a pack at an address, in GB; for each address."""
     engine: str = "auto"
-    """auto, resident, torch, ffcv or dali; auto takes the fastest there is and prints which."""
+    """The engine that loads images; auto takes the fastest there is and prints which."""
     decode: Literal["auto", "region", "exact", "gpu"] = "auto"
     """How training images are decoded; auto: gpu with DALI, else region, or else exact."""
     strict: bool = False
@@ -211,7 +211,7 @@ class LossConfig(Section):
     """The loss. Each loss brings further keys of its own, listed with it."""
 
     name: str = "neighbor-silencing"
-    """neighbor-silencing, balanced-ce, ce, focal, class-balanced, ldam, label-aware-smoothing."""
+    """The loss."""
     silence: Share = 0.1
     """lambda_s of neighbour silencing: 1 = off, 0 = hard mask."""
     tau: NotNegative = 1.0
@@ -334,7 +334,7 @@ class Config(Section):
         return self
 
     def _misfits(self) -> Iterator[tuple[bool, str]]:
-        """Pairs of whether settings contradict each other, and what to do about it."""
+        """Yield pairs of whether settings contradict each other, and what to do about it."""
         data, schedule = self.data, self.schedule
         yield (
             schedule.shift_bn and schedule.head_only_epochs == 0,

@@ -43,18 +43,26 @@ class Task(NamedTuple):
     """What a loss or a method may know of what it is trained on."""
 
     space: ClassSpace
-    counts: Tensor  # (C,) int64, images of each class in an epoch, as sampled
+    """Names, pairs and training images of the classes; `num_targets` T and `num_classes` C."""
+    counts: Tensor
+    """Images of each class in an epoch, as sampled, (C,) int64."""
     loss: LossConfig
+    """The section [loss] of the configuration, with the keys of all losses."""
     epochs: int
+    """Epochs of the stage."""
     device: torch.device
+    """The device that is trained on."""
 
 
 class Step(NamedTuple):
-    """The loss of a batch, and how many of its target images the model got right; each ()."""
+    """The loss of a batch, and how many of its target images the model got right."""
 
     loss: Tensor
-    correct: Tensor  # of mixed labels, the share of the one that was predicted
-    counted: Tensor  # labels that are targets; auxiliaries are not predicted
+    """The mean loss, ()."""
+    correct: Tensor
+    """Images of targets that were predicted right, (); of mixed labels, the share of that one."""
+    counted: Tensor
+    """Labels that are targets, (), as auxiliaries are not predicted."""
 
 
 class Loss(ABC):
@@ -78,6 +86,14 @@ class Loss(ABC):
     def needs_of_counts(cls, config: LossConfig) -> str:
         """Return what the loss makes of a class's count of images, if 0 will not do; else ""."""
         return ""
+
+    @classmethod
+    def misfits(cls, config: Config) -> Iterator[tuple[bool, str]]:
+        """Yield whether settings contradict what this loss says of them, and what to do about it.
+
+        Every loss is asked, whichever `loss.name` names.
+        """
+        yield from ()
 
     def begin(self, epoch: int) -> Hashable:
         """Prepare for an epoch. What is compiled is kept as long as this returns the same."""
@@ -282,6 +298,15 @@ class LDAM(Loss):
         """Return that margins divide by counts."""
         return "margin"
 
+    @classmethod
+    def misfits(cls, config: Config) -> Iterator[tuple[bool, str]]:
+        """Yield that nothing else is re-weighted later."""
+        loss: Any = config.loss
+        yield (
+            loss.drw_epoch > 0 and loss.name != cls.name,
+            "loss.drw_epoch is for loss.name=ldam: set it to 0",
+        )
+
     def begin(self, epoch: int) -> bool:
         """Weigh the classes from `drw_epoch` on; return whether they are."""
         config: Any = self.task.loss
@@ -385,11 +410,8 @@ def misfits(config: Config) -> Iterator[tuple[bool, str]]:
         head == "class-parallel" and not loss.is_linear,
         f"model.head=class-parallel does not go with loss.name={name}: choose one of {linear}",
     )
-    numbers: Any = config.loss
-    yield (
-        numbers.drw_epoch > 0 and name != LDAM.name,
-        "loss.drw_epoch is for loss.name=ldam: set it to 0",
-    )
+    for one in LOSSES.values():
+        yield from one.misfits(config)
     mixes = bool(config.augment.mixup or config.augment.cutmix or config.loss.label_smoothing)
     yield (
         mixes and not loss.is_linear,

@@ -41,6 +41,11 @@ export -f fastlt cifar
 export PYTHONSAFEPATH=1  # what is installed, with its compiled parts, not the working folder
 export PYTHON SMALL DATA WORK OUT
 
+steps="doctor kernels engines loss train cifar-ce cifar-ldam-drw cifar-balanced-softmax"
+for name in ${STEPS//,/ }; do
+    case " $steps " in *" $name "*) ;; *) echo "there is no step '$name': $steps" >&2; exit 2 ;; esac
+done
+
 step doctor 60 "versions, GPU, engines" "$PYTHON" -m fastlt doctor
 step kernels 280 "the Triton kernels against the reference" \
     "$PYTHON" -m pytest tests/kernels/test_triton.py -q -p no:cacheprovider -o addopts=--import-mode=importlib ${SMALL:+-k "any_logits and dtype0-whole"}

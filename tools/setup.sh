@@ -43,7 +43,7 @@ install_torch() {
         # A '+cpu' version is never a CUDA build: where pip cannot find it, this stops instead of fetching several GB.
         say "no NVIDIA GPU: installing the CPU build of torch"
         "$venv/bin/pip" install -qq "torch==2.13.0+cpu" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ||
-            die "pip finds no CPU build of torch 2.13.0. Pass PyTorch's CPU wheel index, named on pytorch.org under 'Get Started': make setup TORCH_INDEX=<address>"
+            die "pip cannot install the CPU build of torch 2.13.0. If it does not find it, pass PyTorch's CPU wheel index, named on pytorch.org under 'Get Started': make setup TORCH_INDEX=<address>"
     fi
 }
 

@@ -12,7 +12,7 @@ from fastlt.cli.app import app, console
 from fastlt.errors import UserError
 
 if TYPE_CHECKING:
-    from fastlt.packing.writer import WriteBeton
+    pass
 
 
 class Task(str, Enum):
@@ -126,6 +126,7 @@ def pack(
     given = dict(locals())
     from dataclasses import fields
 
+    from fastlt.data.engines.ffcv.beton import beton_writer
     from fastlt.packing.collect import collect
     from fastlt.packing.remote import is_remote
     from fastlt.packing.writer import PackOptions, verify_pack, write_pack
@@ -160,15 +161,3 @@ def pack(
         **{one.name: given[one.name] for one in fields(PackOptions) if one.name in given}
     )
     write_pack(collection, options, console, write_beton)
-
-
-def beton_writer() -> WriteBeton:
-    """Return the function that writes FFCV files.
-
-    Raises UserError now, and not after an hour of packing, where FFCV is missing.
-    """
-    from fastlt.data.engines.ffcv.beton import write_beton
-    from fastlt.data.engines.ffcv.native import import_ffcv
-
-    import_ffcv()
-    return write_beton

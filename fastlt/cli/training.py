@@ -63,7 +63,7 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Tell the memory, the steps and the hours it would take, from a few steps; train "
+            help="Print the memory, steps and hours it would take, from a few steps; train "
             "nothing.",
         ),
     ] = False,
@@ -101,9 +101,9 @@ def train(
         recipe, [*(settings or []), *flags, as_override("data.pack", pack_place(data))], begin
     )
     if dry_run:
-        from fastlt.training.dry_run import dry_run as tell
+        from fastlt.training.dry_run import dry_run as report_costs
 
-        tell(config, max(1, nproc), console)
+        report_costs(config, max(1, nproc), console)
         return
     if out is None:
         raise UserError("no place for the run: name a folder with --out RUN")

@@ -73,5 +73,5 @@ class Inspector:
         return False
 
     def close(self) -> None:
-        """Ends the threads."""
+        """End the threads."""
         self._pool.shutdown(cancel_futures=True)

@@ -52,7 +52,7 @@ def saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turns the colour wheel; brightness and saturation, in HSV, stay."""
+    """Turn the colour wheel; brightness and saturation, in HSV, stay."""
     highest, lowest = images.amax(dim=1, keepdim=True), images.amin(dim=1, keepdim=True)
     spread = highest - lowest
     red, green, blue = images.split(1, dim=1)

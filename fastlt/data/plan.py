@@ -27,12 +27,15 @@ class Batch:
     `boxes` are the parts of the upright images that fill the output (see augment.py).
     """
 
-    # (n,) int64, indices into the split; of several views, all images once, then all again
     images: np.ndarray
-    labels: np.ndarray  # (n,) int64
-    # (n, 4) int32: top, left, height, width; may reach over the edge, which is filled with black
+    """Indices into the split, (n,) int64; of several views, all images once, then all again."""
+    labels: np.ndarray
+    """The classes of the images, (n,) int64."""
     boxes: np.ndarray
-    flips: np.ndarray  # (n,) bool
+    """Top, left, height and width of each, (n, 4) int32; they may reach over the edge, which is
+    filled with black."""
+    flips: np.ndarray
+    """Whether an image is mirrored, (n,) bool."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Plan:
 
     @cached_property
     def class_counts(self) -> np.ndarray:
-        """Images of each of the C classes in every epoch, (C,) int64: the n_j of the prior."""
+        """The images of each of the C classes in every epoch, (C,) int64: the n_j of the prior."""
         stored = np.rint(self._strata.sum(axis=1)).astype(np.int64)
         targets, auxiliaries = stored[: self.num_targets], stored[self.num_targets :]
         budget = np.broadcast_to(self.sampling.budget, auxiliaries.shape)
@@ -199,7 +202,10 @@ class Plan:
 
 
 def target_counts(stored: np.ndarray, sampling: str) -> np.ndarray:
-    """Images of each target class in an epoch, (T,) int; at least one of each that stores any."""
+    """Return the images of each target class in an epoch, (T,) int.
+
+    It is at least one of each that stores any.
+    """
     if sampling == "once":
         return stored
     shares = np.sqrt(stored) if sampling == "square-root" else (stored > 0).astype(float)

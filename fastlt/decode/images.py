@@ -62,7 +62,7 @@ def decode_pil(
 
 
 def load(image: Image.Image, data: bytes | memoryview, is_sound: bool = False) -> None:
-    """Decodes the pixels of what `open_image` made of data. Raises BadImage."""
+    """Decode the pixels of what `open_image` made of data. Raises BadImage."""
     try:
         image.load()
     except FAILURES as error:
@@ -74,7 +74,7 @@ def load(image: Image.Image, data: bytes | memoryview, is_sound: bool = False) -
 
 
 def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads the header only. Raises BadImage for what is empty, unknown or too large."""
+    """Read the header only. Raises BadImage for what is empty, unknown or too large."""
     if len(data) == 0:
         raise BadImage("empty file")
     try:

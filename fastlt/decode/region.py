@@ -81,7 +81,7 @@ def region_obstacle(option: str) -> str | None:
 
 
 def check_transcoder(option: str) -> None:
-    """Raises UserError where transcoding was not compiled; `option` is what needs it."""
+    """Raise UserError where transcoding was not compiled; `option` is what needs it."""
     if not has_transcoder():
         raise UserError(
             f"{option} needs libjpeg, whose headers were missing when fastlt was installed: `make "

@@ -13,7 +13,7 @@ from rich.table import Table
 from scipy import stats
 
 from fastlt.classes import ClassSpace
-from fastlt.config import MAY_CHANGE
+from fastlt.config import MAY_CHANGE, config_type, flat
 from fastlt.errors import UserError
 from fastlt.evaluation.significance import holm
 from fastlt.utils.run_files import COLUMNS, RunFiles, read_run_files
@@ -91,16 +91,18 @@ def figures(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
 
 
 def settings(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
-    """Return a table of the settings that are not the same in all runs."""
-    flat = [
+    """Return the settings that are not the same in all runs; what one lacks has its default."""
+    defaults = {key: str(value) for key, value in flat(config_type()()).items()}
+    given = [
         {f"{s}.{key}": str(v) for s, values in run.config.items() for key, v in values.items()}
         for run in runs
     ]
-    keys = dict.fromkeys(key for of in flat for key in of)
+    keys = dict.fromkeys(key for of in given for key in of)
     return {
         key: values
         for key in keys
-        if key not in MAY_CHANGE and len(set(values := [of.get(key, "-") for of in flat])) > 1
+        if key not in MAY_CHANGE
+        and len(set(values := [of.get(key, defaults.get(key, "-")) for of in given])) > 1
     }
 
 

@@ -103,8 +103,11 @@ class Opened(NamedTuple):
 def opened(run: Path, pack: Path | str | None, split: str = "val") -> Iterator[Opened]:
     """Open a run, and the images of `val` or `test` to score it on.
 
-    Device and engine are what this machine has, wherever the model was trained.
+    Device and engine are what this machine has, wherever the model was trained. Raises UserError
+    for other splits.
     """
+    if split not in ("val", "test"):
+        raise UserError(f"there is no split '{split}' to score on: val or test")
     config = run_config(run)
     config = config.model_copy(update={"train": config.train.model_copy(update={"device": "auto"})})
     images = open_pack(pack or config.data.pack, round(config.data.cache_gb * 1e9))

@@ -41,8 +41,11 @@ class Prediction(NamedTuple):
     """The most probable classes of an image, the most probable first."""
 
     names: list[str]
+    """The names of the classes."""
     probabilities: list[float]
-    path: Path | None  # the image's file, if it came from one
+    """Their probabilities, among all targets."""
+    path: Path | None
+    """The image's file, if it came from one."""
 
 
 class Model:
@@ -103,6 +106,8 @@ class Model:
         self, images: AnyImage | Iterable[AnyImage], batch: int
     ) -> Iterator[tuple[list[AnyImage], Tensor]]:
         """Yield `batch` images at a time, with their pixels (n, size, size, 3) uint8."""
+        if batch < 1:
+            raise UserError(f"batch={batch}: take at least one image at a time")
         each = iter(listed(images))
         with ThreadPoolExecutor(cores()) as threads:
             while some := list(islice(each, batch)):

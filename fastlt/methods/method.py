@@ -27,12 +27,16 @@ class Stage:
     """
 
     name: str = ""
-    # section.key -> value, over the run's; `train.epochs` included
+    """What is printed as the stage begins."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    trained: tuple[str, ...] = ("",)  # prefixes of the names of the parameters that are trained
-    # The method is given features (N, D) in place of images: of the images as they are evaluated,
-    # by the backbone as the stage finds it, computed once and kept in the pack's folder.
+    """Values by `section.key`, over those of the run; `train.epochs` included."""
+    trained: tuple[str, ...] = ("",)
+    """Beginnings of the names of the method's parameters that are trained, such as
+    `model.head.`; by default all are."""
     features: bool = False
+    """Whether the method is given features (N, D) in place of images: of the images as they are
+    evaluated, by the backbone as the stage finds it, computed once and kept in the pack's
+    folder."""
 
 
 class Base(nn.Module):
@@ -45,10 +49,14 @@ class Base(nn.Module):
     config: the section [method]; task: the classes, counts, loss, epochs and device.
     """
 
-    Config: ClassVar[type[MethodConfig]] = MethodConfig  # what [method] of a recipe may set
-    SETTINGS: ClassVar[dict[str, Any]] = {}  # section.key -> value, below the user's own settings
-    PAPER: ClassVar[str] = ""  # authors, year and arXiv number
-    takes_sharded_heads: ClassVar[bool] = False  # model.head=class-parallel
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    """What the table [method] of a recipe may set."""
+    SETTINGS: ClassVar[dict[str, Any]] = {}
+    """Values by `section.key` that the method's recipe sets, below the user's own settings."""
+    PAPER: ClassVar[str] = ""
+    """Authors, year and arXiv number."""
+    takes_sharded_heads: ClassVar[bool] = False
+    """Whether it goes with model.head=class-parallel."""
 
     @staticmethod
     def build(config: Any, model: Classifier) -> Classifier:
@@ -144,8 +152,11 @@ class Base(nn.Module):
 class StageData:
     """The training images of a stage, n of them, each once."""
 
-    labels: Tensor  # (n,) int64
-    features: Callable[[], Tensor]  # (n, D) float32 by the backbone, as they are evaluated
+    labels: Tensor
+    """The labels (n,) int64."""
+    features: Callable[[], Tensor]
+    """A function that returns the features (n, D) float32 by the backbone, of the images as they
+    are evaluated."""
 
 
 class Frozen:

@@ -26,7 +26,7 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Raises OSError, as others do, where safetensors raises an error of its own."""
+    """Write tensors to a safetensors file. Raise OSError, as others do, where it cannot."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
@@ -59,8 +59,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def load_backbone(backbone: nn.Module, path: Path) -> None:
-    """Weights from a safetensors file, which must hold all of the backbone's; what else it holds is
-    passed over.
+    """Load weights from a safetensors file, which must hold all of the backbone's.
+
+    What else it holds is passed over.
     """
     weights = read_weights(path)
     own = backbone.state_dict()

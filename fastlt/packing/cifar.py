@@ -153,7 +153,7 @@ def _cut(cifar: Cifar, classes: Sequence[int], counts: Sequence[int]) -> list[Im
 
 
 def open_cifar(folder: Path) -> Cifar:
-    """Raises UserError where the folder holds neither form."""
+    """Return CIFAR-100 of a folder. Raises UserError where it holds neither form."""
     for place in (folder, folder / "cifar-100-python"):
         if all((place / name).is_file() for name in ("train", "test", "meta")):
             return _open_archive(place)

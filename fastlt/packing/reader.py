@@ -142,7 +142,7 @@ class Pack:
 
     @property
     def id(self) -> str:
-        """Changes with the classes, the pairs, and what is stored where."""
+        """An identifier that changes with the classes, the pairs, and what is stored where."""
         files = self.manifest["files"]
         return "-".join(files[name]["sha256"][:16] for name in ("classes.json", "index.npz"))
 
@@ -153,7 +153,7 @@ class Pack:
 
 
 def open_pack(path: Path | str, cache_bytes: int = 100 * 10**9) -> Pack:
-    """Opens what `fastlt pack` wrote; path may be an address, of whose shards cache_bytes at most
+    """Open what `fastlt pack` wrote; path may be an address, of whose shards cache_bytes at most
     are kept here.
 
     Raises DataError where it is no pack or one of another version, and where a file is missing or

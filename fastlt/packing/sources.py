@@ -237,7 +237,7 @@ def _list_class_folders(path: Path, classes: list[Path], may_be_empty: bool) -> 
 
 
 def _files_below(folder: Path) -> Iterator[str]:
-    """Paths relative to `folder`, sorted, without what is hidden."""
+    """Yield paths relative to `folder`, sorted, without what is hidden."""
     start = len(str(folder)) + 1
     for parent, folders, files in os.walk(folder, onerror=_cannot_list):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -322,7 +322,7 @@ def _parent_names(refs: Iterable[ImageRef]) -> dict[int, str]:
 
 
 def _list_shards(where: Path, shards: list[Path], limit: int | None) -> Listing:
-    """Images with their `.cls`, an ASCII integer or a class name; pixels are not read."""
+    """Return images with their `.cls`, an ASCII integer or a class name; pixels are not read."""
     found = [(shard, *sample) for shard in shards for sample in _samples(shard)]
     if not found:
         raise DataError(f"{where} holds no images ({', '.join(EXTENSIONS)})")
@@ -389,7 +389,7 @@ def _class_text(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> s
 
 
 def _class_names(listing: Listing, given: list[str], prefix: str = "") -> list[str]:
-    """Names of the classes 0.., each of which must have an image."""
+    """Return the names of the classes 0.., each of which must have an image."""
     labels = {ref.label for ref in listing.refs}
     count = len(given) or max(labels) + 1
     for label in range(

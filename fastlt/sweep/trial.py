@@ -17,6 +17,7 @@ import numpy as np
 
 from fastlt.config import MAY_CHANGE, Config, flat, load_config
 from fastlt.errors import UserError
+from fastlt.losses import LOSSES
 from fastlt.methods import method_settings
 from fastlt.packing.remote import is_remote
 from fastlt.sweep.spec import SHORT, Axis, Sweep, Values, choose, settings_of
@@ -86,7 +87,7 @@ def make_trial(
     ]
     method = method_settings(sweep.method or None, None)
     config = load_config(sweep.recipe, [*place, *how, *settings], method)
-    if has_no_auxiliaries(config) and config.loss.name == "neighbor-silencing":
+    if has_no_auxiliaries(config) and LOSSES[config.loss.name].silences:
         # there is nothing to be silenced, and a run that is to silence nothing is refused
         settings = (
             *(s for s in settings if not s.startswith("loss.silence=")),

@@ -277,7 +277,7 @@ def load_checkpoint(
     optimizer: Optimizer | None = None,
     ema: Classifier | None = None,
 ) -> None:
-    """Fills model, optimiser and averaged weights in place.
+    """Fill model, optimiser and averaged weights in place.
 
     Raises UserError where the tensors do not fit.
     """

@@ -1,4 +1,4 @@
-"""Several processes that train one model: who is who, what they tell each other, and how they are
+"""Several processes that train one model: who is who, what they exchange, and how they are
 started.
 """
 
@@ -80,7 +80,7 @@ def is_first() -> bool:
 
 @contextmanager
 def process_group(with_group: bool) -> Iterator[Ranks]:
-    """Joins the processes that torchrun has started. with_group: alone, too, a process group is
+    """Join the processes that torchrun has started. with_group: alone, too, a process group is
     made.
     """
     started = (
@@ -109,7 +109,7 @@ def process_group(with_group: bool) -> Iterator[Ranks]:
 
 
 def leave() -> None:
-    """Destroys the process group.
+    """Destroy the process group.
 
     Its threads need Python's lock to let go of the last tensors, and whoever destroys the group
     holds that lock while it waits for them: so they get their time before, and DDP, which holds on
@@ -121,7 +121,7 @@ def leave() -> None:
 
 
 def launch(arguments: Sequence[str], processes: int, restarts: int) -> None:
-    """Runs `python -m fastlt ARGUMENTS` in as many processes on this machine by torch's elastic
+    """Run `python -m fastlt ARGUMENTS` in as many processes on this machine by torch's elastic
     launcher.
 
     All are started again, up to `restarts` times, where one dies; not for bad input, which ends

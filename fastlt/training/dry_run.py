@@ -21,6 +21,7 @@ from torch import Tensor
 from fastlt.config import Config
 from fastlt.errors import UserError
 from fastlt.models.backbones import cifar_backbone
+from fastlt.models.heads import HEADS
 from fastlt.training.distributed import process_group
 from fastlt.training.loop import forward_of, make_input, open_packs, set_modes, steps
 from fastlt.training.messages import report_setup
@@ -71,7 +72,7 @@ def dry_run(config: Config, processes: int, console: Console) -> None:
             "choose a multiple"
         )
     with (
-        process_group(config.model.head == "class-parallel"),
+        process_group(HEADS[config.model.head].is_sharded),
         console.status("measuring a few steps"),
         prepare(config, Path(os.devnull), open_packs(config.data)) as trainer,
     ):

@@ -41,6 +41,7 @@ from fastlt.evaluation.metrics import Predictions, concatenate_predictions, conf
 from fastlt.losses import Step
 from fastlt.models.classifier import Classifier
 from fastlt.models.export import export_safetensors
+from fastlt.models.heads import HEADS
 from fastlt.packing.concat import concat_packs
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.training.compile import build_forward
@@ -65,7 +66,7 @@ from fastlt.training.setup import (
     start_stage,
 )
 from fastlt.utils.files import write_text
-from fastlt.utils.run_files import METRICS
+from fastlt.utils.run_files import METRICS, RESULT
 from fastlt.utils.signals import Stopped, stop_on_signals
 
 UNKNOWN = -1.0  # the norm of a gradient that is still being accumulated
@@ -82,7 +83,7 @@ def train(
     on_epoch is called with each line of metrics.jsonl, once the epoch is saved. Raises Stopped if
     SIGTERM or Ctrl-C ended it early, once it is saved.
     """
-    with process_group(config.model.head == "class-parallel") as ranks:
+    with process_group(HEADS[config.model.head].is_sharded) as ranks:
         if not ranks.is_first:
             console = Console(quiet=True)
         pack = open_packs(config.data)
@@ -403,7 +404,7 @@ def is_compiled(config: Config, device: torch.device) -> bool:
 
 
 def read_steps(steps: list[Tensor], trainer: Trainer) -> None:
-    """Adds the steps since the last look to the epoch's sums; waits for the device.
+    """Add the steps since the last look to the epoch's sums; waits for the device.
 
     UserError where training has diverged.
     """
@@ -449,7 +450,7 @@ def is_evaluated(config: Config, epoch: int) -> bool:
 
 
 def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None) -> dict[str, Any]:
-    """Scores the predictions, writes the line of metrics.jsonl, and moves on to the next epoch."""
+    """Score the predictions, write the line of metrics.jsonl, and move on to the next epoch."""
     state = trainer.state
     record: dict[str, Any] = {
         "epoch": state.epochs_done,
@@ -541,7 +542,7 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
         )
         trainer.space.save(trainer.run / "classes.json")
         save_predictions(predictions, trainer.run / "val_predictions.npz")
-        write_text(trainer.run / "result.json", json.dumps(result, indent=1) + "\n")
+        write_text(trainer.run / RESULT, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -22,6 +22,7 @@ from fastlt.methods.method import Base, Stage, StageData
 from fastlt.models.classifier import Classifier, build_model
 from fastlt.models.device import choose_device, on_device
 from fastlt.models.export import find_metadata
+from fastlt.models.heads import HEADS
 from fastlt.models.weights import weights_file
 from fastlt.packing.reader import Pack
 from fastlt.packing.subset import subset
@@ -181,10 +182,10 @@ def build_method(
     """Return the configured method with its model, on the device. counts (C,): images per epoch."""
     check_head_weights(config, space)
     kind = method_type(config.method.name)
-    if config.model.head == "class-parallel" and not kind.takes_sharded_heads:
+    if HEADS[config.model.head].is_sharded and not kind.takes_sharded_heads:
         raise UserError(
-            f"method.name={config.method.name} does not go with model.head=class-parallel: set "
-            "model.head=linear"
+            f"method.name={config.method.name} does not go with model.head={config.model.head}: "
+            "set model.head=linear"
         )
     torch.manual_seed(config.train.seed)
     model = kind.build(

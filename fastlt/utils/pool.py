@@ -26,7 +26,7 @@ def cores() -> int:
 
 @contextmanager
 def ordered_map(workers: int) -> Iterator[OrderedMap]:
-    """Yields a `map` that runs in `workers` processes; with one it runs here.
+    """Yield a `map` that runs in `workers` processes; with one it runs here.
 
     UserError where a process dies.
     """

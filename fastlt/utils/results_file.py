@@ -88,7 +88,7 @@ def check_file(path: Path) -> None:
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]], program: str = "fastlt") -> None:
-    """Adds rows under the header that the file has; a file of other columns is refused."""
+    """Add rows under the header that the file has; a file of other columns is refused."""
     context = {
         "machine": machine(),
         "torch": torch.__version__,

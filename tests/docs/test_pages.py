@@ -3,6 +3,8 @@
 import importlib.util
 import re
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -234,3 +236,21 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path, monkeypatch)
             r'<link[^>]*rel="(?:stylesheet|preconnect|icon)"[^>]*href="([^"]+)"', text
         )
         assert not [one for one in loaded if one.startswith(("http", "//"))], page
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_modules_of_pages_pass_lint_as_ours_do(name, tmp_path):
+    for block in blocks(PAGES[name]):
+        if "module" in block.notes:
+            command = [
+                sys.executable,
+                "-m",
+                "ruff",
+                "check",
+                "--config",
+                str(ROOT / "pyproject.toml"),
+                "--stdin-filename",
+            ]
+            command += [block.notes["module"].replace(".", "/") + ".py", "-"]
+            ended = subprocess.run(command, input=block.text, capture_output=True, text=True)
+            assert ended.returncode == 0, ended.stdout

@@ -200,7 +200,7 @@ class DaliEngine:
         return np.frombuffer(b"P6 %d %d 255\n" % pixels.size + pixels.tobytes(), np.uint8)
 
     def close(self) -> None:
-        """Ends the threads."""
+        """End the threads."""
         self._inspector.close()
         del self._pipeline
 

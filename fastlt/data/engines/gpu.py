@@ -200,7 +200,7 @@ def turned(image: Tensor, encoded: Tensor) -> Tensor | None:
 def place(
     image: Tensor, corner: Any, sides: Any, made: Any, start: Any, flip: bool, out: Tensor
 ) -> None:
-    """Resizes a part of image (3, H, W) and puts it into out (size, size, 3): see `placed`."""
+    """Resize a part of image (3, H, W) and put it into out (size, size, 3): see `placed`."""
     (top, left), (height, width) = corner.tolist(), sides.tolist()
     part = image[None, :, top : top + height, left : left + width].float()
     part = torch.nn.functional.interpolate(

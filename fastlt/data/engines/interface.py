@@ -25,26 +25,37 @@ NO_GPU_DECODER = (
 class Options:
     """The settings of a loader; each engine takes from them what concerns it."""
 
-    size: int  # pixels a side of the images that are delivered
-    workers: int = 2  # processes or threads; 0: none beside the caller's
-    betons: tuple[Path, ...] = ()  # the split's FFCV files, one of each pack
-    # `exact` decodes whole images as Pillow does, `region` only what a crop needs, `gpu` on
-    # `device`, and `auto` the fastest of these that the engine can do
+    size: int
+    """Pixels a side of the images that are delivered."""
+    workers: int = 2
+    """Processes or threads; 0: none beside the caller's."""
+    betons: tuple[Path, ...] = ()
+    """The split's FFCV files, one of each pack."""
     decode: str = "exact"
-    # raise UserError at an image that cannot be decoded; else another of its class replaces it
+    """`exact` decodes whole images as Pillow does, `region` only what a crop needs, `gpu` on
+    `device`, and `auto` the fastest of these that the engine can do."""
     strict: bool = True
+    """Whether to raise UserError at an image that cannot be decoded; else another of its class
+    replaces it."""
     device: torch.device = CPU
-    prefetch: int = PREFETCH  # batches that the dali engine makes ahead
-    hw_decoder_load: float = HW_DECODER_LOAD  # of the dali engine
-    shared: Path | None = None  # a folder for what the resident engine has decoded
+    """The device that is trained on."""
+    prefetch: int = PREFETCH
+    """Batches that the dali engine makes ahead."""
+    hw_decoder_load: float = HW_DECODER_LOAD
+    """Share of the JPEGs that a GPU's decoding hardware takes, of the dali engine."""
+    shared: Path | None = None
+    """A folder for what the resident engine has decoded."""
 
 
 class Engine(Protocol):
     """The interface of an engine. Several classes may share a name, for different splits."""
 
-    name: str  # as in `data.engine`
-    order: int  # in which `auto` tries engines, lowest first
-    decode: str  # what it does: `region`, `exact` or `gpu`
+    name: str
+    """What `data.engine` calls it."""
+    order: int
+    """The place in which `auto` tries it, lowest first."""
+    decode: str
+    """What it does: `region`, `exact` or `gpu`."""
 
     def __init__(self, split: Split, options: Options) -> None: ...
 

@@ -124,8 +124,9 @@ class ResidentEngine:
         return shifted(images, places, self._size)
 
     def _shifted(self, batch: Batch) -> np.ndarray:
-        """Crops of the output's own size, by one gather out of all possible windows: numpy does it
-        faster than torch.
+        """Return crops of the output's own size, by one gather out of all possible windows.
+
+        numpy does it faster than torch.
         """
         size, images = self._size, self._images
         top, left = batch.boxes[:, 0], batch.boxes[:, 1]
@@ -142,7 +143,7 @@ class ResidentEngine:
         return crops.reshape(-1, size, size, 3)
 
     def _overhang(self, top: np.ndarray, left: np.ndarray) -> int:
-        """Pixels by which a batch reaches over the edge at most."""
+        """Return the pixels by which a batch reaches over the edge at most."""
         height, width = (side - 2 * self._margin for side in self._images.shape[1:3])
         ends = (-top, -left, top + self._size - height, left + self._size - width)
         return max(0, *(int(end.max(initial=0)) for end in ends))
@@ -176,8 +177,9 @@ class ResidentEngine:
 
 
 def shifted(images: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
-    """Windows (n, size, size, 3) of images (N, H, W, 3) uint8; places (4, n) int64: image, top,
-    left, and 1 to mirror it.
+    """Return windows (n, size, size, 3) of images (N, H, W, 3) uint8.
+
+    places: (4, n) int64, image, top, left, and 1 to mirror it.
     """
     count, height, width, channels = images.shape
     image, top, left, flip = places.unbind()

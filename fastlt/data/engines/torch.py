@@ -136,7 +136,7 @@ class TorchEngine:
         return self._loader
 
     def close(self) -> None:
-        """Ends the workers."""
+        """End the workers."""
         self._loader = None
 
 

@@ -159,7 +159,7 @@ class BetonFile:
 
 
 def check_beton(path: Path, split: Split) -> None:
-    """Raises UserError where the file is cut short or does not hold the images of this split."""
+    """Raise UserError where the file is cut short or does not hold the images of this split."""
     parts, jit = import_ffcv()
     from ffcv.reader import Reader
 
@@ -188,3 +188,12 @@ def check_beton(path: Path, split: Split) -> None:
     )
     if len(images) != len(split) or (height != split.height).any() or (width != split.width).any():
         raise UserError(f"{path} does not hold the images of {split.folder}: pack again")
+
+
+def beton_writer() -> Callable[[Split, Path, int, Callable[[int], None]], None]:
+    """Return the function that writes FFCV files.
+
+    Raises UserError now, and not after an hour of packing, where FFCV is missing.
+    """
+    import_ffcv()
+    return write_beton

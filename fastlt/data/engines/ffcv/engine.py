@@ -129,5 +129,5 @@ class FfcvEngine:
         return np.column_stack([batch.images, batch.boxes, batch.flips, status]).astype(np.int64)
 
     def close(self) -> None:
-        """Ends the threads."""
+        """End the threads."""
         self._decoder.pool.shutdown(cancel_futures=True)

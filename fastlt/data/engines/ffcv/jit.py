@@ -94,7 +94,7 @@ decode_jpeg = compiled(_decode_jpeg)
 
 
 def _upright(pixels, turn):
-    """Undoes the EXIF orientation `turn`, 2..8."""
+    """Undo the EXIF orientation `turn`, 2..8."""
     rows, columns = pixels.shape[0], pixels.shape[1]
     quarter = turn >= 5
     rows_back = turn == 3 or turn == 4 or turn == 6 or turn == 7

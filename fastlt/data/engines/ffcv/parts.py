@@ -243,7 +243,7 @@ class Epoch(EpochIterator):
         )
 
     def stop(self) -> None:
-        """Ends the thread; it takes as long as the batch in work."""
+        """End the thread; it takes as long as the batch in work."""
         self.close()
         until = time.monotonic() + PATIENCE
         while self.is_alive() and time.monotonic() < until:
