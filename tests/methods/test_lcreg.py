@@ -185,6 +185,8 @@ def test_the_loss_is_the_weighted_sum_of_three(trainer):
     expected = expected + 0.1 * reconstruction_loss(found, True) + 0.1 * latent_loss_of(spread)
     torch.testing.assert_close(step.loss, expected)
     assert method.strength == pytest.approx(0.5 * 1 / 2) and method.samples == 8
+    method.begin(0)
+    assert method.strength == 0
 
 
 def test_permuted_latents_leave_logits_and_loss_alone(trainer):
