@@ -272,7 +272,7 @@ def set_modes(trainer: Trainer) -> None:
         frozen = trainer.state.epoch < schedule.head_only_epochs
         trainer.model.backbone.requires_grad_(not frozen).train(not frozen or schedule.shift_bn)
     trained = trainer.stages[trainer.state.stage].trained
-    if len(trainer.stages) > 1:
+    if len(trainer.stages) > 1 or trained != ("",):
         for name, module in trainer.method.named_modules():
             is_within = not name or any(f"{name}.".startswith(prefix) for prefix in trained)
             is_around = any(prefix.startswith(f"{name}.") for prefix in trained)
