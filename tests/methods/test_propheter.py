@@ -304,6 +304,7 @@ def test_a_given_run_teaches_with_its_own_noise(finished, prepared):
         assert not torch.equal(fresh, exported["backbone.conv1.weight"])
         before = {name: value.clone() for name, value in method.other.named_parameters()}
         fit(trainer, QUIET)
+        assert not any(parameter.requires_grad for parameter in method.other.parameters())
         assert all(torch.equal(before[name], p) for name, p in method.other.named_parameters())
         assert torch.equal(method.scale, kept["scale"].clamp(min=0))
     with prepared(f"method.teacher={finished}", *ALONE) as trainer:
