@@ -266,20 +266,23 @@ def set_modes(trainer: Trainer) -> None:
     In the head-only epochs the backbone stands still, its batch-norm statistics too, unless they
     are to follow.
     """
-    schedule = trainer.config.schedule
+    schedule, trained = trainer.config.schedule, trainer.stages[trainer.state.stage].trained
+    is_frozen = trainer.state.epoch < schedule.head_only_epochs
     trainer.method.train()
     if schedule.head_only_epochs:
-        frozen = trainer.state.epoch < schedule.head_only_epochs
-        trainer.model.backbone.requires_grad_(not frozen).train(not frozen or schedule.shift_bn)
-    trained = trainer.stages[trainer.state.stage].trained
-    if len(trainer.stages) > 1 or trained != ("",):
-        for name, module in trainer.method.named_modules():
-            is_within = not name or any(f"{name}.".startswith(prefix) for prefix in trained)
-            is_around = any(prefix.startswith(f"{name}.") for prefix in trained)
-            if not is_within and not is_around:
-                module.training = False
-        for name, parameter in trainer.method.named_parameters():
-            parameter.requires_grad_(name in trainer.trainable and name.startswith(trained))
+        trainer.model.backbone.requires_grad_(not is_frozen)
+        trainer.model.backbone.train(not is_frozen or schedule.shift_bn)
+    if len(trainer.stages) == 1 and trained == ("",):
+        return
+    for name, module in trainer.method.named_modules():
+        is_within = not name or any(f"{name}.".startswith(prefix) for prefix in trained)
+        is_around = any(prefix.startswith(f"{name}.") for prefix in trained)
+        if not is_within and not is_around:
+            module.training = False
+    for name, parameter in trainer.method.named_parameters():
+        is_still = is_frozen and name.startswith("model.backbone.")
+        is_trained = name in trainer.trainable and name.startswith(trained)
+        parameter.requires_grad_(is_trained and not is_still)
 
 
 def train_step(

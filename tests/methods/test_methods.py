@@ -197,6 +197,23 @@ def test_a_stage_trains_what_it_names_with_its_own_settings(small_pack, tmp_path
     assert changed == {"head.weight", "head.bias"}  # batch-norm statistics stand still too
 
 
+def test_the_head_comes_first_in_a_stage_too(small_pack, tmp_path):
+    settings = ["schedule.head_only_epochs=1", "train.keep=99"]
+    train(config_of(small_pack, "two-stages", *settings), tmp_path / "run", QUIET)
+    saved = [
+        load_file(path / "model.safetensors")
+        for path in sorted((tmp_path / "run/checkpoints").iterdir())
+    ]
+    config = config_of(small_pack, "two-stages", *settings)
+    with prepare(config, tmp_path / "other", open_packs(config.data)) as trainer:
+        start = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    changed = [
+        {key for key in one if not torch.equal(one[key], other[key])}
+        for one, other in ((start, saved[0]), (saved[0], saved[1]))
+    ]
+    assert changed[0] == {"head.weight", "head.bias"} and "backbone.conv1.weight" in changed[1]
+
+
 def test_features_are_those_of_evaluation_and_are_kept_with_the_pack(small_pack, tmp_path):
     pack = tmp_path / "pack"
     shutil.copytree(small_pack, pack, ignore=shutil.ignore_patterns("features"))
