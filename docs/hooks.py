@@ -334,6 +334,13 @@ def head_names() -> list[str]:
     return [*HEADS]
 
 
+def mask_names() -> list[str]:
+    """Return the names of the masks."""
+    from fastlt_kernels.graph import MASKS
+
+    return [*MASKS]
+
+
 def engine_names() -> list[str]:
     """Return the names of the engines."""
     from fastlt.data.engines.choice import NAMES
@@ -344,6 +351,7 @@ def engine_names() -> list[str]:
 # keys whose values are the names of what the code finds
 NAMED: dict[str, Callable[[], list[str]]] = {
     "loss.name": loss_names,
+    "loss.mask": mask_names,
     "model.head": head_names,
     "data.engine": engine_names,
     "method.name": method_files,

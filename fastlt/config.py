@@ -9,6 +9,7 @@ import difflib
 import itertools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -62,6 +63,11 @@ MAY_CHANGE = (
     "train.keep",
     "train.max_skipped",
 )
+
+
+# Keys of [loss] in version 0.1.0, which are a mask now; their values -> the mask's.
+OLD_DIRECTIONS = {"both": "both", "target_rows": "target-rows", "aux_rows": "auxiliary-rows"}
+OLD_KEYS = ("loss.directions", "loss.few_shot_below")
 
 
 class Section(BaseModel):
@@ -216,10 +222,12 @@ class LossConfig(Section):
     """lambda_s of neighbour silencing: 1 = off, 0 = hard mask."""
     tau: NotNegative = 1.0
     """Strength of the prior of neighbor-silencing and balanced-ce."""
-    directions: Literal["both", "target_rows", "aux_rows"] = "both"
-    """Rows in which neighbours are silenced: all, or those labelled by a target or an auxiliary."""
-    few_shot_below: Count = 0
-    """Silence only around targets with fewer training images; 0: around all."""
+    mask: str = "both"
+    """Which classes a label silences: of pairs, in both directions or in rows of targets or of
+    auxiliaries alone; few-shot, around rare targets alone; -back, auxiliaries silence all other
+    auxiliaries too, and -alone, all classes; normal, all auxiliaries but a target's own."""
+    few_shot_images: Several = 100
+    """Targets with fewer training images are rare, for the masks of few-shot."""
     label_smoothing: BelowOne = 0.0
     """Label smoothing of neighbor-silencing, balanced-ce and ce."""
 
@@ -489,6 +497,9 @@ def read_recipe(recipe: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{recipe} is not valid TOML: {error}") from error
     base = tree.pop("extends", None)
+    for key in OLD_KEYS:
+        if Path(recipe).name != "config.toml" and _has(tree, key):
+            _warn_of_old(key)
     if base is None:
         return tree
     if not isinstance(base, str):
@@ -551,10 +562,45 @@ def checked(tree: dict[str, Any], where: str, model: type[Tree] | None = None) -
     Raises ConfigError that says where the tree comes from, and which key is wrong.
     """
     kind: Any = model or config_type(_method(tree))
+    tree = with_mask(tree)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_in_words(error.errors()[0], kind)}") from error
+
+
+def with_mask(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a tree in which a mask takes the place of the keys of version 0.1.0."""
+    loss = tree.get("loss")
+    if not isinstance(loss, dict) or not {"directions", "few_shot_below"} & loss.keys():
+        return tree
+    loss = dict(loss)
+    mask = str(loss.get("mask", "both"))
+    is_few, side = mask.startswith("few-shot"), mask.removeprefix("few-shot").lstrip("-") or "both"
+    if "directions" in loss:
+        given = loss.pop("directions")
+        side = OLD_DIRECTIONS.get(given, given)
+    below = loss.pop("few_shot_below", None)
+    if isinstance(below, int):
+        is_few = below > 0
+        loss |= {"few_shot_images": below} if is_few else {}
+    few = "few-shot" if side == "both" else f"few-shot-{side}"
+    return {**tree, "loss": {**loss, "mask": few if is_few else side}}
+
+
+def _has(tree: Mapping[str, Any], key: str) -> bool:
+    """Return whether a tree has a key `section.key`."""
+    section, name = key.split(".")
+    table = tree.get(section)
+    return isinstance(table, dict) and name in table
+
+
+def _warn_of_old(key: str) -> None:
+    warnings.warn(
+        f"the setting {key} of fastlt 0.1 is now part of loss.mask: see the migration page",
+        FutureWarning,
+        stacklevel=4,
+    )
 
 
 def _in_words(error: Any, model: type[BaseModel]) -> str:
@@ -581,7 +627,9 @@ def _set(
 ) -> None:
     name = ".".join(keys)
     known = list(setting_names(model))
-    if name not in known:
+    if name in OLD_KEYS and "loss.mask" in known:
+        _warn_of_old(name)
+    elif name not in known:
         raise ConfigError(f"there is no setting '{name}'{did_you_mean(name, known)}")
     section = tree.setdefault(keys[0], {})
     if isinstance(section, dict):  # anything else is refused when the whole is checked

@@ -34,6 +34,7 @@ from fastlt_kernels import (
     linear_neighbor_silencing_outputs,
     neighbor_silencing_outputs,
 )
+from fastlt_kernels.graph import MASKS
 
 # Below, the logits of a batch are small and a plain product is at least as fast.
 FUSE_FROM_CLASSES = 4096
@@ -401,6 +402,12 @@ def misfits(config: Config) -> Iterator[tuple[bool, str]]:
         f"there is no loss '{name}'{did_you_mean(name, list(LOSSES))}: loss.name is one of "
         f"{', '.join(LOSSES)}",
     )
+    mask = config.loss.mask
+    yield (
+        mask not in MASKS,
+        f"there is no mask '{mask}'{did_you_mean(mask, list(MASKS))}: loss.mask is one of "
+        f"{', '.join(MASKS)}",
+    )
     loss = LOSSES.get(name, CrossEntropy)
     yield (
         loss.head not in ("", head),
@@ -494,17 +501,14 @@ def silencing_graph(config: LossConfig, space: ClassSpace) -> ClassGraph | None:
     Silencing that was asked for and finds no pair is an error: the release's ablations silenced
     nothing without noticing.
     """
-    if not LOSSES[config.name].silences or config.silence == 1.0:
+    if not LOSSES[config.name].silences or config.silence == 1.0 or config.mask == "none":
         return None
-    graph = space.graph()
-    if config.few_shot_below:
-        stored = torch.tensor(space.train_counts[: space.num_targets])
-        graph = graph.restricted(stored < config.few_shot_below)
-    graph = graph.directed(config.directions)
-    if graph.indices.numel() == 0:
+    stored = torch.tensor(space.train_counts[: space.num_targets])
+    graph = space.graph().masked(config.mask, stored < config.few_shot_images)
+    if not graph.silences:
         raise UserError(
             f"loss.silence={config.silence} asks for silencing, but no pair of classes is "
-            "silenced: pack auxiliaries with pairs, relax loss.few_shot_below, or choose "
+            "silenced: pack auxiliaries with pairs, choose another loss.mask, or "
             "loss.name=balanced-ce"
         )
     return graph

@@ -119,6 +119,18 @@ class ClassGraph:
             + auxiliaries * (blocks & AUXILIARIES).clamp(max=1)
         )
 
+    def silenced_by(self, labels: Tensor) -> Tensor:
+        """Return which classes labels (N,) int64 silence, (N, C) bool."""
+        columns, real = self.neighbours(labels)
+        ids = torch.arange(self.num_classes, device=labels.device)
+        none = torch.zeros(len(labels), self.num_classes, dtype=torch.bool, device=labels.device)
+        mask = none.scatter(1, columns, real)
+        blocks = self.blocks_of(labels)
+        if blocks is not None:
+            block = torch.where(ids < self.num_targets, TARGETS, AUXILIARIES)
+            mask = mask ^ (blocks[:, None] & block).bool()
+        return mask & (ids != labels[:, None])
+
     def masked(self, name: str, few_shot: Tensor | None = None) -> ClassGraph:
         """Return the pairs under a rule of `MASKS`.
 

@@ -158,3 +158,29 @@ def test_what_is_not_finite_or_beyond_reason_is_refused(setting):
 def test_a_ramp_without_a_start_is_refused():
     with pytest.raises(UserError, match=r"data\.ramp is for data\.start_size"):
         load_config("cifar100-lt", ["data.ramp=[0, 2]"])
+
+
+@pytest.mark.parametrize(
+    ("old", "mask", "images"),
+    [
+        (["loss.directions=both"], "both", 100),
+        (["loss.directions=target_rows"], "target-rows", 100),
+        (["loss.directions=aux_rows", "loss.few_shot_below=7"], "few-shot-auxiliary-rows", 7),
+        (["loss.few_shot_below=20"], "few-shot", 20),
+        (["loss.mask=few-shot-target-rows", "loss.few_shot_below=0"], "target-rows", 100),
+        (["loss.mask=few-shot", "loss.directions=target_rows"], "few-shot-target-rows", 100),
+    ],
+)
+def test_the_keys_that_masks_replace_still_work_with_a_warning(tmp_path, old, mask, images):
+    with pytest.warns(FutureWarning, match=r"is now part of loss\.mask"):
+        loss = load_config("cifar100-siblings", old).loss
+    assert (loss.mask, loss.few_shot_images) == (mask, images)
+    recipe = tmp_path / "old.toml"
+    recipe.write_text('[loss]\ndirections = "target_rows"\nfew_shot_below = 3\n')
+    with pytest.warns(FutureWarning):
+        assert load_config(str(recipe)).loss.mask == "few-shot-target-rows"
+
+
+def test_a_mask_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="there is no mask 'few-shots', did you mean 'few-shot'"):
+        load_config("cifar100-siblings", ["loss.mask=few-shots"])

@@ -95,17 +95,17 @@ def test_silence_of_one_is_balanced_ce():
     assert torch.equal(value(LossConfig(silence=1.0))[0], value(LossConfig(name="balanced-ce"))[0])
 
 
-@pytest.mark.parametrize("directions", ["target_rows", "aux_rows"])
-def test_directions_silence_only_their_rows(directions):
+@pytest.mark.parametrize("mask", ["target-rows", "auxiliary-rows"])
+def test_masks_of_rows_silence_only_those(mask):
     torch.manual_seed(2)
     net, features = model(), torch.randn(12, 16)
     target = torch.arange(12)
-    one = build(LossConfig(directions=directions), space(), COUNTS, net).of_logits
+    one = build(LossConfig(mask=mask), space(), COUNTS, net).of_logits
     both = build(LossConfig(), space(), COUNTS, net).of_logits
     off = build(LossConfig(name="balanced-ce"), space(), COUNTS, net).of_logits
     logits = net(features)
     for row in range(12):
-        expected = both if (row < TARGETS) == (directions == "target_rows") else off
+        expected = both if (row < TARGETS) == (mask == "target-rows") else off
         torch.testing.assert_close(
             one(logits[row : row + 1], target[row : row + 1]),
             expected(logits[row : row + 1], target[row : row + 1]),
@@ -113,7 +113,7 @@ def test_directions_silence_only_their_rows(directions):
 
 
 def test_the_few_shot_restriction_keeps_pairs_of_rare_targets():
-    graph = silencing_graph(LossConfig(few_shot_below=10), space())
+    graph = silencing_graph(LossConfig(mask="few-shot", few_shot_images=10), space())
     assert sorted(map(tuple, graph.pairs().tolist())) == [(3, 9), (4, 11)]
 
 
@@ -143,8 +143,8 @@ def test_hits_of_mixed_labels_count_their_share():
 def test_silencing_nothing_is_an_error():
     with pytest.raises(UserError, match="no pair of classes is silenced"):
         silencing_graph(LossConfig(), space(pairs=()))
-    with pytest.raises(UserError, match="few_shot_below"):
-        silencing_graph(LossConfig(few_shot_below=2), space())
+    with pytest.raises(UserError, match=r"another loss\.mask"):
+        silencing_graph(LossConfig(mask="few-shot", few_shot_images=2), space())
     assert silencing_graph(LossConfig(silence=1.0), space(pairs=())) is None
 
 

@@ -143,8 +143,7 @@ class Method(Base):
         """Return logits (N, C) with log(silence) added to the neighbours of labels (N,)."""
         if self.graph is None:
             return logits
-        columns, is_real = self.graph.neighbours(labels)
-        return logits.scatter_add(1, columns, torch.where(is_real, self.log_silence, 0.0))
+        return torch.where(self.graph.silenced_by(labels), logits + self.log_silence, logits)
 
 
 def restricted(logits: Tensor, prior: Tensor, labels: Tensor, count: int) -> Tensor:

@@ -364,7 +364,7 @@ def graph_summary(run: Run, relation: Relation) -> dict[str, Any] | None:
         "budget": run.config.get("data", {}).get("budget"),
         "loss": loss.get("name"),
         "silence": loss.get("silence"),
-        "directions": loss.get("directions"),
+        "mask": loss.get("mask", loss.get("directions")),
         "chart": charts.histogram(sizes, "auxiliaries", "targets"),
         "curation": space.curation,
         "rows": [

@@ -26,6 +26,7 @@ SHORT = {
     "ratio": "data.auxiliary_ratio",
     "band": "data.band",
     "silence": "loss.silence",
+    "mask": "loss.mask",
     "directions": "loss.directions",
     "pack": "data.pack",
     "seed": "train.seed",

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlt.config import MAY_CHANGE, Config, flat, load_config
+from fastlt.config import MAY_CHANGE, OLD_KEYS, Config, flat, load_config
 from fastlt.errors import UserError
 from fastlt.losses import LOSSES
 from fastlt.methods import method_settings
@@ -26,8 +26,9 @@ LONGEST_NAME = 100  # characters of a folder
 # What no run without auxiliary classes depends on.
 OF_AUXILIARIES = (
     "loss.silence",
-    "loss.directions",
-    "loss.few_shot_below",
+    "loss.mask",
+    "loss.few_shot_images",
+    *OLD_KEYS,
     "data.auxiliary",
     "data.neighbours",
     "data.auxiliary_share",

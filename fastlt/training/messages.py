@@ -26,8 +26,7 @@ def report_setup(trainer: Trainer, console: Console) -> None:
     silenced = (
         "nothing"
         if graph is None
-        else f"{graph.num_pairs:,} pairs ({config.loss.directions}), lambda_s = "
-        f"{config.loss.silence:g}"
+        else f"{graph.num_pairs:,} pairs ({config.loss.mask}), lambda_s = {config.loss.silence:g}"
     )
     several = f"{trainer.ranks.world} processes on " if trainer.ranks.world > 1 else ""
     lines = {

@@ -116,7 +116,7 @@ def test_settings_of_a_page_exist(name):
     known = {*setting_names(), *setting_names(CurateConfig)}
     for method in methods.method_names():
         known |= set(setting_names(config_type(method)))
-    known |= {"method.NAME", "loss.epsilon", "resources.retries", "search.kind"}
+    known |= {"method.NAME", "loss.epsilon", "resources.retries", "search.kind", *config.OLD_KEYS}
     sections = {key.partition(".")[0] for key in known}
     text = PAGES[name].read_text(encoding="utf-8")
     for key in re.findall(r"[`\s]([a-z]+\.[a-z_0-9]+)(?==|`)", text):

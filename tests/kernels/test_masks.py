@@ -68,6 +68,7 @@ def test_a_mask_silences_what_the_release_says(name):
     labels = torch.arange(CLASSES)
     expected = dense(name)
     assert torch.equal(silenced_mask(graph, labels, CLASSES), expected)
+    assert torch.equal(graph.silenced_by(labels), expected)
     assert graph.silenced_counts(labels).tolist() == expected.sum(dim=1).tolist()
     assert graph.silences == bool(expected.any())
 

@@ -352,7 +352,7 @@ def test_silencing_without_a_pair_stops_before_the_first_step(image_folders, tmp
             "data.target_sampling=class-balanced",
             "train.channels_last=false",
             "data.budget=7",
-            "loss.directions=target_rows",
+            "loss.mask=target-rows",
         ],
         [
             "data.target_sampling=square-root",
