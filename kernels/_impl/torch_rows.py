@@ -121,7 +121,9 @@ def _listed_and_labels(rows: Rows) -> SilencedColumns:
         for labels in rows.graph_rows
     ]
     beyond = torch.iinfo(torch.int64).max
-    ids = torch.cat([*(i.masked_fill(~real, beyond) for i, real in lists), rows.graph_rows.T], 1)
+    # not graph_rows: in a sample of classes these are no labels, and a label may be absent
+    own = rows.labels.masked_fill(rows.labels < 0, beyond)
+    ids = torch.cat([*(i.masked_fill(~real, beyond) for i, real in lists), own.T], 1)
     ids = ids.sort(dim=1).values
     real = ids < beyond
     real[:, 1:] &= ids[:, 1:] != ids[:, :-1]
@@ -129,7 +131,7 @@ def _listed_and_labels(rows: Rows) -> SilencedColumns:
     assert rows.blocks is not None
     lowered = (rows.blocks[..., None] & block).bool()
     listed = torch.stack([_contained(ids, real, *one) for one in lists])
-    is_own = ids == rows.graph_rows[..., None]
+    is_own = ids == own[..., None]
     return SilencedColumns(ids, real, real & ~is_own & (lowered ^ listed))
 
 

@@ -167,6 +167,10 @@ def test_masks_of_blocks(ranks_of, world, label_smoothing, name):
     case = make_case(16, 20, 60, 7, mix="rows", label_smoothing=label_smoothing)
     case.options["graph"] = case.options["graph"].masked(name)
     check(ranks_of, world, case)
+    if not label_smoothing:  # a sample that holds every class
+        sampled = {"sample_rate": 0.999}
+        got = joined(ranks_of(world).get(parallel, case, sampled, torch.float64, 7, False, 11))
+        assert_near(got, wanted(case, {}, world))
 
 
 @every_world
