@@ -37,6 +37,7 @@ SMALL = [
 ]
 # what a method needs besides, on a data set of 21 images of three targets
 OWN: dict[str, list[str]] = {
+    "dlsa": ["method.flow_epochs=2", "method.classifier_epochs=2", "method.clusters=4"],
     "attentive": ["method.epochs=2", "method.size=4"],
     "lcreg": ["method.latents=6"],
     "fate": ["method.graph_epochs=2", "method.shots=3", "method.folds=2"],
