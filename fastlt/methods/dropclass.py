@@ -63,7 +63,7 @@ class Method(Base):
     classes meet in one image: expect a regulariser.
     """
 
-    PAPER = "Choi et al. 2021, arXiv 2111.00531"
+    PAPER = "Chu et al. 2021, arXiv 2111.00531"
     probability: Tensor  # (), that a class is dropped in a step of this epoch
 
     class Config(MethodConfig):
