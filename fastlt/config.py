@@ -179,6 +179,9 @@ class DataConfig(Section):
     """How often target images come in an epoch: each once, or by class."""
     budget: Several = 50
     """Images per auxiliary class and epoch."""
+    budget_by: Literal["class", "anchor"] = "class"
+    """anchor: an auxiliary class whose target with the fewest training images has from 21 to 100 of
+    them gets as many instead of `budget`, as in the authors' release."""
     budgets: dict[str, Count] = {}
     """The budget of single auxiliary classes, by name."""
     auxiliary_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

@@ -456,7 +456,28 @@ def budgets_of(data: DataConfig, space: ClassSpace) -> tuple[int, ...]:
         raise UserError(
             f"data.budgets names '{unknown[0]}', but the pack has no such auxiliary class"
         )
-    return tuple(data.budgets.get(name, data.budget) for name in space.auxiliary_names)
+    anchors = anchor_counts(space) if data.budget_by == "anchor" else {}
+    return tuple(
+        data.budgets.get(name, budget_by_anchor(anchors.get(number), data.budget))
+        for number, name in enumerate(space.auxiliary_names, space.num_targets)
+    )
+
+
+def anchor_counts(space: ClassSpace) -> dict[int, int]:
+    """Return for each auxiliary of a pair the fewest training images of its targets."""
+    found: dict[int, int] = {}
+    for target, auxiliary in space.pairs:
+        count = space.train_counts[target]
+        found[auxiliary] = min(count, found.get(auxiliary, count))
+    return found
+
+
+def budget_by_anchor(count: int | None, budget: int) -> int:
+    """Return the budget of an auxiliary whose rarest target has `count` images; None: has none.
+
+    The release's rule (arXiv 2410.15980): as many as a medium-shot target has, else `budget`.
+    """
+    return count if count is not None and 20 < count <= 100 else budget
 
 
 def size_at(data: DataConfig, epoch: int) -> int:

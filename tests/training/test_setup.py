@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from fastlt.classes import ClassSpace
 from fastlt.config import DataConfig, load_config
 from fastlt.errors import UserError
 from fastlt.packing.reader import open_pack
@@ -63,6 +64,24 @@ def test_budgets_by_name_and_by_ratio(small_pack):
     assert budgets_of(DataConfig(auxiliary=False, auxiliary_ratio=2), space.targets_only()) == ()
     with pytest.raises(UserError, match=r"data\.budgets names 'z'"):
         budgets_of(DataConfig(budgets={"z": 4}), space)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [((101, 60), 60), ((100, 300), 100), ((21, 20), 50), ((21, 90), 21), ((500, 101), 50)],
+)
+def test_budgets_by_the_anchor_are_the_releases(counts, expected):
+    """The rarest of several anchors counts; a few-shot anchor and none at all give the budget."""
+    space = ClassSpace(
+        target_names=["a", "b", "c"],
+        auxiliary_names=["x", "y", "z"],
+        train_counts=[*counts, 5, 9, 9, 9],
+        val_counts=[1, 1, 1],
+        pairs=[(0, 3), (1, 3), (2, 4)],
+    )
+    assert budgets_of(DataConfig(budget_by="anchor"), space) == (expected, 50, 50)
+    named = DataConfig(budget_by="anchor", budgets={"x": 3})
+    assert budgets_of(named, space) == (3, 50, 50)
 
 
 @pytest.mark.parametrize(
