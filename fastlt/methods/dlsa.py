@@ -289,7 +289,8 @@ class Method(Base):
         uneven = unevenness(running / (1 - DECAY**self.steps))
         with torch.no_grad():
             self.balance.copy_(running)
-        other = torch.randperm(len(features), device=features.device)
+        # not randperm: the compiler takes indexing by one for something else
+        other = torch.rand(len(features), device=features.device).argsort()
         apart = counted * counted[other] * (labels != labels[other])
         alike = (posterior.exp().detach() * posterior[other]).sum(dim=1)
         mixed = (alike * apart).sum() / apart.sum().clamp(min=1)

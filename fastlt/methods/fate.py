@@ -171,7 +171,7 @@ class Method(Base):
         if self.stage == 0:
             return super().forward(images, target, target_b, mix)
         rows, nodes, features = self.rows(), self.nodes(), with_one(images)
-        order = torch.randperm(len(rows), device=rows.device)
+        order = torch.rand(len(rows), device=rows.device).argsort()
         losses = []
         for fold in range(self.config.folds):
             kept = torch.rand(nodes.linked.shape, device=rows.device) < self.config.keep_edges
