@@ -36,6 +36,7 @@ def flow_of(width=5, clusters=3, seed=0):
 
 
 def test_a_block_sees_only_the_features_before():
+    torch.manual_seed(3)
     block = MaskedBlock(6).double()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter)
@@ -78,6 +79,7 @@ def test_the_flow_can_be_inverted():
 
 
 def test_the_norm_uses_the_batch_and_keeps_a_running_mean():
+    torch.manual_seed(0)
     norm, x = FlowNorm(3).double(), torch.randn(20, 3, dtype=torch.float64) * 2 + 1
     out, log_det = norm(x)
     torch.testing.assert_close(out.mean(dim=0), torch.zeros(3, dtype=torch.float64))
