@@ -391,6 +391,7 @@ def forward_of(trainer: Trainer) -> Callable[..., Step]:
     """
     config, epoch = trainer.config, trainer.state.epoch
     phase = trainer.method.begin(epoch), epoch < config.schedule.head_only_epochs
+    trainer.guard.keep()  # what the method has set stays, should the first steps not be finite
     if trainer.forward is None or trainer.forward[0] != phase:
         trainer.forward = None  # first: what it has hung on the parameters goes with it
         mode = config.train.compile_mode if is_compiled(config, trainer.device) else None
