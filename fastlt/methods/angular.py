@@ -119,6 +119,7 @@ class Method(Base):
             "schedule.name": "cosine",
             "schedule.warmup_epochs": 0,
             "schedule.head_only_epochs": 0,
+            "schedule.shift_bn": False,
         }
         # the plain product has no scale to train
         without = ("model.backbone.", "model.head.weight")

@@ -219,6 +219,7 @@ class Method(Base):
             "schedule.name": "cosine",
             "schedule.warmup_epochs": 0,
             "schedule.head_only_epochs": 0,
+            "schedule.shift_bn": False,
         }
         trained = {"lws": ("factors",), "ncm": ("model.head.scale",)}
         own = trained.get(self.config.classifier, ("model.head.",))

@@ -1,6 +1,7 @@
 """A flow sorts features into clusters; likely ones get a classifier that knows their cluster."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fastlt.models.classifier import Classifier
 from fastlt.models.export import load_exported
 from fastlt.models.flows import Flow
 from fastlt.models.heads import Head, LinearHead
-from fastlt.models.weights import weights_file
+from fastlt.models.weights import load_backbone, start_head, weights_file
 
 NEVER = torch.finfo(torch.float32).max  # a threshold; of infinities an average would be NaN
 AT_ONCE = 8192  # features that a flow is given together
@@ -55,7 +56,8 @@ class AlignedClassifier(Classifier):
 
         Features (N, D) that none of them takes have the number of all levels.
         """
-        route = torch.full((len(features),), len(self.levels), device=features.device)
+        # not len(features), by which an exported model would be of one batch size
+        route = torch.full((features.shape[0],), len(self.levels), device=features.device)
         cluster = torch.zeros_like(route)
         for number in reversed(range(levels)):
             likelihood, posterior = self.levels[number].flow(features)
@@ -88,12 +90,14 @@ class AlignedClassifier(Classifier):
 class Method(Base):
     """Constructing balance from imbalance: distribution alignment by a flow, on frozen features.
 
-    All of it is the paper's and its code's (Apache-2.0): the flow and its three losses, the filter
-    by likelihood, the classifier that is aided by class frequencies of clusters, the recursion, and
-    prediction by the same routing. Ours: the first stage, which trains the backbone by the
-    configured loss unless a run is given; pairs of two classes come from class-balanced batches;
-    fewer clusters for few features; clipped gradients of the flow; all classifiers are trained in
-    one stage, by the configured loss.
+    The paper's and its code's: the flow and its three losses, the filter by likelihood, the
+    classifier that is aided by class frequencies of clusters, the recursion, and prediction by the
+    same routing. Ours: the first stage, which trains the backbone by the configured loss unless a
+    run is given; pairs of two classes come from class-balanced batches; fewer clusters for few
+    features; limited scales and clipped gradients of the flow, whose last epoch is kept, not its
+    best; norms of later flows see all features, not only what is left; each classifier is one
+    linear map in place of a sum of two, starts from the head, and has the prior of all images, not
+    of those that it takes; all are trained in one stage, by the configured loss.
     """
 
     PAPER = "Xu et al. 2022, arXiv 2208.02567"
@@ -108,7 +112,7 @@ class Method(Base):
         name: str = "dlsa"
         """dlsa."""
         backbone: str = ""
-        """A finished RUN whose model is taken in place of a first stage."""
+        """A finished RUN whose backbone and linear head are taken in place of a first stage."""
         depth: Several = 1
         """Levels of flows; the paper's 3 for its strongest features."""
         clusters: Count = 0
@@ -160,13 +164,17 @@ class Method(Base):
         self.register_buffer("balance", torch.zeros(clusters))
         self.register_buffer("steps", torch.zeros(()))
         if self.config.backbone:
-            path = weights_file(self.config.backbone)
-            start, names = load_exported(path)
-            if names != self.task.space.target_names:
-                raise UserError(
-                    f"{path} was trained for other targets: name a run of the same ones"
-                )
-            self.model.backbone.load_state_dict(start.backbone.state_dict())
+            self.start_from(weights_file(self.config.backbone))
+
+    def start_from(self, path: Path) -> None:
+        """Take backbone and head of a trained model; rows of auxiliaries stay as they are."""
+        start, names = load_exported(path)
+        if names != self.task.space.target_names:
+            raise UserError(f"{path} was trained for other targets: name a run of the same ones")
+        if type(start.head) is not LinearHead:
+            raise UserError(f"{path} has no linear head: name a run of model.head=linear")
+        load_backbone(self.model.backbone, path)
+        start_head(self.model.head, path)
 
     def stages(self) -> list[Stage]:
         """Return the stages of the backbone, unless given, of each flow, and of the classifiers."""
@@ -183,8 +191,14 @@ class Method(Base):
             "schedule.final_lr": 1.0,  # constant
             "schedule.warmup_epochs": 0,
             "schedule.head_only_epochs": 0,
+            "schedule.shift_bn": False,
         }
-        flow = {"train.epochs": config.flow_epochs, "optim.lr": config.flow_rate, "optim.clip": 1.0}
+        flow = {
+            "train.epochs": config.flow_epochs,
+            "train.eval_every": config.flow_epochs,  # what predicts stands still meanwhile
+            "optim.lr": config.flow_rate,
+            "optim.clip": 1.0,
+        }
         last = {
             "train.epochs": config.classifier_epochs,
             "optim.lr": config.classifier_rate,

@@ -125,6 +125,7 @@ class Method(Base):
             "schedule.name": "cosine",
             "schedule.warmup_epochs": 0,
             "schedule.head_only_epochs": 0,
+            "schedule.shift_bn": False,
         }
         rows = Stage("rows", trained=("model.",))
         return [rows, Stage("graph", graph, trained=("graph.",), features=True)]

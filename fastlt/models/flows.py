@@ -74,7 +74,7 @@ class Flow(nn.Module):
 
     def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the latent (N, D) of features x (N, D), and the log-determinants (N,)."""
-        total = x.new_zeros(len(x))
+        total = x.new_zeros(x.shape[0])
         for block, norm in zip(self.blocks, self.norms, strict=True):
             x, of_block = block(x)
             x, of_norm = norm(x)

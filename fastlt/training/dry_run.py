@@ -76,6 +76,11 @@ def dry_run(config: Config, processes: int, console: Console) -> None:
         console.status("measuring a few steps"),
         prepare(config, Path(os.devnull), open_packs(config.data)) as trainer,
     ):
+        if trainer.stages[0].features:
+            raise UserError(
+                "a dry run measures images, but the training begins with features: leave out "
+                f"--dry-run, or the RUN that method.name={config.method.name} begins with"
+            )
         report_setup(trainer, console)
         plan = trainer.plan
         whole = trainer.epochs, plan.steps_per_epoch, plan.images_per_epoch

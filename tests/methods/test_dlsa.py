@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.method_cases import config_of, prepared, trained
+from helpers.method_cases import QUIET, config_of, prepared, trained
 from torch.nn import functional as F
 
 from fastlt.errors import UserError
@@ -18,8 +18,9 @@ from fastlt.methods.dlsa import (
 )
 from fastlt.methods.method import StageData
 from fastlt.models.classifier import build_model
-from fastlt.models.export import load_exported
+from fastlt.models.export import export_onnx, load_exported
 from fastlt.models.flows import Flow, FlowNorm, MaskedBlock
+from fastlt.training.dry_run import dry_run
 
 SHORT = ["method.flow_epochs=2", "method.classifier_epochs=2", "method.clusters=4"]
 
@@ -144,12 +145,13 @@ def given(trainer, count=60):
     return StageData(torch.arange(count) % 5, lambda: features), features
 
 
-def test_the_loss_of_a_flow_is_its_three_parts(trainer, monkeypatch):
+@pytest.mark.parametrize("seed", range(3))
+def test_the_loss_of_a_flow_is_its_three_parts(trainer, monkeypatch, seed):
     method = trainer.method
     method.enter_stage(1, method.task)
     data, features = given(trainer, 12)
     labels, left = data.labels, torch.arange(12) % 4 != 0
-    drawn = torch.rand(12)
+    drawn = torch.rand(12, generator=torch.Generator().manual_seed(seed))
     monkeypatch.setattr(torch, "rand", lambda *_, **__: drawn)
     order = drawn.argsort()
     method.eval()
@@ -264,6 +266,8 @@ def test_stages_train_what_they_name(trainer):
     assert stages[2].trained == ("model.levels.1.flow.",)
     assert [stage.features for stage in stages] == [False, True, True, True]
     assert stages[3].settings["data.target_sampling"] == "once"
+    # the model that predicts stands still in a flow's stage: it is evaluated once
+    assert stages[1].settings["train.eval_every"] == stages[1].settings["train.epochs"] == 2
 
 
 def test_a_run_gives_the_backbone_and_prediction_is_the_same_routing(small_pack, tmp_path):
@@ -273,9 +277,49 @@ def test_a_run_gives_the_backbone_and_prediction_is_the_same_routing(small_pack,
     assert isinstance(model, AlignedClassifier) and len(names) == 3
     assert model.levels[0].biases.shape == (4, 3)
     assert model.levels[0].threshold < NEVER
-    given_backbone = load_exported(start / "model.safetensors")[0].backbone.state_dict()
+    given_model = load_exported(start / "model.safetensors")[0]
+    given_backbone = given_model.backbone.state_dict()
     for key, value in model.backbone.state_dict().items():
         assert torch.equal(value, given_backbone[key])
+    settings = [*SHORT, f"method.backbone={start}"]
+    with prepared(small_pack, tmp_path / "again", "dlsa", *settings) as trainer:
+        assert torch.equal(trainer.model.head.weight[:3], given_model.head.weight)
+        assert torch.equal(trainer.model.head.bias[:3], given_model.head.bias)
+    with pytest.raises(UserError, match=r"the training begins with features"):
+        dry_run(config_of(small_pack, "dlsa", *settings), 1, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.head=cosine", r"has no linear head: name a run of model.head=linear"),
+        ("model.name=resnet14", r"does not fit the model"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_refused(small_pack, tmp_path, setting, message):
+    loss = "loss.name=ce"
+    start = trained(small_pack, tmp_path / "start", "plain", loss, setting, "train.epochs=1")
+    with (
+        pytest.raises(UserError, match=message),
+        prepared(small_pack, tmp_path / "run", "dlsa", *SHORT, f"method.backbone={start}"),
+    ):
+        pass
+
+
+def test_a_run_of_other_targets_is_refused(small_pack, tmp_path, monkeypatch):
+    start = trained(small_pack, tmp_path / "start", "plain", "train.epochs=1")
+    model, _ = load_exported(start / "model.safetensors")
+    monkeypatch.setattr("fastlt.methods.dlsa.load_exported", lambda _: (model, ["a", "b", "z"]))
+    with (
+        pytest.raises(UserError, match=r"was trained for other targets"),
+        prepared(small_pack, tmp_path / "run", "dlsa", *SHORT, f"method.backbone={start}"),
+    ):
+        pass
+
+
+def test_the_exported_model_takes_any_batch(small_pack, tmp_path):
+    run = trained(small_pack, tmp_path / "run", "dlsa", *SHORT, "train.epochs=1")
+    assert export_onnx(run / "model.safetensors", tmp_path / "model.onnx") < 1e-3
 
 
 def test_another_head_is_refused(small_pack):

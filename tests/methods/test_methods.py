@@ -23,8 +23,9 @@ from fastlt.evaluation.forward import output_of
 from fastlt.methods import listed_methods, method_names, method_settings, method_type
 from fastlt.methods.method import Base, Stage
 from fastlt.models.export import load_exported
-from fastlt.training.loop import fit, open_packs, train
-from fastlt.training.setup import prepare, val_loader
+from fastlt.training import loop
+from fastlt.training.loop import fit, open_packs, set_modes, train, train_epoch
+from fastlt.training.setup import next_stage, prepare, stage_config, val_loader
 
 SMALL = [
     "model.name=resnet8",
@@ -248,6 +249,29 @@ def test_a_stage_goes_on_from_the_average(small_pack, tmp_path):
         if key.startswith("backbone."):
             assert torch.equal(average[key], last[key])
             assert torch.equal(average[key], last_average[key])
+
+
+def test_skipped_steps_do_not_take_back_what_a_stage_began_with(small_pack, tmp_path, monkeypatch):
+    config = config_of(small_pack, "on-features")
+    with prepare(config, tmp_path / "run", open_packs(config.data)) as trainer:
+        next_stage(trainer)
+        set_modes(trainer)
+        means = trainer.method.means.clone()
+        assert means.abs().sum() > 0
+        broken = torch.tensor([torch.nan, 0, 0, torch.nan])
+        monkeypatch.setattr(loop, "train_step", lambda *_: broken)
+        train_epoch(trainer, lambda *_: None)
+        assert trainer.state.skipped > 0
+        assert torch.equal(trainer.method.means, means)
+
+
+@pytest.mark.parametrize("name", ["angular", "attentive", "dlsa", "fate"])
+def test_batch_norm_that_follows_a_frozen_backbone_ends_with_the_stage(small_pack, tmp_path, name):
+    settings = ["schedule.head_only_epochs=1", "schedule.shift_bn=true"]
+    config = config_of(small_pack, name, *settings)
+    with prepare(config, tmp_path / "run", open_packs(config.data)) as trainer:
+        later = [stage_config(config, stage).schedule for stage in trainer.stages[1:]]
+        assert later and not any(schedule.shift_bn for schedule in later)
 
 
 def test_distillation_is_its_formula(small_pack, teacher, tmp_path):
