@@ -13,7 +13,7 @@ from fastlt.methods.method import Base, Stage, StageData
 from fastlt.models.classifier import Classifier
 from fastlt.models.export import load_exported
 from fastlt.models.heads import Head, LinearHead, with_values
-from fastlt.models.weights import weights_file
+from fastlt.models.weights import load_backbone, weights_file
 
 BEFORE = ("routing", "ncm")  # whose head is no linear one, so the first stage has one of its own
 
@@ -205,7 +205,7 @@ class Method(Base):
         start, names = load_exported(path)
         if names != self.task.space.target_names:
             raise UserError(f"{path} was trained for other targets: name a run of the same ones")
-        self.model.backbone.load_state_dict(start.backbone.state_dict())
+        load_backbone(self.model.backbone, path)
         if self.config.classifier == "lws" and type(start.head) is LinearHead:
             with torch.no_grad():
                 self.model.head.weight[: len(names)] = start.head.weight

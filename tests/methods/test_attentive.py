@@ -243,3 +243,14 @@ def test_what_does_not_fit_is_refused(small_pack, tmp_path):
         prepared(small_pack, tmp_path, "attentive", "method.classifier=tau-norm", "method.start=x"),
     ):
         pass
+
+
+def test_a_run_of_another_backbone_is_no_start(small_pack, tmp_path):
+    other = trained(
+        small_pack, tmp_path / "other", "plain", "model.name=resnet14", "train.epochs=1"
+    )
+    with (
+        pytest.raises(UserError, match=r"model\.safetensors"),
+        prepared(small_pack, tmp_path / "run", "attentive", f"method.start={other}"),
+    ):
+        pass
