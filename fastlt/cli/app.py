@@ -22,7 +22,7 @@ from fastlt.errors import UserError
 PANELS = {  # the order of the help
     "Data": ["pack", "curate"],
     "Train": ["train", "methods", "sweep", "reproduce", "demo"],
-    "Use": ["eval", "predict", "export", "report", "compare"],
+    "Use": ["eval", "predict", "export", "extend", "report", "compare"],
     "Measure": ["bench-train", "bench-loss", "bench-data", "granularity", "doctor"],
 }
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
