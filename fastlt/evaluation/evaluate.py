@@ -151,12 +151,12 @@ def evaluate_run(run: Path, pack: Path | str | None = None, split: str = "val") 
 
 @torch.inference_mode()
 def features_of(it: Opened) -> Features:
-    """Return the features of every image by the backbone."""
+    """Return what the head takes of every image."""
     it.model.eval()
     data = it.config.data
     images, labels, values = [], [], []
     for batch, pixels in it.loader.iterate(it.batches()):
-        found = output_of(it.model.backbone, pixels, data.mean, data.std, it.device, it.dtype)
+        found = output_of(it.model.features, pixels, data.mean, data.std, it.device, it.dtype)
         values.append(found.float())
         images.append(batch.images)
         labels.append(batch.labels)

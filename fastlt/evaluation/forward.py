@@ -1,9 +1,9 @@
 """The forward pass of evaluation: pixels in, what a model makes of them out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlt.data.augment import normalise
 from fastlt.data.prefetch import to_device
@@ -11,7 +11,7 @@ from fastlt.data.prefetch import to_device
 
 @torch.inference_mode()
 def output_of(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     pixels: Tensor,
     mean: Sequence[float],
     std: Sequence[float],

@@ -95,7 +95,15 @@ class Features(NamedTuple):
 
 
 def check_methods(names: list[str], model: Classifier) -> None:
-    """Raise UserError for methods that do not exist, or change nothing about the model."""
+    """Raise UserError for methods that do not exist, or change nothing about the model.
+
+    Also for models that do not predict by rows of a head, which all methods change.
+    """
+    if not model.predicts_by_head:
+        raise UserError(
+            "--post-hoc is for models that predict by rows of a head, and this one routes: leave "
+            "it out"
+        )
     for name in names:
         if name not in METHODS:
             raise UserError(

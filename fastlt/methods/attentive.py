@@ -96,6 +96,8 @@ def margin_loss(scores: Tensor, labels: Tensor) -> Tensor:
 class RoutingClassifier(Classifier):
     """A classifier whose head is given the positions of the feature map."""
 
+    predicts_by_head = False
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, C) of images (N, 3, H, W)."""
         return self.head(self.positions(images))

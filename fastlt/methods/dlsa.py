@@ -39,6 +39,8 @@ class Level(nn.Module):
 class AlignedClassifier(Classifier):
     """A classifier that routes features to cluster-aided classifiers, or else to the head."""
 
+    predicts_by_head = False
+
     def __init__(self, backbone: nn.Module, head: Head, levels: list[Level]) -> None:
         super().__init__(backbone, head)
         self.levels: Any = nn.ModuleList(levels)

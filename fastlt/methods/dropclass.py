@@ -28,14 +28,17 @@ class DropClassifier(Classifier):
         self.norm = nn.BatchNorm2d(width)
         self.register_buffer("importance", torch.ones(width))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (N, C) of images (N, 3, H, W)."""
-        return self.branch(self.maps(images), self.importance)
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features (N, D) of images (N, 3, H, W) by the drop branch."""
+        return self.kept(self.maps(images), self.importance)
+
+    def kept(self, maps: Tensor, importance: Tensor) -> Tensor:
+        """Return the features of the drop branch, of maps (N, D, h, w) and channels (D,)."""
+        return self.pool(F.relu(self.norm(self.mix(maps * importance[:, None, None]))))
 
     def branch(self, maps: Tensor, importance: Tensor) -> Tensor:
-        """Return the logits of the drop branch, of maps (N, D, h, w) and channels (D,) as kept."""
-        kept = F.relu(self.norm(self.mix(maps * importance[:, None, None])))
-        return self.head(self.pool(kept))
+        """Return the logits (N, C) of the drop branch, of maps (N, D, h, w) and channels (D,)."""
+        return self.head(self.kept(maps, importance))
 
     def predicting(self, targets: int) -> "DropClassifier":
         """Return a model of the same branch with a head of the targets alone."""

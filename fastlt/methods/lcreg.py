@@ -34,18 +34,23 @@ class LatentClassifier(Classifier):
         self.bank = nn.Parameter(bank.detach().clone())  # (N, D)
         self.sees_latents = sees_latents
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (B, C) of images (B, 3, H, W)."""
-        return self.with_latents(images)[0]
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features (B, 2 D) of images (B, 3, H, W), or (B, D) without the latents."""
+        return self.seen(images)[0]
 
     def with_latents(self, images: Tensor) -> tuple[Tensor, Latents]:
         """Return the logits (B, C) of images, and what the bank says of them."""
+        features, found = self.seen(images)
+        return self.head(features), found
+
+    def seen(self, images: Tensor) -> tuple[Tensor, Latents]:
+        """Return the features of images, and what the bank says of them."""
         maps = self.maps(images)
         features, positions = self.pool(maps), maps.flatten(2).transpose(1, 2)
         found = latents_of(positions, self.bank)
         if self.sees_latents:
             features = torch.cat([features, found.rebuilt.mean(dim=1)], dim=1)
-        return self.head(features), found
+        return features, found
 
     def predicting(self, targets: int) -> "LatentClassifier":
         """Return a model of the same backbone and bank with a head of the targets alone."""

@@ -1,5 +1,7 @@
 """A backbone and a head on top: images to logits."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from fastlt.config import ModelConfig
@@ -11,6 +13,8 @@ from fastlt.models.weights import load_backbone, start_head, weights_file
 class Classifier(nn.Module):
     """A backbone and a head over C classes; the first T rows of the head are the targets."""
 
+    predicts_by_head: ClassVar[bool] = True  # logits are what the head makes of `features`
+
     def __init__(self, backbone: nn.Module, head: Head):
         super().__init__()
         self.backbone = backbone
@@ -18,7 +22,11 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, C) of images (N, 3, H, W)."""
-        return self.head(self.backbone(images))
+        return self.head(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the head takes of images (N, 3, H, W), by default the backbone's (N, D)."""
+        return self.backbone(images)
 
     def maps(self, images: Tensor) -> Tensor:
         """Return the backbone's feature maps (N, D, h, w) of images (N, 3, H, W)."""

@@ -15,7 +15,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fastlt.config import load_config
-from fastlt.evaluation.evaluate import evaluate_run
+from fastlt.errors import UserError
+from fastlt.evaluation.evaluate import evaluate_post_hoc, evaluate_run
 from fastlt.methods import method_names, method_settings
 from fastlt.models.export import load_exported
 from fastlt.training.loop import open_packs, train
@@ -95,6 +96,7 @@ def test_a_method_goes_with_it(small_pack, teacher, tmp_path, method, partner):
     evaluated = evaluate_run(whole)
     assert evaluated["per_class"] == json.loads((whole / "result.json").read_text())["per_class"]
     if partner not in ("ranks", "bf16"):
+        assert_post_hoc_begins_as_trained(whole)
         assert_export_is_what_was_evaluated(whole, method, settings, small_pack)
 
 
@@ -123,6 +125,17 @@ def assert_same_bits(run: Path, other: Path) -> None:
             assert not wrong
     ours, theirs = (load_file(place / "model.safetensors") for place in (run, other))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def assert_post_hoc_begins_as_trained(run: Path) -> None:
+    """Corrections see what the head sees, or are refused for models that do not predict by it."""
+    model, _ = load_exported(run / "model.safetensors")
+    if not model.predicts_by_head:
+        with pytest.raises(UserError, match="and this one routes"):
+            evaluate_post_hoc(run, ["cosine"], None, None, 0.2, 1.0)
+        return
+    found = evaluate_post_hoc(run, ["cosine"], None, None, 0.2, 1.0)
+    assert next(iter(found.values()))["per_class"] == evaluate_run(run)["per_class"]
 
 
 def assert_export_is_what_was_evaluated(
