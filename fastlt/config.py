@@ -226,9 +226,10 @@ class LossConfig(Section):
     tau: NotNegative = 1.0
     """Strength of the prior of neighbor-silencing and balanced-ce."""
     mask: str = "both"
-    """Which classes a label silences: of pairs, in both directions or in rows of targets or of
-    auxiliaries alone; few-shot, around rare targets alone; -back, auxiliaries silence all other
-    auxiliaries too, and -alone, all classes; normal, all auxiliaries but a target's own."""
+    """The rule of which classes a label silences: of pairs, in both directions or in rows of
+    targets or of auxiliaries alone; few-shot, around rare targets alone; -back, auxiliaries silence
+    all other auxiliaries too, and -alone, all classes; normal, all auxiliaries but a target's
+    own."""
     few_shot_images: Several = 100
     """Targets with fewer training images are rare, for the masks of few-shot."""
     label_smoothing: BelowOne = 0.0

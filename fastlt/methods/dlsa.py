@@ -106,6 +106,7 @@ class Method(Base):
     balance: Tensor  # (K,), running mean of the clusters' posteriors in a flow's stage
     steps: Tensor  # (), of that mean
     frequencies: Tensor  # (levels, K, C), shares of classes in the clusters of each level
+    weights: Tensor  # (C,), by which classes count in the likelihood
     aids: Any  # of each level what its classifier makes of these shares
 
     class Config(MethodConfig):
@@ -165,6 +166,8 @@ class Method(Base):
         self.register_buffer("frequencies", torch.zeros(len(levels), clusters, classes))
         self.register_buffer("balance", torch.zeros(clusters))
         self.register_buffer("steps", torch.zeros(()))
+        weights = class_weights(self.task.space.train_counts, self.config.tail)
+        self.register_buffer("weights", weights, persistent=False)
         if self.config.backbone:
             self.start_from(weights_file(self.config.backbone))
 
@@ -297,8 +300,7 @@ class Method(Base):
         likelihood, posterior = levels[self.level].flow(features)
         counted = left.float()
         total = counted.sum().clamp(min=1)
-        weights = class_weights(self.task.space.train_counts, config.tail, features.device)
-        lost = (-likelihood * weights[labels] * counted).sum() / total
+        lost = (-likelihood * self.weights[labels] * counted).sum() / total
         mean = (posterior.exp() * counted[:, None]).sum(dim=0) / total
         self.steps += 1
         running = DECAY * self.balance + (1 - DECAY) * mean
@@ -333,9 +335,9 @@ def threshold_of(likelihood: Tensor, share: float) -> float:
     return float(likelihood.topk(count).values[-1]) if count else NEVER
 
 
-def class_weights(counts: Any, exponent: float, device: torch.device) -> Tensor:
+def class_weights(counts: Any, exponent: float) -> Tensor:
     """Return (n_max / n_c)^q, (C,), divided by their sum; classes without images have 0."""
-    n = torch.tensor(counts, dtype=torch.float32, device=device)
+    n = torch.tensor(counts, dtype=torch.float32)
     weights = torch.where(n > 0, (n.max() / n.clamp(min=1)) ** exponent, 0.0)
     return weights / weights.sum()
 

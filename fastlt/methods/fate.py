@@ -77,6 +77,7 @@ class Method(Base):
     values: Tensor  # (C, shots, H), features of images of each class, with a 1 at their end
     weight: Tensor  # (C, shots), 0 where a class has fewer images
     means: Tensor  # (C, H), of the features of all images
+    linked: Tensor  # (C * shots, 1 + m) int64, the classes that each is linked to
 
     class Config(MethodConfig):
         """The numbers of the class graph; folds, layers, edges and rate are the paper's."""
@@ -109,6 +110,9 @@ class Method(Base):
         self.register_buffer("values", torch.zeros(classes, config.shots, width + 1))
         self.register_buffer("weight", torch.zeros(classes, config.shots))
         self.register_buffer("means", torch.zeros(classes, width + 1))
+        edges = 1 + min(config.nearest, classes - 1)
+        linked = torch.zeros(classes * config.shots, edges, dtype=torch.int64)
+        self.register_buffer("linked", linked)
 
     def stages(self) -> list[Stage]:
         """Return the stage of backbone and head, and that of the graph."""
@@ -141,6 +145,11 @@ class Method(Base):
             self.values[label, : len(shown)] = shown
             self.weight[label, : len(shown)] = 1
             self.means[label] = own.mean(dim=0) if len(own) else 0
+        labels = torch.arange(len(self.means), device=self.means.device)
+        labels = labels.repeat_interleave(self.config.shots)
+        self.linked.copy_(
+            links_of(self.values.flatten(0, 1), labels, self.means, self.config.nearest)
+        )
 
     def rows(self) -> Tensor:
         """Return the rows of the head with their biases at the end, (C, H) float32."""
@@ -149,10 +158,7 @@ class Method(Base):
 
     def nodes(self) -> Nodes:
         """Return the image nodes of all classes."""
-        labels = torch.arange(len(self.means), device=self.means.device)
-        labels = labels.repeat_interleave(self.config.shots)
-        values = self.values.flatten(0, 1)
-        return nodes_of(values, labels, self.weight.flatten(), self.means, self.config.nearest)
+        return Nodes(self.values.flatten(0, 1), self.linked, self.weight.flatten())
 
     def predicted(self, rows: Tensor, hidden: Tensor, keep: Tensor, nodes: Nodes) -> Tensor:
         """Return rows (C, H) of which the hidden ones, (C,) bool, are those of the graph."""
@@ -204,8 +210,8 @@ class Method(Base):
         They are given by the features (M, D) of a few images, labels (M,) from 0 to K - 1.
         """
         rows, nodes, added = self.rows(), self.nodes(), with_one(features)
-        weight = torch.ones(len(added), device=added.device)
-        new = nodes_of(added, labels + len(rows), weight, self.means, self.config.nearest)
+        links = links_of(added, labels + len(rows), self.means, self.config.nearest)
+        new = Nodes(added, links, torch.ones(len(added), device=added.device))
         both = Nodes(*(torch.cat(pair) for pair in zip(nodes, new, strict=True)))
         known = torch.cat([rows, rows.new_zeros(classes, rows.shape[1])])
         return self.graph(known, both, torch.ones_like(both.linked).float())[len(rows) :]
@@ -216,13 +222,13 @@ def with_one(features: Tensor) -> Tensor:
     return F.pad(features.float(), (0, 1), value=1.0)
 
 
-def nodes_of(values: Tensor, labels: Tensor, weight: Tensor, means: Tensor, nearest: int) -> Nodes:
-    """Return image nodes, linked by their label and to the nearest of the class means (C, H)."""
+def links_of(values: Tensor, labels: Tensor, means: Tensor, nearest: int) -> Tensor:
+    """Return the class of images (M, H) and those of the nearest means (C, H), (M, 1 + m) int64."""
     distance = torch.cdist(values, means)
     is_own = labels[:, None] == torch.arange(len(means), device=labels.device)
     others = distance.masked_fill(is_own, torch.inf)
     near = others.topk(min(nearest, len(means) - 1), dim=1, largest=False).indices
-    return Nodes(values, torch.cat([labels[:, None], near], dim=1), weight)
+    return torch.cat([labels[:, None], near], dim=1)
 
 
 def with_rows(model: Classifier, rows: Tensor) -> Classifier:

@@ -55,9 +55,10 @@ def features_folder(pack: Pack, run: Path) -> Path:
 
 
 def features_of(
-    model: Classifier, pack: Pack, config: Config, device: torch.device, folder: Path
+    model: Classifier, pack: Pack, config: Config, device: torch.device, run: Path
 ) -> Tensor:
-    """Return the features (n, D) float32 of all training images, from the folder where they are."""
+    """Return the features (n, D) float32 of all training images, from the disk where they are."""
+    folder = features_folder(pack, run)
     path = folder / f"{features_id(model.backbone, pack, config)}.npy"
     with in_turn(folder / ".lock"):
         if not path.is_file():

@@ -158,18 +158,6 @@ class Averaged:
         self.decay = decay
 
     @torch.no_grad()
-    def copy_to(self, method: nn.Module) -> None:
-        """Make the method what its average is."""
-        for theirs, mine in zip(tensors_of(method), tensors_of(self.average), strict=True):
-            theirs.copy_(mine)
-
-    @torch.no_grad()
-    def restart(self, method: nn.Module) -> None:
-        """Make the average what the method is."""
-        for mine, theirs in zip(tensors_of(self.average), tensors_of(method), strict=True):
-            mine.copy_(theirs)
-
-    @torch.no_grad()
     def update(self, method: nn.Module, steps: int) -> None:
         """Move the average towards the method as it is.
 
@@ -189,3 +177,10 @@ class Averaged:
 def tensors_of(net: nn.Module) -> list[Tensor]:
     """Return the parameters and buffers of a module."""
     return [*net.parameters(), *net.buffers()]
+
+
+@torch.no_grad()
+def copy_tensors(source: nn.Module, to: nn.Module) -> None:
+    """Give a module the parameters and buffers of another one of its kind."""
+    for theirs, mine in zip(tensors_of(source), tensors_of(to), strict=True):
+        mine.copy_(theirs)

@@ -28,9 +28,9 @@ from fastlt.packing.reader import Pack
 from fastlt.packing.subset import subset
 from fastlt.training.checkpoint import Writer
 from fastlt.training.distributed import ALONE, Ranks
-from fastlt.training.features import FeatureLoader, features_folder, features_of
+from fastlt.training.features import FeatureLoader, features_of
 from fastlt.training.nonfinite import Guard
-from fastlt.training.optim import Averaged, build_optimizer, lr_factor
+from fastlt.training.optim import Averaged, build_optimizer, copy_tensors, lr_factor
 from fastlt.training.step import MaxNorm, Updater
 from fastlt.utils.signals import StopRequest
 
@@ -244,8 +244,7 @@ def stage_parts(
     guard = Guard(kept, config.train.max_skipped, listed, pack.train)
     loader: Loader | FeatureLoader
     if stage.features:
-        folder = features_folder(pack, run)
-        loader = FeatureLoader(partial(features_of, method.model, pack, config, device, folder))
+        loader = FeatureLoader(partial(features_of, method.model, pack, config, device, run))
     else:
         loader = train_loader(config.data, pack, device, plan.geometry.size)
     factor = lr_factor(config.schedule, config.train.epochs)
@@ -277,7 +276,7 @@ def next_stage(trainer: Trainer) -> None:
     """Go from the end of a stage to the start of the next."""
     state = trainer.state
     if trainer.ema is not None:
-        trainer.ema.copy_to(trainer.method)
+        copy_tensors(trainer.ema.average, trainer.method)
     enter_stage(trainer, state.stage + 1)
     start_stage(trainer)
     state.epochs_before += state.epoch
@@ -287,18 +286,17 @@ def next_stage(trainer: Trainer) -> None:
 def start_stage(trainer: Trainer) -> None:
     """Let the method prepare for the stage that begins."""
     labels = torch.from_numpy(trainer.pack.train.label.astype(np.int64))
-    folder = features_folder(trainer.pack, trainer.run)
-    features = partial(
-        features_of,
-        trainer.model,
-        trainer.pack,
-        trainer.config,
-        trainer.device,
-        folder,
-    )
-    trainer.method.start_stage(StageData(labels, features))
+    used = labels < trainer.space.num_classes  # the others are of auxiliaries that are left out
+
+    def features() -> Tensor:
+        found = features_of(
+            trainer.model, trainer.pack, trainer.config, trainer.device, trainer.run
+        )
+        return found[used]
+
+    trainer.method.start_stage(StageData(labels[used], features))
     if trainer.ema is not None:
-        trainer.ema.restart(trainer.method)
+        copy_tensors(trainer.method, trainer.ema.average)
 
 
 def check_head_weights(config: Config, space: ClassSpace) -> None:

@@ -30,7 +30,7 @@ FEW = torch.tensor([True, False, True, False])
 
 
 def dense(name: str) -> torch.Tensor:
-    """Which class (column) each label (row) silences, from the words of the release's masks."""
+    """Return which class (column) each label (row) silences, by the words of the release."""
     mask = torch.zeros(CLASSES, CLASSES, dtype=torch.bool)
     pairs = [pair for pair in PAIRS if not name.startswith("few-shot") or FEW[pair[0]]]
     rows_of_targets = name in (
@@ -119,7 +119,7 @@ def test_triton_is_the_reference(monkeypatch, name, whole):
 @every_mask
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_from_features_it_is_the_reference(name, backend):
-    """In chunks so small that a tile begins amid targets, and amid auxiliaries."""
+    """Chunks are so small that a tile begins amid targets, and amid auxiliaries."""
     for mix, label_smoothing in ((None, 0.1), ("rows", 0.0)):
         case = case_of(name, rows=7, mix=mix, label_smoothing=label_smoothing)
         dtype = torch.float64 if backend == "torch" else torch.float32

@@ -120,7 +120,7 @@ def test_evenness_is_lost_between_0_and_log_k():
 
 
 def test_rare_classes_count_by_the_power_of_their_inverse_count():
-    weights = class_weights([8, 4, 1, 0], 2.0, torch.device("cpu"))
+    weights = class_weights([8, 4, 1, 0], 2.0)
     raw = torch.tensor([1.0, 4.0, 64.0, 0.0])
     torch.testing.assert_close(weights, raw / raw.sum())
 
@@ -159,7 +159,7 @@ def test_the_loss_of_a_flow_is_its_three_parts(trainer, monkeypatch, seed):
         before = method.balance.clone()
         loss = method.flow_loss(features, labels, left)
         likelihood, posterior = method.model.levels[0].flow(features)
-        weights = class_weights(trainer.space.train_counts, 2.0, torch.device("cpu"))
+        weights = class_weights(trainer.space.train_counts, 2.0)
         kept = [i for i in range(12) if left[i]]
         lost = sum(-likelihood[i] * weights[labels[i]] for i in kept) / len(kept)
         mean = posterior.exp()[kept].mean(dim=0)

@@ -11,7 +11,7 @@ from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.losses import Task
 from fastlt.methods import method_settings, method_type
-from fastlt.methods.fate import Method, Nodes, RowGraph, nodes_of, propagated, with_one
+from fastlt.methods.fate import Method, Nodes, RowGraph, links_of, propagated, with_one
 from fastlt.methods.method import StageData
 from fastlt.models.classifier import Classifier, build_model
 from fastlt.models.heads import CosineHead, LinearHead
@@ -90,10 +90,9 @@ def test_layers_are_convolutions_without_anything_between():
 def test_images_are_linked_to_their_class_and_to_the_nearest_means():
     means = torch.tensor([[0.0, 1], [1, 1], [5, 1], [9, 1]])
     values = torch.tensor([[0.9, 1.0], [4.0, 1.0]])
-    nodes = nodes_of(values, torch.tensor([1, 3]), torch.ones(2), means, 2)
-    assert nodes.linked.tolist() == [[1, 0, 2], [3, 2, 1]]
-    few = nodes_of(values, torch.tensor([1, 3]), torch.ones(2), means[:2], 5)
-    assert few.linked.shape == (2, 2)  # a class that is new is linked to all that are known
+    assert links_of(values, torch.tensor([1, 3]), means, 2).tolist() == [[1, 0, 2], [3, 2, 1]]
+    few = links_of(values, torch.tensor([1, 3]), means[:2], 5)
+    assert few.shape == (2, 2)  # a class that is new is linked to all that are known
 
 
 def test_nodes_are_a_few_images_of_each_class_and_the_means_of_all():

@@ -237,6 +237,21 @@ def test_features_are_those_of_evaluation_and_are_kept_with_the_pack(small_pack,
     assert [json.loads(line)["means"] > 0 for line in lines] == [False, True, True]
 
 
+def test_a_stage_is_given_no_images_of_auxiliaries_that_are_left_out(small_pack, tmp_path):
+    for name, settings in (
+        ("on-features", []),
+        ("dlsa", ["method.flow_epochs=1", "method.classifier_epochs=1", "method.clusters=3"]),
+    ):
+        alone = ["data.auxiliary=false", "loss.name=balanced-ce", "train.epochs=1", *settings]
+        config = config_of(small_pack, name, *alone)
+        with prepare(config, tmp_path / name, open_packs(config.data)) as trainer:
+            fit(trainer, QUIET)
+            assert (trainer.pack.train.label >= trainer.space.num_classes).any()
+            if name == "on-features":
+                assert trainer.method.given.max() < trainer.space.num_classes
+                assert len(trainer.method.features) == len(trainer.method.given)
+
+
 def test_a_stage_goes_on_from_the_average(small_pack, tmp_path):
     config = config_of(small_pack, "two-stages", "optim.ema=0.9", "train.keep=99")
     train(config, tmp_path / "run", QUIET)
