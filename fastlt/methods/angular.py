@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fastlt.config import MethodConfig, Positive, Share
 from fastlt.errors import UserError
 from fastlt.losses import Step
-from fastlt.methods.method import Base, Stage
+from fastlt.methods.method import OWN_SCHEDULE, Base, Stage
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import Head, LinearHead
 
@@ -116,10 +116,7 @@ class Method(Base):
         second = {
             "train.epochs": epochs,
             "data.target_sampling": sampling,
-            "schedule.name": "cosine",
-            "schedule.warmup_epochs": 0,
-            "schedule.head_only_epochs": 0,
-            "schedule.shift_bn": False,
+            **OWN_SCHEDULE,
         }
         # the plain product has no scale to train
         without = ("model.backbone.", "model.head.weight")

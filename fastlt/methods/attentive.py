@@ -9,11 +9,10 @@ from torch.nn import functional as F
 from fastlt.config import BelowOne, MethodConfig, NotNegative, Positive, Several
 from fastlt.errors import UserError
 from fastlt.losses import Step
-from fastlt.methods.method import Base, Stage, StageData
+from fastlt.methods.method import OWN_SCHEDULE, Base, Stage, StageData
 from fastlt.models.classifier import Classifier
-from fastlt.models.export import load_exported
 from fastlt.models.heads import Head, LinearHead, with_values
-from fastlt.models.weights import load_backbone, weights_file
+from fastlt.models.weights import load_backbone
 
 BEFORE = ("routing", "ncm")  # whose head is no linear one, so the first stage has one of its own
 
@@ -203,25 +202,19 @@ class Method(Base):
                 "tau-norm trains nothing on a finished run: use `fastlt eval RUN "
                 "--post-hoc tau-norm`, or leave out method.start"
             )
-        path = weights_file(place)
-        start, names = load_exported(path)
-        if names != self.task.space.target_names:
-            raise UserError(f"{path} was trained for other targets: name a run of the same ones")
+        start, path = self.finished(place)
         load_backbone(self.model.backbone, path)
         if self.config.classifier == "lws" and type(start.head) is LinearHead:
             with torch.no_grad():
-                self.model.head.weight[: len(names)] = start.head.weight
-                self.model.head.bias[: len(names)] = start.head.bias
+                self.model.head.weight[: len(start.head.weight)] = start.head.weight
+                self.model.head.bias[: len(start.head.bias)] = start.head.bias
 
     def stages(self) -> list[Stage]:
         """Return the stage of the representation, unless given, and that of the classifier."""
         second = {
             "train.epochs": self.config.epochs,
             "data.target_sampling": "class-balanced",
-            "schedule.name": "cosine",
-            "schedule.warmup_epochs": 0,
-            "schedule.head_only_epochs": 0,
-            "schedule.shift_bn": False,
+            **OWN_SCHEDULE,
         }
         trained = {"lws": ("factors",), "ncm": ("model.head.scale",)}
         own = trained.get(self.config.classifier, ("model.head.",))

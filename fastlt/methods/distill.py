@@ -10,8 +10,6 @@ from fastlt.config import Count, MethodConfig, Positive, Share
 from fastlt.errors import UserError
 from fastlt.losses import Step
 from fastlt.methods.method import Base, Frozen
-from fastlt.models.export import load_exported
-from fastlt.models.weights import weights_file
 
 
 class Method(Base):
@@ -41,10 +39,7 @@ class Method(Base):
         super().__init__(*args)
         if not self.config.teacher:
             raise UserError("method.name=distill needs a teacher: set method.teacher=RUN")
-        path = weights_file(self.config.teacher)
-        teacher, names = load_exported(path)
-        if names != self.task.space.target_names:
-            raise UserError(f"{path} was trained for other targets: name a run of the same ones")
+        teacher, _ = self.finished(self.config.teacher)
         self.teacher = Frozen(teacher, self.task.device)
         self.is_taught = False
 

@@ -1,7 +1,6 @@
 """A flow sorts features into clusters; likely ones get a classifier that knows their cluster."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +10,11 @@ from torch.nn import functional as F
 from fastlt.config import Count, MethodConfig, NotNegative, Positive, Several, Share
 from fastlt.errors import UserError
 from fastlt.losses import Step
-from fastlt.methods.method import Base, Stage, StageData
+from fastlt.methods.method import OWN_SCHEDULE, Base, Stage, StageData
 from fastlt.models.classifier import Classifier
-from fastlt.models.export import load_exported
 from fastlt.models.flows import Flow
 from fastlt.models.heads import Head, LinearHead
-from fastlt.models.weights import load_backbone, start_head, weights_file
+from fastlt.models.weights import load_backbone, start_head
 
 NEVER = torch.finfo(torch.float32).max  # a threshold; of infinities an average would be NaN
 AT_ONCE = 8192  # features that a flow is given together
@@ -169,13 +167,11 @@ class Method(Base):
         weights = class_weights(self.task.space.train_counts, self.config.tail)
         self.register_buffer("weights", weights, persistent=False)
         if self.config.backbone:
-            self.start_from(weights_file(self.config.backbone))
+            self.start_from(self.config.backbone)
 
-    def start_from(self, path: Path) -> None:
-        """Take backbone and head of a trained model; rows of auxiliaries stay as they are."""
-        start, names = load_exported(path)
-        if names != self.task.space.target_names:
-            raise UserError(f"{path} was trained for other targets: name a run of the same ones")
+    def start_from(self, place: str) -> None:
+        """Take backbone and head of a finished run; rows of auxiliaries stay as they are."""
+        start, path = self.finished(place)
         if type(start.head) is not LinearHead:
             raise UserError(f"{path} has no linear head: name a run of model.head=linear")
         load_backbone(self.model.backbone, path)
@@ -192,11 +188,8 @@ class Method(Base):
             "optim.lr_base_batch": 0,
             "optim.layer_decay": 1.0,
             "optim.max_norm": 1.0,
-            "schedule.name": "cosine",
+            **OWN_SCHEDULE,
             "schedule.final_lr": 1.0,  # constant
-            "schedule.warmup_epochs": 0,
-            "schedule.head_only_epochs": 0,
-            "schedule.shift_bn": False,
         }
         flow = {
             "train.epochs": config.flow_epochs,

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fastlt.config import Count, MethodConfig, NotNegative, Several, Share
 from fastlt.errors import UserError
 from fastlt.losses import Step
-from fastlt.methods.method import Base, Stage, StageData
+from fastlt.methods.method import OWN_SCHEDULE, Base, Stage, StageData
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import LinearHead, with_values
 
@@ -126,10 +126,7 @@ class Method(Base):
             "optim.weight_decay": 0.0,
             "optim.layer_decay": 1.0,
             "optim.max_norm": 1.0,
-            "schedule.name": "cosine",
-            "schedule.warmup_epochs": 0,
-            "schedule.head_only_epochs": 0,
-            "schedule.shift_bn": False,
+            **OWN_SCHEDULE,
         }
         rows = Stage("rows", trained=("model.",))
         return [rows, Stage("graph", graph, trained=("graph.",), features=True)]

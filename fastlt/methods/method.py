@@ -7,15 +7,27 @@ hyphens for underscores; its first line of documentation is what `fastlt methods
 import copy
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastlt.config import MethodConfig
+from fastlt.errors import UserError
 from fastlt.losses import Step, Task, build_loss
 from fastlt.models.classifier import Classifier
+from fastlt.models.export import load_exported
+from fastlt.models.weights import weights_file
 from fastlt_kernels import LossOutput
+
+# What a later stage sets of the schedule, so that it begins as a training of its own does.
+OWN_SCHEDULE: dict[str, Any] = {
+    "schedule.name": "cosine",
+    "schedule.warmup_epochs": 0,
+    "schedule.head_only_epochs": 0,
+    "schedule.shift_bn": False,
+}
 
 
 @dataclass(frozen=True)
@@ -127,6 +139,17 @@ class Base(nn.Module):
     def scored(self, loss: Tensor, logits: Tensor, *labels: Tensor | None) -> Step:
         """Return a step by its loss () and the logits (N, C) that the model would predict by."""
         return self.criterion.scored(loss, self.criterion.predicted(logits), *labels)  # type: ignore[arg-type]
+
+    def finished(self, place: str) -> tuple[Classifier, Path]:
+        """Return the model of a finished RUN, and its file.
+
+        Raises UserError where it is of other targets.
+        """
+        path = weights_file(place)
+        model, names = load_exported(path)
+        if names != self.task.space.target_names:
+            raise UserError(f"{path} was trained for other targets: name a run of the same ones")
+        return model, path
 
     def metrics(self) -> dict[str, float]:
         """Return figures of the method for the line of an epoch in metrics.jsonl, by name."""

@@ -15,7 +15,7 @@ from fastlt.errors import UserError
 from fastlt.losses import Step, Task
 from fastlt.methods.method import Base, Stage, StageData
 from fastlt.models.backbones import CifarResNet
-from fastlt.models.export import load_exported, read_metadata
+from fastlt.models.export import read_metadata
 from fastlt.models.weights import read_tensors, weights_file
 from fastlt.utils.run_files import checkpoints
 
@@ -69,10 +69,7 @@ class Method(Base):
     @torch.no_grad()
     def take_teacher(self, place: Path) -> None:
         """Take the teacher, and its noise if it has any, from a finished run."""
-        path = weights_file(str(place))
-        teacher, names = load_exported(path)
-        if names != self.task.space.target_names:
-            raise UserError(f"{path} was trained for other targets: name a run of the same ones")
+        teacher, path = self.finished(str(place))
         try:
             self.other.backbone.load_state_dict(teacher.backbone.state_dict())
         except RuntimeError as error:

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from rich.console import Console
+from helpers.method_cases import QUIET
+from helpers.method_cases import config_of as method_config
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -16,7 +17,6 @@ from fastlt.config import ModelConfig, load_config
 from fastlt.errors import UserError
 from fastlt.evaluation.evaluate import evaluate_post_hoc, evaluate_run
 from fastlt.losses import Task
-from fastlt.methods import method_settings
 from fastlt.methods.come import Method, contrast, distilled, restricted
 from fastlt.models.classifier import Classifier, build_model
 from fastlt.models.experts import Experts, GatedHead, divide, side_by_side
@@ -25,24 +25,11 @@ from fastlt.training.loop import open_packs, train
 from fastlt.training.setup import prepare
 from fastlt.utils import torchvision_shim
 
-SMALL = [
-    "model.name=resnet8",
-    "data.size=16",
-    "data.batch=16",
-    "data.padding=2",
-    "data.workers=0",
-    "train.threads=1",
-    "train.epochs=2",
-    "train.eval_every=2",
-]
 MIXED = ["optim.ema=0.5", "augment.mixup=0.5"]
-QUIET = Console(quiet=True)
 
 
 def config_of(pack, *settings):
-    place = f"data.pack={json.dumps(str(pack))}"
-    own = method_settings("come", None)
-    return load_config("cifar100-siblings", [*SMALL, place, *settings], own)
+    return method_config(pack, "come", *settings)
 
 
 @pytest.fixture

@@ -309,7 +309,7 @@ def test_a_run_that_does_not_fit_is_refused(small_pack, tmp_path, setting, messa
 def test_a_run_of_other_targets_is_refused(small_pack, tmp_path, monkeypatch):
     start = trained(small_pack, tmp_path / "start", "plain", "train.epochs=1")
     model, _ = load_exported(start / "model.safetensors")
-    monkeypatch.setattr("fastlt.methods.dlsa.load_exported", lambda _: (model, ["a", "b", "z"]))
+    monkeypatch.setattr("fastlt.methods.method.load_exported", lambda _: (model, ["a", "b", "z"]))
     with (
         pytest.raises(UserError, match=r"was trained for other targets"),
         prepared(small_pack, tmp_path / "run", "dlsa", *SHORT, f"method.backbone={start}"),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
+from helpers import method_cases
+from helpers.method_cases import QUIET
 from safetensors.torch import load_file
 
 from fastlt.config import load_config
@@ -23,19 +24,7 @@ from fastlt.training.loop import open_packs, train
 from fastlt.training.run_folder import resume
 from fastlt.training.setup import prepare
 
-QUIET = Console(quiet=True)
-SMALL = [
-    "model.name=resnet8",
-    "data.size=16",
-    "data.batch=16",
-    "data.padding=2",
-    "data.workers=0",
-    "train.threads=1",
-    "train.epochs=2",
-    "train.eval_every=2",
-    "train.checkpoint_steps=1",
-    "train.keep=99",
-]
+SMALL = [*method_cases.SMALL, "train.checkpoint_steps=1", "train.keep=99"]
 # what a method needs besides, on a data set of 21 images of three targets
 OWN: dict[str, list[str]] = {
     "dlsa": ["method.flow_epochs=2", "method.classifier_epochs=2", "method.clusters=4"],

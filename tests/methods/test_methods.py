@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
+from helpers.method_cases import QUIET, config_of
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -20,24 +20,13 @@ from fastlt.data.plan import evaluation_batches
 from fastlt.errors import UserError
 from fastlt.evaluation.evaluate import evaluate_run, evaluation_geometry
 from fastlt.evaluation.forward import output_of
-from fastlt.methods import listed_methods, method_names, method_settings, method_type
+from fastlt.methods import listed_methods, method_names, method_type
 from fastlt.methods.method import Base, Stage
 from fastlt.models.export import load_exported
 from fastlt.training import loop
 from fastlt.training.loop import fit, open_packs, set_modes, train, train_epoch
 from fastlt.training.setup import next_stage, prepare, stage_config, val_loader
 
-SMALL = [
-    "model.name=resnet8",
-    "data.size=16",
-    "data.batch=16",
-    "data.padding=2",
-    "data.workers=0",
-    "train.threads=1",
-    "train.epochs=2",
-    "train.eval_every=2",
-]
-QUIET = Console(quiet=True)
 CPU = torch.device("cpu")
 
 
@@ -133,11 +122,6 @@ def teacher(small_pack, tmp_path_factory):
     run = tmp_path_factory.mktemp("teacher") / "run"
     train(config_of(small_pack, "plain"), run, QUIET)
     return run
-
-
-def config_of(pack, name, *settings):
-    place = f"data.pack={json.dumps(str(pack))}"
-    return load_config("cifar100-siblings", [*SMALL, place, *settings], method_settings(name, None))
 
 
 OWN = {

@@ -6,34 +6,22 @@ import shutil
 
 import pytest
 import torch
-from rich.console import Console
+from helpers.method_cases import QUIET
+from helpers.method_cases import config_of as method_config
 from safetensors.torch import load_file
 
-from fastlt.config import ModelConfig, load_config
+from fastlt.config import ModelConfig
 from fastlt.errors import UserError
 from fastlt.evaluation.evaluate import evaluate_run
-from fastlt.methods import method_settings
 from fastlt.methods.propheter import maps_of, noise_of, pooled
 from fastlt.models.classifier import build_model
+from fastlt.models.export import load_exported
 from fastlt.training.loop import fit, open_packs, set_modes, train
 from fastlt.training.setup import next_stage, prepare
 
-SMALL = [
-    "model.name=resnet8",
-    "data.size=16",
-    "data.batch=16",
-    "data.padding=2",
-    "data.workers=0",
-    "train.threads=1",
-    "train.epochs=2",
-    "train.eval_every=2",
-]
-QUIET = Console(quiet=True)
-
 
 def config_of(pack, *settings, name="propheter"):
-    place = f"data.pack={json.dumps(str(pack))}"
-    return load_config("cifar100-siblings", [*SMALL, place, *settings], method_settings(name, None))
+    return method_config(pack, name, *settings)
 
 
 @pytest.fixture
@@ -321,14 +309,12 @@ def test_a_run_of_another_method_teaches_without_noise(small_pack, prepared, tmp
 
 
 def test_a_teacher_of_other_targets_is_refused(finished, tmp_path, prepared, monkeypatch):
-    from fastlt.methods import propheter
 
     def other(path):
         model, names = load_exported(path)
         return model, names[::-1]
 
-    load_exported = propheter.load_exported
-    monkeypatch.setattr(propheter, "load_exported", other)
+    monkeypatch.setattr("fastlt.methods.method.load_exported", other)
     with pytest.raises(UserError, match=r"other targets: name a run of the same ones"):
         prepared(f"method.teacher={finished}")
 
