@@ -12,6 +12,7 @@ import typer
 from fastlt.cli.app import Run, app, console
 from fastlt.cli.tables import (
     print_classes,
+    print_confusions,
     print_post_hoc,
     print_result,
     write_figures,
@@ -49,7 +50,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="METHOD",
-            help=f"Compare with this made of it, without training: {', '.join(POST_HOC)} or all.",
+            help=f"Compare with this made of it without training, {', '.join(POST_HOC)} or all of "
+            "these, or with retrain: a new linear head on the features of the training images.",
         ),
     ] = None,
     validation: Annotated[
@@ -87,6 +89,7 @@ def evaluate(
         result = evaluate_run(run, data, split.value)
         print_classes(result, run)
         print_result(result, str(run))
+        print_confusions(result, run)
         write_figures(json_file, result)
         return
     if split is ScoredSplit.test:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from rich.table import Table
 from fastlt.cli.app import console
 from fastlt.errors import UserError
 from fastlt.utils.run_files import COLUMNS, FIGURES
+
+SHOWN_PAIRS = 5
 
 
 def print_result(result: dict[str, Any], name: str) -> None:
@@ -33,12 +36,37 @@ def print_result(result: dict[str, Any], name: str) -> None:
             f"[yellow]note:[/] {damaged:,} training images could not be decoded; others of their "
             "classes took their place"
         )
+    print_details(result)
+
+
+def print_details(result: dict[str, Any]) -> None:
+    """Print the worst class, calibration, and where known the most frequent confusions."""
     worst = result["worst_class"]
     console.print(
         f"worst class: {worst['name']}, {figure(worst['accuracy'])} %",
         markup=False,
         highlight=False,
     )
+    pdc = result.get("pdc")
+    console.print(
+        f"calibration: ECE {figure(result['ece'])} %, MCE {figure(result.get('mce'))} %, "
+        f"PDC {'-' if pdc is None else f'{pdc:.2f}'} (0: predicts classes as often as they come; "
+        "1: as often as they were trained on)",
+        highlight=False,
+    )
+
+
+def print_confusions(result: dict[str, Any], run: Path) -> None:
+    """Print the pairs of targets that are most often taken for each other, either way."""
+    from fastlt.classes import ClassSpace
+
+    names = ClassSpace.load(run / "classes.json").target_names
+    times: Counter[tuple[int, int]] = Counter()
+    for true, predicted, count in result["confusion"]:
+        times[min(true, predicted), max(true, predicted)] += count
+    pairs = [f"{names[a]} / {names[b]} ({n} x)" for (a, b), n in times.most_common(SHOWN_PAIRS)]
+    if pairs:
+        console.print(f"most confused: {', '.join(pairs)}", markup=False, highlight=False)
 
 
 def write_figures(file: Path | None, figures: dict[str, Any]) -> None:

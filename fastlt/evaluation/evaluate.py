@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from fastlt.classes import ClassSpace
@@ -21,19 +22,23 @@ from fastlt.evaluation.forward import output_of
 from fastlt.evaluation.metrics import Predictions, confusions, score
 from fastlt.evaluation.posthoc import (
     METHODS,
+    RETRAIN,
     Features,
+    Method,
     applies,
     apply,
     check_methods,
     choose,
     set_aside,
 )
+from fastlt.evaluation.retrain import retraining
 from fastlt.losses import log_prior as log_prior_of
 from fastlt.models.classifier import Classifier
 from fastlt.models.device import choose_device, on_device
 from fastlt.models.export import load_exported
 from fastlt.packing.reader import Pack, Split, open_pack
 from fastlt.utils.files import whole_file, write_text
+from fastlt.utils.progress import rated_progress
 from fastlt.utils.run_files import read_result
 
 EVALUATION_BATCH = 256
@@ -152,17 +157,36 @@ def evaluate_run(run: Path, pack: Path | str | None = None, split: str = "val") 
 @torch.inference_mode()
 def features_of(it: Opened) -> Features:
     """Return what the head takes of every image."""
+    if not len(it.split):
+        raise UserError(f"{it.pack.path} has no validation image: pack one with --val")
     it.model.eval()
     data = it.config.data
     images, labels, values = [], [], []
-    for batch, pixels in it.loader.iterate(it.batches()):
-        found = output_of(it.model.features, pixels, data.mean, data.std, it.device, it.dtype)
-        values.append(found.float())
-        images.append(batch.images)
-        labels.append(batch.labels)
-    if not images:
-        raise UserError(f"{it.pack.path} has no validation image: pack one with --val")
+    with rated_progress(Console(), "images/s", transient=True) as bar:
+        task = bar.add_task("features", total=len(it.split))
+        for batch, pixels in it.loader.iterate(it.batches()):
+            found = output_of(it.model.features, pixels, data.mean, data.std, it.device, it.dtype)
+            values.append(found.float())
+            images.append(batch.images)
+            labels.append(batch.labels)
+            bar.advance(task, len(batch.images))
     return Features(np.concatenate(images), np.concatenate(labels), torch.cat(values))
+
+
+def retrained(it: Opened) -> Method:
+    """Return the post-hoc method of a new classifier on the run's training images of targets."""
+    pack = open_pack(it.config.data.pack, round(it.config.data.cache_gb * 1e9))
+    check_targets(it.space.target_names, pack)
+    targets = np.flatnonzero(pack.train.label < it.space.num_targets)
+    split = pack.train.subset(targets)
+    loader = Loader(split, it.config.data.size, "auto", it.config.data.workers)
+    with closing(loader):
+        found = features_of(it._replace(loader=loader, pack=pack, split=split))
+    counts = np.bincount(found.label, minlength=it.space.num_targets)
+    prior = log_prior_of(torch.from_numpy(counts), 1.0).to(it.device)
+    # not tensors of inference mode, which no gradient goes through
+    values, labels = found.values.clone(), torch.from_numpy(found.label).to(it.device)
+    return retraining(values, labels, prior)
 
 
 def evaluate_post_hoc(
@@ -178,8 +202,8 @@ def evaluate_post_hoc(
 
     A method's strength, in its result, is chosen on the val split of the pack `validation`; without
     one, on `share` of the images of each class, which are not scored then. strength: fixes it, and
-    nothing is set aside. methods: names, or `all` alone, for those that make a difference to the
-    model.
+    nothing is set aside. methods: names, or `all` alone, for those of METHODS that make a
+    difference to the model.
     """
     with opened(run, pack) as it:
         methods = (
@@ -203,10 +227,11 @@ def evaluate_post_hoc(
                 chosen_on = features_of(other)
         results = {"as trained": score(apply(None, 0, it.model, tested, log_prior), it.space)}
         for name in methods:
-            best = choose(name, it.model, chosen_on, log_prior) if strength is None else strength
+            method = retrained(it) if name == RETRAIN else METHODS[name]
+            best = choose(method, it.model, chosen_on, log_prior) if strength is None else strength
             results[name] = {
                 "strength": best,
-                **score(apply(name, best, it.model, tested, log_prior), it.space),
+                **score(apply(method, best, it.model, tested, log_prior), it.space),
             }
         for result in results.values():
             result |= {

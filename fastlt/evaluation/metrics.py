@@ -1,4 +1,4 @@
-"""From predictions to figures, all in percent; a group without classes or images is None."""
+"""From predictions to figures, in percent but for PDC; a group without images is None."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from fastlt.classes import ClassSpace
 
-ECE_BINS = 15
+CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def score(predictions: Predictions, space: ClassSpace) -> dict[str, Any]:
         "balanced_accuracy": _percent(present.mean()),
         "worst_class": {"name": space.target_names[worst], "accuracy": _percent(per_class[worst])},
         "harmonic_mean": _percent(harmonic_mean(present)),
-        "ece": _percent(calibration_error(predictions.confidence, right)),
+        **calibration(predictions.confidence, right),
+        "pdc": distribution_error(predictions, space),
         "per_class": [None if np.isnan(value) else _percent(value) for value in per_class],
         "groups": groups,
     }
@@ -64,13 +65,44 @@ def harmonic_mean(accuracies: np.ndarray) -> float:
     return 0.0 if (accuracies == 0).any() else float(len(accuracies) / (1 / accuracies).sum())
 
 
-def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = ECE_BINS) -> float:
-    """Return the expected calibration error over equally wide bins (arXiv 1706.04599)."""
+def calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, float]:
+    """Return the expected and the maximum calibration error (arXiv 1706.04599), in percent.
+
+    confidence (n,) float, right (n,) bool. They are the mean over images and the largest of the
+    distances of confidence and accuracy in equally wide bins.
+    """
     confidence = np.nan_to_num(confidence)  # of a model that has diverged
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
-    gap = np.bincount(place, confidence - right.astype(np.float64), minlength=bins)
-    return float(np.abs(gap[count > 0]).sum() / len(confidence))
+    place = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    count = np.bincount(place, minlength=CALIBRATION_BINS)
+    off = confidence - right.astype(np.float64)
+    gap = np.abs(np.bincount(place, off, minlength=CALIBRATION_BINS))[count > 0]
+    return {
+        "ece": _percent(gap.sum() / len(confidence)),
+        "mce": _percent((gap / count[count > 0]).max()),
+    }
+
+
+def distribution_error(predictions: Predictions, space: ClassSpace) -> float | None:
+    """Return the predictive distribution calibration, PDC, of Xu et al. 2023 (arXiv 2302.14284).
+
+    It is KL(p || q) / KL(p || n) of the shares of the targets in the evaluated images, p, in the
+    predictions, q, and in the training images, n, each with 1e-6 for an empty one: 0 where classes
+    are predicted as often as they come, 1 where as often as they were trained on. None where they
+    were trained on as often as they come, for then there is nothing to compare with.
+    """
+    counts = [
+        np.bincount(predictions.label, minlength=space.num_targets),
+        np.bincount(predictions.predicted, minlength=space.num_targets),
+        np.array(space.train_counts[: space.num_targets]),
+    ]
+    true, predicted, trained = (count / max(1, count.sum()) for count in counts)
+    least = divergence(true, trained)
+    return round(divergence(true, predicted) / least, 4) if least > 1e-3 else None
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """Return KL(p || q) of shares (T,) in nats, with 1e-6 added to each."""
+    return float((p * (np.log(p + 1e-6) - np.log(q + 1e-6))).sum())
 
 
 def confusions(predictions: Predictions) -> list[list[int]]:

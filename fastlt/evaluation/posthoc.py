@@ -1,5 +1,5 @@
-"""What a trained classifier can be made into without training, and how strongly: chosen on images
-that are then not scored.
+"""What a trained classifier can be made into without training its backbone, and how strongly:
+chosen on images that are then not scored.
 
 Each method maps what a head sees of an image to other logits. Strengths of one that may change who
 wins are chosen by balanced accuracy; of one that changes confidence alone, by the log-likelihood.
@@ -25,7 +25,8 @@ class Seen(NamedTuple):
 
     logits: Tensor  # (n, T) float32, as trained
     products: Tensor  # (n, T), features times rows of the weight
-    features: Tensor  # (n, 1), lengths
+    values: Tensor  # (n, D), features
+    features: Tensor  # (n, 1), lengths of features
     rows: Tensor  # (T,), lengths
     log_prior: Tensor  # (T,)
 
@@ -78,6 +79,9 @@ METHODS = {
 }
 
 
+RETRAIN = "retrain"  # is made of training images: see retrain.py
+
+
 class Features(NamedTuple):
     """The features of evaluated images, on the device of the model."""
 
@@ -105,10 +109,11 @@ def check_methods(names: list[str], model: Classifier) -> None:
             "it out"
         )
     for name in names:
-        if name not in METHODS:
+        known = [*METHODS, RETRAIN]
+        if name not in known:
             raise UserError(
-                f"there is no post-hoc method '{name}'{did_you_mean(name, list(METHODS))}; "
-                f"methods: {', '.join(METHODS)}"
+                f"there is no post-hoc method '{name}'{did_you_mean(name, known)}; "
+                f"methods: {', '.join(known)}"
             )
         if not applies(name, model):
             raise UserError(
@@ -138,9 +143,9 @@ def set_aside(labels: np.ndarray, share: float) -> np.ndarray:
 
 
 @torch.inference_mode()
-def choose(name: str, model: Classifier, found: Features, log_prior: Tensor) -> float:
+def choose(method: Method, model: Classifier, found: Features, log_prior: Tensor) -> float:
     """The best of the strengths; the smallest of equals."""
-    method, strengths = METHODS[name], METHODS[name].strengths
+    strengths = method.strengths
     label = torch.from_numpy(found.label).to(found.values.device)
     right = torch.zeros(len(strengths), len(log_prior), dtype=torch.float64, device=label.device)
     likelihood = torch.zeros(len(strengths), dtype=torch.float64, device=label.device)
@@ -158,13 +163,13 @@ def choose(name: str, model: Classifier, found: Features, log_prior: Tensor) -> 
 
 @torch.inference_mode()
 def apply(
-    name: str | None, strength: float, model: Classifier, found: Features, log_prior: Tensor
+    method: Method | None, strength: float, model: Classifier, found: Features, log_prior: Tensor
 ) -> Predictions:
-    """Return the predictions with a method of a strength; without a name, as trained."""
+    """Return the predictions with a method of a strength; without one, as trained."""
     parts = []
     for start in range(0, len(found.label), BLOCK):
         seen = look(model, found.values[start : start + BLOCK], log_prior)
-        logits = seen.logits if name is None else METHODS[name].logits(seen, strength)
+        logits = seen.logits if method is None else method.logits(seen, strength)
         parts.append([part.cpu().numpy() for part in logits.softmax(dim=1).max(dim=1)])
     confidence, predicted = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Predictions(
@@ -180,6 +185,7 @@ def look(model: Classifier, features: Tensor, log_prior: Tensor) -> Seen:
     return Seen(
         model.head(features).float(),
         products,
+        features,
         features.norm(dim=1, keepdim=True),
         weight.norm(dim=1),
         log_prior,

@@ -4,8 +4,9 @@ import pytest
 from fastlt.classes import ClassSpace
 from fastlt.evaluation.metrics import (
     Predictions,
-    calibration_error,
+    calibration,
     confusions,
+    distribution_error,
     harmonic_mean,
     score,
 )
@@ -39,22 +40,46 @@ def test_confusions_are_sparse_and_sorted():
     assert confusions(predictions([0, 0, 0, 1], [1, 1, 2, 1])) == [[0, 1, 2], [0, 2, 1]]
 
 
-def test_calibration_error_against_its_definition():
+def test_calibration_errors_against_their_definitions():
     rng = np.random.default_rng(0)
     confidence, right = rng.random(5000), rng.random(5000) < 0.7
-    expected = 0.0
+    gaps = []
     for low in np.arange(15) / 15:
         chosen = (confidence > low) & (confidence <= low + 1 / 15)
         if chosen.any():
-            expected += chosen.mean() * abs(confidence[chosen].mean() - right[chosen].mean())
-    assert calibration_error(confidence, right) == pytest.approx(expected, rel=1e-9)
+            gap = abs(confidence[chosen].mean() - right[chosen].mean())
+            gaps.append((chosen.mean(), gap))
+    found = calibration(confidence, right)
+    assert found["ece"] == pytest.approx(100 * sum(share * gap for share, gap in gaps), abs=1e-4)
+    assert found["mce"] == pytest.approx(100 * max(gap for _, gap in gaps), abs=1e-4)
 
 
 def test_calibration_of_a_calibrated_and_of_an_overconfident_model():
     rng = np.random.default_rng(1)
     confidence = rng.random(200_000)
-    assert calibration_error(confidence, rng.random(200_000) < confidence) < 0.01
-    assert calibration_error(np.ones(10), np.zeros(10, bool)) == 1
+    assert calibration(confidence, rng.random(200_000) < confidence)["mce"] < 2
+    assert calibration(np.ones(10), np.zeros(10, bool)) == {"ece": 100, "mce": 100}
+
+
+def test_the_predictive_distribution_beside_that_of_training():
+    label = np.repeat([0, 1, 2], 280)
+    as_trained = np.repeat([0, 1, 2], [600, 150, 90])  # 200 : 50 : 30
+    assert distribution_error(predictions(label, label), SPACE) == 0
+    assert distribution_error(predictions(label, as_trained), SPACE) == pytest.approx(1, abs=1e-3)
+    # the mean over classes of log(p / q), over that of log(p / n)
+    half = np.repeat([0, 1, 2], [420, 210, 210])
+    expected = (
+        np.log((1 / 3) / (np.array([420, 210, 210]) / 840)).mean()
+        / np.log((1 / 3) / (np.array([200, 50, 30]) / 280)).mean()
+    )
+    assert distribution_error(predictions(label, half), SPACE) == pytest.approx(expected, abs=1e-3)
+    all_first = distribution_error(predictions(label, label * 0), SPACE)
+    assert all_first > 5  # classes that are never predicted cost log(1e6)
+
+
+def test_a_balanced_training_set_gives_no_predictive_distribution():
+    even = ClassSpace(target_names=["a", "b"], train_counts=[50, 50], val_counts=[2, 2])
+    assert distribution_error(predictions([0, 0, 1, 1], [0, 0, 0, 1]), even) is None
 
 
 def test_the_harmonic_mean_of_a_lost_class_is_zero():

@@ -86,10 +86,10 @@ def test_as_trained_is_what_the_model_says():
 def test_the_strength_is_the_one_of_the_best_balanced_accuracy(name):
     net, some = model(), found(BLOCK + 301)
     accuracy = [
-        class_accuracies(apply(name, strength, net, some, LOG_PRIOR), 4).mean()
+        class_accuracies(apply(METHODS[name], strength, net, some, LOG_PRIOR), 4).mean()
         for strength in METHODS[name].strengths.tolist()
     ]
-    assert choose(name, net, some, LOG_PRIOR) == pytest.approx(
+    assert choose(METHODS[name], net, some, LOG_PRIOR) == pytest.approx(
         METHODS[name].strengths[int(np.argmax(accuracy))]
     )
     assert len(set(accuracy)) > 3
@@ -98,7 +98,9 @@ def test_the_strength_is_the_one_of_the_best_balanced_accuracy(name):
 @pytest.mark.parametrize("name", ["cosine", "angular"])
 def test_of_what_changes_confidence_alone_the_likeliest_is_taken(name):
     net, some = model(), found(200)
-    some = some._replace(label=apply(name, 1.0, net, some, LOG_PRIOR).predicted.astype(np.int64))
+    some = some._replace(
+        label=apply(METHODS[name], 1.0, net, some, LOG_PRIOR).predicted.astype(np.int64)
+    )
     some.label[::5] = (some.label[::5] + 1) % 4  # a fifth is wrong at any strength
     label = torch.from_numpy(some.label)
     loss = [
@@ -107,7 +109,7 @@ def test_of_what_changes_confidence_alone_the_likeliest_is_taken(name):
         ).item()
         for strength in METHODS[name].strengths.tolist()
     ]
-    assert choose(name, net, some, LOG_PRIOR) == pytest.approx(
+    assert choose(METHODS[name], net, some, LOG_PRIOR) == pytest.approx(
         METHODS[name].strengths[int(np.argmin(loss))]
     )
     assert 0 < np.argmin(loss) < len(loss) - 1
@@ -116,8 +118,8 @@ def test_of_what_changes_confidence_alone_the_likeliest_is_taken(name):
 def test_cosine_and_angle_agree_on_the_winner():
     net, some = model(), found(500)
     assert (
-        apply("cosine", 9, net, some, LOG_PRIOR).predicted
-        == apply("angular", 2, net, some, LOG_PRIOR).predicted
+        apply(METHODS["cosine"], 9, net, some, LOG_PRIOR).predicted
+        == apply(METHODS["angular"], 2, net, some, LOG_PRIOR).predicted
     ).all()
 
 
@@ -132,7 +134,7 @@ def test_a_prior_in_the_logits_is_taken_out_again():
         torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)) + 1.5 * torch.eye(4)[label]
     )
     strength = choose(
-        "logit-adjustment",
+        METHODS["logit-adjustment"],
         Classifier(torch.nn.Identity(), head),
         Features(np.arange(4000), label, values),
         LOG_PRIOR,
