@@ -95,6 +95,18 @@ class ClassSpace(BaseModel):
             val_counts=self.val_counts,
         )
 
+    def anchors(self) -> dict[int, int]:
+        """Return for each auxiliary that has targets the one with the fewest training images.
+
+        Of equals it is the first.
+        """
+        found: dict[int, int] = {}
+        for target, auxiliary in sorted(self.pairs):
+            known = found.setdefault(auxiliary, target)
+            if self.train_counts[target] < self.train_counts[known]:
+                found[auxiliary] = target
+        return found
+
     def groups(self) -> dict[str, list[int]]:
         """Return target ids by their number of training images: many, medium, few."""
         groups: dict[str, list[int]] = {"many": [], "medium": [], "few": []}

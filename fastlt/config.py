@@ -162,8 +162,9 @@ class DataConfig(Section):
     """Mean of red, green and blue, of values from 0 to 1, that is taken off."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     """Standard deviation of red, green and blue that is divided by."""
-    auxiliary: bool = True
-    """Train on auxiliary classes too; false: on the targets alone."""
+    auxiliary: bool | Literal["merged"] = True
+    """Train on auxiliary classes too; false: on the targets alone; merged: a control, in which
+    their images are of their target, of several the one with the fewest training images."""
     neighbours: OrAll = -1
     """Auxiliary classes of each target: the first so many, nearest first by `similarity` where
     that is given; -1: all."""
@@ -279,6 +280,8 @@ class ScheduleConfig(Section):
     """For step: epoch -> factor on optim.lr from that epoch on."""
     head_only_epochs: Count = 0
     """First epochs in which the backbone is frozen."""
+    head_only_lr: Positive = 1.0
+    """Factor on the learning rate in those epochs."""
     shift_bn: bool = False
     """Let the batch-norm statistics of the frozen backbone follow the images of those epochs."""
 
@@ -348,6 +351,10 @@ class Config(Section):
     def _misfits(self) -> Iterator[tuple[bool, str]]:
         """Yield pairs of whether settings contradict each other, and what to do about it."""
         data, schedule = self.data, self.schedule
+        yield (
+            schedule.head_only_lr != 1 and schedule.head_only_epochs == 0,
+            "schedule.head_only_lr is for epochs of the head alone: set schedule.head_only_epochs",
+        )
         yield (
             schedule.shift_bn and schedule.head_only_epochs == 0,
             "schedule.shift_bn is for epochs of the head alone: set schedule.head_only_epochs",

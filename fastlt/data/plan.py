@@ -54,6 +54,8 @@ class Sampling:
     # stay
     repeats: int = 1
     views: int = 1  # times that each image of a batch comes in it, each time cut anew
+    # class of the split -> the class that its images train; those left out train their own
+    trains: tuple[tuple[int, int], ...] = ()
 
 
 def spread_budget(total: int, stored: np.ndarray) -> tuple[int, ...]:
@@ -102,7 +104,24 @@ class Plan:
 
     @cached_property
     def class_counts(self) -> np.ndarray:
-        """The images of each of the C classes in every epoch, (C,) int64: the n_j of the prior."""
+        """The images that train each of the C classes in an epoch, (C,) int64: n_j of the prior."""
+        return np.bincount(self._trained, self.drawn_counts, self.num_classes).astype(np.int64)
+
+    @cached_property
+    def _trained(self) -> np.ndarray:
+        """The class that the images of each of the C classes train, (C,) int64."""
+        trained = np.arange(self.num_classes)
+        for drawn, instead in self.sampling.trains:
+            trained[drawn] = instead
+        return trained
+
+    def labels_of(self, images: np.ndarray) -> np.ndarray:
+        """Return the classes (n,) int64 that images (n,) train."""
+        return self._trained[self.split.label[images]]
+
+    @cached_property
+    def drawn_counts(self) -> np.ndarray:
+        """The images of each of the C classes of the split in every epoch, (C,) int64."""
         stored = np.rint(self._strata.sum(axis=1)).astype(np.int64)
         targets, auxiliaries = stored[: self.num_targets], stored[self.num_targets :]
         budget = np.broadcast_to(self.sampling.budget, auxiliaries.shape)
@@ -138,7 +157,7 @@ class Plan:
     @cached_property
     def images_per_epoch(self) -> int:
         """The number of images that an epoch draws, over all ranks."""
-        return int(self.class_counts.sum())
+        return int(self.drawn_counts.sum())
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -167,13 +186,13 @@ class Plan:
         """Image indices of the whole epoch over all ranks, (images_per_epoch,) int64."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         repeats = self.sampling.repeats
-        images = rng.permutation(self._draw(-(-self.class_counts // repeats), rng))
+        images = rng.permutation(self._draw(-(-self.drawn_counts // repeats), rng))
         if self.window:
             images = images[np.argsort(self._windows(rng)[self.split.shard[images]], kind="stable")]
         return (
             images
             if repeats == 1
-            else np.repeat(images, _times(self.split.label[images], self.class_counts, repeats))
+            else np.repeat(images, _times(self.split.label[images], self.drawn_counts, repeats))
         )
 
     def _windows(self, rng: np.random.Generator) -> np.ndarray:
@@ -198,7 +217,7 @@ class Plan:
             self.seed,
             epoch,
         )
-        return Batch(images, self.split.label[images].astype(np.int64), boxes, flips)
+        return Batch(images, self.labels_of(images), boxes, flips)
 
 
 def target_counts(stored: np.ndarray, sampling: str) -> np.ndarray:

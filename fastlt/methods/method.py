@@ -26,6 +26,7 @@ OWN_SCHEDULE: dict[str, Any] = {
     "schedule.name": "cosine",
     "schedule.warmup_epochs": 0,
     "schedule.head_only_epochs": 0,
+    "schedule.head_only_lr": 1.0,
     "schedule.shift_bn": False,
 }
 

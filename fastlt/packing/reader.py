@@ -139,6 +139,8 @@ class Pack:
     train: Split
     val: Split
     test: Split | None = None  # images that training never reads
+    # the classes whose images are drawn, where they are not those that are trained
+    drawn: ClassSpace | None = None
 
     @property
     def id(self) -> str:

@@ -28,6 +28,22 @@ def subset(pack: Pack, data: DataConfig, seed: int) -> tuple[Pack, ClassSpace]:
     """
     if not data.auxiliary or data.neighbours == 0:
         return pack, pack.space.targets_only()
+    pack, space = chosen_auxiliaries(pack, data, seed)
+    if data.auxiliary == "merged":
+        owned = space.anchors()
+        if alone := [
+            n for i, n in enumerate(space.names) if i >= space.num_targets and i not in owned
+        ]:
+            raise UserError(
+                f"data.auxiliary=merged: '{alone[0]}' has no target that its images could train: "
+                "pair it, or set data.auxiliary=false"
+            )
+        return replace(pack, drawn=space), space.targets_only()
+    return pack, space
+
+
+def chosen_auxiliaries(pack: Pack, data: DataConfig, seed: int) -> tuple[Pack, ClassSpace]:
+    """Return the pack with its auxiliaries reordered, and the space of those that are used."""
     space = pack.space
     pairs = nearest_first(space, data) if data.similarity else list(space.pairs)
     chosen = first_of_each(pairs, data.neighbours)

@@ -20,7 +20,7 @@ def report_setup(trainer: Trainer, console: Console) -> None:
     config, space, plan = trainer.config, trainer.space, trainer.plan
     graph = silencing_graph(config.loss, space)
     groups = ", ".join(f"{len(members)} {name}" for name, members in space.groups().items())
-    auxiliary_images = int(plan.class_counts[space.num_targets :].sum())
+    auxiliary_images = int(plan.drawn_counts[space.num_targets :].sum())
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     optimiser = f"{config.optim.name}, {config.schedule.name} schedule"
     silenced = (
@@ -28,10 +28,11 @@ def report_setup(trainer: Trainer, console: Console) -> None:
         if graph is None
         else f"{graph.num_pairs:,} pairs ({config.loss.mask}), lambda_s = {config.loss.silence:g}"
     )
+    drawn, merged = trainer.pack.drawn or space, ", merged" if trainer.pack.drawn else ""
     several = f"{trainer.ranks.world} processes on " if trainer.ranks.world > 1 else ""
     lines = {
-        "classes": f"{space.num_targets:,} targets ({groups}) + {space.num_auxiliaries:,} "
-        "auxiliaries",
+        "classes": f"{space.num_targets:,} targets ({groups}) + {drawn.num_auxiliaries:,} "
+        f"auxiliaries{merged}",
         "silenced": silenced,
         "images": f"{plan.images_per_epoch:,} an epoch, of which {auxiliary_images:,} auxiliary; "
         f"{plan.steps_per_epoch:,} steps of {config.data.batch}",

@@ -95,7 +95,13 @@ def _layer_decay_groups(config: OptimConfig, backbone: nn.Module) -> list[dict]:
 
 def lr_factor(config: ScheduleConfig, epochs: int) -> Callable[[float], float]:
     """Return the schedule: from epochs done, as a float, to the factor on the base rate."""
-    return {"cosine": _cosine, "step": _step, "one-cycle": _one_cycle}[config.name](config, epochs)
+    shapes = {"cosine": _cosine, "step": _step, "one-cycle": _one_cycle}
+    factor = shapes[config.name](config, epochs)
+
+    def scaled(epoch: float) -> float:
+        return factor(epoch) * (config.head_only_lr if epoch < config.head_only_epochs else 1.0)
+
+    return scaled
 
 
 def _cosine(config: ScheduleConfig, epochs: int) -> Callable[[float], float]:

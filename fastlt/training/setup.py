@@ -285,7 +285,7 @@ def next_stage(trainer: Trainer) -> None:
 
 def start_stage(trainer: Trainer) -> None:
     """Let the method prepare for the stage that begins."""
-    labels = torch.from_numpy(trainer.pack.train.label.astype(np.int64))
+    labels = torch.from_numpy(trainer.plan.labels_of(np.arange(len(trainer.pack.train))))
     used = labels < trainer.space.num_classes  # the others are of auxiliaries that are left out
 
     def features() -> Tensor:
@@ -400,7 +400,8 @@ def build_plan(
     """The training order, for images of `size` pixels a side: by default those of the last epoch.
     space: of what is trained, the first of the pack's classes.
     """
-    data, unused = config.data, pack.space.num_auxiliaries - space.num_auxiliaries
+    data, drawn = config.data, pack.drawn or space
+    unused = pack.space.num_auxiliaries - drawn.num_auxiliaries
     geometry = Geometry(
         data.crop,
         size or data.size,
@@ -412,9 +413,10 @@ def build_plan(
     )
     sampling = Sampling(
         data.target_sampling,
-        (*budgets_of(data, space), *[0] * unused),
+        (*budgets_of(data, drawn), *[0] * unused),
         data.repeats,
         data.views,
+        tuple(drawn.anchors().items()) if pack.drawn else (),
     )
     return Plan(
         pack.train,
@@ -454,20 +456,12 @@ def budgets_of(data: DataConfig, space: ClassSpace) -> tuple[int, ...]:
         raise UserError(
             f"data.budgets names '{unknown[0]}', but the pack has no such auxiliary class"
         )
-    anchors = anchor_counts(space) if data.budget_by == "anchor" else {}
+    anchors = space.anchors() if data.budget_by == "anchor" else {}
+    counts = {auxiliary: space.train_counts[target] for auxiliary, target in anchors.items()}
     return tuple(
-        data.budgets.get(name, budget_by_anchor(anchors.get(number), data.budget))
+        data.budgets.get(name, budget_by_anchor(counts.get(number), data.budget))
         for number, name in enumerate(space.auxiliary_names, space.num_targets)
     )
-
-
-def anchor_counts(space: ClassSpace) -> dict[int, int]:
-    """Return for each auxiliary of a pair the fewest training images of its targets."""
-    found: dict[int, int] = {}
-    for target, auxiliary in space.pairs:
-        count = space.train_counts[target]
-        found[auxiliary] = min(count, found.get(auxiliary, count))
-    return found
 
 
 def budget_by_anchor(count: int | None, budget: int) -> int:

@@ -113,3 +113,52 @@ def test_a_view_is_trained_and_what_it_is_can_be_read(small_pack, tmp_path):
     from fastlt.classes import ClassSpace
 
     assert ClassSpace.load(tmp_path / "run" / "classes.json").auxiliary_names == ["x"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_merged_auxiliaries_are_the_same_images_and_train_their_rarest_target(small_pack, seed):
+    pack = open_pack(small_pack)
+    settings = ["data.batch=4", "data.budget=7"]
+    apart, together = (
+        load_config("demo", [*settings, *extra]) for extra in ([], ["data.auxiliary=merged"])
+    )
+    drawn = build_plan(apart, *subset(pack, apart.data, seed))
+    seen, space = subset(pack, together.data, seed)
+    plan = build_plan(together, seen, space)
+    assert space == pack.space.targets_only()
+    # x neighbours a with 12 images and b with 6, y neighbours b
+    assert plan.class_counts[: space.num_classes].tolist() == [12, 6 + 7 + 7, 3]
+    instead = {"x": "b", "y": "b"}
+    for ours, theirs in zip(plan.epoch(seed), drawn.epoch(seed), strict=True):
+        assert (ours.images == theirs.images).all() and (ours.boxes == theirs.boxes).all()
+        names = [pack.space.names[label] for label in theirs.labels]
+        assert [space.names[t] for t in ours.labels] == [instead.get(n, n) for n in names]
+
+
+def test_merged_goes_with_a_subset_and_is_trained(small_pack, tmp_path):
+    settings = [
+        f"data.pack={small_pack}",
+        "train.epochs=1",
+        "data.neighbours=1",
+        "data.size=16",
+        "data.batch=8",
+        "data.auxiliary=merged",
+        "loss.name=balanced-ce",
+    ]
+    config = load_config("demo", settings)
+    seen, space = subset(open_pack(small_pack), config.data, 0)
+    plan = build_plan(config, seen, space)
+    assert seen.drawn.auxiliary_names == ["x"]
+    assert plan.class_counts[:3].tolist() == [12, 6 + config.data.budget, 3]
+    train(config, tmp_path / "run", Console(quiet=True))
+    assert not (tmp_path / "run" / "classes.json").read_text().count('"x"')
+
+
+def test_an_auxiliary_without_a_target_cannot_be_merged(small_pack):
+    from dataclasses import replace
+
+    pack = open_pack(small_pack)
+    pairs = [pair for pair in pack.space.pairs if pack.space.names[pair[1]] != "y"]
+    pack = replace(pack, space=pack.space.model_copy(update={"pairs": pairs}))
+    with pytest.raises(UserError, match=r"data\.auxiliary=merged: 'y' has no target"):
+        subset(pack, DataConfig(auxiliary="merged"), 0)

@@ -3,7 +3,8 @@ import importlib.util
 import pytest
 import torch
 
-from fastlt.config import OptimConfig, ScheduleConfig
+from fastlt.config import OptimConfig, ScheduleConfig, load_config
+from fastlt.errors import UserError
 from fastlt.models.backbones import CifarResNet
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import LinearHead
@@ -133,3 +134,18 @@ def test_layer_decay_falls_towards_the_input():
     assert rate[id(backbone.blocks[11].mlp.fc1.weight)] == pytest.approx(0.75)
     assert rate[id(backbone.blocks[0].mlp.fc1.weight)] == pytest.approx(0.75**12)
     assert rate[id(backbone.patch_embed.proj.weight)] == pytest.approx(0.75**13)
+
+
+@pytest.mark.parametrize("name", ["cosine", "step", "one-cycle"])
+def test_the_rate_of_head_only_epochs_is_scaled_and_then_what_it_would_be(name):
+    steps = {"9": 0.1} if name == "step" else {}
+    plain = lr_factor(ScheduleConfig(name=name, steps=steps), 10)
+    config = ScheduleConfig(name=name, steps=steps, head_only_epochs=3, head_only_lr=60)
+    scaled = lr_factor(config, 10)
+    assert [scaled(epoch) / plain(epoch) for epoch in (0.5, 2.99)] == pytest.approx([60, 60])
+    assert [scaled(epoch) for epoch in (3, 9.5)] == [plain(epoch) for epoch in (3, 9.5)]
+
+
+def test_a_rate_of_epochs_that_there_are_not_is_refused():
+    with pytest.raises(UserError, match=r"head_only_lr is for epochs of the head alone"):
+        load_config("cifar100-lt", ["schedule.head_only_lr=60"])
