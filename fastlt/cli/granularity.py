@@ -1,4 +1,4 @@
-"""`fastlt granularity score` and `train`."""
+"""`fastlt granularity score`, `train` and `related`."""
 
 from __future__ import annotations
 
@@ -53,36 +53,46 @@ def granularity_score(
     run_granularity(pack_place(data), settings, hierarchy, out, console)
 
 
+Study = Annotated[
+    str,
+    typer.Argument(
+        metavar="PACK",
+        help="A pack whose classes have many images each, such as all of CIFAR-100.",
+    ),
+]
+Hierarchy = Annotated[str, typer.Option(help=f"What the classes belong to: {HIERARCHY}.")]
+StudyFolder = Annotated[
+    Path,
+    typer.Option(metavar="DIR", help="Packs and runs; what has finished there is not run again."),
+]
+Draws = Annotated[int, typer.Option(min=1, help="Of classes, images and trainings.")]
+Parallel = Annotated[
+    int, typer.Option(min=1, help="Runs at a time; the cores are shared among them.")
+]
+Imbalance = Annotated[float, typer.Option(min=1, help="Most over fewest images of a class.")]
+ResultsFile = Annotated[
+    Path | None, typer.Option("--csv", help="Add the figures of every run to this file.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Settings of every run."),
+]
+
+
 @granularity.command("train")
 def granularity_train(
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="PACK",
-            help="A pack whose classes have many images each, such as all of CIFAR-100.",
-        ),
-    ],
-    hierarchy: Annotated[str, typer.Option(help=f"What the classes belong to: {HIERARCHY}.")],
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR", help="Packs and runs; what has finished there is not run again."
-        ),
-    ],
-    draws: Annotated[int, typer.Option(min=1, help="Of classes, images and trainings.")] = 3,
-    parallel: Annotated[
-        int, typer.Option(min=1, help="Runs at a time; the cores are shared among them.")
-    ] = 1,
-    imbalance: Annotated[
-        float, typer.Option(min=1, help="Most over fewest images of a class.")
-    ] = 100,
-    csv: Annotated[
-        Path | None, typer.Option(help="Add the figures of every run to this file.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[section.key=value]...", help="Settings of every run."),
-    ] = None,
+    data: Study,
+    hierarchy: Hierarchy,
+    out: StudyFolder,
+    draws: Draws = 3,
+    parallel: Parallel = 1,
+    imbalance: Imbalance = 100,
+    two_stage: Annotated[
+        bool,
+        typer.Option("--two-stage", help="Judge the backbones by a classifier trained again, too."),
+    ] = False,
+    csv: ResultsFile = None,
+    settings: Settings = None,
 ) -> None:
     """Train on balanced and long-tailed sets at several granularities.
 
@@ -91,6 +101,30 @@ def granularity_train(
     from fastlt.studies.granularity_training import StudyOptions, run_granularity_study
 
     options = StudyOptions(
-        pack_place(data), hierarchy, out, draws, parallel, imbalance, settings or []
+        pack_place(data), hierarchy, out, draws, parallel, imbalance, settings or [], two_stage
     )
     run_granularity_study(options, csv, console)
+
+
+@granularity.command("related")
+def granularity_related(
+    data: Study,
+    hierarchy: Hierarchy,
+    out: StudyFolder,
+    draws: Draws = 3,
+    parallel: Parallel = 1,
+    imbalance: Imbalance = 100,
+    csv: ResultsFile = None,
+    settings: Settings = None,
+) -> None:
+    """Train a long tail beside related classes, unrelated ones, half of either, and alone.
+
+    Which classes help a long tail, end to end and by a classifier trained again?
+    """
+    from fastlt.studies.companions import run_related_study
+    from fastlt.studies.granularity_training import StudyOptions
+
+    options = StudyOptions(
+        pack_place(data), hierarchy, out, draws, parallel, imbalance, settings or [], True
+    )
+    run_related_study(options, csv, console)

@@ -4,6 +4,7 @@ other's shards.
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,15 +27,30 @@ class Selection:
     labels: np.ndarray  # (n,) int64
 
 
-def derive_pack(pack: Pack, out: Path, names: list[str], train: Selection, val: Selection) -> Path:
-    """Write a pack of the targets `names`, without auxiliaries, and return its folder.
+def derive_pack(
+    pack: Pack,
+    out: Path,
+    names: list[str],
+    train: Selection,
+    val: Selection,
+    auxiliary_names: Sequence[str] = (),
+    pairs: Sequence[tuple[int, int]] = (),
+) -> Path:
+    """Write a pack of the targets `names`, and of auxiliaries where given, and return its folder.
 
-    Raises UserError where the pack is at an address, whose shards are not on this machine.
+    Labels of auxiliaries follow those of the targets. Raises UserError where the pack is at an
+    address, whose shards are not on this machine.
     """
     if pack.train.remote is not None:
         raise UserError("a pack at an address cannot be relabelled: copy it to this machine first")
-    counts = [np.bincount(chosen.labels, minlength=len(names)).tolist() for chosen in (train, val)]
-    space = ClassSpace(target_names=names, train_counts=counts[0], val_counts=counts[1])
+    classes = len(names) + len(auxiliary_names)
+    space = ClassSpace(
+        target_names=names,
+        auxiliary_names=list(auxiliary_names),
+        train_counts=np.bincount(train.labels, minlength=classes).tolist(),
+        val_counts=np.bincount(val.labels, minlength=len(names)).tolist(),
+        pairs=sorted(pairs),
+    )
     with whole_folder(out) as folder:
         columns: dict[str, Any] = {}
         for split, chosen in ((pack.train, train), (pack.val, val)):
@@ -68,8 +84,8 @@ def derive_pack(pack: Pack, out: Path, names: list[str], train: Selection, val: 
                 "train": len(train.images),
                 "val": len(val.images),
                 "targets": len(names),
-                "auxiliaries": 0,
-                "pairs": 0,
+                "auxiliaries": len(auxiliary_names),
+                "pairs": len(pairs),
             },
             "skipped": [],
             "leaks": [],

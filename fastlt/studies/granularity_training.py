@@ -23,12 +23,14 @@ from fastlt.packing.reader import Pack, Split, open_pack
 from fastlt.packing.relabel import Selection, derive_pack
 from fastlt.studies.hierarchy import most_families, read_hierarchy
 from fastlt.studies.repeated import Control, spread, train_all
+from fastlt.studies.two_stage import NOTE, TITLE, of_second_stage, with_second_stage
 from fastlt.utils.files import write_text
 from fastlt.utils.results_file import append_rows, check_file
 from fastlt.utils.run_files import METRICS
 
 KINDS = ("balanced", "long-tailed")
 SPOKEN = {
+    "study": "another question",
     "pack": "another pack",
     "families": "another hierarchy",
     "imbalance": "another imbalance",
@@ -54,6 +56,7 @@ class StudyOptions(NamedTuple):
     parallel: int
     imbalance: float
     settings: list[str]
+    two_stage: bool = False
 
 
 def run_granularity_study(options: StudyOptions, csv: Path | None, console: Console) -> None:
@@ -61,19 +64,24 @@ def run_granularity_study(options: StudyOptions, csv: Path | None, console: Cons
     if csv is not None:
         check_file(csv)
     controls = controls_of(open_pack(options.pack), options)
-    rows = [
-        study_row(row)
-        for row in train_all(
-            "cifar100-siblings", controls, options.out, 1, options.parallel, console
-        )
-    ]
-    for fixed in ("classes", "parents"):
-        console.print(
-            table([row for row in rows if row["level"].startswith(f"fixed {fixed}")], fixed)
-        )
+    rows = train_all("cifar100-siblings", controls, options.out, 1, options.parallel, console)
+    if options.two_stage:
+        rows = with_second_stage(rows, options.out)
+    rows = [study_row(row) for row in rows]
+    print_tables(rows, "", console)
+    if options.two_stage:
+        print_tables(of_second_stage(rows), f"; {TITLE}", console)
+        console.print(NOTE, highlight=False)
     if csv is not None:
         append_rows(csv, rows)
         console.print(f"added to {csv}")
+
+
+def print_tables(rows: list[dict[str, Any]], more: str, console: Console) -> None:
+    """Print the table of each kind of levels. more: how the title ends."""
+    for fixed in ("classes", "parents"):
+        own = [row for row in rows if row["level"].startswith(f"fixed {fixed}")]
+        console.print(table(own, fixed, more))
 
 
 def controls_of(pack: Pack, options: StudyOptions) -> dict[str, Control]:
@@ -234,9 +242,9 @@ def study_row(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[dict[str, Any]], fixed: str) -> Table:
+def table(rows: Sequence[dict[str, Any]], fixed: str, more: str = "") -> Table:
     """Return the gaps of each level, mean and standard deviation over draws."""
-    title = f"the number of {fixed} fixed: accuracy in percent, coarse levels first"
+    title = f"the number of {fixed} fixed: accuracy in percent, coarse levels first{more}"
     result = Table(
         "level", *KINDS, "balanced - long-tailed", "many - few", title=title, title_justify="left"
     )

@@ -217,13 +217,13 @@ def _train(recipe: str, control: Control, run: Path, seed: int, runner: Runner) 
     }
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """Return accuracies by control, mean and standard deviation over seeds."""
+def table(rows: list[dict[str, Any]], of: str = "the last epoch") -> Table:
+    """Return accuracies by control, mean and standard deviation over seeds. of: what has them."""
     result = Table(
         "",
         "all",
         *METRICS[1:],
-        title="accuracy of the last epoch in percent, mean ± standard deviation over seeds",
+        title=f"accuracy of {of} in percent, mean ± standard deviation over seeds",
     )
     for name in dict.fromkeys(row["control"] for row in rows):
         runs = [row for row in rows if row["control"] == name]

@@ -42,6 +42,10 @@ SIBLINGS: dict[str, tuple[str, list[str]]] = {  # name -> auxiliary set of the p
         "none",
         ["loss.name=balanced-ce", "train.epochs=66"],
     ),
+    "auxiliaries merged into their targets": (
+        "siblings",
+        ["loss.name=balanced-ce", "data.auxiliary=merged"],
+    ),
     "random auxiliaries": ("random", []),
     "neighbours, unsilenced (1)": ("siblings", ["loss.silence=1"]),
     "neighbours, silenced (0.1)": ("siblings", ["loss.silence=0.1"]),

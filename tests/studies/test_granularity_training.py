@@ -5,15 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
-from typer.testing import CliRunner
 
-from fastlt.cli import app
 from fastlt.errors import UserError
 from fastlt.packing.reader import open_pack
-from fastlt.packing.sources import read_collection
-from fastlt.packing.writer import PackOptions, write_pack
 from fastlt.studies.granularity_training import (
     StudyOptions,
     levels,
@@ -23,26 +18,6 @@ from fastlt.studies.granularity_training import (
     spread_evenly,
     tail_counts,
 )
-from fastlt.studies.repeated import Runner
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """16 classes of 4 parents, 12 images each, and the hierarchy."""
-    root = tmp_path_factory.mktemp("hierarchy")
-    rng = np.random.default_rng(0)
-    for split, count in (("target", 12), ("val", 2)):
-        for k in range(16):
-            (root / split / f"c{k:02}").mkdir(parents=True)
-            for i in range(count):
-                pixels = np.clip(rng.normal(15 * k, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / f"c{k:02}" / f"{i}.png")
-    collection = read_collection(root / "target", None, root / "val", None, None, None)
-    write_pack(collection, PackOptions(out=root / "pack", workers=1), Console(quiet=True))
-    (root / "h.csv").write_text(
-        "class,parent\n" + "".join(f"c{k:02},p{k // 4}\n" for k in range(16))
-    )
-    return root
 
 
 def families():
@@ -96,17 +71,6 @@ def test_both_sets_have_as_many_images(study, tmp_path):
         ]
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Commands run in this process, which spares each of a dozen trainings its imports."""
-
-    def run(runner: Runner, *arguments: str) -> None:
-        ended = CliRunner().invoke(app, list(arguments))
-        assert ended.exit_code == 0, ended.output
-
-    monkeypatch.setattr(Runner, "run", run)
-
-
 @pytest.mark.usefixtures("in_process")
 def test_the_whole_study_is_reported_and_kept(study, tmp_path):
     console = Console(record=True, width=160)
@@ -138,3 +102,18 @@ def test_too_few_images_are_refused(study, tmp_path):
     ) as error:
         run_granularity_study(options, None, Console(quiet=True))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_two_stages_judge_the_backbones_by_a_new_classifier(study, tmp_path):
+    console = Console(record=True, width=200)
+    settings = ["train.epochs=1", "data.size=16", "data.batch=8", "model.name=resnet8"]
+    options = StudyOptions(
+        str(study / "pack"), str(study / "h.csv"), tmp_path / "out", 1, 1, 6, settings, True
+    )
+    run_granularity_study(options, tmp_path / "g.csv", console)
+    assert "trained by balanced cross entropy" in console.export_text()
+    with (tmp_path / "g.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(0 <= float(row["retrained_top1"]) <= 100 for row in rows)
+    assert len(list((tmp_path / "out").glob("*/retrained.json"))) == 12
