@@ -65,13 +65,15 @@ def latents_of(positions: Tensor, bank: Tensor) -> Latents:
     return Latents(positions, shares, shares.to(bank.dtype) @ bank)
 
 
-def reconstruction_loss(found: Latents, detach: bool) -> Tensor:
-    """Return the mean squared distance () of positions and what is rebuilt of them.
+def reconstruction_loss(found: Latents, bank: Tensor, detach: bool) -> Tensor:
+    """Return the mean squared distance () of positions and what is rebuilt of them by the bank.
 
-    detach: whether the positions stand still, which keeps features from falling to zero.
+    detach: whether the positions stand still, so that the bank (N, D) alone is moved. Else features
+    could fall to zero.
     """
-    positions = found.positions.detach() if detach else found.positions
-    return (positions.float() - found.rebuilt.float()).square().sum(dim=2).mean()
+    if detach:  # in the shares too, by which the loss would move the features as well
+        found = latents_of(found.positions.detach().to(bank.dtype), bank)
+    return (found.positions.float() - found.rebuilt.float()).square().sum(dim=2).mean()
 
 
 def latent_features(found: Latents) -> Tensor:
@@ -175,7 +177,7 @@ class Method(Base):
         model: Any = self.model
         logits, found = model.with_latents(images)
         with torch.autocast(images.device.type, enabled=False):
-            rebuilt = reconstruction_loss(found, self.config.detach)
+            rebuilt = reconstruction_loss(found, model.bank, self.config.detach)
             latent = self.latent_loss(latent_features(found))
         self.count(found.shares)
         loss = self.loss(logits, target, target_b, mix)

@@ -47,9 +47,8 @@ def concat_packs(main: Pack, others: Mapping[str, Pack], weights: Mapping[str, f
     counts = np.bincount(train.label, minlength=space.num_classes).tolist()
     manifest = main.manifest | {"mixed": {name: other.id for name, other in others.items()}}
     space = space.model_copy(update={"train_counts": counts})
-    return MixedPack(
-        main.path, manifest, space, train, main.val, main.test, (main, *others.values())
-    )
+    trained_on = (main, *others.values())
+    return MixedPack(main.path, manifest, space, train, main.val, main.test, trained_on=trained_on)
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,8 @@ def open_pack(path: Path | str, cache_bytes: int = 100 * 10**9) -> Pack:
     columns = _read_index(path / "index.npz", names)
     remote = Remote(url, path, cache_bytes, manifest["files"]) if url else None
     splits = {name: _split(path, name, manifest, columns, remote) for name in names}
-    return Pack(path, manifest, ClassSpace.load(path / "classes.json"), **splits)
+    space = ClassSpace.load(path / "classes.json")
+    return Pack(path, manifest, space, splits["train"], splits["val"], splits.get("test"))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -21,12 +21,18 @@ from fastlt.models.classifier import build_model
 
 
 @pytest.fixture(params=range(3))
-def found(request):
-    """Latents of random positions, in float64."""
+def drawn(request):
+    """Random positions (B, P, D) and a bank (N, D), in float64."""
     generator = torch.Generator().manual_seed(request.param)
     b, p, n, d = (int(torch.randint(2, 7, (), generator=generator)) for _ in range(4))
     positions = torch.randn(b, p, d, generator=generator, dtype=torch.float64)
-    return latents_of(positions, torch.randn(n, d, generator=generator, dtype=torch.float64))
+    return positions, torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def found(drawn):
+    """Latents of random positions, in float64."""
+    return latents_of(*drawn)
 
 
 def test_shares_and_what_is_rebuilt_are_their_formulas(found):
@@ -43,7 +49,7 @@ def test_shares_and_what_is_rebuilt_are_their_formulas(found):
             torch.testing.assert_close(got.rebuilt[i, j], rebuilt)
 
 
-def test_the_reconstruction_is_a_squared_distance_that_features_do_not_feel(found):
+def test_the_reconstruction_is_a_squared_distance_that_features_do_not_feel(found, drawn):
     b, p, _ = found.positions.shape
     total = sum(
         (found.positions[i, j] - found.rebuilt[i, j]).square().sum()
@@ -51,12 +57,13 @@ def test_the_reconstruction_is_a_squared_distance_that_features_do_not_feel(foun
         for j in range(p)
     )
     expected = (total / (b * p)).float()
-    torch.testing.assert_close(reconstruction_loss(found, True), expected)
     for detach in (True, False):
         positions = found.positions.clone().requires_grad_()
-        moved = found._replace(positions=positions, rebuilt=found.rebuilt.requires_grad_())
-        reconstruction_loss(moved, detach).backward()
-        assert (positions.grad is None) == detach
+        moved = drawn[1].clone().requires_grad_()
+        loss = reconstruction_loss(latents_of(positions, moved), moved, detach)
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        assert moved.grad.abs().max() > 0 and (positions.grad is None) == detach
 
 
 def test_features_of_a_latent_are_means_weighted_by_its_shares(found):
@@ -73,7 +80,7 @@ def test_one_latent_rebuilds_the_mean_at_the_minimum():
     bank = positions.mean(dim=(0, 1))[None].requires_grad_()
     found = latents_of(positions, bank)
     assert torch.equal(found.shares, torch.ones_like(found.shares))
-    reconstruction_loss(found, True).backward()
+    reconstruction_loss(found, bank, True).backward()
     assert bank.grad.abs().max() < 1e-6
 
 
@@ -182,7 +189,9 @@ def test_the_loss_is_the_weighted_sum_of_three(trainer):
     samples = latent_features(found)
     spread = augmented_logits(samples, method.rows, method.covariance, method.strength)
     expected = method.loss(logits, target)
-    expected = expected + 0.1 * reconstruction_loss(found, True) + 0.1 * latent_loss_of(spread)
+    expected = (
+        expected + 0.1 * reconstruction_loss(found, model.bank, True) + 0.1 * latent_loss_of(spread)
+    )
     torch.testing.assert_close(step.loss, expected)
     assert method.strength == pytest.approx(0.5 * 1 / 2) and method.samples == 8
     method.begin(0)
