@@ -139,7 +139,12 @@ class Block(NamedTuple):
     """Neighbouring columns of a tile that a label silences all, or none of them."""
 
     columns: slice
-    lowered: Tensor | None  # (L, n) bool, whether the label silences them; None: no label does
+    # (L, n) bool, whether the label silences them; None: no label does, and the block is the tile
+    lowered: Tensor | None
+
+    def of(self, tile: Tensor) -> Tensor:
+        """Return the block's columns of a tile (n, c)."""
+        return tile if self.lowered is None else tile[:, self.columns]
 
 
 def _column_blocks(rows: Rows, first: int, columns: int) -> list[Block]:
@@ -191,8 +196,8 @@ def _softmax_(
     base.scatter_add_(1, columns, torch.where(real, -torch.inf, torch.zeros_like(values)))
     log_silence = math.log(rows.silence) if rows.silence > 0 else -math.inf
     log_rests = [
-        _lowered(_softmax_of_block_(base[:, of], room[:, of]), lowered, log_silence)
-        for of, lowered in blocks
+        _lowered(_softmax_of_block_(block.of(base), block.of(room)), block.lowered, log_silence)
+        for block in blocks
     ]
     silenced_values = torch.where(by_label, values + log_silence, values)
     rests = [log_rest.expand(rows.labels.shape)[..., None] for log_rest in log_rests]
@@ -228,22 +233,22 @@ def _write_gradient(
     shares = rows.shares
     # What has no share has no say, whatever its logits: 0 * inf is not 0.
     blocks = _column_blocks(rows, first, base.shape[1])
-    for (of, _), log_rest in zip(blocks, shared.log_rests, strict=True):
+    for block, log_rest in zip(blocks, shared.log_rests, strict=True):
         factor = (shares * torch.exp(log_rest - log_sum)).masked_fill_(shares == 0, 0).sum(dim=0)
-        torch.mul(shared.softmax[:, of], factor[:, None], out=base[:, of])
+        torch.mul(block.of(shared.softmax), factor[:, None], out=block.of(base))
     _zero_rows_(base, (shares == 0).all(dim=0))
     probabilities = torch.exp(shared.silenced_values - log_sum[..., None]).masked_fill_(
         (shares == 0)[..., None], 0
     )
     if rows.smoothing is not None:
         taken = torch.zeros_like(by_label)  # by which labels from none of a slot's block
-        for of, lowered in blocks:
+        for block in blocks:
             spread = shares * rows.smoothing
-            if lowered is not None:
-                spread = spread.masked_fill(lowered, 0)
-                within = real & (columns >= of.start) & (columns < of.stop)
-                taken |= within & lowered[..., None]
-            base[:, of].sub_(spread.sum(dim=0)[:, None])
+            if block.lowered is not None:
+                spread = spread.masked_fill(block.lowered, 0)
+                start, stop = block.columns.start, block.columns.stop
+                taken |= real & (columns >= start) & (columns < stop) & block.lowered[..., None]
+            block.of(base).sub_(spread.sum(dim=0)[:, None])
         # gives back what a silenced class must not lose, and takes it from one that is heard
         probabilities = probabilities + rows.smoothing[..., None] * (by_label.int() - taken.int())
     base.scatter_add_(1, columns, (shares[..., None] * probabilities).sum(dim=0))
@@ -286,8 +291,9 @@ def _unsilenced_sum_(
     base.scatter_reduce_(1, columns, torch.where(real, infinite, -infinite), "amax")
     base.scatter_reduce_(1, columns, infinite.masked_fill(real, 0), "amin")
     heard = torch.where(real & ~by_label, values, torch.zeros_like(values)).sum(dim=2)
-    for of, lowered in blocks:
-        total = base[:, of].sum(dim=1)
+    for block in blocks:
+        total = block.of(base).sum(dim=1)
+        lowered = block.lowered
         heard = heard + (total if lowered is None else total.masked_fill(lowered, 0))
     return heard
 
