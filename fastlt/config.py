@@ -115,8 +115,9 @@ class ModelConfig(Section):
     sync_bn: bool = False
     """Take batch-norm statistics over the images of all GPUs."""
     head_weights: str = ""
-    """A RUN folder, or a safetensors file with `weight` (T or C, D) and perhaps `bias`, that the
-    head starts from, such as CLIP's text features."""
+    """What the head starts from: a RUN folder, a safetensors file with `weight` (T or C, D) and
+    perhaps `bias`, or FILE.npz or FILE.npz:KEY with `names` and vectors of the classes, such as
+    CLIP's text features, of which each class takes that of its name."""
 
 
 class DataConfig(Section):

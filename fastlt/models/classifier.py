@@ -1,5 +1,6 @@
 """A backbone and a head on top: images to logits."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -7,7 +8,13 @@ from torch import Tensor, nn
 from fastlt.config import ModelConfig
 from fastlt.models.backbones import build_backbone, feature_maps, pooled
 from fastlt.models.heads import HEADS, Head
-from fastlt.models.weights import load_backbone, start_head, weights_file
+from fastlt.models.weights import (
+    is_vectors,
+    load_backbone,
+    start_head,
+    start_head_by_name,
+    weights_file,
+)
 
 
 class Classifier(nn.Module):
@@ -44,8 +51,12 @@ class Classifier(nn.Module):
         return Classifier(self.backbone, self.head.of_targets(targets))
 
 
-def build_model(config: ModelConfig, classes: int, size: int) -> Classifier:
+def build_model(
+    config: ModelConfig, classes: int, size: int, names: Sequence[str] = ()
+) -> Classifier:
     """Return the configured model of C = `classes` for images of `size` pixels a side.
+
+    names (C,): of the classes, where the head starts from vectors of their names.
 
     Raises UserError for a name that neither fastlt nor timm knows, and for weights that do not fit.
     """
@@ -53,6 +64,8 @@ def build_model(config: ModelConfig, classes: int, size: int) -> Classifier:
     if config.weights:
         load_backbone(backbone, weights_file(config.weights))
     head = HEADS[config.head].build(config, int(backbone.num_features), classes)  # type: ignore[arg-type]
-    if config.head_weights:
+    if is_vectors(config.head_weights):
+        start_head_by_name(head, config.head_weights, names)
+    elif config.head_weights:
         start_head(head, weights_file(config.head_weights))
     return Classifier(backbone, head)

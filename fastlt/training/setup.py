@@ -23,7 +23,7 @@ from fastlt.models.classifier import Classifier, build_model
 from fastlt.models.device import choose_device, on_device
 from fastlt.models.export import find_metadata
 from fastlt.models.heads import HEADS
-from fastlt.models.weights import weights_file
+from fastlt.models.weights import is_vectors, weights_file
 from fastlt.packing.reader import Pack
 from fastlt.packing.subset import subset
 from fastlt.training.checkpoint import Writer
@@ -189,7 +189,7 @@ def build_method(
         )
     torch.manual_seed(config.train.seed)
     model = kind.build(
-        config.method, build_model(config.model, space.num_classes, config.data.size)
+        config.method, build_model(config.model, space.num_classes, config.data.size, space.names)
     )
     model = on_device(model, config, device)
     if config.model.sync_bn:
@@ -301,7 +301,7 @@ def start_stage(trainer: Trainer) -> None:
 
 def check_head_weights(config: Config, space: ClassSpace) -> None:
     """Raise UserError where the head would start from rows of other classes or another kind."""
-    if not config.model.head_weights:
+    if not config.model.head_weights or is_vectors(config.model.head_weights):
         return
     path = weights_file(config.model.head_weights)
     described = find_metadata(path)

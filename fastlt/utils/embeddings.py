@@ -24,6 +24,10 @@ class Embeddings:
         one, other = self._first(names), self._first(others)
         return None if one is None or other is None else float(one @ other)
 
+    def of(self, names: Sequence[str]) -> list[np.ndarray | None]:
+        """Return the vector (D,) of each name, None where it has none."""
+        return [self.vectors.get(normalised(name)) for name in names]
+
     def _first(self, names: Sequence[str]) -> np.ndarray | None:
         return next(
             (self.vectors[word] for word in map(normalised, names) if word in self.vectors), None

@@ -1,11 +1,15 @@
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.models.backbones import BasicBlock, CifarResNet
 from fastlt.models.classifier import build_model
 from fastlt.models.heads import CosineHead, section
+from fastlt.packing.reader import open_pack
+from fastlt.training.setup import prepare
 
 
 def test_resnet32_has_the_published_size():
@@ -128,3 +132,49 @@ def test_maps_and_their_pooling_make_the_features(name):
     assert model.pool(maps).shape == (2, width)
     if name != "test_vit":  # which takes its class token instead
         torch.testing.assert_close(model.pool(maps), model.backbone(images))
+
+
+def text_features(path, names, width=64):
+    vectors = np.random.default_rng(0).normal(size=(len(names), width)).astype(np.float32)
+    np.savez(path, names=np.array(names), text=3 * vectors)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_a_head_starts_from_the_vectors_of_its_classes_names(tmp_path, head):
+    known = ["yak", "Polar bear", "ant", "unused"]
+    unit = text_features(tmp_path / "text.npz", known)
+    for place in (tmp_path / "text.npz", f"{tmp_path / 'text.npz'}:text"):
+        config = section()(name="resnet8", head=head, head_weights=str(place))
+        model = build_model(config, 3, 32, ["polar_bear", "ant", "yak"])
+        torch.testing.assert_close(model.head.weight.detach(), torch.from_numpy(unit[[1, 2, 0]]))
+
+
+def test_vectors_that_are_missing_or_of_another_width_are_refused(tmp_path):
+    text_features(tmp_path / "text.npz", ["yak"])
+    config = section()(name="resnet8", head_weights=str(tmp_path / "text.npz"))
+    with pytest.raises(UserError, match="has no vector of 'ant' and of 1 more classes"):
+        build_model(config, 3, 32, ["yak", "ant", "bee"])
+    text_features(tmp_path / "text.npz", ["yak"], width=5)
+    with pytest.raises(UserError, match=r"a weight of shape \(1, 5\)"):
+        build_model(config, 1, 32, ["yak"])
+
+
+def test_rows_follow_the_names_of_a_pack_whose_auxiliaries_are_reordered(small_pack, tmp_path):
+    unit = text_features(tmp_path / "text.npz", ["a", "b", "c", "x", "y"])
+    vectors = {"a": (1, 0), "b": (0, 1), "c": (1, 1), "x": (0.5, 0.5), "y": (0.1, 0.9)}
+    values = np.array(list(vectors.values()), np.float32)
+    np.savez(tmp_path / "near.npz", names=list(vectors), v=values)
+    settings = [
+        f"data.pack={small_pack}",
+        "model.name=resnet8",
+        "model.head=cosine",
+        f"model.head_weights={tmp_path / 'text.npz'}",
+        f"data.similarity={tmp_path / 'near.npz'}",
+        "data.band=[0.99, 1]",
+    ]
+    config = load_config("demo", settings)
+    with prepare(config, tmp_path / "run", open_pack(small_pack)) as trainer:
+        assert trainer.space.names == ["a", "b", "c", "y"]
+        rows = torch.from_numpy(unit[[0, 1, 2, 4]])
+        torch.testing.assert_close(trainer.model.head.weight.detach().cpu(), rows)
