@@ -88,7 +88,8 @@ def distribution_error(predictions: Predictions, space: ClassSpace) -> float | N
     It is KL(p || q) / KL(p || n) of the shares of the targets in the evaluated images, p, in the
     predictions, q, and in the training images, n, each with 1e-6 for an empty one: 0 where classes
     are predicted as often as they come, 1 where as often as they were trained on. None where they
-    were trained on as often as they come, for then there is nothing to compare with.
+    were trained on about as often as they come: KL(p || n) is below 0.05 nats, and there is nothing
+    to compare with.
     """
     counts = [
         np.bincount(predictions.label, minlength=space.num_targets),
@@ -97,7 +98,7 @@ def distribution_error(predictions: Predictions, space: ClassSpace) -> float | N
     ]
     true, predicted, trained = (count / max(1, count.sum()) for count in counts)
     least = divergence(true, trained)
-    return round(divergence(true, predicted) / least, 4) if least > 1e-3 else None
+    return round(divergence(true, predicted) / least, 4) if least > 0.05 else None
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> float:
