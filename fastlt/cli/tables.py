@@ -47,13 +47,16 @@ def print_details(result: dict[str, Any]) -> None:
         markup=False,
         highlight=False,
     )
-    pdc = result.get("pdc")
+    ece, mce, pdc = (result.get(name) for name in ("ece", "mce", "pdc"))
     console.print(
-        f"calibration: ECE {figure(result['ece'])} %, MCE {figure(result.get('mce'))} %, "
-        f"PDC {'-' if pdc is None else f'{pdc:.2f}'} (0: predicts classes as often as they come; "
-        "1: as often as they were trained on)",
+        f"calibration: ECE {figure(ece)} %, MCE {figure(mce)} %, the worst of 15 bins",
         highlight=False,
     )
+    if pdc is not None:
+        console.print(
+            f"predictive distribution: PDC {pdc:.2f} (0: as classes come, 1: as trained on)",
+            highlight=False,
+        )
 
 
 def print_confusions(result: dict[str, Any], run: Path) -> None:
