@@ -587,7 +587,11 @@ def with_mask(tree: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(loss, dict) or not {"directions", "few_shot_below"} & loss.keys():
         return tree
     loss = dict(loss)
-    mask = str(loss.get("mask", "both"))
+    if "mask" in loss:
+        raise ConfigError(
+            "loss.mask takes the place of loss.directions and loss.few_shot_below: leave these out"
+        )
+    mask = "both"
     is_few, side = mask.startswith("few-shot"), mask.removeprefix("few-shot").lstrip("-") or "both"
     if "directions" in loss:
         given = loss.pop("directions")

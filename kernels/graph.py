@@ -93,11 +93,16 @@ class ClassGraph:
     @property
     def silences(self) -> bool:
         """Whether any label silences any class."""
-        return self.max_degree > 0 or self.target_blocks + self.auxiliary_blocks > 0
+        return self.max_degree > 0 or self.silences_blocks
+
+    @property
+    def silences_blocks(self) -> bool:
+        """Whether any label silences a whole block of classes."""
+        return self.target_blocks + self.auxiliary_blocks > 0
 
     def blocks_of(self, labels: Tensor) -> Tensor | None:
         """Return the blocks that labels int64 silence, of their shape; None where none does."""
-        if self.target_blocks + self.auxiliary_blocks == 0:
+        if not self.silences_blocks:
             return None
         blocks = torch.full_like(labels, self.auxiliary_blocks)
         return blocks.masked_fill_(labels < self.num_targets, self.target_blocks)

@@ -167,8 +167,6 @@ def test_a_ramp_without_a_start_is_refused():
         (["loss.directions=target_rows"], "target-rows", 100),
         (["loss.directions=aux_rows", "loss.few_shot_below=7"], "few-shot-auxiliary-rows", 7),
         (["loss.few_shot_below=20"], "few-shot", 20),
-        (["loss.mask=few-shot-target-rows", "loss.few_shot_below=0"], "target-rows", 100),
-        (["loss.mask=few-shot", "loss.directions=target_rows"], "few-shot-target-rows", 100),
     ],
 )
 def test_the_keys_that_masks_replace_still_work_with_a_warning(tmp_path, old, mask, images):
@@ -179,6 +177,13 @@ def test_the_keys_that_masks_replace_still_work_with_a_warning(tmp_path, old, ma
     recipe.write_text('[loss]\ndirections = "target_rows"\nfew_shot_below = 3\n')
     with pytest.warns(FutureWarning):
         assert load_config(str(recipe)).loss.mask == "few-shot-target-rows"
+
+
+@pytest.mark.parametrize("old", ["loss.directions=target_rows", "loss.few_shot_below=20"])
+def test_an_old_key_does_not_overrule_a_mask(old):
+    message = r"loss\.mask takes the place of loss\.directions and loss\.few_shot_below"
+    with pytest.warns(FutureWarning), pytest.raises(UserError, match=message):
+        load_config("cifar100-siblings", ["loss.mask=normal", old])
 
 
 def test_a_mask_that_does_not_exist_is_refused():

@@ -38,7 +38,8 @@ def extend_run(run: Path, images: Path, to: Path) -> list[str]:
             f"classes that it never saw: train with --method {' or '.join(able)}"
         )
     model = load_model(run)
-    folders = class_folders(images, model.classes)
+    known = ClassSpace.load(run / "classes.json").names
+    folders = class_folders(images, [*model.classes, *known])
     shown = [images_below(folder) for folder in folders]
     features = model.features([path for paths in shown for path in paths])
     labels = torch.arange(len(shown)).repeat_interleave(torch.tensor([*map(len, shown)]))
@@ -51,7 +52,10 @@ def extend_run(run: Path, images: Path, to: Path) -> list[str]:
 
 
 def class_folders(images: Path, known: list[str]) -> list[Path]:
-    """Return the class folders of a folder, by name. Raises DataError where one is a target."""
+    """Return the class folders of a folder, by name.
+
+    Raises DataError where one is of a class that the run was trained on, or holds other folders.
+    """
     if not images.is_dir():
         raise DataError(f"{images} is no folder: name one that holds a folder for each new class")
     folders = sorted(path for path in images.iterdir() if path.is_dir())
@@ -59,6 +63,11 @@ def class_folders(images: Path, known: list[str]) -> list[Path]:
         raise DataError(f"{images} holds no class folders: make one for each new class")
     if already := [folder.name for folder in folders if folder.name in known]:
         raise DataError(f"'{already[0]}' in {images} is a class of the run already: leave it out")
+    if above := [folder for folder in folders if any(path.is_dir() for path in folder.iterdir())]:
+        raise DataError(
+            f"{above[0]} holds folders, and not the images of a class: name the folder that the "
+            "folders of the classes are in"
+        )
     return folders
 
 

@@ -65,8 +65,9 @@ def routed(x: Tensor, weight: Tensor, rounds: int) -> Tensor:
     are the softmax over classes of the agreement b, which is 0 at first and v_o u_oi then, not
     added up; and v_o = squash(sum_i c_oi u_oi). Votes are never held: the sum goes before the map.
     """
-    shares = x.new_full((len(x), len(weight), x.shape[1]), 1 / len(weight))
-    capsules = x.new_zeros(len(x), len(weight), weight.shape[2])
+    # not len(x), by which an exported model would be of one batch size
+    shares = x.new_full((x.shape[0], len(weight), x.shape[1]), 1 / len(weight))
+    capsules = x.new_zeros(x.shape[0], len(weight), weight.shape[2])
     for number in range(rounds):
         if number:
             agreement = torch.einsum("odq,noq->nod", weight, capsules) @ x.transpose(1, 2)
@@ -153,8 +154,8 @@ class Method(Base):
 
         name: str = "attentive"
         """attentive."""
-        classifier: Literal["routing", "linear", "tau-norm", "ncm", "lws"] = "routing"
-        """What predicts in the end."""
+        classifier: Literal["routing", "crt", "tau-norm", "ncm", "lws"] = "routing"
+        """What predicts in the end; crt is a new linear head."""
         start: str = ""
         """A finished RUN whose model is taken in place of a first stage."""
         epochs: Several = 10
@@ -238,7 +239,7 @@ class Method(Base):
         if not self.is_second:
             return
         head: Any = self.model.head
-        if self.config.classifier == "linear":
+        if self.config.classifier == "crt":
             nn.init.kaiming_normal_(head.weight)
             head.bias.zero_()
         if self.config.classifier == "ncm":

@@ -49,7 +49,7 @@ class DropClassifier(Classifier):
 
 def importance_of(rows: Tensor, dropped: Tensor | None = None) -> Tensor:
     """Return the mean over classes of ReLU(rows), (D,) of (C, D), without one class ()."""
-    kept = F.relu(rows.float())
+    kept = F.relu(rows.to(torch.promote_types(rows.dtype, torch.float32)))
     if dropped is None:
         return kept.mean(dim=0)
     return (kept.sum(dim=0) - kept[dropped]) / max(1, len(rows) - 1)

@@ -87,7 +87,7 @@ class Method(Base):
         graph_epochs: Several = 20
         """Epochs of the stage that trains the graph."""
         folds: Several = 5
-        """Parts of the classes, each of which is hidden once in a step."""
+        """Parts of the classes, each of which is hidden once in a step; at most one a class."""
         layers: Several = 4
         """Graph convolutions."""
         keep_edges: Share = 0.5
@@ -106,6 +106,7 @@ class Method(Base):
             raise UserError("method.name=fate needs rows of a linear head: set model.head=linear")
         classes, width = self.model.head.weight.shape
         config = self.config
+        self.folds = min(config.folds, classes)
         self.graph = RowGraph(width + 1, config.layers)
         self.register_buffer("values", torch.zeros(classes, config.shots, width + 1))
         self.register_buffer("weight", torch.zeros(classes, config.shots))
@@ -177,9 +178,9 @@ class Method(Base):
         rows, nodes, features = self.rows(), self.nodes(), with_one(images)
         order = torch.rand(len(rows), device=rows.device).argsort()
         losses = []
-        for fold in range(self.config.folds):
+        for fold in range(self.folds):
             kept = torch.rand(nodes.linked.shape, device=rows.device) < self.config.keep_edges
-            hidden = order % self.config.folds == fold
+            hidden = order % self.folds == fold
             mixed = self.predicted(rows, hidden, kept.float(), nodes)
             losses.append(self.loss(features @ mixed.T, target))
         return self.scored(torch.stack(losses).mean(), features @ rows.T, target)
@@ -192,8 +193,8 @@ class Method(Base):
         rows, nodes = self.rows(), self.nodes()
         order, every = torch.arange(len(rows), device=rows.device), torch.ones_like(nodes.linked)
         predicted = rows
-        for fold in range(self.config.folds):
-            hidden = order % self.config.folds == fold
+        for fold in range(self.folds):
+            hidden = order % self.folds == fold
             found = self.predicted(rows, hidden, every.float(), nodes)
             predicted = torch.where(hidden[:, None], found, predicted)
         stored = torch.tensor(self.task.space.train_counts, device=rows.device)

@@ -113,6 +113,8 @@ class Method(Base):
     usage: Tensor  # (N,), sums of shares in this epoch
     epoch: Tensor  # (), that epoch
     strength: Tensor  # (), of the augmentation
+    rebuilt: Tensor  # (), sum of the reconstruction losses of this epoch's batches
+    batches: Tensor  # (), that they are of
 
     class Config(MethodConfig):
         """The numbers of latent categories; the strength is ISDA's, the others are ours."""
@@ -121,9 +123,9 @@ class Method(Base):
         """lcreg."""
         latents: Several = 64
         """Latent features in the bank; 256 for data sets of many more than 100 classes."""
-        reconstruction: NotNegative = 0.1
+        reconstruction_weight: NotNegative = 0.1
         """Weight of the reconstruction in the loss."""
-        latent: NotNegative = 0.1
+        latent_weight: NotNegative = 0.1
         """Weight of the latents' classification in the loss."""
         strength: NotNegative = 0.5
         """Strength of the semantic augmentation in the last epoch."""
@@ -154,6 +156,8 @@ class Method(Base):
             ("samples", ()),
             ("usage", (count,)),
             ("strength", ()),
+            ("rebuilt", ()),
+            ("batches", ()),
         ):
             self.register_buffer(name, torch.zeros(shape))
         self.register_buffer("epoch", torch.full((), -1))
@@ -162,7 +166,8 @@ class Method(Base):
         """Set the strength of the augmentation, and count the latents' usage anew."""
         self.strength.fill_(self.config.strength * epoch / self.task.epochs)
         if int(self.epoch) != epoch:  # not where a run goes on amid an epoch
-            self.usage.zero_()
+            for sums in (self.usage, self.rebuilt, self.batches):
+                sums.zero_()
             self.epoch.fill_(epoch)
         return super().begin(epoch)
 
@@ -179,9 +184,10 @@ class Method(Base):
         with torch.autocast(images.device.type, enabled=False):
             rebuilt = reconstruction_loss(found, model.bank, self.config.detach)
             latent = self.latent_loss(latent_features(found))
-        self.count(found.shares)
+        self.count(found.shares, rebuilt)
         loss = self.loss(logits, target, target_b, mix)
-        loss = loss + self.config.reconstruction * rebuilt + self.config.latent * latent
+        loss = loss + self.config.reconstruction_weight * rebuilt
+        loss = loss + self.config.latent_weight * latent
         return self.scored(loss, logits, target, target_b, mix)
 
     def latent_loss(self, samples: Tensor) -> Tensor:
@@ -207,11 +213,19 @@ class Method(Base):
         self.means += weight * shift
 
     @torch.no_grad()
-    def count(self, shares: Tensor) -> None:
-        """Add the shares (B, P, N) of a batch to the latents' usage."""
+    def count(self, shares: Tensor, rebuilt: Tensor) -> None:
+        """Add the shares (B, P, N) of a batch and its reconstruction loss () to the epoch's."""
         self.usage += shares.float().mean(dim=1).sum(dim=0)
+        self.rebuilt += rebuilt
+        self.batches += 1
 
     def metrics(self) -> dict[str, float]:
-        """Return the entropy in nats of the latents' mean usage in this epoch."""
+        """Return the epoch's mean reconstruction loss, and the entropy of the latents' usage.
+
+        The entropy, of the mean usage, is in nats.
+        """
         share = self.usage / self.usage.sum().clamp(min=1e-12)
-        return {"latent_entropy": float(torch.special.entr(share).sum())}
+        return {
+            "latent_entropy": float(torch.special.entr(share).sum()),
+            "reconstruction": float(self.rebuilt / self.batches.clamp(min=1)),
+        }

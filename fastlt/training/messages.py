@@ -23,11 +23,11 @@ def report_setup(trainer: Trainer, console: Console) -> None:
     auxiliary_images = int(plan.drawn_counts[space.num_targets :].sum())
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     optimiser = f"{config.optim.name}, {config.schedule.name} schedule"
-    silenced = (
-        "nothing"
-        if graph is None
-        else f"{graph.num_pairs:,} pairs ({config.loss.mask}), lambda_s = {config.loss.silence:g}"
-    )
+    silenced = "nothing"
+    if graph is not None:
+        blocks = " and whole blocks of classes" if graph.silences_blocks else ""
+        silenced = f"{graph.num_pairs:,} pairs{blocks} ({config.loss.mask}), lambda_s = "
+        silenced += f"{config.loss.silence:g}"
     drawn, merged = trainer.pack.drawn or space, ", merged" if trainer.pack.drawn else ""
     several = f"{trainer.ranks.world} processes on " if trainer.ranks.world > 1 else ""
     lines = {

@@ -95,7 +95,12 @@ def test_the_command_says_what_it_added(run, folders, tmp_path):
             "holds no class folders",
         ),
         (lambda images: (images / "new").rename(images / "a"), "'a' in .* is a class of the run"),
+        (lambda images: (images / "new").rename(images / "x"), "'x' in .* is a class of the run"),
         (lambda images: (images / "empty").mkdir(), "empty holds no images"),
+        (
+            lambda images: (images / "new" / "within").mkdir(),
+            "new holds folders, and not the images of a class",
+        ),
     ],
 )
 def test_folders_that_give_no_new_class_are_refused(run, folders, tmp_path, change, message):

@@ -19,10 +19,10 @@ from fastlt.methods.attentive import (
     squash,
 )
 from fastlt.models.classifier import build_model
-from fastlt.models.export import load_exported
+from fastlt.models.export import export_onnx, load_exported
 from fastlt.training.loop import train
 
-CLASSIFIERS = ("routing", "linear", "tau-norm", "ncm", "lws")
+CLASSIFIERS = ("routing", "crt", "tau-norm", "ncm", "lws")
 
 
 @pytest.fixture(params=range(3))
@@ -119,7 +119,7 @@ def test_every_classifier_trains_evaluates_and_is_exported(small_pack, tmp_path,
     assert evaluate_run(run)["per_class"] == train(config, run, QUIET)["per_class"]
 
 
-@pytest.mark.parametrize("kind", ["routing", "linear", "ncm", "lws"])
+@pytest.mark.parametrize("kind", ["routing", "crt", "ncm", "lws"])
 def test_a_finished_run_takes_the_place_of_the_first_stage(small_pack, tmp_path, kind):
     start = trained(small_pack, tmp_path / "start", "plain")
     settings = [f"method.classifier={kind}", "method.epochs=1", f"method.start={start}"]
@@ -143,7 +143,7 @@ def in_second_stage(trainer, features=None):
 
 
 def test_a_linear_second_stage_is_crt_exactly(small_pack, tmp_path):
-    settings = ["method.classifier=linear", "loss.name=ce"]
+    settings = ["method.classifier=crt", "loss.name=ce"]
     with prepared(small_pack, tmp_path / "run", "attentive", *settings) as trainer:
         before = trainer.model.head.weight.clone()
         images, target = batch_of(trainer)
@@ -254,3 +254,45 @@ def test_a_run_of_another_backbone_is_no_start(small_pack, tmp_path):
         prepared(small_pack, tmp_path / "run", "attentive", f"method.start={other}"),
     ):
         pass
+
+
+@pytest.mark.parametrize("kind", ["routing", "ncm"])
+def test_the_exported_model_takes_any_batch(small_pack, tmp_path, kind):
+    run = trained(
+        small_pack, tmp_path / "run", "attentive", "train.epochs=1", f"method.classifier={kind}"
+    )
+    assert export_onnx(run / "model.safetensors", tmp_path / "model.onnx") < 1e-3
+
+
+def test_few_shot_recall_rises_in_the_second_stage():
+    """Overlapping classes with 200 and 5 images: a linear head of all images, and then routing.
+
+    The head is trained by cross entropy on images as they come, the capsules on as many of each.
+    """
+    torch.manual_seed(0)
+    counts, width = torch.tensor([200, 200, 5, 5]), 6
+    labels, tested = (torch.arange(4).repeat_interleave(n) for n in (counts, torch.tensor(50)))
+    centres = 0.6 * torch.randn(4, width)
+    x, unseen = (centres[y][:, None] + torch.randn(len(y), 9, width) for y in (labels, tested))
+
+    def least(loss_of, parameters):
+        search = torch.optim.Adam(parameters, lr=0.03)
+        for _ in range(200):
+            search.zero_grad()
+            loss_of().backward()
+            search.step()
+
+    head = torch.nn.Linear(width, 4)
+    least(lambda: F.cross_entropy(head(x.mean(1)), labels), list(head.parameters()))
+    weight = torch.randn(4, width, 4).mul_(0.3).requires_grad_()
+    balance = (1 / counts[labels]) / 4
+
+    def scores(positions):
+        return routed(positions, weight, 3).norm(dim=2)
+
+    least(lambda: (balance * margin_loss(scores(x), labels)).sum(), [weight])
+    rare = tested >= 2
+    with torch.no_grad():
+        found = [head(unseen.mean(1)), scores(unseen)]
+    first, second = ((z.argmax(1) == tested)[rare].float().mean() for z in found)
+    assert second > first + 0.1

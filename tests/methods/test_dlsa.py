@@ -112,11 +112,12 @@ def test_likelihood_and_posterior_are_of_a_mixture():
 
 
 def test_evenness_is_lost_between_0_and_log_k():
-    assert unevenness(torch.full((8,), 1 / 8, dtype=torch.float64)).abs() < 1e-5
+    even = torch.full((8,), 1 / 8, dtype=torch.float64)
     one = F.one_hot(torch.tensor(2), 8).double()
-    torch.testing.assert_close(
-        unevenness(one), torch.tensor(math.log(8), dtype=torch.float64), rtol=1e-5, atol=1e-5
-    )
+    for p in (even, one, torch.rand(8, dtype=torch.float64).softmax(0)):
+        shifted = p + 1e-7  # which each share has added
+        torch.testing.assert_close(unevenness(p), math.log(8) + (shifted * shifted.log()).sum())
+    assert unevenness(even).abs() < 2e-6 and (unevenness(one) - math.log(8)).abs() < 2e-5
 
 
 def test_rare_classes_count_by_the_power_of_their_inverse_count():

@@ -28,7 +28,7 @@ def trainer(small_pack, tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 def test_importance_is_the_mean_of_positive_weights_of_kept_classes(seed):
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(7, 5, generator=generator)
+    rows = torch.randn(7, 5, generator=generator, dtype=torch.float64)
     for dropped in range(7):
         kept = [rows[c].clamp(min=0) for c in range(7) if c != dropped]
         got = importance_of(rows, torch.tensor(dropped))
@@ -179,6 +179,7 @@ def test_dropped_classes_lose_their_probability(small_pack, tmp_path):
     suppressed = probability_of_the_dropped(small_pack, tmp_path / "a")
     free = probability_of_the_dropped(small_pack, tmp_path / "b", "method.suppression=0")
     assert suppressed < 0.8 * free
+    assert suppressed < 0.75 / 5  # of 5 classes
 
 
 @pytest.mark.parametrize(

@@ -267,3 +267,8 @@ def test_only_the_graph_is_trained_in_its_stage_and_only_a_linear_head_will_do()
     with pytest.raises(UserError, match=r"fate needs rows of a linear head"):
         Method(config.method, Classifier(model.backbone, CosineHead(64, 3, 9.0)), method.task)
     assert method_type("fate") is Method
+
+
+def test_there_are_at_most_as_many_folds_as_classes():
+    method, _ = method_of([4, 4, 4], "method.folds=1000")
+    assert method.folds == len(method.rows())

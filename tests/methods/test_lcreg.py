@@ -162,7 +162,7 @@ def test_many_features_have_a_diagonal_covariance(trainer, monkeypatch):
 
 
 def test_switched_off_it_is_the_configured_loss_to_the_bit(small_pack, tmp_path):
-    off = ["method.reconstruction=0", "method.latent=0", "method.sees_latents=false"]
+    off = ["method.reconstruction_weight=0", "method.latent_weight=0", "method.sees_latents=false"]
     with (
         prepared(small_pack, tmp_path / "a", "lcreg", *off) as ours,
         prepared(small_pack, tmp_path / "b", "plain") as plain,
@@ -174,10 +174,13 @@ def test_switched_off_it_is_the_configured_loss_to_the_bit(small_pack, tmp_path)
         assert torch.equal(*losses)
         for loss in losses:
             loss.backward()
-        for one, other in zip(
-            ours.model.backbone.parameters(), plain.model.backbone.parameters(), strict=True
-        ):
-            assert torch.equal(one.grad, other.grad)
+        for part in ("backbone", "head"):
+            pairs = zip(
+                getattr(ours.model, part).parameters(),
+                getattr(plain.model, part).parameters(),
+                strict=True,
+            )
+            assert all(torch.equal(one.grad, other.grad) for one, other in pairs)
 
 
 def test_the_loss_is_the_weighted_sum_of_three(trainer):
@@ -218,14 +221,16 @@ def test_the_entropy_of_usage_is_that_of_the_epoch(trainer):
     method = trainer.method
     method.begin(0)
     first, second = (torch.rand(3, 4, 6).softmax(dim=2) for _ in range(2))
-    method.count(first)
+    method.count(first, torch.tensor(3.0))
     method.begin(0)  # as a run that goes on amid the epoch
-    method.count(second)
+    method.count(second, torch.tensor(5.0))
     share = torch.cat([first, second]).mean(dim=(0, 1))
     expected = float(-(share * share.log()).sum())
-    assert method.metrics()["latent_entropy"] == pytest.approx(expected, rel=1e-5)
+    found = method.metrics()
+    assert found["latent_entropy"] == pytest.approx(expected, rel=1e-5)
+    assert found["reconstruction"] == 4
     method.begin(1)
-    assert method.metrics()["latent_entropy"] == 0
+    assert method.metrics() == {"latent_entropy": 0, "reconstruction": 0}
 
 
 def test_the_model_predicts_with_the_rows_of_targets(trainer):
@@ -242,8 +247,10 @@ def test_another_head_is_refused(small_pack):
 
 
 def test_a_training_learns_to_rebuild_without_collapse(small_pack, tmp_path):
-    settings = ["train.epochs=6", "method.latents=8", "augment.mixup=0.4", "method.detach=true"]
-    run = trained(small_pack, tmp_path / "run", "lcreg", *settings, "method.reconstruction=1")
+    settings = ["train.epochs=6", "method.latents=8", "augment.mixup=0.4"]
+    run = trained(
+        small_pack, tmp_path / "run", "lcreg", *settings, "method.reconstruction_weight=1"
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(line["latent_entropy"] > 0.3 * math.log(8) for line in lines)
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["reconstruction"] < 0.7 * lines[0]["reconstruction"]
