@@ -1,6 +1,7 @@
 """Exported models: targets only. The auxiliary rows of the classifier are physically gone."""
 
 import json
+import warnings
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -16,9 +17,9 @@ from fastlt.models.heads import section
 from fastlt.models.weights import copies, load_weights, write_tensors
 from fastlt.utils.files import whole_file
 
-# of logits between torch and onnxruntime, relative to their largest magnitude
 # `module:function` that gives a model the architecture of its method; by name, as it stands above.
 METHODS = "fastlt.methods:built"
+# of logits between torch and onnxruntime, relative to their largest magnitude
 MAX_DIFFERENCE = 1e-3
 
 
@@ -127,7 +128,12 @@ def export_onnx(source: Path, path: Path) -> float:
         )
         with torch.inference_mode():
             expected = whole(pixels)
-        got = torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
+        try:
+            got = torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
+        except Exception as error:  # onnxruntime's are of many types, and below Exception alone
+            raise UserError(
+                f"onnxruntime does not run the ONNX model, so it was not kept: {error}"
+            ) from error
         difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
         if difference > MAX_DIFFERENCE or not torch.equal(got.argmax(1), expected.argmax(1)):
             raise UserError(
@@ -140,15 +146,17 @@ def export_onnx(source: Path, path: Path) -> float:
 def write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     """Write a model to ONNX with a free batch size."""
     batch = torch.export.Dim("batch", min=1)
-    program = torch.onnx.export(
-        model,
-        (example,),
-        input_names=["pixels"],
-        output_names=["logits"],
-        dynamic_shapes={"pixels": {0: batch}},
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():  # of torch about itself
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.onnx.export(
+            model,
+            (example,),
+            input_names=["pixels"],
+            output_names=["logits"],
+            dynamic_shapes={"pixels": {0: batch}},
+            dynamo=True,
+            verbose=False,
+        )
     if program is None:
         raise UserError("torch could not export this model to ONNX")
     program.save(str(path), include_initializers=True, external_data=False)
