@@ -26,19 +26,26 @@ class RoutingHead(Head):
     limits_rows = False
 
     def __init__(
-        self, classes: int, width: int, size: int, rounds: int, scale: float, dropout: float
+        self,
+        classes: int,
+        width: int,
+        size: int,
+        rounds: int,
+        scale: float,
+        dropout: float,
+        unit: bool,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(classes, width, size))
         self.bias = None
-        self.options = (size, rounds, scale, dropout)
+        self.options = (size, rounds, scale, dropout, unit)
         for row in self.weight:
             nn.init.xavier_uniform_(row)
 
     @classmethod
     def build(cls, config: Any, features: int, classes: int) -> "RoutingHead":
         """Return a new head; see `Head.build`."""
-        options = (config.size, config.rounds, config.scale, config.dropout)
+        options = (config.size, config.rounds, config.scale, config.dropout, config.unit_length)
         return cls(classes, features, *options)
 
     def forward(self, positions: Tensor) -> Tensor:
@@ -47,9 +54,10 @@ class RoutingHead(Head):
 
     def scores(self, positions: Tensor) -> Tensor:
         """Return the lengths (N, C) of the classes' capsules, from 0 to 1."""
-        _, rounds, _, dropout = self.options
+        _, rounds, _, dropout, unit = self.options
         with torch.autocast(positions.device.type, enabled=False):
-            x = F.dropout(positions.float(), dropout, self.training)
+            x = F.normalize(positions.float(), dim=2) if unit else positions.float()
+            x = F.dropout(x, dropout, self.training)
             return routed(x, self.weight, rounds).norm(dim=2)
 
     def of_targets(self, targets: int) -> "RoutingHead":
@@ -141,10 +149,11 @@ class Method(Base):
 
     The paper's: representations by instance-balanced sampling serve all classes, the classifier
     alone is to be adjusted, and it assigns soft weights. Its own formula could not be read: the
-    routing is that of its authors' capsule classifier, on positions of the feature map. The second
-    stage, class-balanced with a frozen backbone, and its controls are those of Kang et al. 2020,
-    arXiv 1910.09217: `linear` (cRT), `tau-norm`, `ncm` (nearest class mean, by cosine) and `lws`
-    (a factor per class).
+    routing is that of its authors' capsule classifier, on positions of the feature map. Ours: these
+    are of length 1, and the configured loss takes the place of margins. The second stage,
+    class-balanced with a frozen backbone, and its controls are those of Kang et al. 2020, arXiv
+    1910.09217: `crt` (a new linear head), `tau-norm`, `ncm` (nearest class mean, by cosine) and
+    `lws` (a factor per class).
     """
 
     PAPER = "Yu et al. 2020, arXiv 2009.07022"
@@ -166,8 +175,12 @@ class Method(Base):
         """Rounds of routing."""
         dropout: BelowOne = 0.3
         """Dropout of the positions that are routed."""
-        loss: Literal["margin", "configured"] = "margin"
-        """Loss of the routing: of margins, or the configured one on scaled scores."""
+        unit_length: bool = True
+        """Whether positions are of length 1 as they are routed: longer ones agree with one class
+        alone after two rounds, and do not train at the rates of other heads."""
+        loss: Literal["margin", "configured"] = "configured"
+        """Loss of the routing: the configured one on scaled scores, or DeepKE's, of margins, which
+        wants `unit_length` off and a tenth of the rate."""
         scale: Positive = 16.0
         """Factor on scores, and on cosines at their start."""
         tau: NotNegative = 1.0

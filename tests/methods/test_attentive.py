@@ -169,9 +169,10 @@ def test_the_first_stage_is_the_configured_loss_of_a_linear_head(small_pack, tmp
             torch.testing.assert_close(method(images, target).loss, expected)
 
 
+@pytest.mark.parametrize("unit", [True, False])
 @pytest.mark.parametrize("loss", ["margin", "configured"])
-def test_the_second_stage_routes_by_its_loss(small_pack, tmp_path, loss):
-    settings = [f"method.loss={loss}", "method.dropout=0"]
+def test_the_second_stage_routes_by_its_loss(small_pack, tmp_path, loss, unit):
+    settings = [f"method.loss={loss}", "method.dropout=0", f"method.unit_length={unit}".lower()]
     with prepared(small_pack, tmp_path / "run", "attentive", *settings) as trainer:
         images, target = batch_of(trainer)
         method = in_second_stage(trainer)
@@ -179,6 +180,8 @@ def test_the_second_stage_routes_by_its_loss(small_pack, tmp_path, loss):
         assert isinstance(model, RoutingClassifier)
         maps = model.maps(images)
         positions = torch.stack([m.flatten(1).T for m in maps])
+        if unit:
+            positions = positions / positions.norm(dim=2, keepdim=True)
         scores = routed(positions, model.head.weight, 5).norm(dim=2)
         torch.testing.assert_close(model(images), 16 * scores)
         expected = (
