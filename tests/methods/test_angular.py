@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastlt.config import ModelConfig, load_config
 from fastlt.errors import UserError
-from fastlt.evaluation.posthoc import Features, apply
+from fastlt.evaluation.posthoc import METHODS, Features, apply
 from fastlt.methods import method_settings
 from fastlt.methods.angular import AngularHead, Method, of_angle
 from fastlt.models.classifier import Classifier, build_model
@@ -132,7 +132,7 @@ def test_post_hoc_raises_the_recall_of_rare_classes():
     model = Classifier(nn.Identity(), head)
     recall = {}
     for name in (None, "angular"):
-        found = apply(name, 16.0, model, tested, torch.zeros(10))
+        found = apply(METHODS.get(name), 16.0, model, tested, torch.zeros(10))
         rare = true.numpy() >= 7
         recall[name] = (found.predicted == found.label)[rare].mean()
     assert recall["angular"] > recall[None] + 0.05
