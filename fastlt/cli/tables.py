@@ -40,7 +40,7 @@ def print_result(result: dict[str, Any], name: str) -> None:
 
 
 def print_details(result: dict[str, Any]) -> None:
-    """Print the worst class, calibration, and where known the most frequent confusions."""
+    """Print the worst class, calibration, and where known how predictions are spread."""
     worst = result["worst_class"]
     console.print(
         f"worst class: {worst['name']}, {figure(worst['accuracy'])} %",

@@ -94,6 +94,7 @@ def _second_stage(epochs: int, start: str) -> Settings:
         "schedule.name": "cosine",
         "schedule.warmup_epochs": 0,
         "schedule.head_only_epochs": epochs,
+        "schedule.head_only_lr": 1.0,
         "augment.mixup": 0.0,
         "augment.cutmix": 0.0,
         "loss.label_smoothing": 0.0,
