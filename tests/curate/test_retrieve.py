@@ -753,11 +753,11 @@ def test_a_killed_retrieval_goes_on_and_nothing_is_lost_or_fetched_twice(web: We
 
 
 def slow_command(web, tmp_path, images=60, gate=None):
-    """gate: an event that answers wait for, once twenty were given."""
+    """gate: an event that answers wait for, once ten were given."""
 
     def slowly(handler, times):
         time.sleep(0.02)
-        if gate is not None and sum(web.asked.values()) > 20:
+        if gate is not None and sum(web.asked.values()) > 10:
             gate.wait(60)
         handler.answer(200, picture(int(handler.path[1:-4])))
 
@@ -795,8 +795,8 @@ def test_what_was_fetched_when_it_was_stopped_is_kept(web: Web, tmp_path, number
     with pytest.raises(UserError, match="another step is at work in"):
         retrieved(tmp_path, sources=["urls"], urls=f"{tmp_path}/urls.csv")
     process.send_signal(number)
-    gate.set()
     said, _ = process.communicate(timeout=60)
+    gate.set()
     kept = rows(tmp_path)
     assert process.returncode == 0 and f"stopped: {len(kept)} images are in" in " ".join(
         said.split()

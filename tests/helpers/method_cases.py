@@ -26,11 +26,11 @@ SMALL = [
 ]
 
 
-def config_of(pack: Path, method: str, *settings: str) -> Config:
+def config_of(pack: Path, method: str, *settings: str, start: str | None = None) -> Config:
     """Return the configuration of a method on a pack of images of 16 pixels."""
     place = f"data.pack={json.dumps(str(pack))}"
     chosen = [*SMALL, place, *settings]
-    return load_config("cifar100-siblings", chosen, method_settings(method, None))
+    return load_config("cifar100-siblings", chosen, method_settings(method, start))
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from fastlt.methods.attentive import (
 )
 from fastlt.models.classifier import build_model
 from fastlt.models.export import export_onnx, load_exported
-from fastlt.training.loop import train
+from fastlt.training.loop import open_packs, train
+from fastlt.training.setup import prepare
 
 CLASSIFIERS = ("routing", "crt", "tau-norm", "ncm", "lws")
 
@@ -155,6 +156,27 @@ def test_a_linear_second_stage_is_crt_exactly(small_pack, tmp_path):
         second = trainer.stages[1]
         assert second.trained == ("model.head.",)
         assert second.settings["data.target_sampling"] == "class-balanced"
+
+
+def test_its_crt_takes_the_step_of_the_preset(small_pack, tmp_path):
+    """Two implementations of one paper: from one start and head, loss and gradient are the same."""
+    settings = ["data.auxiliary=false", "loss.name=ce", "loss.label_smoothing=0"]
+    start = trained(small_pack, tmp_path / "start", "plain", *settings)
+    ours = [*settings, "method.classifier=crt", f"method.start={start}"]
+    with prepared(small_pack, tmp_path / "a", "attentive", *ours) as trainer:
+        images, target = batch_of(trainer)
+        method, head = in_second_stage(trainer), trainer.model.head
+        loss = method(images, target).loss
+        gradient = torch.autograd.grad(loss, list(head.parameters()))
+        sampling = trainer.stages[0].settings["data.target_sampling"]
+    config = config_of(small_pack, "crt", start=str(start))
+    with prepare(config, tmp_path / "b", open_packs(config.data)) as trainer:
+        assert trainer.config.data.target_sampling == sampling
+        trainer.model.eval().head.load_state_dict(head.state_dict())
+        other = trainer.method(images, target).loss
+        torch.testing.assert_close(other, loss)
+        rows = list(trainer.model.head.parameters())
+        torch.testing.assert_close(torch.autograd.grad(other, rows), gradient)
 
 
 def test_the_first_stage_is_the_configured_loss_of_a_linear_head(small_pack, tmp_path):

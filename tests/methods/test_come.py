@@ -517,13 +517,12 @@ def test_a_class_without_images_goes_without_prior():
 
 
 def test_the_gated_sum_is_no_worse_than_the_mean_expert():
-    gains = []
     for seed in range(3):
         method = toy_method(seed)
         centres = torch.randn(5, 6) * 1.2
         label = torch.repeat_interleave(torch.arange(5), method.task.counts)
         optimiser = torch.optim.SGD(method.parameters(), 0.05, momentum=0.9)
-        for _ in range(60):
+        for _ in range(200):
             chosen = torch.randint(len(label), (32,))
             x = centres[label[chosen]] + torch.randn(32, 6)
             optimiser.zero_grad()
@@ -536,8 +535,7 @@ def test_the_gated_sum_is_no_worse_than_the_mean_expert():
         gated = (method.model.head(features).argmax(1) == tested).float().mean()
         experts = [(each[:, k].argmax(1) == tested).float().mean() for k in range(3)]
         assert gated > 0.5
-        gains.append(float(gated - sum(experts) / 3))
-    assert sum(gains) / 3 >= 0
+        assert gated >= sum(experts) / 3
 
 
 # --- a run

@@ -180,6 +180,25 @@ def test_the_loss_is_that_of_mixed_rows_over_all_folds():
     assert method.model.head.weight.grad is None
 
 
+def test_the_graph_stands_still_until_the_last_fold():
+    method, data, features = started([8] * 6, "method.folds=3")
+    seen, graph = [], method.graph.forward
+
+    def noting(*given):
+        seen.append([parameter.detach().clone() for parameter in method.graph.parameters()])
+        return graph(*given)
+
+    method.graph.forward = noting
+    optimiser = torch.optim.SGD(method.graph.parameters(), 1.0)
+    method(features, data.labels).loss.backward()
+    optimiser.step()
+    method(features, data.labels)
+    first, second = seen[:3], seen[3:]
+    for step in (first, second):
+        assert all(torch.equal(a, b) for fold in step for a, b in zip(fold, step[0], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+
+
 def test_dropped_edges_are_as_many_as_asked():
     method, data, features = started([8] * 6, "method.keep_edges=0.3", "method.folds=40")
     kept = []
