@@ -105,7 +105,11 @@ class ModelConfig(Section):
     pretrained: bool = False
     """Start from timm's weights for the name, unless `weights` names others."""
     weights: str = ""
-    """A RUN folder, or a local safetensors file, with the weights that the backbone starts from."""
+    """A RUN or exported folder, or a local file, .safetensors, .pth or .bin, with the weights that
+    the backbone starts from; size, mean and deviation of images follow them, unless set."""
+    adapt: Annotated[str, Field(pattern=r"^(full|head|last:[1-9][0-9]*)$")] = "full"
+    """What of the model is trained: full; head alone; last:K, the head and the K topmost layers of
+    the backbone."""
     drop_path: Share = 0.0
     """Stochastic depth: the share of residual branches that are dropped, for timm backbones."""
     checkpoint_activations: bool = False
@@ -255,6 +259,8 @@ class OptimConfig(Section):
     """Betas of AdamW."""
     weight_decay: NotNegative = 2e-4
     """Weight decay: of all parameters with SGD, of matrices alone with AdamW."""
+    backbone_lr: Positive = 1.0
+    """Factor on the learning rate of the backbone; the head keeps `lr`."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate per layer below the head, for timm backbones."""
     clip: NotNegative = 0.0

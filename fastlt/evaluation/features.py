@@ -22,7 +22,7 @@ from fastlt.evaluation.forward import output_of
 from fastlt.models.classifier import build_model
 from fastlt.models.device import best_precision, find_device
 from fastlt.models.export import find_metadata, load_exported
-from fastlt.models.weights import weights_file
+from fastlt.models.weight_files import weights_file
 from fastlt.packing.reader import Split
 from fastlt.utils.files import sha256_of
 

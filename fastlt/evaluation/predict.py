@@ -30,7 +30,7 @@ from fastlt.evaluation.forward import output_of
 from fastlt.models.classifier import Classifier
 from fastlt.models.device import PRECISIONS, best_precision, find_device
 from fastlt.models.export import load_exported, read_metadata
-from fastlt.models.weights import weights_file
+from fastlt.models.weight_files import weights_file
 from fastlt.utils.pool import cores
 
 # A path, an image of Pillow, or an array (H, W, 3) uint8.

@@ -12,7 +12,7 @@ from fastlt.losses import Step
 from fastlt.methods.method import OWN_SCHEDULE, Base, Stage, StageData
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import Head, LinearHead, with_values
-from fastlt.models.weights import load_backbone
+from fastlt.models.pretrained import load_backbone
 
 BEFORE = ("routing", "ncm")  # whose head is no linear one, so the first stage has one of its own
 

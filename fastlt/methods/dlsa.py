@@ -14,7 +14,8 @@ from fastlt.methods.method import OWN_SCHEDULE, Base, Stage, StageData
 from fastlt.models.classifier import Classifier
 from fastlt.models.flows import Flow
 from fastlt.models.heads import Head, LinearHead
-from fastlt.models.weights import load_backbone, start_head
+from fastlt.models.pretrained import load_backbone
+from fastlt.models.weights import start_head
 
 NEVER = torch.finfo(torch.float32).max  # a threshold; of infinities an average would be NaN
 AT_ONCE = 8192  # features that a flow is given together

@@ -18,7 +18,7 @@ from fastlt.errors import UserError
 from fastlt.losses import Step, Task, build_loss
 from fastlt.models.classifier import Classifier
 from fastlt.models.export import load_exported
-from fastlt.models.weights import weights_file
+from fastlt.models.weight_files import weights_file
 from fastlt_kernels import LossOutput
 
 # What a later stage sets of the schedule, so that it begins as a training of its own does.

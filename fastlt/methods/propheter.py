@@ -16,7 +16,8 @@ from fastlt.losses import Step, Task
 from fastlt.methods.method import Base, Stage, StageData
 from fastlt.models.backbones import CifarResNet
 from fastlt.models.export import read_metadata
-from fastlt.models.weights import read_tensors, weights_file
+from fastlt.models.weight_files import weights_file
+from fastlt.models.weights import read_tensors
 from fastlt.utils.run_files import checkpoints
 
 

@@ -111,16 +111,7 @@ def cifar_backbone(config: ModelConfig) -> nn.Module | None:
 
 def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
     """A timm model without its classifier: (N, 3, size, size) to (N, D) pooled features."""
-    from fastlt.utils import torchvision_shim
-
-    torchvision_shim.make_importable()
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingExtra(
-            f"model {config.name} comes from timm, which is not installed: pip install "
-            "'fastlt[timm]'"
-        ) from error
+    timm = import_timm(config.name)
     if not timm.is_model(config.name):
         near = did_you_mean(config.name, timm.list_models())
         raise UserError(f"neither fastlt nor timm has a model '{config.name}'{near}")
@@ -144,6 +135,20 @@ def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
             f"there are no pretrained weights of {config.name} to be had: give a file with "
             "model.weights="
         ) from error
+
+
+def import_timm(name: str) -> Any:
+    """Return timm. Raises MissingExtra, that says what the model `name` needs, where it is not."""
+    from fastlt.utils import torchvision_shim
+
+    torchvision_shim.make_importable()
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtra(
+            f"model {name} comes from timm, which is not installed: pip install 'fastlt[timm]'"
+        ) from error
+    return timm
 
 
 def feature_maps(backbone: Any, images: Tensor) -> Tensor:

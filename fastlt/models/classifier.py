@@ -6,15 +6,12 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fastlt.config import ModelConfig
+from fastlt.models.adapt import freeze
 from fastlt.models.backbones import build_backbone, feature_maps, pooled
 from fastlt.models.heads import HEADS, Head
-from fastlt.models.weights import (
-    is_vectors,
-    load_backbone,
-    start_head,
-    start_head_by_name,
-    weights_file,
-)
+from fastlt.models.pretrained import load_backbone
+from fastlt.models.weight_files import weights_file
+from fastlt.models.weights import is_vectors, start_head, start_head_by_name
 
 
 class Classifier(nn.Module):
@@ -52,17 +49,25 @@ class Classifier(nn.Module):
 
 
 def build_model(
-    config: ModelConfig, classes: int, size: int, names: Sequence[str] = ()
+    config: ModelConfig,
+    classes: int,
+    size: int,
+    names: Sequence[str] = (),
+    notes: list[str] | None = None,
 ) -> Classifier:
     """Return the configured model of C = `classes` for images of `size` pixels a side.
 
-    names (C,): of the classes, where the head starts from vectors of their names.
+    names (C,): of the classes, where the head starts from vectors of their names. notes: a list to
+    which a sentence is added about each way in which weights were made to fit.
 
     Raises UserError for a name that neither fastlt nor timm knows, and for weights that do not fit.
     """
     backbone = build_backbone(config, size)
     if config.weights:
-        load_backbone(backbone, weights_file(config.weights))
+        said = load_backbone(backbone, weights_file(config.weights))
+        if notes is not None:
+            notes += [f"{config.weights}: {sentence}" for sentence in said]
+    freeze(backbone, config.adapt, config.name)
     head = HEADS[config.head].build(config, int(backbone.num_features), classes)  # type: ignore[arg-type]
     if is_vectors(config.head_weights):
         start_head_by_name(head, config.head_weights, names)

@@ -1,10 +1,9 @@
-"""Tensors on disk, and weights that a model starts from. Files are safetensors: none runs code."""
+"""Tensors on disk, in safetensors files, and what a head starts from."""
 
 import errno
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from fastlt.errors import UserError
 from fastlt.models.heads import Head
+from fastlt.models.weight_files import read_weights
 from fastlt.utils.embeddings import read_embeddings
 
 
@@ -59,49 +59,6 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise UserError(
             f"{path} does not fit the model of this configuration: use another RUN folder"
         ) from error
-
-
-def load_backbone(backbone: nn.Module, path: Path) -> None:
-    """Load weights from a safetensors file, which must hold all of the backbone's.
-
-    What else it holds is passed over.
-    """
-    weights = read_weights(path)
-    own = backbone.state_dict()
-    weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
-    if "pos_embed" in own and "pos_embed" in weights:
-        weights["pos_embed"] = of_size(weights["pos_embed"], backbone)
-    missing = [name for name in own if name not in weights]
-    wrong = [name for name in own if name in weights and weights[name].shape != own[name].shape]
-    if missing or wrong:
-        raise UserError(
-            f"{path} does not fit the model: {len(missing)} tensors are missing and {len(wrong)} "
-            "have another shape; "
-            f"the first is {(missing + wrong)[0]}"
-        )
-    backbone.load_state_dict({name: weights[name] for name in own})
-
-
-def of_size(pos_embed: Tensor, backbone: nn.Module) -> Tensor:
-    """Return a vision transformer's position embeddings for the size of its images.
-
-    pos_embed: (1, tokens, D), of images of another size.
-    """
-    if pos_embed.ndim != 3 or pos_embed.shape == backbone.pos_embed.shape:
-        return pos_embed
-    from timm.layers import resample_abs_pos_embed
-
-    # Prefix tokens, such as that of the class, may have positions of their own, or none, as the
-    # model was made.
-    prefix = (
-        0
-        if getattr(backbone, "no_embed_class", False)
-        else int(getattr(backbone, "num_prefix_tokens", 1))
-    )
-    patches: Any = backbone.patch_embed
-    return resample_abs_pos_embed(
-        pos_embed, new_size=list(patches.grid_size), num_prefix_tokens=prefix
-    )
 
 
 def start_head(head: Head, path: Path) -> None:
@@ -152,21 +109,3 @@ def fill_head(head: Head, rows: Tensor | None, bias: Tensor | None, place: str) 
 def is_vectors(place: str) -> bool:
     """Return whether a place is a file of vectors by name, not of weights."""
     return place.endswith(".npz") or ".npz:" in place
-
-
-def weights_file(place: str) -> Path:
-    """Return the file of a place: the trained model, where it is a RUN folder."""
-    path = Path(place)
-    if path.is_dir() and not (path / "model.safetensors").is_file():
-        raise UserError(f"{path} has no model.safetensors: name a run that has finished")
-    return path / "model.safetensors" if path.is_dir() else path
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file that the user named. UserError where it is none."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read the weights {path}: it must be a safetensors file ({error})"
-        ) from error

@@ -22,6 +22,7 @@ from fastlt.config import Config
 from fastlt.errors import UserError
 from fastlt.models.backbones import cifar_backbone
 from fastlt.models.heads import HEADS
+from fastlt.models.preprocessing import with_preprocessing
 from fastlt.training.distributed import process_group
 from fastlt.training.loop import forward_of, make_input, open_packs, set_modes, steps
 from fastlt.training.messages import report_setup
@@ -66,6 +67,7 @@ def dry_run(config: Config, processes: int, console: Console) -> None:
     processes: those that would share the batch, each on a GPU as fast as this machine's; the run
     itself is of one.
     """
+    config, notes = with_preprocessing(config)
     if config.data.batch % processes:
         raise UserError(
             f"data.batch={config.data.batch} cannot be shared equally by {processes} processes: "
@@ -74,7 +76,7 @@ def dry_run(config: Config, processes: int, console: Console) -> None:
     with (
         process_group(HEADS[config.model.head].is_sharded),
         console.status("measuring a few steps"),
-        prepare(config, Path(os.devnull), open_packs(config.data)) as trainer,
+        prepare(config, Path(os.devnull), open_packs(config.data), notes=notes) as trainer,
     ):
         if trainer.stages[0].features:
             raise UserError(

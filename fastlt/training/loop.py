@@ -39,9 +39,11 @@ from fastlt.evaluation.evaluate import (
 )
 from fastlt.evaluation.metrics import Predictions, concatenate_predictions, confusions, score
 from fastlt.losses import Step
+from fastlt.models.adapt import FULL, still_modules
 from fastlt.models.classifier import Classifier
 from fastlt.models.export import export_safetensors
 from fastlt.models.heads import HEADS
+from fastlt.models.preprocessing import with_preprocessing
 from fastlt.packing.concat import concat_packs
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.training.compile import build_forward
@@ -86,6 +88,7 @@ def train(
     with process_group(HEADS[config.model.head].is_sharded) as ranks:
         if not ranks.is_first:
             console = Console(quiet=True)
+        config, notes = with_preprocessing(config)
         pack = open_packs(config.data)
         with (
             only_run(run, ranks),
@@ -94,7 +97,7 @@ def train(
             stop_on_signals(console) as stop,
         ):
             config = check_config(config, run, pack, console)
-            with prepare(config, run, pack, ranks) as trainer:
+            with prepare(config, run, pack, ranks, notes) as trainer:
                 trainer.stop = stop
                 return run_training(trainer, console, on_epoch)
 
@@ -269,9 +272,16 @@ def set_modes(trainer: Trainer) -> None:
     schedule, trained = trainer.config.schedule, trainer.stages[trainer.state.stage].trained
     is_frozen = trainer.state.epoch < schedule.head_only_epochs
     trainer.method.train()
+    if trainer.config.model.adapt != FULL:
+        parameters = trainer.method.named_parameters()
+        own = {id(parameter) for name, parameter in parameters if name in trainer.trainable}
+        for module in still_modules(trainer.model.backbone, own):
+            module.eval()
     if schedule.head_only_epochs:
-        trainer.model.backbone.requires_grad_(not is_frozen)
-        trainer.model.backbone.train(not is_frozen or schedule.shift_bn)
+        for name, parameter in trainer.model.backbone.named_parameters(prefix="model.backbone"):
+            parameter.requires_grad_(name in trainer.trainable and not is_frozen)
+        if is_frozen:
+            trainer.model.backbone.train(schedule.shift_bn)
     if len(trainer.stages) == 1 and trained == ("",):
         return
     for name, module in trainer.method.named_modules():

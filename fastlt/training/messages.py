@@ -21,7 +21,10 @@ def report_setup(trainer: Trainer, console: Console) -> None:
     graph = silencing_graph(config.loss, space)
     groups = ", ".join(f"{len(members)} {name}" for name, members in space.groups().items())
     auxiliary_images = int(plan.drawn_counts[space.num_targets :].sum())
-    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    parameters = {name: p.numel() / 1e6 for name, p in trainer.method.named_parameters()}
+    own = {name: size for name, size in parameters.items() if name.startswith("model.")}
+    trained = sum(size for name, size in own.items() if name in trainer.trainable)
+    share = f", {trained:.2f} M trained" if trained < sum(own.values()) else ""
     optimiser = f"{config.optim.name}, {config.schedule.name} schedule"
     silenced = "nothing"
     if graph is not None:
@@ -36,14 +39,14 @@ def report_setup(trainer: Trainer, console: Console) -> None:
         "silenced": silenced,
         "images": f"{plan.images_per_epoch:,} an epoch, of which {auxiliary_images:,} auxiliary; "
         f"{plan.steps_per_epoch:,} steps of {config.data.batch}",
-        "model": f"{config.model.name}, {parameters:.2f} M parameters; loss {config.loss.name}; "
-        f"{optimiser}",
+        "model": f"{config.model.name}, {sum(own.values()):.2f} M parameters{share}; "
+        f"loss {config.loss.name}; {optimiser}",
         "machine": f"{several}{trainer.device.type}, {str(trainer.dtype).removeprefix('torch.')}, "
         f"loader {trainer.train_loader.engine_name}, {trainer.train_loader.decode} decode",
     }
     for name, text in lines.items():
         console.print(f"[bold]{name:>9}[/]  {text}", highlight=False, soft_wrap=True)
-    for note in notes(config):
+    for note in [*trainer.notes, *notes(config)]:
         console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
 
 

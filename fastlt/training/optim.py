@@ -46,6 +46,8 @@ def parameter_groups(config: OptimConfig, method: nn.Module) -> list[dict]:
     what timm names (position embeddings, class tokens). With layer decay a layer's rate is the
     smaller, the deeper it lies below the head (BEiT, arXiv 2106.08254), and the same are spared.
     """
+    if config.backbone_lr != 1:
+        return _slower_backbone(config, method)
     backbone: Any = getattr(method, "model", method).backbone
     names = spared_names(backbone)
     spared = {id(parameter) for name, parameter in backbone.named_parameters() if name in names}
@@ -57,6 +59,19 @@ def parameter_groups(config: OptimConfig, method: nn.Module) -> list[dict]:
     if config.name == "sgd":
         return [{"params": list(method.parameters())}]
     return _decay_groups(list(method.parameters()), spared, config.weight_decay)
+
+
+def _slower_backbone(config: OptimConfig, method: nn.Module) -> list[dict]:
+    """Return the groups with the backbone's parameters apart, whose rate is a multiple."""
+    backbone: Any = getattr(method, "model", method).backbone
+    below = {id(parameter) for parameter in backbone.parameters()}
+    parts = []
+    for group in parameter_groups(config.model_copy(update={"backbone_lr": 1.0}), method):
+        for is_below, scale in ((True, config.backbone_lr), (False, 1.0)):
+            own = [p for p in group["params"] if (id(p) in below) is is_below]
+            rate = scale * group.get("lr_scale", 1.0)
+            parts.append({**group, "params": own, "lr_scale": rate})
+    return [part for part in parts if part["params"]]
 
 
 def _decay_groups(

@@ -1,6 +1,6 @@
 """From a configuration and a pack to all that a run needs."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ from fastlt.models.classifier import Classifier, build_model
 from fastlt.models.device import choose_device, on_device
 from fastlt.models.export import find_metadata
 from fastlt.models.heads import HEADS
-from fastlt.models.weights import is_vectors, weights_file
+from fastlt.models.weight_files import weights_file
+from fastlt.models.weights import is_vectors
 from fastlt.packing.reader import Pack
 from fastlt.packing.subset import subset
 from fastlt.training.checkpoint import Writer
@@ -95,6 +96,7 @@ class Trainer:
     forward: tuple[Hashable, Callable[..., Step]] | None = None
     # names of the parameters that are trained at all, in whichever stage
     trainable: frozenset[str] = frozenset()
+    notes: list[str] = field(default_factory=list)  # how weights and images were made to fit
 
     @property
     def model(self) -> Classifier:
@@ -145,12 +147,15 @@ class StageParts(NamedTuple):
     factor: Callable[[float], float]
 
 
-def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trainer:
-    """Return the Trainer of a run, at the start of its first stage."""
+def prepare(
+    config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE, notes: Sequence[str] = ()
+) -> Trainer:
+    """Return the Trainer of a run, at the start of its first stage. notes: printed with others."""
+    said = list(notes)
     device, dtype = choose_device(config, ranks.local)
     pack, space = subset(pack, config.data, config.train.seed)
     counts = build_plan(config, pack, space).class_counts[: space.num_classes]
-    method = build_method(config, space, torch.from_numpy(counts), ranks, device)
+    method = build_method(config, space, torch.from_numpy(counts), ranks, device, said)
     ema = Averaged(method, config.optim.ema) if config.optim.ema else None
     stages = method.stages()
     parts = stage_parts(config, stages, 0, run, pack, space, ranks, device, dtype, method, ema)
@@ -173,13 +178,22 @@ def prepare(config: Config, run: Path, pack: Pack, ranks: Ranks = ALONE) -> Trai
         trainable=frozenset(
             name for name, parameter in method.named_parameters() if parameter.requires_grad
         ),
+        notes=said,
     )
 
 
 def build_method(
-    config: Config, space: ClassSpace, counts: Tensor, ranks: Ranks, device: torch.device
+    config: Config,
+    space: ClassSpace,
+    counts: Tensor,
+    ranks: Ranks,
+    device: torch.device,
+    notes: list[str] | None = None,
 ) -> Base:
-    """Return the configured method with its model, on the device. counts (C,): images per epoch."""
+    """Return the configured method with its model, on the device.
+
+    counts (C,): images per epoch. notes: see `build_model`.
+    """
     check_head_weights(config, space)
     kind = method_type(config.method.name)
     if HEADS[config.model.head].is_sharded and not kind.takes_sharded_heads:
@@ -189,7 +203,8 @@ def build_method(
         )
     torch.manual_seed(config.train.seed)
     model = kind.build(
-        config.method, build_model(config.model, space.num_classes, config.data.size, space.names)
+        config.method,
+        build_model(config.model, space.num_classes, config.data.size, space.names, notes),
     )
     model = on_device(model, config, device)
     if config.model.sync_bn:
