@@ -96,6 +96,14 @@ class Loss(ABC):
         """
         yield from ()
 
+    @classmethod
+    def prior_left(cls, config: LossConfig) -> float:
+        """Return the power of the training prior that predictions keep: 0 where it balances them.
+
+        Then the model answers as if all classes were equally frequent; with 1 as they were trained.
+        """
+        return 1.0
+
     def begin(self, epoch: int) -> Hashable:
         """Prepare for an epoch. What is compiled is kept as long as this returns the same."""
         return None
@@ -194,6 +202,11 @@ class CrossEntropy(Loss):
         """Return that the prior takes the logarithm of counts."""
         return "prior" if cls.has_prior and config.tau else ""
 
+    @classmethod
+    def prior_left(cls, config: LossConfig) -> float:
+        """Return what the prior, at its strength, leaves of the training's."""
+        return 1.0 - config.tau if cls.has_prior else 1.0
+
     def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> LossOutput:
         """Return the loss and the predictions of a batch; see `Loss.of_logits`."""
         return self._of_logits(logits, target, **mixed)
@@ -265,6 +278,11 @@ class ClassBalanced(Loss):
         """Return that weights divide by counts."""
         return "weight"
 
+    @classmethod
+    def prior_left(cls, config: LossConfig) -> float:
+        """Return 0: weights balance the classes, if not exactly."""
+        return 0.0
+
     def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> Tensor:
         """Return the weighted mean loss () of a batch."""
         return weighted_ce(logits, target, self.weights)
@@ -298,6 +316,12 @@ class LDAM(Loss):
     def needs_of_counts(cls, config: LossConfig) -> str:
         """Return that margins divide by counts."""
         return "margin"
+
+    @classmethod
+    def prior_left(cls, config: LossConfig) -> float:
+        """Return 0 where classes are re-weighted in the end."""
+        numbers: Any = config
+        return 0.0 if numbers.drw_epoch else 1.0
 
     @classmethod
     def misfits(cls, config: Config) -> Iterator[tuple[bool, str]]:

@@ -22,7 +22,8 @@ from fastlt.data.augment import normalise
 from fastlt.data.loader import Loader
 from fastlt.data.plan import evaluation_batches
 from fastlt.evaluation.evaluate import evaluation_geometry
-from fastlt.evaluation.predict import Model, images_below
+from fastlt.evaluation.predict import Model
+from fastlt.evaluation.user_images import images_below
 
 SETTINGS = {
     "model.name": "resnet8",

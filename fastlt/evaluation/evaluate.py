@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,13 @@ from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import Batch, evaluation_batches, target_counts
 from fastlt.errors import UserError
+from fastlt.evaluation.calibration import (
+    fitted,
+    losses_by_temperature,
+    read_calibration,
+    with_thresholds,
+    write_calibration,
+)
 from fastlt.evaluation.forward import output_of
 from fastlt.evaluation.metrics import Predictions, confusions, score
 from fastlt.evaluation.posthoc import (
@@ -58,14 +65,23 @@ def predict(
     space: ClassSpace,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+    on_logits: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> Predictions:
-    """Return the predictions of a model in evaluation mode, which is put back afterwards."""
+    """Return the predictions of a model in evaluation mode, which is put back afterwards.
+
+    temperature: what logits are divided by. on_logits is called with the logits (N, T) of each
+    batch, as the model gives them, and its labels (N,) on the device.
+    """
     was_training = model.training
     model.eval()
     rows: list[tuple[np.ndarray, np.ndarray, Tensor, Tensor]] = []
     for batch, images in loader.iterate(batches):
         logits = output_of(model, images, config.mean, config.std, device, dtype)
-        probabilities = logits[:, : space.num_targets].float().softmax(dim=1)
+        logits = logits[:, : space.num_targets].float()
+        if on_logits is not None:
+            on_logits(logits, torch.from_numpy(batch.labels).long().to(logits.device))
+        probabilities = (logits / temperature).softmax(dim=1)
         rows.append((batch.images, batch.labels, *probabilities.max(dim=1)))
     model.train(was_training)
     if not rows:
@@ -96,6 +112,11 @@ class Opened(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     split: Split
+
+    @property
+    def parts(self) -> tuple[DataConfig, ClassSpace, torch.device, torch.dtype]:
+        """What `predict` takes besides a model and its images."""
+        return self.config.data, self.pack.space, self.device, self.dtype
 
     def batches(self) -> Iterator[Batch]:
         """Return the batches of the split, in its order."""
@@ -134,18 +155,46 @@ def opened(run: Path, pack: Path | str | None, split: str = "val") -> Iterator[O
         loader.close()
 
 
-def evaluate_run(run: Path, pack: Path | str | None = None, split: str = "val") -> dict[str, Any]:
+def evaluate_run(
+    run: Path,
+    pack: Path | str | None = None,
+    split: str = "val",
+    precision: float | None = None,
+) -> dict[str, Any]:
     """Score RUN/model.safetensors on a split of its pack, or of another one of the same targets.
 
     Returns what `score` does and the confusions, and `best` where the images are those that the run
     was evaluated on. Groups are by the run's own training images. The result on the `test` images
     of the run's own pack is written to RUN/test.json too.
+
+    precision: of predictions that are not called unsure; the thresholds for it are chosen on these
+    images, stored in RUN/calibration.json, and returned as `calibration`.
     """
+    if precision is not None and split == "test":
+        raise UserError(
+            "thresholds are not chosen on test images, whose figures would flatter then: leave out "
+            "--split test, or name a pack with --data"
+        )
+    losses: list[Tensor] = []
     with opened(run, pack, split) as it:
         predictions = predict(
-            it.model, it.loader, it.batches(), it.config.data, it.pack.space, it.device, it.dtype
+            it.model,
+            it.loader,
+            it.batches(),
+            *it.parts,
+            on_logits=lambda *batch: losses.append(losses_by_temperature(*batch)),
         )
         result = score(predictions, it.space)
+        known = read_calibration(run)
+        if pack is None and split == "val" and not known.images:
+            known = fitted(losses, len(predictions.label))
+            write_calibration(run, known)
+        if precision is not None:
+            at = known.temperature
+            sure = predict(it.model, it.loader, it.batches(), *it.parts, temperature=at)
+            known = with_thresholds(known, sure, it.space.target_names, precision)
+            write_calibration(run, known)
+            result["calibration"] = known.model_dump()
     result = {**result, "confusion": confusions(predictions)}
     if pack is None and split == "test":
         write_text(run / "test.json", json.dumps(result, indent=1) + "\n")

@@ -10,7 +10,8 @@ from fastlt.classes import ClassSpace
 from fastlt.config import Config
 from fastlt.errors import DataError, UserError
 from fastlt.evaluation.evaluate import run_config
-from fastlt.evaluation.predict import images_below, load_model
+from fastlt.evaluation.predict import load_model
+from fastlt.evaluation.user_images import images_below
 from fastlt.losses import Task
 from fastlt.methods import method_names, method_type
 from fastlt.methods.method import Base

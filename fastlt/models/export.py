@@ -29,11 +29,16 @@ def targets_only(model: Classifier, num_targets: int) -> dict[str, Tensor]:
 
 
 def export_safetensors(
-    model: Classifier, config: Config, target_names: list[str], path: Path
+    model: Classifier,
+    config: Config,
+    target_names: list[str],
+    path: Path,
+    prior: list[float] | None = None,
 ) -> None:
     """Write the weights, and as metadata all that is needed to build the model again.
 
-    The metadata are under one key, for their order would be random.
+    The metadata are under one key, for their order would be random. prior (T,): the shares of the
+    classes that the model answers to; None: not known.
     """
     head = {"head": model.head.exported_as, "scale_alone": False}
     description = {
@@ -41,6 +46,7 @@ def export_safetensors(
         "data": config.data.model_dump(mode="json", include={"size", "eval_resize", "mean", "std"}),
         "method": config.method.model_dump(mode="json"),
         "classes": target_names,
+        **({} if prior is None else {"prior": prior}),
     }
     with whole_file(path) as temporary:
         tensors = targets_only(model, len(target_names))

@@ -31,6 +31,13 @@ from fastlt.data.plan import Batch, evaluation_batches
 from fastlt.data.prefetch import prefetch_to_device, to_device
 from fastlt.data.randaugment import randaugment
 from fastlt.errors import UserError
+from fastlt.evaluation.calibration import (
+    STEPS,
+    fitted,
+    losses_by_temperature,
+    shares_of,
+    write_calibration,
+)
 from fastlt.evaluation.evaluate import (
     EVALUATION_BATCH,
     evaluation_geometry,
@@ -38,7 +45,7 @@ from fastlt.evaluation.evaluate import (
     save_predictions,
 )
 from fastlt.evaluation.metrics import Predictions, concatenate_predictions, confusions, score
-from fastlt.losses import Step
+from fastlt.losses import LOSSES, Step
 from fastlt.models.adapt import FULL, still_modules
 from fastlt.models.classifier import Classifier
 from fastlt.models.export import export_safetensors
@@ -509,20 +516,20 @@ def evaluate(trainer: Trainer) -> Predictions:
     )
     if ranks.world == 1:
         batches = until_asked_to_stop(trainer, batches)
-    model = evaluated_model(trainer)
-    return concatenate_predictions(
-        ranks.all(
-            predict(
-                model,
-                trainer.val_loader,
-                batches,
-                data,
-                trainer.space,
-                trainer.device,
-                trainer.dtype,
-            )
-        )
+    model, losses = evaluated_model(trainer), torch.zeros(STEPS, dtype=torch.float64)
+    found = predict(
+        model,
+        trainer.val_loader,
+        batches,
+        data,
+        trainer.space,
+        trainer.device,
+        trainer.dtype,
+        on_logits=lambda *batch: losses.add_(losses_by_temperature(*batch)),
     )
+    parts = ranks.all((found, losses))
+    trainer.val_losses = torch.stack([part for _, part in parts]).sum(dim=0)
+    return concatenate_predictions([part for part, _ in parts])
 
 
 def until_asked_to_stop(trainer: Trainer, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -532,6 +539,12 @@ def until_asked_to_stop(trainer: Trainer, batches: Iterator[Batch]) -> Iterator[
             save(trainer)
             stop_if_asked(trainer)
         yield batch
+
+
+def prior_of(trainer: Trainer) -> list[float]:
+    """Return the shares of the targets that the model answers to, (T,), by its last stage."""
+    counts, loss = trainer.plan.class_counts[: trainer.space.num_targets], trainer.config.loss
+    return shares_of(counts, LOSSES[loss.name].prior_left(loss))
 
 
 def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
@@ -551,9 +564,10 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
         "peak_memory": peak_memory(trainer.device),
     }
     if trainer.ranks.is_first:
-        export_safetensors(
-            model, trainer.config, trainer.space.target_names, trainer.run / "model.safetensors"
-        )
+        names, prior = trainer.space.target_names, prior_of(trainer)
+        export_safetensors(model, trainer.config, names, trainer.run / "model.safetensors", prior)
+        assert trainer.val_losses is not None  # of the evaluation above
+        write_calibration(trainer.run, fitted([trainer.val_losses], len(predictions.label)))
         trainer.space.save(trainer.run / "classes.json")
         save_predictions(predictions, trainer.run / "val_predictions.npz")
         write_text(trainer.run / RESULT, json.dumps(result, indent=1) + "\n")

@@ -96,6 +96,7 @@ class Trainer:
     forward: tuple[Hashable, Callable[..., Step]] | None = None
     # names of the parameters that are trained at all, in whichever stage
     trainable: frozenset[str] = frozenset()
+    val_losses: Tensor | None = None  # of the last evaluation, by temperature
     notes: list[str] = field(default_factory=list)  # how weights and images were made to fit
 
     @property
