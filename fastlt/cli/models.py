@@ -15,6 +15,7 @@ from fastlt.cli.tables import (
     print_confusions,
     print_post_hoc,
     print_result,
+    print_thresholds,
     write_figures,
 )
 from fastlt.errors import UserError
@@ -76,6 +77,15 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all figures to this file.")
     ] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="Choose the probability below which `fastlt predict` calls an image unsure, so "
+            "that so large a share of the others is right, and store it in RUN.",
+        ),
+    ] = None,
 ) -> None:
     """Score a trained model: top-1 over the targets, by group and by class."""
     from fastlt.evaluation.evaluate import evaluate_post_hoc, evaluate_run
@@ -86,12 +96,16 @@ def evaluate(
                 "--validation, --share and --strength are for --post-hoc: name a method, or leave "
                 "them out"
             )
-        result = evaluate_run(run, data, split.value)
+        result = evaluate_run(run, data, split.value, precision)
         print_classes(result, run)
         print_result(result, str(run))
         print_confusions(result, run)
+        if precision is not None:
+            print_thresholds(result["calibration"])
         write_figures(json_file, result)
         return
+    if precision is not None:
+        raise UserError("--precision does not go with --post-hoc: leave one of them out")
     if split is ScoredSplit.test:
         raise UserError("--split test does not go with --post-hoc: leave one of them out")
     if strength is not None and validation:
@@ -120,12 +134,50 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Run, to: Annotated[Path, typer.Option(help="A name that ends in .safetensors or .onnx.")]
+    run: Run,
+    to: Annotated[
+        Path,
+        typer.Option(
+            help="A folder, timm's own where the model is one of timm's, or a file that ends in "
+            ".onnx, .pt2 (torch.export) or .safetensors."
+        ),
+    ],
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what is there, once the new one is checked.")
+    ] = False,
+    half: Annotated[
+        bool, typer.Option("--half", help="Weights in float16: half the size.")
+    ] = False,
+    preprocessing: Annotated[
+        bool,
+        typer.Option(
+            "--preprocessing",
+            help="Of .onnx: resizing, cutting and normalising inside; it takes (N, H, W, 3) uint8 "
+            "of any size.",
+        ),
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Of a folder: upload it to this repository of the hub as well."
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: make the repository private.")
+    ] = False,
 ) -> None:
-    """Write the model with its targets alone, checked to predict the same."""
-    from fastlt.models.export import export_run
+    """Write the model, targets alone, for others to load; it is read back and compared first."""
+    from fastlt.evaluation.export import ExportOptions, export_run
+    from fastlt.evaluation.push import check_push, push_folder
 
-    console.print(f"{to}: {export_run(run, to)}")
+    if private and push is None:
+        raise UserError("--private is for --push: name a repository with it")
+    if push is not None:
+        check_push(to)
+    said = export_run(run, to, ExportOptions(force, half, preprocessing))
+    console.print(f"{to}: {said}", markup=False, highlight=False, soft_wrap=True)
+    if push is not None:
+        console.print(push_folder(to, push, private), highlight=False, soft_wrap=True)
 
 
 @app.command()

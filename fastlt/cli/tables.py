@@ -72,6 +72,17 @@ def print_confusions(result: dict[str, Any], run: Path) -> None:
         console.print(f"most confused: {', '.join(pairs)}", markup=False, highlight=False)
 
 
+def print_thresholds(known: dict[str, Any]) -> None:
+    """Print the threshold that was chosen for a wanted precision."""
+    console.print(
+        f"unsure below {known['threshold']:.3f}: {100 * known['coverage']:.1f} % of the images are "
+        f"above, {100 * known['precision']:g} % of them right; {len(known['by_class'])} classes "
+        "have thresholds of their own (--by-class-threshold)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def write_figures(file: Path | None, figures: dict[str, Any]) -> None:
     """Write the figures as JSON. Raises UserError where that fails."""
     from fastlt.utils.files import write_text

@@ -1,6 +1,7 @@
 """Tensors on disk, in safetensors files, and what a head starts from."""
 
 import errno
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from fastlt.errors import UserError
 from fastlt.models.heads import Head
 from fastlt.models.weight_files import read_weights
 from fastlt.utils.embeddings import read_embeddings
+
+UMASK = os.umask(0)  # which cannot be asked for without being set
+os.umask(UMASK)
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -32,6 +36,7 @@ def write_tensors(
     """Write tensors to a safetensors file. Raise OSError, as others do, where it cannot."""
     try:
         save_file(tensors, path, metadata)
+        path.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read it
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
@@ -48,17 +53,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Fill a model with the tensors of a file. UserError where they do not fit."""
+def load_weights(path: Path, model: nn.Module, classifier: str = "") -> None:
+    """Fill a model with the tensors of a file. UserError where they do not fit.
+
+    classifier: the name of the head in a file that has names of timm; "": it has ours.
+    """
     own_only = getattr(getattr(model, "head", None), "is_sharded", False)
+    tensors = read_tensors(path)
+    if classifier:
+        tensors = of_timm(tensors, classifier)
     try:
-        missing, unexpected = model.load_state_dict(read_tensors(path), strict=not own_only)
+        missing, unexpected = model.load_state_dict(tensors, strict=not own_only)
         if unexpected or any(not name.startswith("head.") for name in missing):
             raise RuntimeError(f"{len(missing)} tensors are missing, {len(unexpected)} unknown")
     except RuntimeError as error:
         raise UserError(
             f"{path} does not fit the model of this configuration: use another RUN folder"
         ) from error
+
+
+def of_timm(tensors: dict[str, Tensor], classifier: str) -> dict[str, Tensor]:
+    """Return the tensors of a model of timm under the names of a Classifier."""
+    start = f"{classifier}."
+    return {
+        f"head.{name.removeprefix(start)}" if name.startswith(start) else f"backbone.{name}": tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def start_head(head: Head, path: Path) -> None:

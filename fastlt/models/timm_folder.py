@@ -1,0 +1,65 @@
+"""Models as folders of timm: `timm.create_model("local-dir:X", pretrained=True)` loads them."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastlt.models.backbones import CifarResNet, import_timm
+from fastlt.models.classifier import Classifier
+from fastlt.models.heads import LinearHead
+
+
+def timm_model(model: Classifier, name: str, size: int) -> tuple[nn.Module, str] | None:
+    """Return a model of timm with the weights of a trained one, and the name of its classifier.
+
+    None where timm has no such model: another backbone, a changed one, or a head that is not
+    linear.
+    """
+    if type(model) is not Classifier or type(model.head) is not LinearHead:
+        return None
+    if isinstance(model.backbone, CifarResNet):
+        return None
+    timm, classes = import_timm(name), len(model.head.weight)
+    cfg = timm.models.get_pretrained_cfg(name)
+    options = {"img_size": size} if cfg is not None and cfg.fixed_input_size else {}
+    whole = timm.create_model(name, num_classes=classes, **options)
+    head = whole.get_classifier()
+    place = next((key for key, module in whole.named_modules() if module is head), "")
+    if not isinstance(head, nn.Linear) or not place:
+        return None
+    try:
+        whole.load_state_dict(timm_names(model, place))
+    except RuntimeError:  # a method has changed the backbone
+        return None
+    return whole.eval(), place
+
+
+def timm_names(model: Classifier, classifier: str) -> dict[str, Tensor]:
+    """Return the tensors of a model under timm's names."""
+    backbone = model.backbone.state_dict()
+    head = model.head.state_dict()
+    return {**backbone, **{f"{classifier}.{name}": tensor for name, tensor in head.items()}}
+
+
+def write_config(whole: Any, folder: Path, classes: list[str], data: dict[str, Any]) -> None:
+    """Write config.json as timm does: architecture, names of classes, and its preprocessing."""
+    from timm.models._hub import save_config_for_hf  # present: the model is timm's
+
+    size, resize = data["size"], data["eval_resize"] or data["size"]
+    preprocessing = {
+        "mean": list(data["mean"]),
+        "std": list(data["std"]),
+        "input_size": [3, size, size],
+        "crop_pct": size / resize,
+        "crop_mode": "center",
+        "interpolation": "bilinear",
+    }
+    config = {"label_names": classes, "pretrained_cfg": preprocessing}
+    options = {"img_size": size} if whole.pretrained_cfg.get("fixed_input_size") else None
+    save_config_for_hf(whole, str(folder / "config.json"), config, options)
+
+
+def load_timm_folder(folder: Path) -> nn.Module:
+    """Return the model of a folder by timm's own loader, in evaluation mode."""
+    return import_timm("").create_model(f"local-dir:{folder}", pretrained=True).eval()
