@@ -29,6 +29,7 @@ def pack(
     val: Place | None = None,
     test: Place | None = None,
     holdout: float = 0.0,
+    groups: Place | None = None,
     pairs: Place | None = None,
     root: Place | None = None,
     class_names: Place | None = None,
@@ -53,6 +54,7 @@ def pack(
     from fastlt.data.engines.ffcv.beton import beton_writer
     from fastlt.decode.images import MAX_PIXELS
     from fastlt.packing.collect import collect
+    from fastlt.packing.holdout import Together
     from fastlt.packing.writer import PackOptions, write_pack
 
     collection = collect(
@@ -67,6 +69,7 @@ def pack(
         class_names=_path(class_names),
         task=task,
         imbalance=imbalance,
+        together=Together(_path(groups)),
     )
     chosen = PackOptions(
         out=Path(out),

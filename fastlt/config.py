@@ -316,6 +316,12 @@ class TrainConfig(Section):
     """Threads of torch on a CPU; 0: torch's own choice."""
     eval_every: Several = 1
     """Epochs between evaluations on the val split."""
+    monitor: Literal["top1", "balanced_accuracy"] = "top1"
+    """The figure on the val split by which the best epoch is told."""
+    patience: Count = 0
+    """Evaluations in a row without a new best one after which the training ends early; 0: never."""
+    keep_best: bool = False
+    """Keep the model of the best epoch as well, in RUN/best.safetensors."""
     checkpoint_minutes: Positive = 10.0
     """Minutes between checkpoints, besides the one after each epoch."""
     checkpoint_steps: Count = 0

@@ -146,7 +146,7 @@ def test_pixels_are_those_of_the_loader(mixed_pack, tmp_path):
 
 
 def test_an_exported_model_predicts_the_same(run, model, image_folders, tmp_path):
-    from fastlt.models.export import export_run
+    from fastlt.evaluation.export import export_run
 
     export_run(run, tmp_path / "model.safetensors")
     (run.parent / "pack").rename(run.parent / "gone")  # nothing of the training is needed

@@ -1,6 +1,16 @@
 """The command line: importing this package registers every command with `app`."""
 
-from fastlt.cli import benchmarks, curation, doctor, granularity, models, packing, predict, training
+from fastlt.cli import (
+    benchmarks,
+    curation,
+    doctor,
+    fit,
+    granularity,
+    models,
+    packing,
+    predict,
+    training,
+)
 from fastlt.cli.app import app
 
 __all__ = [
@@ -8,6 +18,7 @@ __all__ = [
     "benchmarks",
     "curation",
     "doctor",
+    "fit",
     "granularity",
     "models",
     "packing",

@@ -62,6 +62,14 @@ def pack(
             "validation images, such as 0.1; for cifar100, the official test images become --test.",
         ),
     ] = 0.0,
+    groups: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV",
+            help="With --holdout: a table with the columns image,group, whose groups (a patient, "
+            "specimen or location) stay on one side.",
+        ),
+    ] = None,
     pairs: Annotated[
         Path | None,
         typer.Option(
@@ -128,6 +136,7 @@ def pack(
 
     from fastlt.data.engines.ffcv.beton import beton_writer
     from fastlt.packing.collect import collect
+    from fastlt.packing.holdout import Together
     from fastlt.packing.remote import is_remote
     from fastlt.packing.writer import PackOptions, verify_pack, write_pack
 
@@ -154,6 +163,7 @@ def pack(
         class_names=class_names,
         task=task.value if task else None,
         imbalance=imbalance,
+        together=Together(groups),
     )
     if out is None:
         raise UserError("no place to write to: name one with --out PACK")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from fastlt.curate.hashes import Hashes, concatenated, hashes_of
 from fastlt.curate.settings import FilterConfig
 from fastlt.evaluation.features import Backbone, extract
+from fastlt.packing.hashes import Hashes, concatenated, hashes_of
 from fastlt.packing.reader import Split, identity
 from fastlt.utils.files import whole_file
 from fastlt.utils.pool import cores, ordered_map

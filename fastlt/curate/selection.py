@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from fastlt.curate.features import later_copies, nearest, robust_mean
-from fastlt.curate.hashes import same_look
 from fastlt.curate.image_index import ImageIndex
 from fastlt.curate.settings import FilterConfig
+from fastlt.packing.hashes import same_look
 
 UNLIKE = "unlike its class"
 UNLICENSED = "its licence is not accepted"

@@ -16,6 +16,7 @@ from fastlt.errors import DataError, UserError
 from fastlt.evaluation.predict import Answers, Model, Prediction, Unreadable
 from fastlt.evaluation.prediction_sheet import open_sheet
 from fastlt.evaluation.user_images import images_below
+from fastlt.packing.tables import read_rows
 from fastlt.utils.files import whole_file
 from fastlt.utils.progress import rated_progress
 
@@ -113,23 +114,12 @@ def is_image(path: Path) -> bool:
 
 
 def read_prior(path: Path) -> dict[str, float]:
-    """Return the shares by class of a CSV with the columns class and share (or count).
+    """Return the shares by class of a CSV with the columns class and share, which may be counts.
 
     Raises UserError that names the line where it is none.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file)
-            column = next((c for c in ("share", "count") if c in (table.fieldnames or ())), None)
-            if column is None or "class" not in (table.fieldnames or ()):
-                raise UserError(
-                    f"{path} must have the columns class and share: it has "
-                    f"{', '.join(table.fieldnames or ()) or 'none'}"
-                )
-            rows = [(row["class"], number_of(row[column], path, table.line_num)) for row in table]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prior {path}: {error}") from error
-    shares = dict(rows)
+    rows = read_rows(path, ("class", "share"))
+    shares = {row["class"]: number_of(row["share"], path, line) for line, row in rows}
     if len(shares) < len(rows):
         raise UserError(f"{path} names a class twice")
     if not sum(shares.values()) > 0:
@@ -137,10 +127,10 @@ def read_prior(path: Path) -> dict[str, float]:
     return shares
 
 
-def number_of(text: str | None, path: Path, line: int) -> float:
+def number_of(text: str, path: Path, line: int) -> float:
     """Return a share of a table. UserError where it is no number of 0 or more."""
     try:
-        value = float(text or "")
+        value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastlt.errors import MissingExtra, UserError
 
@@ -31,8 +30,7 @@ class Halved(nn.Module):
 class FromPixels(nn.Module):
     """A model of pixels (N, H, W, 3) uint8 of any size: resized, cut and normalised inside.
 
-    It gives logits (N, T) float32. The centre square is resized at once, with a filter that
-    averages, as evaluation does.
+    It gives logits (N, T) float32. Resizing is evaluation's, by weights of rows and columns.
     """
 
     mean: Tensor
@@ -52,10 +50,24 @@ class FromPixels(nn.Module):
         side = (2 * short * self.size + self.resize) // (2 * self.resize)  # rounded
         top, left = (height - side) // 2, (width - side) // 2
         square = pixels.narrow(1, top, side).narrow(2, left, side).permute(0, 3, 1, 2).float()
-        images = F.interpolate(
-            square, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False
-        )
+        weights = self.weights_of(torch.arange(side, dtype=torch.float32, device=pixels.device))
+        columns = (square @ weights.T + 0.5).floor()  # Pillow rounds after either direction
+        images = (weights @ columns + 0.5).floor()
         return self.model((images - self.mean) / self.std)
+
+    def weights_of(self, positions: Tensor) -> Tensor:
+        """Return the share (size, S) of each of S pixels in each of `size` that they become.
+
+        positions (S,): 0 to S - 1. Shrunk, the pixels whose centres lie within it count alike;
+        enlarged, the nearest two by their distance. It is Pillow's box and bilinear filter.
+        """
+        scale = (positions[-1] + 1) / self.size
+        ends = torch.arange(self.size + 1, dtype=torch.float32, device=positions.device) * scale
+        centres = (positions + 0.5)[None]
+        within = (centres > ends[:-1, None]) & (centres <= ends[1:, None])
+        near = (1 - (centres - (ends[:-1, None] + ends[1:, None]) / 2).abs()).clamp(min=0)
+        weights = torch.where(scale >= 1, within.float(), near)
+        return weights / weights.sum(dim=1, keepdim=True)
 
 
 def check_onnx() -> Any:

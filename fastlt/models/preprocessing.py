@@ -88,14 +88,25 @@ def preprocessing_of(model: ModelConfig) -> Preprocessing | None:
     return None if known is None else of_timm(known.to_dict(), f"timm's {model.name}")
 
 
-def stored_cfg(folder: Path) -> dict[str, Any] | None:
-    """Return the pretrained_cfg of a folder as timm writes them; None where it has none."""
+def stored_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a folder, as timm writes them; empty where it has none."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    cfg = found.get("pretrained_cfg") if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def stored_cfg(folder: Path) -> dict[str, Any] | None:
+    """Return the pretrained_cfg of a folder as timm writes them; None where it has none."""
+    cfg = stored_config(folder).get("pretrained_cfg")
     return cfg if isinstance(cfg, dict) and {"mean", "std", "input_size"} <= cfg.keys() else None
+
+
+def stored_architecture(folder: Path) -> str | None:
+    """Return the name of the model in a folder as timm writes them; None where it has none."""
+    found = stored_config(folder).get("architecture")
+    return found if isinstance(found, str) else None
 
 
 def of_timm(cfg: Mapping[str, Any], source: str) -> Preprocessing:

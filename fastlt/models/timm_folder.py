@@ -42,8 +42,13 @@ def timm_names(model: Classifier, classifier: str) -> dict[str, Tensor]:
     return {**backbone, **{f"{classifier}.{name}": tensor for name, tensor in head.items()}}
 
 
-def write_config(whole: Any, folder: Path, classes: list[str], data: dict[str, Any]) -> None:
-    """Write config.json as timm does: architecture, names of classes, and its preprocessing."""
+def write_config(
+    whole: Any, folder: Path, classes: list[str], data: dict[str, Any], are_shrunk: bool
+) -> None:
+    """Write config.json as timm does: architecture, names of classes, and its preprocessing.
+
+    are_shrunk: whether images are larger than what the model is given, and so averaged over areas.
+    """
     from timm.models._hub import save_config_for_hf  # present: the model is timm's
 
     size, resize = data["size"], data["eval_resize"] or data["size"]
@@ -53,7 +58,7 @@ def write_config(whole: Any, folder: Path, classes: list[str], data: dict[str, A
         "input_size": [3, size, size],
         "crop_pct": size / resize,
         "crop_mode": "center",
-        "interpolation": "bilinear",
+        "interpolation": "box" if are_shrunk else "bilinear",
     }
     config = {"label_names": classes, "pretrained_cfg": preprocessing}
     options = {"img_size": size} if whole.pretrained_cfg.get("fixed_input_size") else None

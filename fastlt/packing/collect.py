@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fastlt.errors import UserError
 from fastlt.packing.collection import Collection
-from fastlt.packing.holdout import hold_out
+from fastlt.packing.holdout import Together, hold_out
 from fastlt.packing.sources import is_pack, read_cifar100, read_collection
 
 TASKS = ("cifar100-lt", "cifar100-siblings")
@@ -23,12 +23,15 @@ def collect(
     class_names: Path | None = None,
     task: str | None = None,
     imbalance: float = 100,
+    together: Together | None = None,
 ) -> Collection:
     """Return the images that the arguments of `fastlt pack` name; messages name them by option.
 
-    source: cifar100:DIR, or None. Raises UserError where the arguments contradict each other, and
-    DataError where images cannot be read.
+    source: cifar100:DIR, or None. together: what `holdout` leaves on one side. Raises UserError
+    where the arguments contradict each other, and DataError where images cannot be read.
     """
+    if together is not None and together.groups is not None and not holdout:
+        raise UserError("--groups is for --holdout, which takes validation images out: name both")
     if holdout and val is not None:
         raise UserError("--holdout takes the place of --val: leave one of them out")
     if source is None:
@@ -45,7 +48,7 @@ def collect(
             target, Path(auxiliary) if auxiliary else None, val, pairs, root, class_names, test
         )
         if holdout:
-            hold_out(collection, holdout)
+            hold_out(collection, holdout, together)
         return collection
     kind, _, folder = source.partition(":")
     if kind != "cifar100" or not folder:
@@ -67,5 +70,5 @@ def collect(
     collection = read_cifar100(Path(folder), task, imbalance, auxiliary or default)
     if holdout:
         collection.val, collection.test = [], collection.val
-        hold_out(collection, holdout)
+        hold_out(collection, holdout, together)
     return collection

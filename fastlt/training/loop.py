@@ -75,7 +75,7 @@ from fastlt.training.setup import (
     start_stage,
 )
 from fastlt.utils.files import write_text
-from fastlt.utils.run_files import METRICS, RESULT
+from fastlt.utils.run_files import BEST, METRICS, MODEL, RESULT
 from fastlt.utils.signals import Stopped, stop_on_signals
 
 UNKNOWN = -1.0  # the norm of a gradient that is still being accumulated
@@ -174,6 +174,13 @@ def fit(trainer: Trainer, console: Console, on_epoch: OnEpoch | None = None) -> 
                 on_epoch(record)
             stop_if_asked(trainer)
     trainer.writer.wait()
+    if state.has_ended:
+        console.print(
+            f"ended after {state.epochs_done} epochs: {trainer.config.train.patience} evaluations "
+            "in a row were no better than the best before (train.patience)",
+            highlight=False,
+            soft_wrap=True,
+        )
     return predictions
 
 
@@ -488,17 +495,35 @@ def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None)
     if predictions is not None:
         figures = score(predictions, trainer.space)
         record |= {name: figures[name] for name in METRICS}
-        if figures["top1"] > state.best.get("top1", -1.0):
-            state.best = {
-                "epoch": state.epoch + 1,
-                **{name: figures[name] for name in METRICS},
-            }
+        note_best(trainer, figures)
     if trainer.ranks.is_first:
         with (trainer.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     state.epoch, state.step_in_epoch, state.skipped_before = state.epoch + 1, 0, state.skipped
     state.loss_sum, state.summed, state.correct, state.counted = 0.0, 0, 0.0, 0.0
     return record
+
+
+def note_best(trainer: Trainer, figures: dict[str, Any]) -> None:
+    """Note whether an evaluation is the best so far, and end the training if none was for long."""
+    state, config = trainer.state, trainer.config.train
+    kept = dict.fromkeys((*METRICS, config.monitor))
+    is_better = figures[config.monitor] > state.best.get(config.monitor, -1.0)
+    if is_better:
+        state.best = {"epoch": state.epoch + 1, **{name: figures[name] for name in kept}}
+    state.no_better = 0 if is_better else state.no_better + 1
+    is_last_stage = state.stage == len(trainer.stages) - 1
+    state.has_ended = is_last_stage and 0 < config.patience <= state.no_better
+    if is_better and config.keep_best:
+        export(trainer, BEST)
+
+
+def export(trainer: Trainer, name: str) -> None:
+    """Write the model as it is to a file of the RUN; all ranks call it together."""
+    model = evaluated_model(trainer)
+    if trainer.ranks.is_first:
+        names, prior = trainer.space.target_names, prior_of(trainer)
+        export_safetensors(model, trainer.config, names, trainer.run / name, prior)
 
 
 def evaluated_model(trainer: Trainer) -> Classifier:
@@ -550,11 +575,11 @@ def prior_of(trainer: Trainer) -> list[float]:
 def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
     """The last epoch's model and figures, the best epoch named beside."""
     predictions = predictions or evaluate(trainer)
-    model = evaluated_model(trainer)
+    export(trainer, MODEL)
     result = score(predictions, trainer.space)
     result |= {
         "best": trainer.state.best,
-        "epochs": trainer.config.train.epochs,
+        "epochs": trainer.state.epoch if trainer.state.has_ended else trainer.config.train.epochs,
         "confusion": confusions(predictions),
         "seconds": trainer.state.seconds,
         "images": trainer.state.images,
@@ -564,8 +589,6 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
         "peak_memory": peak_memory(trainer.device),
     }
     if trainer.ranks.is_first:
-        names, prior = trainer.space.target_names, prior_of(trainer)
-        export_safetensors(model, trainer.config, names, trainer.run / "model.safetensors", prior)
         assert trainer.val_losses is not None  # of the evaluation above
         write_calibration(trainer.run, fitted([trainer.val_losses], len(predictions.label)))
         trainer.space.save(trainer.run / "classes.json")

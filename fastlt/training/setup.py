@@ -56,6 +56,8 @@ class TrainState:
     best: dict[str, Any] = field(default_factory=dict)
     # training images that could not be decoded, and were replaced
     damaged: list[int] = field(default_factory=list)
+    no_better: int = 0  # evaluations since the best one
+    has_ended: bool = False  # early, for want of a better one
     stage: int = 0
     epochs_before: int = 0  # of earlier stages
 
@@ -113,7 +115,8 @@ class Trainer:
     def is_done(self) -> bool:
         """Return whether all epochs of the last stage are done."""
         last = self.state.stage == len(self.stages) - 1
-        return last and self.state.epoch >= self.config.train.epochs
+        ended = self.state.has_ended or self.state.epoch >= self.config.train.epochs
+        return last and ended
 
     @property
     def has_all_steps(self) -> bool:
@@ -121,7 +124,8 @@ class Trainer:
         state, plan = self.state, self.plan
         last = state.stage == len(self.stages) - 1
         done = state.epoch * plan.steps_per_epoch + state.step_in_epoch
-        return last and done >= self.config.train.epochs * plan.steps_per_epoch
+        whole = self.config.train.epochs * plan.steps_per_epoch
+        return last and (state.has_ended or done >= whole)
 
     def __enter__(self) -> "Trainer":
         return self

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # `fastlt --help` comes here, and needs no numpy
     import numpy as np
 
 RESULT, EPOCHS, CONFIG = "result.json", "metrics.jsonl", "config.toml"
+MODEL, BEST = "model.safetensors", "best.safetensors"  # of the last epoch, and of the best one
 Metric = Literal["top1", "many", "medium", "few"]
 METRICS: tuple[str, ...] = get_args(Metric)
 COLUMNS = {  # title in tables -> key of result.json

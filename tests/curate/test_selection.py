@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastlt.curate.hashes import Hashes
 from fastlt.curate.image_index import ImageIndex
 from fastlt.curate.selection import give_up_small_classes, select_images
 from fastlt.curate.settings import FilterConfig
+from fastlt.packing.hashes import Hashes
 from fastlt.packing.reader import open_pack
 
 CPU = torch.device("cpu")

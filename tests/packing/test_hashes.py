@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fastlt.curate.hashes import COSINES, Hashes, _near, concatenated, look, same_look, small_grey
 from fastlt.decode.images import open_image
+from fastlt.packing.hashes import COSINES, Hashes, _near, concatenated, look, same_look, small_grey
 
 
 def hashes(seen, mirrored=None, has_look=None) -> Hashes:
@@ -69,7 +69,7 @@ def test_thousands_with_one_look_cost_no_square():
 
 
 def test_many_alike_are_compared_in_blocks(monkeypatch):
-    monkeypatch.setattr("fastlt.curate.hashes.BLOCK", 50)
+    monkeypatch.setattr("fastlt.packing.hashes.BLOCK", 50)
     same = hashes([7] * 40)
     assert same_look(same, same, 0).tolist() == [[i, 0] for i in range(40)]
 

@@ -20,6 +20,9 @@ BANDS = 6  # two hashes that differ in up to 5 bits agree in one of them (the pi
 BLOCK = 1 << 22  # pairs looked at together
 
 
+Row = tuple[bytes, int, int, bool]  # exact, seen, mirrored, has_look
+
+
 @dataclass(frozen=True)
 class Hashes:
     """The hashes of n images."""
@@ -40,7 +43,11 @@ class Hashes:
 
 def hashes_of(split: Split, images: Sequence[int]) -> Hashes:
     """Return the hashes of some images of a split."""
-    rows = [_hash(bytes(split.read(image))) for image in images]
+    return from_rows([hash_row(bytes(split.read(image))) for image in images])
+
+
+def from_rows(rows: Sequence[Row]) -> Hashes:
+    """Return the hashes of images from those of each."""
     exact, seen, mirrored, has_look = zip(*rows, strict=True) if rows else ((), (), (), ())
     return Hashes(
         list(exact),
@@ -60,7 +67,8 @@ def concatenated(parts: Sequence[Hashes]) -> Hashes:
     return Hashes(exact, *columns)
 
 
-def _hash(data: bytes) -> tuple[bytes, int, int, bool]:
+def hash_row(data: bytes) -> Row:
+    """Return the hashes of the encoded bytes of an image."""
     digest = hashlib.sha256(data).digest()
     try:
         grey = small_grey(data)
