@@ -46,8 +46,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, and code of a file is not run: save its state_dict() "
             "alone, or as safetensors"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read the weights {path}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of damaged bytes torch's reader raises about anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"cannot read the weights {path}: {reason}") from error
     return unwrapped(found, path)
 
 
