@@ -16,7 +16,7 @@ from fastlt.classes import ClassSpace
 from fastlt.config import MAY_CHANGE, config_type, flat
 from fastlt.errors import UserError
 from fastlt.evaluation.significance import holm
-from fastlt.utils.run_files import COLUMNS, RunFiles, read_run_files
+from fastlt.utils.run_files import COLUMNS, RunFiles, read_run_files, shortest_names
 
 
 def compare(places: Sequence[Path], console: Console) -> None:
@@ -33,7 +33,7 @@ def compare(places: Sequence[Path], console: Console) -> None:
     ]:
         raise UserError(f"{twice[0]} is named twice")
     runs = [read_run_files(Path(place)) for place in places]
-    names = shortest(places)
+    names = shortest_names(places)
     console.print(unshortened(figures(runs, names)))
     changed = settings(runs)
     if changed:
@@ -55,16 +55,6 @@ def unshortened(table: Table) -> Table:
     for column in table.columns:
         column.overflow = "fold"
     return table
-
-
-def shortest(places: Sequence[Path]) -> list[str]:
-    """Return as few of the last folders of each path as tell the paths apart."""
-    parts = [Path(place).resolve().parts for place in places]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return names
 
 
 def figures(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:

@@ -145,7 +145,7 @@ def evaluate_run(run: Path, pack: Path | str | None = None, split: str = "val") 
         predictions = predict(
             it.model, it.loader, it.batches(), it.config.data, it.pack.space, it.device, it.dtype
         )
-        result = score(predictions, it.space)
+        result = score(predictions, it.space, it.config.data.grouping)
     result = {**result, "confusion": confusions(predictions)}
     if pack is None and split == "test":
         write_text(run / "test.json", json.dumps(result, indent=1) + "\n")
@@ -225,13 +225,15 @@ def evaluate_post_hoc(
             with opened(run, validation) as other:
                 check_apart(other.pack.val, it.pack.val, str(validation))
                 chosen_on = features_of(other)
-        results = {"as trained": score(apply(None, 0, it.model, tested, log_prior), it.space)}
+        grouping = it.config.data.grouping
+        plain = apply(None, 0, it.model, tested, log_prior)
+        results = {"as trained": score(plain, it.space, grouping)}
         for name in methods:
             method = retrained(it) if name == RETRAIN else METHODS[name]
             best = choose(method, it.model, chosen_on, log_prior) if strength is None else strength
             results[name] = {
                 "strength": best,
-                **score(apply(method, best, it.model, tested, log_prior), it.space),
+                **score(apply(method, best, it.model, tested, log_prior), it.space, grouping),
             }
         for result in results.values():
             result |= {

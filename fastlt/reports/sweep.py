@@ -79,6 +79,7 @@ class SweepPage:
     story: str
     command: str  # that trains the best point again
     spans: Mapping[str, str]  # axis -> its values in words
+    groups: Mapping[str, str]  # group -> its training images in words
     points: Sequence[Point]  # best first
     effects: Sequence[Effect]  # largest first
     heat: Heat | None

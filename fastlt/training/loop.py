@@ -469,7 +469,7 @@ def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None)
     }
     record |= trainer.method.metrics()
     if predictions is not None:
-        figures = score(predictions, trainer.space)
+        figures = score(predictions, trainer.space, trainer.config.data.grouping)
         record |= {name: figures[name] for name in METRICS}
         if figures["top1"] > state.best.get("top1", -1.0):
             state.best = {
@@ -528,7 +528,7 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
     """The last epoch's model and figures, the best epoch named beside."""
     predictions = predictions or evaluate(trainer)
     model = evaluated_model(trainer)
-    result = score(predictions, trainer.space)
+    result = score(predictions, trainer.space, trainer.config.data.grouping)
     result |= {
         "best": trainer.state.best,
         "epochs": trainer.config.train.epochs,
