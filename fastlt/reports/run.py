@@ -5,6 +5,7 @@ print.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -379,8 +380,8 @@ def group_flow(run: Run) -> list[dict[str, Any]]:
 
 
 def percent(value: float | None) -> str:
-    """Return a percentage with one decimal, - where not known."""
-    return "-" if value is None else f"{value:.1f}"
+    """Return a percentage with one decimal, - where not known (None or NaN)."""
+    return "-" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
 def points(value: float | None) -> str:

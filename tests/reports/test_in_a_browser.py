@@ -1,6 +1,8 @@
 """Every page that fastlt writes, opened in a real browser."""
 
 import csv
+import io
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.browser import check, column, launched, opened, unfold
+from PIL import Image
 from rich.console import Console
 
 from fastlt.config import load_config
@@ -130,6 +133,29 @@ def test_contact_sheets_stand_in_a_browser(browser: Any, small_pack: Path, tmp_p
     with opened(browser, index) as page:
         page.click("a >> nth=3")
         assert page.inner_text("h1") == "<script>x"
+
+
+def test_pictures_of_the_docs(browser: Any, tmp_path: Path) -> None:
+    """FASTLT_SCREENSHOTS=docs/images FASTLT_DEMO=demo, after `fastlt demo`, makes them anew."""
+    folder, demo = os.environ.get("FASTLT_SCREENSHOTS"), os.environ.get("FASTLT_DEMO")
+    if not folder or not demo:
+        pytest.skip("set FASTLT_SCREENSHOTS to docs/images, and FASTLT_DEMO to what the demo made")
+    runs = [tmp_path / name for name in ("with auxiliaries", "without auxiliaries")]
+    for run in runs:
+        shutil.copytree(Path(demo) / run.name.split()[0], run)
+    file, size = write_report(runs[0], baseline=runs[1]), {"width": 1120, "height": 860}
+    for scheme in ("light", "dark"):
+        with opened(browser, file, scheme, size) as page:
+            picture(page.screenshot(), Path(folder) / f"report-{scheme}.png")
+            shown = page.locator("ul.pairs").screenshot()
+            picture(shown, Path(folder) / f"report-confusions-{scheme}.png")
+
+
+def picture(png: bytes, path: Path) -> None:
+    """Write a screenshot in few colours, as small as a page of the docs wants it."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    assert path.stat().st_size < 150_000
 
 
 def figures(words: str) -> list[str]:
