@@ -10,6 +10,7 @@ from fastlt.evaluation.metrics import (
     harmonic_mean,
     score,
 )
+from fastlt.utils.groups import Grouping
 
 SPACE = ClassSpace(target_names=["a", "b", "c"], train_counts=[200, 50, 30], val_counts=[2, 2, 0])
 
@@ -87,3 +88,12 @@ def test_the_harmonic_mean_is_given_only_where_it_is_defined():
     assert harmonic_mean(np.array([1.0, 0.0])) is None
     assert harmonic_mean(np.array([1.0, np.nan])) is None
     assert harmonic_mean(np.array([0.5, 1.0])) == pytest.approx(2 / 3)
+
+
+def test_groups_are_those_of_the_given_rule():
+    found = predictions([0, 0, 1, 1], [0, 0, 1, 0])
+    thirds = score(found, SPACE, Grouping("thirds"))
+    assert (thirds["many"], thirds["medium"], thirds["few"]) == (100, 50, None)
+    moved = score(found, SPACE, Grouping(many_images=10**6, few_images=10**6))
+    assert (moved["many"], moved["medium"], moved["few"]) == (None, None, 75)
+    assert moved["groups"]["many"] == {"classes": 0, "accuracy": None}
