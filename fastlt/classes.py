@@ -12,13 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastlt.errors import UserError
 from fastlt.utils.files import write_text
+from fastlt.utils.groups import Grouping
 from fastlt_kernels import ClassGraph
-
-# Liu et al. 2019 (arXiv 1904.05160): many > 100, medium 20..100, few < 20 training images
-MANY_ABOVE, FEW_BELOW = (
-    100,
-    20,
-)
 
 
 class ClassSpace(BaseModel):
@@ -107,14 +102,9 @@ class ClassSpace(BaseModel):
                 found[auxiliary] = target
         return found
 
-    def groups(self) -> dict[str, list[int]]:
+    def groups(self, grouping: Grouping | None = None) -> dict[str, list[int]]:
         """Return target ids by their number of training images: many, medium, few."""
-        groups: dict[str, list[int]] = {"many": [], "medium": [], "few": []}
-        for target, count in enumerate(self.train_counts[: self.num_targets]):
-            groups[
-                "many" if count > MANY_ABOVE else "few" if count < FEW_BELOW else "medium"
-            ].append(target)
-        return groups
+        return (grouping or Grouping()).members(self.train_counts[: self.num_targets])
 
     def save(self, path: Path) -> None:
         """Write the class space to a JSON file."""

@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from fastlt.errors import ConfigError
+from fastlt.utils.groups import Grouping
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -186,8 +187,9 @@ class DataConfig(Section):
     budget: Several = 50
     """Images per auxiliary class and epoch."""
     budget_by: Literal["class", "anchor"] = "class"
-    """anchor: an auxiliary class whose target with the fewest training images has from 21 to 100 of
-    them gets as many instead of `budget`, as in the authors' release."""
+    """anchor: an auxiliary class whose target with the fewest training images is medium, with from
+    21 to 100 of them (more than `few_images`, at most `many_images`), gets as many instead of
+    `budget`, as in the authors' release."""
     budgets: dict[str, Count] = {}
     """The budget of single auxiliary classes, by name."""
     auxiliary_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -203,6 +205,18 @@ class DataConfig(Section):
     """Epochs between which the side grows from `start_size` to `size`."""
     drop_last: bool = False
     """Leave out the last batch of an epoch where it is short."""
+    groups: Literal["count", "thirds"] = "count"
+    """The groups many, medium and few of figures: by the training images of a class, between
+    `few_images` and `many_images`, or thirds of the classes, the most frequent first."""
+    many_images: Several = 100
+    """Targets with more training images are many, in figures and for `budget_by`."""
+    few_images: Several = 20
+    """Targets with fewer training images are few, in figures and for `budget_by`."""
+
+    @property
+    def grouping(self) -> Grouping:
+        """The rule by which targets are many, medium or few."""
+        return Grouping(self.groups, self.many_images, self.few_images)
 
 
 class AugmentConfig(Section):
@@ -391,6 +405,11 @@ class Config(Section):
             "0",
         )
         yield data.band[0] > data.band[1], f"data.band={list(data.band)} must ascend"
+        yield (
+            data.few_images > data.many_images,
+            f"data.few_images={data.few_images} is more than data.many_images={data.many_images}: "
+            "lower the one or raise the other",
+        )
         yield (
             data.band != (-1, 1) and not data.similarity,
             "data.band needs data.similarity, vectors of the classes",

@@ -110,11 +110,24 @@ install_ffcv() {
     "$venv/bin/pip" install -qq "${constraints[@]}" "opencv-python-headless==$opencv"
 }
 
+has_browser() {
+    command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null
+}
+
+install_browser() {  # for the tests that open the pages which fastlt writes
+    if ! has_browser && is_root; then
+        say "installing Chromium (80 MB to fetch, 290 MB on the disk, about a minute)"
+        apt_install chromium || true
+    fi
+    has_browser || say "going on without a browser: the tests that open reports in one are skipped; for them, run: sudo apt-get install chromium"
+}
+
 make_venv
 install_torch
 install_libjpeg
 install_fastlt
 install_dali
 install_ffcv
+install_browser
 echo "$wanted" >"$stamp"
 say "ready: .venv/bin/fastlt --help"

@@ -216,9 +216,20 @@ def report(
             help="Of a sweep: the two axes of the heat map; by default the strongest.",
         ),
     ] = "",
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Of a run: another one of the same classes that stands beside it."
+        ),
+    ] = None,
 ) -> None:
     """Write DIR/report.html, of a run or a sweep: one page that needs nothing else."""
     if (place / "sweep.toml").is_file():
+        if baseline is not None:
+            raise UserError(
+                f"--baseline is for runs, and {place} is a sweep: name its baseline in the sweep's "
+                "file"
+            )
         from fastlt.sweep.report import write_sweep_report
 
         written = write_sweep_report(place, [axis for axis in axes.split(",") if axis])
@@ -227,7 +238,7 @@ def report(
 
         if axes:
             raise UserError(f"--axes is for sweeps, and {place} is none")
-        written = write_report(place)
+        written = write_report(place, baseline=baseline)
     console.print(f"report: {written}", soft_wrap=True)
 
 

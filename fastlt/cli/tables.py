@@ -7,21 +7,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
 
 from fastlt.cli.app import console
 from fastlt.errors import UserError
 from fastlt.utils.run_files import COLUMNS, FIGURES
+from fastlt.utils.tables import figure_table
 
 SHOWN_PAIRS = 5
 
 
 def print_result(result: dict[str, Any], name: str) -> None:
     """Print the last epoch; the best one, chosen by the test images, is named beside it."""
-    table = Table("", *COLUMNS, title=escape(name), title_justify="left")
-    table.columns[0].no_wrap = True
+    table = figure_table("", *COLUMNS, title=escape(name))
     columns = FIGURES
     table.add_row("last epoch", *(figure(result[column]) for column in columns))
     if best := result.get("best"):
@@ -102,16 +100,7 @@ def print_post_hoc(results: dict[str, dict[str, Any]], name: str, validation: st
     """Print the figures of post-hoc methods."""
     # 80 characters hold no more
     columns = {title: column for title, column in COLUMNS.items() if title != "harmonic"}
-    table = Table(
-        "",
-        "strength",
-        *columns,
-        title=escape(name),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    table = figure_table("", "strength", *columns, title=escape(name))
     for method, result in results.items():
         strength = f"{result['strength']:.3g}" if "strength" in result else ""
         table.add_row(method, strength, *(figure(result[column]) for column in columns.values()))
@@ -132,7 +121,8 @@ def print_classes(result: dict[str, Any], run: Path) -> None:
     from fastlt.classes import ClassSpace
 
     space = ClassSpace.load(run / "classes.json")
-    table = Table("class", "training images", "accuracy", "most often taken for")
+    table = figure_table("class", "training images", "accuracy")
+    table.add_column("most often taken for", overflow="fold")
     mistaken: dict[int, str] = {}
     for true, predicted, count in result["confusion"]:  # most frequent first
         mistaken.setdefault(true, escape(f"{space.target_names[predicted]} ({count} x)"))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,7 +17,8 @@ from fastlt.classes import ClassSpace
 from fastlt.config import MAY_CHANGE, config_type, flat
 from fastlt.errors import UserError
 from fastlt.evaluation.significance import holm
-from fastlt.utils.run_files import COLUMNS, RunFiles, read_run_files
+from fastlt.utils.run_files import COLUMNS, RunFiles, read_run_files, shortest_names
+from fastlt.utils.tables import figure_table
 
 
 def compare(places: Sequence[Path], console: Console) -> None:
@@ -33,14 +35,23 @@ def compare(places: Sequence[Path], console: Console) -> None:
     ]:
         raise UserError(f"{twice[0]} is named twice")
     runs = [read_run_files(Path(place)) for place in places]
-    names = shortest(places)
-    console.print(unshortened(figures(runs, names)))
+    names = shortest_names(places)
+    console.print(figures(runs, names))
     changed = settings(runs)
     if changed:
-        table = Table("setting", *names, title="where their settings differ", title_justify="left")
+        table = Table(
+            "setting",
+            *map(escape, names),
+            title="where their settings differ",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        for column in table.columns:
+            column.overflow = "fold"  # not cut, as names differ in their ends
         for key, values in changed.items():
             table.add_row(key, *(escape(value) for value in values))
-        console.print(unshortened(table))
+        console.print(table)
     tests = [McNemar(runs[0], run) for run in runs[1:]]
     corrected = holm(
         {name: test.p for name, test in zip(names[1:], tests, strict=True) if test.p is not None}
@@ -50,44 +61,25 @@ def compare(places: Sequence[Path], console: Console) -> None:
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
-def unshortened(table: Table) -> Table:
-    """Return a name whose end is not cut off, as names differ in their ends."""
-    for column in table.columns:
-        column.overflow = "fold"
-    return table
-
-
-def shortest(places: Sequence[Path]) -> list[str]:
-    """Return as few of the last folders of each path as tell the paths apart."""
-    parts = [Path(place).resolve().parts for place in places]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return names
-
-
 def figures(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
-    """Return a table of the figures of runs."""
-    table = Table(
-        "run",
-        *COLUMNS,
-        "epochs",
-        title="last epoch, %; in brackets the difference to the first",
-        title_justify="left",
+    """Return a table of the figures of runs, with their differences to the first below them."""
+    table = figure_table(
+        "run", *COLUMNS, "epochs", title="last epoch, %; + and - are differences to the first"
     )
+    first = runs[0].result
     for run, name in zip(runs, names, strict=True):
-        cells = []
-        for key in COLUMNS.values():
-            value, first = run.result.get(key), runs[0].result.get(key)
-            change = (
-                ""
-                if run is runs[0] or value is None or first is None
-                else f" ({value - first:+.1f})"
-            )
-            cells.append("-" if value is None else f"{value:.1f}{change}")
+        values = [run.result.get(key) for key in COLUMNS.values()]
+        cells = ["-" if value is None else f"{value:.1f}" for value in values]
         table.add_row(escape(name), *cells, str(run.result.get("epochs", "-")))
+        if run is not runs[0]:
+            before = [first.get(key) for key in COLUMNS.values()]
+            table.add_row("", *map(difference, values, before), "", style="dim")
     return table
+
+
+def difference(value: float | None, before: float | None) -> str:
+    """Return a difference in points, empty where one of both is not known."""
+    return "" if value is None or before is None else f"{value - before:+.1f}"
 
 
 def settings(runs: Sequence[RunFiles]) -> dict[str, list[str]]:

@@ -184,7 +184,7 @@ def evaluate_run(
             *it.parts,
             on_logits=lambda *batch: losses.append(losses_by_temperature(*batch)),
         )
-        result = score(predictions, it.space)
+        result = score(predictions, it.space, it.config.data.grouping)
         known = read_calibration(run)
         if pack is None and split == "val" and not known.images:
             known = fitted(losses, len(predictions.label))
@@ -274,13 +274,15 @@ def evaluate_post_hoc(
             with opened(run, validation) as other:
                 check_apart(other.pack.val, it.pack.val, str(validation))
                 chosen_on = features_of(other)
-        results = {"as trained": score(apply(None, 0, it.model, tested, log_prior), it.space)}
+        grouping = it.config.data.grouping
+        plain = apply(None, 0, it.model, tested, log_prior)
+        results = {"as trained": score(plain, it.space, grouping)}
         for name in methods:
             method = retrained(it) if name == RETRAIN else METHODS[name]
             best = choose(method, it.model, chosen_on, log_prior) if strength is None else strength
             results[name] = {
                 "strength": best,
-                **score(apply(method, best, it.model, tested, log_prior), it.space),
+                **score(apply(method, best, it.model, tested, log_prior), it.space, grouping),
             }
         for result in results.values():
             result |= {

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastlt.classes import ClassSpace
+from fastlt.utils.groups import Grouping
 
 CALIBRATION_BINS = 15
 
@@ -31,19 +32,22 @@ def concatenate_predictions(parts: list[Predictions]) -> Predictions:
     return Predictions(**{name: values[order] for name, values in columns.items()})
 
 
-def score(predictions: Predictions, space: ClassSpace) -> dict[str, Any]:
+def score(
+    predictions: Predictions, space: ClassSpace, grouping: Grouping | None = None
+) -> dict[str, Any]:
     """The figures of result.json that one evaluation gives."""
     right = predictions.predicted == predictions.label
     per_class = class_accuracies(predictions, space.num_targets)
-    groups = {name: _group(per_class, members) for name, members in space.groups().items()}
+    groups = {name: _group(per_class, members) for name, members in space.groups(grouping).items()}
     present = per_class[~np.isnan(per_class)]
     worst = int(np.nanargmin(per_class))
+    harmonic = harmonic_mean(per_class)
     return {
         "top1": _percent(right.mean()),
         **{name: group["accuracy"] for name, group in groups.items()},
         "balanced_accuracy": _percent(present.mean()),
         "worst_class": {"name": space.target_names[worst], "accuracy": _percent(per_class[worst])},
-        "harmonic_mean": _percent(harmonic_mean(present)),
+        "harmonic_mean": None if harmonic is None else _percent(harmonic),
         **calibration(predictions.confidence, right),
         "pdc": distribution_error(predictions, space),
         "per_class": [None if np.isnan(value) else _percent(value) for value in per_class],
@@ -60,9 +64,13 @@ def class_accuracies(predictions: Predictions, num_targets: int) -> np.ndarray:
     return np.divide(right, total, out=np.full(num_targets, np.nan), where=total > 0)
 
 
-def harmonic_mean(accuracies: np.ndarray) -> float:
-    """Return the harmonic mean of accuracies: 0 where a class is never recognised."""
-    return 0.0 if (accuracies == 0).any() else float(len(accuracies) / (1 / accuracies).sum())
+def harmonic_mean(accuracies: np.ndarray) -> float | None:
+    """Return the harmonic mean of accuracies (T,) float.
+
+    It is None where it is not defined: a class is never recognised, or has no image (NaN).
+    """
+    defined = bool((accuracies > 0).all())
+    return float(len(accuracies) / (1 / accuracies).sum()) if defined else None
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, float]:

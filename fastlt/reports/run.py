@@ -5,10 +5,9 @@ print.
 """
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,129 +15,38 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fastlt.classes import ClassSpace
 from fastlt.errors import UserError
-from fastlt.packing.reader import Pack, Split, open_pack
+from fastlt.packing.reader import Pack, open_pack
 from fastlt.reports import charts
+from fastlt.reports.baseline import beside, read_baseline
+from fastlt.reports.content import Relation, Run, read_run
+from fastlt.reports.images import confused, mistakes, samples
 from fastlt.utils.files import write_text
-from fastlt.utils.run_files import read_run_files
-from fastlt.utils.thumbnail import thumbnail
+from fastlt.utils.groups import GROUPS
 
 # By its path, for `python -m fastlt` may find a folder of the same name where it was called.
 TEMPLATES = Path(__file__).parent / "templates"
-GROUPS = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
-SHOWN_CONFUSIONS, SHOWN_ERRORS, SHOWN_IMAGES, SHOWN_NEIGHBOURS = 12, 18, 6, 4
+SHOWN_CONFUSIONS = 12
 MATRIX_UP_TO = 32  # targets; a larger matrix fits no screen
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run; an absent file is an empty value."""
-
-    path: Path
-    config: dict[str, Any]
-    result: dict[str, Any]
-    epochs: list[dict[str, Any]]
-    space: ClassSpace
-    predictions: dict[str, np.ndarray]
-
-    @cached_property
-    def groups(self) -> list[str]:
-        """The group of each target."""
-        of = {target: name for name, members in self.space.groups().items() for target in members}
-        return [of[target] for target in range(self.space.num_targets)]
-
-    @cached_property
-    def by_frequency(self) -> list[int]:
-        """The target ids, most training images first."""
-        return sorted(
-            range(self.space.num_targets), key=lambda target: -self.space.train_counts[target]
-        )
-
-    @cached_property
-    def per_class(self) -> list[float | None]:
-        """The accuracy of each target, None where not known.
-
-        Raises UserError where it is damaged.
-        """
-        known = self.result.get("per_class") or [None] * self.space.num_targets
-        if len(known) != self.space.num_targets:
-            found = f"result.json has {len(known)} classes, classes.json {self.space.num_targets}"
-            raise UserError(f"{self.path} is damaged: {found}; train again")
-        return known
-
-    @cached_property
-    def confusion(self) -> list[tuple[int, int, int]]:
-        """The confusions (true, predicted, count), off the diagonal, most frequent first."""
-        return sorted(
-            (tuple(entry) for entry in self.result.get("confusion", [])),
-            key=lambda entry: -entry[2],
-        )
-
-
-class Relation:
-    """The class graph: who neighbours whom, and which targets share an auxiliary."""
-
-    def __init__(self, space: ClassSpace):
-        self.space = space
-        self.neighbours: dict[int, list[int]] = {target: [] for target in range(space.num_targets)}
-        self.owners: dict[int, list[int]] = {}
-        for target, auxiliary in space.pairs:
-            self.neighbours[target].append(auxiliary)
-            self.owners.setdefault(auxiliary, []).append(target)
-
-    def shared(self, first: int, second: int) -> list[str]:
-        """Return the names of the auxiliaries that neighbour both targets."""
-        return [
-            self.space.names[auxiliary]
-            for auxiliary in self.neighbours[first]
-            if auxiliary in self.neighbours[second]
-        ]
-
-    @cached_property
-    def siblings(self) -> set[tuple[int, int]]:
-        """The pairs (target, target), both ways, of targets that share an auxiliary."""
-        return {(a, b) for owners in self.owners.values() for a in owners for b in owners if a != b}
-
-    def grouped(self, order: Sequence[int]) -> list[int]:
-        """Return the targets of `order`, those that share auxiliaries next to each other."""
-        beside: dict[int, list[int]] = {}
-        for a, b in sorted(self.siblings):
-            beside.setdefault(a, []).append(b)
-        arranged: dict[int, None] = {}
-        for start in order:
-            waiting = [start]
-            while waiting:
-                target = waiting.pop()
-                if target not in arranged:
-                    arranged[target] = None
-                    waiting += beside.get(target, [])
-        return list(arranged)
-
-
-def write_report(run: Path, *, pack: Path | None = None) -> Path:
+def write_report(run: Path, *, pack: Path | None = None, baseline: Path | None = None) -> Path:
     """Write RUN/report.html, one page that needs no other file and no network; return its path.
 
     `pack` is where the sample images are; without it the pack that the run was trained on, and no
-    images where that is gone.
+    images where that is gone. `baseline` is a run that this one is held against.
 
     Raises:
-        UserError: `run` is not a finished run, one of its files is damaged, or `pack` has other
-            targets.
+        UserError: `run` or `baseline` is not a finished run, one of their files is damaged, or
+            `pack` or `baseline` has other targets.
 
     """
     content = read_run(Path(run))
+    held_against = None if baseline is None else read_baseline(content, Path(baseline))
     opened, absent = find_pack(content, pack)
     path = Path(run) / "report.html"
-    write_text(path, render(content, opened, absent))
+    write_text(path, render(content, opened, absent, held_against))
     return path
-
-
-def read_run(path: Path) -> Run:
-    """Return what the page shows of a run. Raise UserError where it is no finished one."""
-    files = read_run_files(path)
-    space = ClassSpace.load(path / "classes.json")
-    return Run(path, files.config, files.result, files.epochs, space, files.predictions)
 
 
 def find_pack(run: Run, path: Path | None) -> tuple[Pack | None, str]:
@@ -163,7 +71,7 @@ def find_pack(run: Run, path: Path | None) -> tuple[Pack | None, str]:
     return pack, ""
 
 
-def render(run: Run, pack: Pack | None, absent: str = "") -> str:
+def render(run: Run, pack: Pack | None, absent: str = "", baseline: Run | None = None) -> str:
     """Return the page as text."""
     space = run.space if run.space.pairs or pack is None else pack.space
     relation = Relation(space)
@@ -175,7 +83,7 @@ def render(run: Run, pack: Pack | None, absent: str = "") -> str:
             title=run.path.resolve().name,
             space=run.space,
             result=run.result,
-            group_names=GROUPS,
+            group_names=run.spans,
             group_rows=group_rows(run),
             story=story(run),
             curves=curves(run),
@@ -188,7 +96,9 @@ def render(run: Run, pack: Pack | None, absent: str = "") -> str:
             group_flow=group_flow(run),
             absent=absent,
             samples=samples(run, relation, pack),
+            confused=confused(run, pack),
             mistakes=mistakes(run, relation, pack),
+            beside=None if baseline is None else beside(run, baseline),
         )
     )
 
@@ -208,6 +118,7 @@ def environment() -> Environment:
         "number": number,
         "duration": duration,
         "value": config_value,
+        "points": points,
     }
     return found
 
@@ -231,11 +142,11 @@ def group_rows(run: Run) -> list[dict[str, Any]]:
             best.get("top1"),
         )
     ]
-    for name, members in run.space.groups().items():
+    for name, members in run.members.items():
         rows.append(
             _group_row(
                 name,
-                f"{GROUPS[name]} images",
+                f"{run.spans[name]} images" if members or run.spans[name] != "-" else "no class",
                 members,
                 counts,
                 run.result.get(name),
@@ -268,7 +179,7 @@ def _group_row(
 
 def story(run: Run) -> str:
     """Return the first screen's answer, in a sentence."""
-    shares = {name: run.result.get(name) for name, members in run.space.groups().items() if members}
+    shares = {name: run.result.get(name) for name, members in run.members.items() if members}
     known = [(name, share) for name, share in shares.items() if share is not None]
     if len(known) < 2:
         return (
@@ -280,9 +191,9 @@ def story(run: Run) -> str:
     gap = abs(high - low)
     order = "fewer" if high >= low else "more"
     return (
-        f"Of 100 images of {words[rare]} classes ({GROUPS[rare]} training images) {low:.0f} are "
+        f"Of 100 images of {words[rare]} classes ({run.spans[rare]} training images) {low:.0f} are "
         "recognised, "
-        f"{gap:.0f} {order} than of {words[common]} ones ({GROUPS[common]})."
+        f"{gap:.0f} {order} than of {words[common]} ones ({run.spans[common]})."
     )
 
 
@@ -465,105 +376,20 @@ def group_flow(run: Run) -> list[dict[str, Any]]:
     return rows if run.confusion else []
 
 
-# --- sample images
-
-
-def samples(run: Run, relation: Relation, pack: Pack | None) -> list[dict[str, Any]]:
-    """Return the worst, the rarest and the most common classes with images.
-
-    They are some of their training images and of their neighbours'.
-    """
-    if pack is None:
-        return []
-    ranked = sorted(
-        (value, target) for target, value in enumerate(run.per_class) if value is not None
-    )
-    picks = {target: "worst" for _, target in ranked[:3]}
-    for target in run.by_frequency[:-4:-1]:
-        picks.setdefault(target, "rarest")
-    for target in run.by_frequency[:2]:
-        picks.setdefault(target, "most common")
-    return [_sample(run, relation, pack, target, why) for target, why in picks.items()]
-
-
-def _sample(run: Run, relation: Relation, pack: Pack, target: int, why: str) -> dict[str, Any]:
-    # The run's graph and the pack's may differ (another subset of auxiliaries): names are what they
-    # have in common.
-    ids = {name: i for i, name in enumerate(pack.space.names)}
-    trained_on = relation.neighbours[target][:SHOWN_NEIGHBOURS] if run.space.pairs else []
-    neighbours = [relation.space.names[auxiliary] for auxiliary in trained_on]
-    return {
-        "name": run.space.target_names[target],
-        "why": why,
-        "group": run.groups[target],
-        "count": run.space.train_counts[target],
-        "accuracy": run.per_class[target],
-        "images": thumbnails(
-            pack.train, _spread_over(np.flatnonzero(pack.train.label == target), SHOWN_IMAGES)
-        ),
-        "neighbours": [
-            (name, uri)
-            for name in neighbours
-            if name in ids
-            for uri in thumbnails(pack.train, np.flatnonzero(pack.train.label == ids[name])[:1])
-        ],
-    }
-
-
-def _spread_over(values: np.ndarray, most: int) -> np.ndarray:
-    return (
-        values[np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).astype(int))]
-        if len(values)
-        else values
-    )
-
-
-def mistakes(run: Run, relation: Relation, pack: Pack | None) -> list[dict[str, Any]]:
-    """Return the most confident errors, one for each kind of confusion."""
-    found = run.predictions
-    if pack is None or not found or not _same_images(found, pack.val):
-        return []
-    wrong = np.flatnonzero(found["label"] != found["predicted"])
-    chosen: dict[tuple[int, int], int] = {}
-    for i in wrong[np.argsort(-found["confidence"][wrong], kind="stable")]:
-        chosen.setdefault((int(found["label"][i]), int(found["predicted"][i])), int(i))
-        if len(chosen) == SHOWN_ERRORS:
-            break
-    names = run.space.target_names
-    return [
-        {
-            "true": names[true],
-            "predicted": names[predicted],
-            "confidence": 100 * float(found["confidence"][i]),
-            "sibling": (true, predicted) in relation.siblings,
-            "image": uri,
-        }
-        for (true, predicted), i in chosen.items()
-        for uri in thumbnails(pack.val, [int(found["image"][i])])
-    ]
-
-
-def _same_images(predictions: dict[str, np.ndarray], split: Split) -> bool:
-    """Return whether the predictions were made on this split: its labels are those of them."""
-    image = predictions["image"]
-    return (
-        len(image) > 0
-        and int(image.max()) < len(split)
-        and bool((split.label[image] == predictions["label"]).all())
-    )
-
-
-def thumbnails(split: Split, images: Iterable[int]) -> list[str]:
-    """Return data URIs of small JPEGs; an image that cannot be decoded is left out."""
-    return [uri for image in images if (uri := thumbnail(bytes(split.read(int(image)))))]
-
-
 # --- figures as text
 
 
 def percent(value: float | None) -> str:
-    """Return a percentage with one decimal, - where not known."""
-    return "-" if value is None else f"{value:.1f}"
+    """Return a percentage with one decimal, - where not known (None or NaN)."""
+    return "-" if value is None or math.isnan(value) else f"{value:.1f}"
+
+
+def points(value: float | None) -> str:
+    """Return a difference in points with its sign, - where not known."""
+    if value is None:
+        return "-"
+    rounded = round(value, 1) + 0.0  # no -0.0
+    return f"{rounded:+.1f}" if rounded else "0.0"
 
 
 def number(value: float | None) -> str:

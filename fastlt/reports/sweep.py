@@ -79,6 +79,7 @@ class SweepPage:
     story: str
     command: str  # that trains the best point again
     spans: Mapping[str, str]  # axis -> its values in words
+    groups: Mapping[str, str]  # group -> its training images in words
     points: Sequence[Point]  # best first
     effects: Sequence[Effect]  # largest first
     heat: Heat | None
@@ -211,4 +212,4 @@ def strengths(heat: Heat) -> list[list[int]]:
 
 def shade(cell: Spread, low: float, width: float) -> int:
     """Return the strength of a cell's colour, 0 where nothing is known."""
-    return 0 if not cell.seeds else round(5 + 65 * (cell.mean - low) / width)
+    return 0 if not cell.seeds else round(5 + 95 * (cell.mean - low) / width)

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastlt.classes import ClassSpace
 from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.reports.sweep import (
@@ -20,6 +21,7 @@ from fastlt.reports.sweep import (
 )
 from fastlt.sweep.analysis import Level, Study, read_study
 from fastlt.sweep.spec import Range
+from fastlt.utils.groups import Grouping
 from fastlt.utils.run_files import METRICS
 
 SHOWN_POINTS, SHOWN_EFFECTS = 40, 3
@@ -65,6 +67,7 @@ def page_of(study: Study, pair: Sequence[str]) -> SweepPage:
         story=story(study),
         command=command(study, best),
         spans={axis: span(study, axis) for axis in study.axes},
+        groups=group_spans(study, best),
         points=[point(study, level) for level in study.ranked[:SHOWN_POINTS]],
         effects=[effect(study, axis) for axis in study.by_size],
         heat=heat(study, pair) if len(pair) == 2 else None,
@@ -146,6 +149,19 @@ def command(study: Study, level: Level) -> str:
         f"fastlt train {recipe} --data {shlex.quote(pack)} --out RUN{method} "
         f"{' '.join(map(shlex.quote, settings))}"
     )
+
+
+def group_spans(study: Study, level: Level) -> dict[str, str]:
+    """Return the training images of each group of a point, in words; of a run that was removed, as
+    they are by default.
+    """
+    run = study.out / "runs" / study.points[level][0]["run"]
+    try:
+        grouping = load_config(str(run / "config.toml")).data.grouping
+        space = ClassSpace.load(run / "classes.json")
+    except UserError:
+        return Grouping().spans([])
+    return grouping.spans(space.train_counts[: space.num_targets])
 
 
 def pack_of(run: Path) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from fastlt.errors import UserError
 from fastlt.sweep.on_ray import follow, one_of_each, optuna_search, quiet_ray
@@ -37,6 +36,7 @@ from fastlt.utils.files import write_text
 from fastlt.utils.lock import alone_in
 from fastlt.utils.run_files import METRICS
 from fastlt.utils.signals import Stopped
+from fastlt.utils.tables import figure_table
 
 
 def run_sweep(
@@ -144,20 +144,16 @@ def show(rows: Sequence[Row], sweep: Sweep, console: Console) -> None:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in measured:
         groups.setdefault(tuple(row[name] for name in axes), []).append(row)
-    table = Table(
-        *axes,
-        "runs",
-        *METRICS,
-        title=f"the best by {sweep.search.metric}, mean over seeds",
-        title_justify="left",
-    )
+    title = f"the best by {sweep.search.metric}, mean over seeds"
+    table = figure_table("point", "runs", *METRICS, title=title)
     ranked = sorted(
         groups.items(),
         key=lambda entry: -statistics.mean(row[sweep.search.metric] for row in entry[1]),
     )
     for point, members in ranked[:10]:
         figures = [over_seeds(members, name) for name in METRICS]
-        table.add_row(*(escape(short(value)) for value in point), str(len(members)), *figures)
+        values = (f"{axis} = {short(value)}" for axis, value in zip(axes, point, strict=True))
+        table.add_row(escape(", ".join(values)), str(len(members)), *figures)
     if groups:
         console.print(table)
 

@@ -493,7 +493,7 @@ def record_epoch(trainer: Trainer, rate: float, predictions: Predictions | None)
     }
     record |= trainer.method.metrics()
     if predictions is not None:
-        figures = score(predictions, trainer.space)
+        figures = score(predictions, trainer.space, trainer.config.data.grouping)
         record |= {name: figures[name] for name in METRICS}
         note_best(trainer, figures)
     if trainer.ranks.is_first:
@@ -576,7 +576,7 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
     """The last epoch's model and figures, the best epoch named beside."""
     predictions = predictions or evaluate(trainer)
     export(trainer, MODEL)
-    result = score(predictions, trainer.space)
+    result = score(predictions, trainer.space, trainer.config.data.grouping)
     result |= {
         "best": trainer.state.best,
         "epochs": trainer.state.epoch if trainer.state.has_ended else trainer.config.train.epochs,

@@ -19,7 +19,8 @@ def report_setup(trainer: Trainer, console: Console) -> None:
     """Print what is about to be trained, before the first step: set-up errors show here."""
     config, space, plan = trainer.config, trainer.space, trainer.plan
     graph = silencing_graph(config.loss, space)
-    groups = ", ".join(f"{len(members)} {name}" for name, members in space.groups().items())
+    members = space.groups(config.data.grouping)
+    groups = ", ".join(f"{len(targets)} {name}" for name, targets in members.items())
     auxiliary_images = int(plan.drawn_counts[space.num_targets :].sum())
     parameters = {name: p.numel() / 1e6 for name, p in trainer.method.named_parameters()}
     own = {name: size for name, size in parameters.items() if name.startswith("model.")}

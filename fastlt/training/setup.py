@@ -476,20 +476,23 @@ def budgets_of(data: DataConfig, space: ClassSpace) -> tuple[int, ...]:
         raise UserError(
             f"data.budgets names '{unknown[0]}', but the pack has no such auxiliary class"
         )
-    anchors = space.anchors() if data.budget_by == "anchor" else {}
-    counts = {auxiliary: space.train_counts[target] for auxiliary, target in anchors.items()}
+    by_anchor = budgets_by_anchor(data, space) if data.budget_by == "anchor" else {}
     return tuple(
-        data.budgets.get(name, budget_by_anchor(counts.get(number), data.budget))
+        data.budgets.get(name, by_anchor.get(number, data.budget))
         for number, name in enumerate(space.auxiliary_names, space.num_targets)
     )
 
 
-def budget_by_anchor(count: int | None, budget: int) -> int:
-    """Return the budget of an auxiliary whose rarest target has `count` images; None: has none.
+def budgets_by_anchor(data: DataConfig, space: ClassSpace) -> dict[int, int]:
+    """Return the budget of each auxiliary whose rarest target is medium: as many as that has.
 
-    The release's rule (arXiv 2410.15980): as many as a medium-shot target has, else `budget`.
+    It is the release's rule (arXiv 2410.15980); all others have `data.budget`.
     """
-    return count if count is not None and 20 < count <= 100 else budget
+    medium = data.grouping.anchored(space.train_counts[: space.num_targets])
+    anchors = space.anchors().items()
+    return {
+        auxiliary: space.train_counts[target] for auxiliary, target in anchors if target in medium
+    }
 
 
 def size_at(data: DataConfig, epoch: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -43,6 +44,16 @@ class RunFiles:
     result: dict[str, Any]
     epochs: list[dict[str, Any]]
     predictions: dict[str, np.ndarray]  # label, predicted, confidence, image: (n,) each
+
+
+def shortest_names(places: Sequence[Path]) -> list[str]:
+    """Return as few of the last folders of each path as tell the paths apart."""
+    parts = [Path(place).resolve().parts for place in places]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return names
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -44,7 +44,7 @@ def test_figures_settings_and_chance(run, tmp_path):
     result = json.loads((other / "result.json").read_text())
     (other / "result.json").write_text(json.dumps({**result, "top1": result["top1"] + 2.5}))
     told = said(run, other)
-    assert "(+2.5)" in told and "loss.silence" in told and "data.pack" not in told
+    assert "+2.5" in told and "loss.silence" in told and "data.pack" not in told
     assert (
         "other has 0 images right that first has wrong, and 0 the other way round: within chance"
         in told

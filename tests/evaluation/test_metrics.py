@@ -10,6 +10,7 @@ from fastlt.evaluation.metrics import (
     harmonic_mean,
     score,
 )
+from fastlt.utils.groups import Grouping
 
 SPACE = ClassSpace(target_names=["a", "b", "c"], train_counts=[200, 50, 30], val_counts=[2, 2, 0])
 
@@ -32,7 +33,7 @@ def test_figures_of_a_case_worked_by_hand():
     assert result["per_class"] == [100, 50, None]
     assert result["balanced_accuracy"] == 75
     assert result["worst_class"] == {"name": "b", "accuracy": 50}
-    assert result["harmonic_mean"] == pytest.approx(200 / 3, abs=1e-3)
+    assert result["harmonic_mean"] is None  # c has no image
     assert result["groups"]["few"] == {"classes": 0, "accuracy": None}
 
 
@@ -83,6 +84,16 @@ def test_a_balanced_training_set_gives_no_predictive_distribution():
         assert distribution_error(predictions([0, 0, 1, 1], [0, 0, 0, 1]), even) is None
 
 
-def test_the_harmonic_mean_of_a_lost_class_is_zero():
-    assert harmonic_mean(np.array([1.0, 0.0])) == 0
+def test_the_harmonic_mean_is_given_only_where_it_is_defined():
+    assert harmonic_mean(np.array([1.0, 0.0])) is None
+    assert harmonic_mean(np.array([1.0, np.nan])) is None
     assert harmonic_mean(np.array([0.5, 1.0])) == pytest.approx(2 / 3)
+
+
+def test_groups_are_those_of_the_given_rule():
+    found = predictions([0, 0, 1, 1], [0, 0, 1, 0])
+    thirds = score(found, SPACE, Grouping("thirds"))
+    assert (thirds["many"], thirds["medium"], thirds["few"]) == (100, 50, None)
+    moved = score(found, SPACE, Grouping(many_images=10**6, few_images=10**6))
+    assert (moved["many"], moved["medium"], moved["few"]) == (None, None, 75)
+    assert moved["groups"]["many"] == {"classes": 0, "accuracy": None}

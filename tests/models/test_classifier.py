@@ -99,7 +99,9 @@ def test_weights_from_a_file_and_from_one_that_does_not_fit(tmp_path):
         section()(name="resnet8", weights=str(tmp_path / "good.safetensors")), 10, 32
     )
     assert torch.equal(model.backbone.conv1.weight, source.conv1.weight)
-    with pytest.raises(UserError, match=r"60 tensors are missing .*; 20 tensors have another shape"):
+    with pytest.raises(
+        UserError, match=r"60 tensors are missing .*; 20 tensors have another shape"
+    ):
         build_model(section()(name="resnet20", weights=str(tmp_path / "good.safetensors")), 10, 32)
     (tmp_path / "bad.safetensors").write_bytes(b"pickle?")
     with pytest.raises(UserError, match="must be a safetensors file"):

@@ -84,6 +84,21 @@ def test_budgets_by_the_anchor_are_the_releases(counts, expected):
     assert budgets_of(named, space) == (3, 50, 50)
 
 
+def test_budgets_by_the_anchor_follow_the_groups():
+    """Thresholds move who is medium; of thirds, it is the one in the middle."""
+    space = ClassSpace(
+        target_names=["a", "b", "c"],
+        auxiliary_names=["x", "y", "z"],
+        train_counts=[300, 15, 9, 7, 7, 7],
+        val_counts=[1, 1, 1],
+        pairs=[(0, 3), (1, 4), (2, 5)],
+    )
+    moved = DataConfig(budget_by="anchor", many_images=300, few_images=15)
+    assert budgets_of(moved, space) == (300, 50, 50)
+    thirds = DataConfig(budget_by="anchor", groups="thirds")
+    assert budgets_of(thirds, space) == (50, 15, 50)
+
+
 @pytest.mark.parametrize(
     "settings",
     [["data.auxiliary_ratio=1.5"], ["data.budgets={x = 3}"], ["data.target_sampling=square-root"]],
