@@ -3,8 +3,10 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -12,6 +14,7 @@ from fastlt.config import Config, load_config
 from fastlt.methods import method_settings
 from fastlt.training.loop import open_packs, train
 from fastlt.training.setup import Trainer, prepare
+from fastlt.utils import torchvision_shim
 
 QUIET = Console(quiet=True)
 SMALL = [
@@ -52,3 +55,10 @@ def batch_of(trainer: Trainer, count: int = 8) -> tuple[torch.Tensor, torch.Tens
     generator = torch.Generator().manual_seed(count)
     images = torch.randn(count, 3, 16, 16, generator=generator)
     return images, torch.arange(count) % trainer.space.num_classes
+
+
+def need_timm() -> None:
+    """Skip the test where timm is missing, and let it be imported beside a CPU build of torch."""
+    if find_spec("timm") is None:
+        pytest.skip("timm is an extra")
+    torchvision_shim.make_importable()

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from helpers.method_cases import need_timm
 from safetensors.torch import save_file
 from torch import nn
 
@@ -19,7 +20,7 @@ from fastlt.models.weight_files import read_weights
 
 
 def timm_model(name, **options):
-    pytest.importorskip("timm", reason="timm is an extra")
+    need_timm()
     return build_model(section()(name=name, **options), 5, 64).backbone
 
 
@@ -118,7 +119,7 @@ def test_what_the_model_has_not_is_told(tmp_path):
 
 
 def test_position_embeddings_of_another_size_are_resized_and_told(tmp_path):
-    pytest.importorskip("timm", reason="timm is an extra")
+    need_timm()
     stored = build_model(section()(name="test_vit"), 7, 224).backbone
     path = as_file(stored.state_dict(), tmp_path / "w.safetensors")
     notes = []
@@ -149,7 +150,7 @@ def config_with(*settings):
 
 
 def test_images_follow_the_weights_unless_set(tmp_path):
-    pytest.importorskip("timm", reason="timm is an extra")
+    need_timm()
     model = ["model.name=tf_efficientnet_lite0", "model.pretrained=true"]
     config, said = with_preprocessing(config_with(*model))
     data = config.data
@@ -165,7 +166,7 @@ def test_images_follow_the_weights_unless_set(tmp_path):
 
 
 def test_a_folder_of_timm_says_how_its_images_are(tmp_path):
-    pytest.importorskip("timm", reason="timm is an extra")
+    need_timm()
     (tmp_path / "config.json").write_text(
         '{"architecture": "resnet18", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "crop_pct": 0.5,'
         '"std": [0.4, 0.5, 0.6], "input_size": [3, 96, 96], "interpolation": "bicubic"}}'
