@@ -16,6 +16,7 @@ from fastlt.packing.collect import collect
 from fastlt.packing.holdout import Together
 from fastlt.packing.reader import open_pack
 from fastlt.packing.writer import PackOptions, write_pack
+from fastlt.reports.run import write_report
 from fastlt.studies.fit_choices import (
     Choice,
     Plan,
@@ -81,6 +82,7 @@ def run_fit(options: FitOptions, console: Console) -> bool:
         console.print(f"the plain baseline is left out: {plan.why_no_baseline}", highlight=False)
     if not trained(options.out, pack, overrides, console):
         return False
+    write_report(options.out, baseline=runs.get("plain baseline"))
     console.print(comparison(runs))
     return True
 

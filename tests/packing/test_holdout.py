@@ -5,14 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.scenes import saved, scene
+from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
 from fastlt.cli import app
 from fastlt.errors import UserError
+from fastlt.packing.collect import collect
 from fastlt.packing.collection import Collection, ImageRef
 from fastlt.packing.concat import concat_packs
-from fastlt.packing.holdout import hold_out
+from fastlt.packing.holdout import Together, hold_out
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.packing.relabel import Selection, derive_pack
 from fastlt.packing.sources import read_collection
@@ -219,3 +221,64 @@ def test_cifar_keeps_its_test_images_with_a_holdout(shared_data, tmp_path):
     assert all(held.test.read(i) == plain.val.read(i) for i in range(0, len(plain.val), 97))
     assert len(held.train) + len(held.val) == len(plain.train)
     assert (np.bincount(held.val.label, minlength=20) > 0).all()
+
+
+# --- what stays together
+
+
+def photographs(folder, classes=("a", "b"), each=10):
+    """Write smooth images that are all different, `each` a class; return their folder."""
+    rng = np.random.default_rng(5)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            small = Image.fromarray(rng.integers(0, 256, (6, 6, 3)).astype(np.uint8))
+            small.resize((96, 96), Image.Resampling.BICUBIC).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_resized_and_recompressed_images_stay_on_one_side(tmp_path):
+    folder = photographs(tmp_path / "images")
+    for i in range(8):
+        image = Image.open(folder / "a" / f"{i}.png")
+        image.resize((70, 70)).save(folder / "a" / f"{i}-copy.jpg", quality=60)
+    for share in (0.2, 0.4):
+        collection = collect(target=folder, holdout=share, together=Together(near=True))
+        train, val = (
+            {ref.key.removesuffix("-copy") for ref in refs if ref.key.startswith("a/")}
+            for refs in (collection.train, collection.val)
+        )
+        assert not train & val and val
+
+
+def table(path, rows):
+    path.write_text("image,group\n" + "".join(f"{image},{group}\n" for image, group in rows))
+    return path
+
+
+def test_named_groups_stay_on_one_side_across_classes(tmp_path):
+    folder = photographs(tmp_path / "images", each=12)
+    rows = [(f"{name}/{i}.png", f"patient{i // 3}") for name in "ab" for i in range(12)]
+    groups = table(tmp_path / "groups.csv", rows)
+    collection = collect(target=folder, holdout=0.25, together=Together(groups))
+    of = {f"{name.split('/')[0]}/{name.split('/')[1][:-4]}": group for name, group in rows}
+    train, val = ({of[ref.key] for ref in refs} for refs in (collection.train, collection.val))
+    assert not train & val and len(val) == 1
+    assert {ref.label for ref in collection.val} == {0, 1}
+    assert len(collection.train) + len(collection.val) == 24
+
+
+def test_a_table_of_groups_that_does_not_fit_is_refused(tmp_path):
+    folder = photographs(tmp_path / "images", each=3)
+    for rows, message in (
+        ([("a/9.png", 1)], r"line 2: 'a/9\.png' names no training image"),
+        ([("a/1.png", 1), ("1.png", 2)], r"line 3: '1\.png' names 2 training images"),
+    ):
+        groups = table(tmp_path / "groups.csv", rows)
+        with pytest.raises(UserError, match=message):
+            collect(target=folder, holdout=0.3, together=Together(groups))
+    (tmp_path / "groups.csv").write_text("file,group\n")
+    with pytest.raises(UserError, match="no column 'image'"):
+        collect(target=folder, holdout=0.3, together=Together(tmp_path / "groups.csv"))
+    with pytest.raises(UserError, match="--groups is for --holdout"):
+        collect(target=folder, val=folder, together=Together(tmp_path / "groups.csv"))

@@ -1,0 +1,205 @@
+"""`fastlt fit`: from a folder to a model, what it chooses, and what it goes on with."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers.method_cases import need_timm
+from rich.console import Console
+from safetensors.torch import save_file
+
+import fastlt
+from fastlt.errors import UserError
+from fastlt.packing.reader import open_pack
+from fastlt.studies import fit_choices
+from fastlt.studies.fit import FitOptions, run_fit
+from fastlt.studies.fit_choices import (
+    Choice,
+    Plan,
+    affordable_size,
+    architecture_of,
+    configured,
+    found_choices,
+    plan_of,
+    seconds_of,
+    start_choices,
+    within,
+)
+from fastlt.training.dry_run import Memory, Speed
+
+FAST = (
+    "data.size=16",
+    "train.epochs=2",
+    "data.batch=8",
+    "train.precision=fp32",
+    "data.workers=0",
+    "train.threads=1",
+)
+
+
+def options(image_folders, out, **more):
+    values = {"images": image_folders / "target", "out": out, "model": "resnet8", "holdout": 0.3}
+    return FitOptions(**{**values, "settings": FAST, **more})
+
+
+def test_a_folder_becomes_a_model_that_predicts(image_folders, tmp_path):
+    out, said = tmp_path / "run", Console(record=True, width=120)
+    auxiliary = {
+        "auxiliary": image_folders / "auxiliary",
+        "pairs": image_folders / "pairs.csv",
+    }
+    assert run_fit(options(image_folders, out, **auxiliary), said)
+    text = said.export_text()
+    for part in ("neighbor-silencing", "the pack has auxiliaries", "plain baseline", "you set it"):
+        assert part in text
+    found = fastlt.load(out).predict(image_folders / "val" / "a" / "0.png")
+    assert sorted(found[0].names) == ["a", "b", "c"]
+    for place in ("pack", "baseline/result.json", "best.safetensors", "report.html"):
+        assert (out / place).exists()
+    pack = open_pack(str(out / "pack"))
+    assert pack.space.val_counts == [4, 2, 1] and pack.space.num_auxiliaries == 2
+    baseline = (out / "baseline" / "config.toml").read_text()
+    assert 'name = "ce"' in baseline and "auxiliary = false" in baseline
+    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    again = Console(record=True, width=120)
+    assert run_fit(options(image_folders, out, **auxiliary), again)
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp  # nothing is trained again
+    with pytest.raises(UserError, match="was begun with another --holdout"):
+        run_fit(options(image_folders, out, holdout=0.4, **auxiliary), again)
+
+
+def test_the_command_ends_with_the_line_that_predicts(image_folders, tmp_path):
+    words = [sys.executable, "-m", "fastlt", "fit", str(image_folders / "target")]
+    words += ["--out", str(tmp_path / "run"), "--model", "resnet8", "--no-baseline", *FAST]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert "fastlt predict" in ended.stdout.splitlines()[-1]
+    assert not (tmp_path / "run" / "baseline").exists()
+    broken = [*words[:-1], "--val", str(image_folders / "val"), "--groups", "g.csv"]
+    ended = subprocess.run(broken, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2 and "--groups is for taking" in ended.stderr + ended.stdout
+
+
+def test_a_folder_of_something_else_is_left_alone(image_folders, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds something that is not of `fastlt fit`"):
+        run_fit(options(image_folders, tmp_path), Console(quiet=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# --- choices
+
+
+def test_times_are_read():
+    assert [seconds_of(text) for text in ("90s", "30m", "2h", "45")] == [90, 1800, 7200, 2700]
+    for text in ("soon", "", "-3m", "0m", "infh"):
+        with pytest.raises(UserError, match="is no time"):
+            seconds_of(text)
+
+
+def test_a_budget_sets_the_epochs_and_leaves_the_baseline_out_where_it_is_short():
+    images = (200, 100)  # an epoch of both takes 3 s at 100 images/s
+    whole = within(None, 30, 100.0, images)
+    assert (whole.epochs, whole.baseline) == (30, True)
+    fits = within(60, 30, 100.0, images)
+    assert (fits.epochs, fits.baseline) == (18, True)
+    short = within(20, 30, 100.0, images)
+    assert (short.epochs, short.baseline) == (9, False) and "6 epochs" in short.why_no_baseline
+    assert within(0.1, 30, 100.0, images).epochs == 1
+
+
+def test_a_short_budget_makes_images_smaller():
+    assert affordable_size(224, 100) == 224
+    assert affordable_size(224, 2) == 96  # a quarter of the epochs: half of the side, by 32
+    assert affordable_size(224, 0.01) == 64 and affordable_size(32, 0.1) == 32
+
+
+def measured_as(rates):
+    """Return a measurement that gives each precision a rate."""
+
+    def measure(config):
+        memory = Memory(0, 0, 0, 0, 1)
+        return memory, Speed(rates[config.train.precision], config.data.batch, 1)
+
+    return measure
+
+
+def values_of(plan):
+    return {one.key: one.value for one in plan.choices}
+
+
+def test_choices_follow_the_pack_and_the_user(small_pack, monkeypatch):
+    monkeypatch.setattr(fit_choices, "device_of", lambda: "cpu")
+    pack, start = open_pack(str(small_pack)), [Choice("model.name", "resnet8", "")]
+    plan = plan_of(pack, start, [], None, measured_as({"auto": 100, "bf16": 250}))
+    values = values_of(plan)
+    assert values["loss.name"] == "neighbor-silencing" and values["train.precision"] == "bf16"
+    assert values["data.size"] == 64 and values["train.epochs"] == 100
+    assert all(one.reason for one in plan.choices if one.key != "model.name")
+    config = configured(plan.choices, [], pack)
+    assert config.data.size == 64 and config.train.patience > 0 and config.train.keep_best
+    user = ["data.size=32", "train.epochs=3", "train.precision=fp32"]
+    values = values_of(plan_of(pack, start, user, None, measured_as({"fp32": 100})))
+    assert not values.keys() & {"data.size", "train.epochs", "train.precision"}
+    slow = plan_of(pack, start, [], None, measured_as({"auto": 100, "bf16": 105}))
+    assert "train.precision" not in values_of(slow)
+
+
+def test_a_batch_is_halved_until_the_memory_holds_it(small_pack, monkeypatch):
+    monkeypatch.setattr("fastlt.training.dry_run.memory_bytes", lambda device: 1000)
+    pack, start = open_pack(str(small_pack)), [Choice("model.name", "resnet8", "")]
+
+    def measure(config):
+        return Memory(0, 0, 0, 0, 30), Speed(100, 1, 1)
+
+    assert values_of(plan_of(pack, start, [], None, measure))["data.batch"] == 16
+
+
+def test_settings_are_typed_as_they_are_read():
+    typed = [
+        Choice(*one, "").override
+        for one in (("a.b", "x/y-1.z"), ("a.b", "true colours"), ("a.b", True), ("a.b", 3))
+    ]
+    assert typed == ["a.b=x/y-1.z", 'a.b="true colours"', "a.b=true", "a.b=3"]
+
+
+def test_weights_tell_their_architecture(tmp_path):
+    need_timm()
+    tensors = {"a": fit_choices.torch.zeros(1)}
+    save_file(tensors, tmp_path / "resnet18.safetensors")
+    assert architecture_of(tmp_path / "resnet18.safetensors") == "resnet18"
+    save_file(tensors, tmp_path / "mine.safetensors")
+    with pytest.raises(UserError, match="name it with --model"):
+        architecture_of(tmp_path / "mine.safetensors")
+    (tmp_path / "folder").mkdir()
+    save_file(tensors, tmp_path / "folder" / "model.safetensors")
+    (tmp_path / "folder" / "config.json").write_text(json.dumps({"architecture": "resnet34"}))
+    assert architecture_of(tmp_path / "folder") == "resnet34"
+    assert values_of(Plan(start_choices("resnet18", None, "cpu"), 1, True)) == {
+        "model.name": "resnet18",
+        "model.pretrained": True,
+    }
+    with pytest.raises(UserError, match="is no file, and timm has no model"):
+        start_choices("resnetty", None, "cpu")
+
+
+def test_without_weights_or_a_hub_it_starts_at_random(monkeypatch):
+    monkeypatch.setattr(fit_choices, "is_cached", lambda timm, name: False)
+    monkeypatch.setattr(fit_choices, "has_hub", lambda: False)
+    (only,) = found_choices("cpu")
+    assert only.value == "resnet20" and "--weights FILE" in only.reason
+    monkeypatch.setattr(fit_choices, "is_cached", lambda timm, name: name.startswith("resnet18"))
+    need_timm()
+    name, pretrained = found_choices("cpu")
+    assert name.value.startswith("resnet18") and "cache" in name.reason and pretrained.value
+
+
+def test_a_hub_that_is_switched_off_is_not_asked(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: pytest.fail("asked"))
+    assert not fit_choices.has_hub()
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert not fit_choices.has_hub()
