@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastlt.config import ModelConfig, did_you_mean
 from fastlt.errors import MissingExtra, UserError
+from fastlt.models.hub import cached_weights, has_hub
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 
@@ -119,6 +120,8 @@ def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
     options: dict[str, Any] = {"img_size": size} if cfg is not None and cfg.fixed_input_size else {}
     if config.drop_path:
         options["drop_path_rate"] = config.drop_path
+    if config.pretrained and not config.weights:
+        options |= from_hub(timm, config.name)
     try:
         return timm.create_model(
             config.name,
@@ -135,6 +138,22 @@ def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
             f"there are no pretrained weights of {config.name} to be had: give a file with "
             "model.weights="
         ) from error
+
+
+def from_hub(timm: Any, name: str) -> dict[str, Any]:
+    """Return the option by which timm takes weights from the hub's cache, without asking the hub.
+
+    Nothing where they are to be fetched. Raises UserError where they are not in the cache and the
+    hub is out of reach, as its own client would try for a minute.
+    """
+    if (cached := cached_weights(timm, name)) is not None:
+        return {"pretrained_cfg_overlay": {"file": str(cached)}}
+    if not has_hub():
+        raise UserError(
+            f"the weights of {name} are not in the cache and the hub cannot be reached: give a "
+            "file with model.weights=FILE"
+        )
+    return {}
 
 
 def import_timm(name: str) -> Any:

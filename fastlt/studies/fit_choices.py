@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ from fastlt.config import Config, as_override, load_config
 from fastlt.errors import UserError
 from fastlt.models.backbones import import_timm
 from fastlt.models.export import find_metadata
+from fastlt.models.hub import cached_weights, has_hub
 from fastlt.models.preprocessing import preprocessing_of, stored_architecture
 from fastlt.models.weight_files import weights_file
 from fastlt.packing.reader import Pack
@@ -28,12 +27,12 @@ ON_CPU = ("tf_efficientnet_lite0.in1k", "mobilenetv3_large_100.ra_in1k", "resnet
 ON_GPU = ("convnext_tiny.in12k_ft_in1k", "resnet50.a1_in1k", "vit_small_patch16_224.augreg_in21k")
 SCRATCH_EPOCHS, FINE_TUNE_EPOCHS = 100, 30
 FEWEST_EPOCHS = 8  # below, the baseline is left out
+RANDOM = "it starts at random, which takes larger steps and more decay"
 SMALL_SET = 20_000  # images, up to which a batch is 64
 SHARE_OF_MEMORY = 0.6
 OF_TIME = 0.9  # of the budget that trainings may take; packing and evaluation take the rest
 SMALLEST_SIZE, STEP = 64, 32  # pixels
 PLAIN_WORD = re.compile(r"[A-Za-z/][\w./-]*")  # needs no quotes in a setting
-TIMEOUT = 3  # seconds to ask whether the hub is there
 
 
 class Choice(NamedTuple):
@@ -96,7 +95,7 @@ def found_choices(device: str) -> list[Choice]:
         timm = import_timm("of the hub")
     except UserError:
         timm = None
-    here = [name for name in names if timm is not None and is_cached(timm, name)]
+    here = [name for name in names if timm is not None and cached_weights(timm, name)]
     if here or (timm is not None and has_hub()):
         where = "its weights are in the hub's cache" if here else "the first choice on the hub"
         return [
@@ -123,32 +122,6 @@ def architecture_of(place: Path) -> str:
     )
 
 
-def is_cached(timm: Any, name: str) -> bool:
-    """Return whether the weights of a model of timm are in the hub's cache."""
-    cfg = timm.models.get_pretrained_cfg(name)
-    if cfg is None or not cfg.hf_hub_id:
-        return False
-    from huggingface_hub import try_to_load_from_cache  # comes with timm
-
-    repo = cfg.hf_hub_id if cfg.hf_hub_id.count("/") == 1 and "." in cfg.hf_hub_id else ""
-    ids = [repo] if repo else [f"{cfg.hf_hub_id}{name}", f"timm/{name}"]
-    return any(isinstance(try_to_load_from_cache(i, "model.safetensors"), str) for i in ids)
-
-
-def has_hub() -> bool:
-    """Return whether the hub of models answers, within three seconds."""
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return False
-    place = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        with urllib.request.urlopen(place, timeout=TIMEOUT):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
-
-
 # --- size, batch, epochs
 
 
@@ -168,6 +141,8 @@ def plan_of(
     loss = loss_choices(pack)
     base = [*start, *loss, batch_choice(len(pack.train), given)]
     pretrained = any(one.key in ("model.weights", "model.pretrained") for one in start)
+    if not pretrained:
+        base += [Choice("optim.lr", 0.1, RANDOM), Choice("optim.weight_decay", 5e-4, RANDOM)]
     config = configured(base, user, pack)
     size, reason = size_of(config, pack, pretrained)
     base.append(Choice("data.size", size, reason))
