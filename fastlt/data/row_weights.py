@@ -94,7 +94,7 @@ def class_weights(given: Mapping[str, float] | str, names: Sequence[str]) -> np.
     places = {name: number for number, name in enumerate(names)}
     if unknown := [name for name in weights if name not in places]:
         raise ConfigError(
-            f"{where} names {_listed(unknown, 'a class', 'classes')} that the pack has not"
+            f"{where} names {not_there(unknown, 'class', 'classes')} in the pack"
             f"{did_you_mean(unknown[0], list(names))}"
         )
     found = np.ones(len(names))
@@ -127,8 +127,8 @@ def sample_weights(file: Path, split: Split) -> np.ndarray:
     if unknown:
         known = split.key(0) if len(split) else ""
         raise ConfigError(
-            f"{file} names {_listed(unknown, 'an image', 'images')} that the pack has not for "
-            f"training: its names are like '{known}'"
+            f"{file} names {not_there(unknown, 'image', 'images')} among the training images of "
+            f"the pack, whose names are like '{known}'"
         )
     return found
 
@@ -200,8 +200,8 @@ def as_weight(text: str | None) -> float | None:
     return weight if 0 <= weight < math.inf else None
 
 
-def _listed(unknown: Sequence[str], one: str, several: str) -> str:
-    """Return the first of some names and how many they are, in words."""
+def not_there(unknown: Sequence[str], one: str, several: str) -> str:
+    """Return in words that some names are not there: the first, and how many they are."""
     if len(unknown) == 1:
-        return f"{one} '{unknown[0]}'"
-    return f"{len(unknown):,} {several}, the first is '{unknown[0]}',"
+        return f"the {one} '{unknown[0]}', which is not"
+    return f"{len(unknown):,} {several}, '{unknown[0]}' first, which are not"

@@ -53,8 +53,8 @@ def test_classes_that_are_not_named_weigh_1(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"bb": 2.0}, "data.class_weights names a class 'bb' that the pack has not, did you mean"),
-        ({"q": 2.0, "a": 1.0, "r": 3.0}, "names 2 classes, the first is 'q', that the pack has"),
+        ({"bb": 2.0}, "names the class 'bb', which is not in the pack, did you mean 'b'"),
+        ({"q": 2.0, "a": 1.0, "r": 3.0}, "names 2 classes, 'q' first, which are not in the pack"),
     ],
 )
 def test_unknown_classes_are_named_and_counted(given, message):
@@ -112,10 +112,10 @@ def test_names_that_shards_cannot_hold_go_by_their_path(image_folders, tmp_path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("q/1.png,2\n", "names an image 'q/1.png' that the pack has not"),
+        ("q/1.png,2\n", "names the image 'q/1.png', which is not among the training images"),
         (
             "q/1.png,2\na/0,1\nr/1.png,2\n",
-            "names 2 images, the first is 'q/1.png',.*like 'a/0.png'",
+            "names 2 images, 'q/1.png' first, which are not .*like 'a/0.png'",
         ),
         ("a/0.png,2\na/0,3\n", "names the image 'a/0' a second time"),
     ],

@@ -211,8 +211,14 @@ def test_unknown_names_are_one_sentence_and_code_2(small_pack, tmp_path):
     command += ["--data", str(small_pack)]
     command += ["--out", str(tmp_path / "run"), *SMALL]
     for setting, said in (
-        ("data.class_weights={aa = 2.0}", "names a class 'aa' that the pack has not"),
-        (sample_file(tmp_path, q_1=2, r_1=2), "names 2 images, the first is 'q/1.png'"),
+        (
+            "data.class_weights={aa = 2.0}",
+            "names the class 'aa', which is not in the pack, did you mean 'a'?",
+        ),
+        (
+            sample_file(tmp_path, q_1=2, r_1=2),
+            "names 2 images, 'q/1.png' first, which are not among the training images",
+        ),
     ):
         ended = subprocess.run([*command, setting], capture_output=True, text=True, timeout=300)
         assert ended.returncode == 2
