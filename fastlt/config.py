@@ -192,6 +192,12 @@ class DataConfig(Section):
     `budget`, as in the authors' release."""
     budgets: dict[str, Count] = {}
     """The budget of single auxiliary classes, by name."""
+    class_weights: dict[str, Positive] | str = {}
+    """What images count in the loss by their class: weights by its name, or a CSV with the columns
+    class,weight; 1 of others."""
+    sample_weights: str = ""
+    """A CSV with the columns image,weight: what single training images count in the loss, times the
+    weight of their class; 1 of others."""
     auxiliary_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Auxiliary images per target image, in place of `budget`; 0: by `budget`."""
     repeats: Several = 1

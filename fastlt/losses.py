@@ -38,6 +38,7 @@ from fastlt_kernels.graph import MASKS
 
 # Below, the logits of a batch are small and a plain product is at least as fast.
 FUSE_FROM_CLASSES = 4096
+IGNORED = -100  # a label without a loss
 
 
 class Task(NamedTuple):
@@ -59,7 +60,7 @@ class Step(NamedTuple):
     """The loss of a batch, and how many of its target images the model got right."""
 
     loss: Tensor
-    """The mean loss, ()."""
+    """The mean loss, (), by the rows' weights where they have any."""
     correct: Tensor
     """Images of targets that were predicted right, (); of mixed labels, the share of that one."""
     counted: Tensor
@@ -75,6 +76,7 @@ class Loss(ABC):
     name: ClassVar[str]
     Numbers: ClassVar[type[Section]] = Section  # keys of [loss] that it adds
     is_linear: ClassVar[bool] = False  # in the label, so mixed and smoothed labels are defined
+    takes_row_weights: ClassVar[bool] = False  # of data.class_weights and data.sample_weights
     silences: ClassVar[bool] = False  # neighbours, so it needs pairs
     head: ClassVar[str] = ""  # the only `model.head` that it goes with, and why; "": any
     head_reason: ClassVar[str] = ""
@@ -109,10 +111,11 @@ class Loss(ABC):
         return None
 
     @abstractmethod
-    def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> Any:
+    def of_logits(self, logits: Tensor, target: Tensor, **rows: Tensor | None) -> Any:
         """Return the mean loss () of a batch, or a LossOutput, which holds predictions as well.
 
-        mixed: target_b (N,) and mix () or (N,), for losses that are linear in the label.
+        rows: target_b (N,) and mix () or (N,), for losses that are linear in the label; row_weight
+        (N,), for those that take it, by which the rows' losses are multiplied before the mean.
         """
 
     # From features, rows and labels to a LossOutput, without the (N, C) logits; None: not possible.
@@ -125,20 +128,21 @@ class Loss(ABC):
         target: Tensor,
         target_b: Tensor | None,
         mix: Tensor | None,
+        row_weight: Tensor | None = None,
     ) -> Step:
         """Return the step of a Classifier on images (N, 3, H, W) and labels.
 
-        target and target_b (N,), mix () or (N,).
+        target, target_b and row_weight (N,), mix () or (N,).
         """
-        mixed = {} if target_b is None else {"target_b": target_b, "mix": mix}
+        rows = rows_of(target_b, mix, row_weight)
         if self.of_features is not None:
             features = model.backbone(images)
             output = self.of_features(
-                features, model.head.weight, target, bias=model.head.bias, **mixed
+                features, model.head.weight, target=target, bias=model.head.bias, **rows
             )
             return self.scored(output.loss, output.prediction, target, target_b, mix)
         logits = model(images)
-        result = self.of_logits(logits, target, **mixed)
+        result = self.of_logits(logits, target, **rows)
         if isinstance(result, LossOutput):
             return self.scored(result.loss, result.prediction, target, target_b, mix)
         return self.scored(result, self.predicted(logits), target, target_b, mix)
@@ -174,6 +178,7 @@ class CrossEntropy(Loss):
 
     name = "ce"
     is_linear = True
+    takes_row_weights = True
     has_prior: ClassVar[bool] = False
 
     def __init__(self, task: Task, head: Any) -> None:
@@ -191,11 +196,11 @@ class CrossEntropy(Loss):
         }
         self._of_logits: Callable[..., LossOutput] = partial(neighbor_silencing_outputs, **options)
         if head.is_sharded:
-            self.of_features = partial(
-                class_parallel_outputs, num_classes=space.num_classes, **options
-            )
+            parallel = partial(class_parallel_outputs, num_classes=space.num_classes, **options)
+            self.of_features = partial(weighted_outputs, parallel, dist.get_world_size())
         elif head.is_linear and space.num_classes >= FUSE_FROM_CLASSES:
-            self.of_features = partial(linear_neighbor_silencing_outputs, **options)
+            linear = partial(linear_neighbor_silencing_outputs, **options)
+            self.of_features = partial(weighted_outputs, linear, 1)
 
     @classmethod
     def needs_of_counts(cls, config: LossConfig) -> str:
@@ -207,9 +212,9 @@ class CrossEntropy(Loss):
         """Return what the prior, at its strength, leaves of the training's."""
         return 1.0 - config.tau if cls.has_prior else 1.0
 
-    def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> LossOutput:
+    def of_logits(self, logits: Tensor, target: Tensor, **rows: Tensor | None) -> LossOutput:
         """Return the loss and the predictions of a batch; see `Loss.of_logits`."""
-        return self._of_logits(logits, target, **mixed)
+        return weighted_outputs(self._of_logits, 1, logits, target=target, **rows)
 
 
 class BalancedCrossEntropy(CrossEntropy):
@@ -241,6 +246,7 @@ class Focal(Loss):
     """The mean of (1 - p_y)^gamma * CE (Lin et al. 2017, arXiv 1708.02002)."""
 
     name = "focal"
+    takes_row_weights = True
 
     class Numbers(Section):
         """The key of the focal loss."""
@@ -248,12 +254,13 @@ class Focal(Loss):
         gamma: NotNegative = 2.0
         """Exponent of the focal loss."""
 
-    def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> Tensor:
+    def of_logits(self, logits: Tensor, target: Tensor, **rows: Tensor | None) -> Tensor:
         """Return the mean loss () of a batch."""
         ce = F.cross_entropy(logits.float(), target, reduction="none")
         # the gradient of 0 ** gamma is not finite for gamma below 1
         missing = (1 - torch.exp(-ce)).clamp(min=1e-8)
-        return (missing**self.task.loss.gamma * ce).mean()  # type: ignore[attr-defined]
+        losses = missing**self.task.loss.gamma * ce  # type: ignore[attr-defined]
+        return mean_of(losses, rows.get("row_weight"))
 
 
 class EffectiveNumber(Section):
@@ -267,6 +274,7 @@ class ClassBalanced(Loss):
     """Cross entropy with weights by the effective number of images (arXiv 1901.05555)."""
 
     name = "class-balanced"
+    takes_row_weights = True
     Numbers = EffectiveNumber
 
     def __init__(self, task: Task, head: Any) -> None:
@@ -283,9 +291,9 @@ class ClassBalanced(Loss):
         """Return 0: weights balance the classes, if not exactly."""
         return 0.0
 
-    def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> Tensor:
+    def of_logits(self, logits: Tensor, target: Tensor, **rows: Tensor | None) -> Tensor:
         """Return the weighted mean loss () of a batch."""
-        return weighted_ce(logits, target, self.weights)
+        return weighted_ce(logits, target, self.weights, rows.get("row_weight"))
 
 
 class LDAM(Loss):
@@ -294,6 +302,7 @@ class LDAM(Loss):
     """
 
     name = "ldam"
+    takes_row_weights = True
     head = "cosine"
     head_reason = "as its margins are angles"
 
@@ -340,13 +349,13 @@ class LDAM(Loss):
         self.weights = weights.to(self.task.device) if is_weighted else None
         return is_weighted
 
-    def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> Tensor:
+    def of_logits(self, logits: Tensor, target: Tensor, **rows: Tensor | None) -> Tensor:
         """Return the loss () of a batch; logits are `scale * cos`.
 
         The true class loses scale * margin_y before the cross entropy.
         """
         margin = F.one_hot(target, logits.shape[1]) * (self.scale * self.margin[target])[:, None]
-        return weighted_ce(logits.float() - margin, target, self.weights)
+        return weighted_ce(logits.float() - margin, target, self.weights, rows.get("row_weight"))
 
 
 class LabelAwareSmoothing(Loss):
@@ -355,6 +364,7 @@ class LabelAwareSmoothing(Loss):
     """
 
     name = "label-aware-smoothing"
+    takes_row_weights = True
 
     class Numbers(Section):
         """The keys of label-aware smoothing."""
@@ -372,13 +382,13 @@ class LabelAwareSmoothing(Loss):
         smoothing = smoothing_by_class(stored, config.smooth_head, config.smooth_tail)
         self.smoothing = smoothing.to(task.device)
 
-    def of_logits(self, logits: Tensor, target: Tensor, **mixed: Tensor | None) -> Tensor:
+    def of_logits(self, logits: Tensor, target: Tensor, **rows: Tensor | None) -> Tensor:
         """Return the mean loss () of a batch."""
         smoothing = self.smoothing[target]
         log_p = logits.float().log_softmax(dim=1)
         true = log_p.gather(1, target[:, None]).squeeze(1)
         others = (log_p.sum(dim=1) - true) / (logits.shape[1] - 1)
-        return -((1 - smoothing) * true + smoothing * others).mean()
+        return -mean_of((1 - smoothing) * true + smoothing * others, rows.get("row_weight"))
 
 
 LOSSES: dict[str, type[Loss]] = {
@@ -448,6 +458,73 @@ def misfits(config: Config) -> Iterator[tuple[bool, str]]:
         mixes and not loss.is_linear,
         f"loss.name={name} does not go with mixup, cutmix or label smoothing: switch them off",
     )
+    weighs = bool(config.data.class_weights or config.data.sample_weights)
+    taking = ", ".join(loss.name for loss in LOSSES.values() if loss.takes_row_weights)
+    yield (
+        weighs and not loss.takes_row_weights,
+        f"loss.name={name} does not go with data.class_weights or data.sample_weights: leave them "
+        f"out, or choose one of {taking}",
+    )
+
+
+# --- weights of rows
+
+
+def rows_of(
+    target_b: Tensor | None, mix: Tensor | None, row_weight: Tensor | None
+) -> dict[str, Tensor | None]:
+    """Return what a loss is told of the rows besides their label: nothing where there is nothing.
+
+    So a loss that knows no mixed labels, or no weights, need not name them.
+    """
+    mixed = {} if target_b is None else {"target_b": target_b, "mix": mix}
+    return mixed if row_weight is None else {**mixed, "row_weight": row_weight}
+
+
+def mean_of(losses: Tensor, row_weight: Tensor | None) -> Tensor:
+    """Return the mean () of losses (N,), each times its weight (N,) where there are any.
+
+    It is no division by the sum of the weights: these come with a mean of 1 over all the rows that
+    share an optimiser step.
+    """
+    return losses.mean() if row_weight is None else (row_weight * losses).mean()
+
+
+def weighted_outputs(
+    loss: Callable[..., LossOutput],
+    ranks: int,
+    *inputs: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None = None,
+    **options: Any,
+) -> LossOutput:
+    """Return a loss of the kernels over inputs and target, its mean as `mean_of` has it.
+
+    ranks: those over whose rows the loss sums. Ignored labels do not count in the mean.
+    """
+    if row_weight is None:
+        return loss(*inputs, target, **options)
+    count = ranks * counted_labels(target, options.get("target_b"), options.get("mix"))
+    if not is_half(inputs[0]):
+        return loss(*inputs, target, row_weight=row_weight / count, reduction="sum", **options)
+    # In half precision gradients divided by the rows would vanish before the loss scale lifts them.
+    output = loss(*inputs, target, row_weight=row_weight, reduction="sum", **options)
+    return output._replace(loss=output.loss / count)
+
+
+def counted_labels(target: Tensor, target_b: Tensor | None, mix: Tensor | None) -> Tensor:
+    """Return how many of the rows have a label, (); of mixed labels, the shares. 1 at least."""
+    counted = (target != IGNORED).float()
+    if target_b is not None and mix is not None:
+        counted = mix * counted + (1 - mix) * (target_b != IGNORED).float()
+    return counted.sum().clamp(min=1)
+
+
+def is_half(inputs: Tensor) -> bool:
+    """Return whether a loss of these inputs makes gradients in float16."""
+    kind = inputs.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return inputs.dtype == torch.float16 or autocast
 
 
 # --- what they are made of
@@ -486,17 +563,34 @@ def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
     return (weights * len(counts) / weights.sum()).float()
 
 
-def weighted_ce(logits: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+def weighted_ce(
+    logits: Tensor, target: Tensor, weights: Tensor | None, row_weight: Tensor | None = None
+) -> Tensor:
     """Return cross entropy with a weight per class, divided by the sum of the batch's weights.
 
-    The sum is over all ranks. weights (C,).
+    The sum is over all ranks. weights (C,), row_weight (N,); where both are given, a row weighs
+    their product.
     """
+    if row_weight is not None:
+        each = F.cross_entropy(logits.float(), target, reduction="none")
+        if weights is None:
+            return mean_of(each, row_weight)
+        counts = weights[target] * row_weight
+        return (counts * each).sum() / mean_over_ranks(counts.sum())
     if weights is None or not dist.is_initialized():
         return F.cross_entropy(logits.float(), target, weight=weights)
     total = weights[target].sum()
     dist.all_reduce(total)
     loss = F.cross_entropy(logits.float(), target, weight=weights, reduction="sum")
     return loss * (dist.get_world_size() / total)
+
+
+def mean_over_ranks(total: Tensor) -> Tensor:
+    """Return the mean () over ranks of a sum of weights; 1 where it is 0, which divides zeros."""
+    if dist.is_initialized():
+        dist.all_reduce(total)
+        total = total / dist.get_world_size()
+    return torch.where(total > 0, total, torch.ones_like(total))
 
 
 def margins(counts: Tensor, max_margin: float) -> Tensor:

@@ -63,6 +63,7 @@ def class_parallel_loss(
     silence: float = 0.1,
     target_b: Tensor | None = None,  # (n,) integer class ids
     mix: float | Tensor | None = None,  # scalar or (n,)
+    row_weight: Tensor | None = None,  # (n,) float
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     backend: str = "auto",
@@ -107,6 +108,7 @@ def class_parallel_loss(
         silence=silence,
         target_b=target_b,
         mix=mix,
+        row_weight=row_weight,
         label_smoothing=label_smoothing,
         reduction=reduction,
         backend=backend,
@@ -130,6 +132,7 @@ def class_parallel_outputs(
     silence: float = 0.1,
     target_b: Tensor | None = None,
     mix: float | Tensor | None = None,
+    row_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     backend: str = "auto",
@@ -156,6 +159,7 @@ def class_parallel_outputs(
         silence,
         target_b,
         mix,
+        row_weight,
         label_smoothing,
         reduction,
         backend,
@@ -178,6 +182,7 @@ def _outputs(
     silence: float,
     target_b: Tensor | None,
     mix: float | Tensor | None,
+    row_weight: Tensor | None,
     label_smoothing: float,
     reduction: str,
     backend: str,
@@ -212,6 +217,7 @@ def _outputs(
             silence,
             target_b,
             mix,
+            row_weight,
             label_smoothing,
             reduction,
             backend,
@@ -226,7 +232,9 @@ def _outputs(
         raise
     check_alike(features, target_b, wanted[0], reduction, None, group)
 
-    labels, shares = stack_labels(target, target_b, mix, accumulation_dtype(features.dtype))
+    labels, shares = stack_labels(
+        target, target_b, mix, row_weight, accumulation_dtype(features.dtype)
+    )
     labels, shares = gather_labels(labels, shares, group)
     product = product_dtype(features, autocast)
     counted, divisor = divided(shares, reduction, product)

@@ -50,6 +50,7 @@ def linear_neighbor_silencing_loss(
     silence: float = 0.1,
     target_b: Tensor | None = None,  # (N,) integer class ids
     mix: float | Tensor | None = None,  # scalar or (N,)
+    row_weight: Tensor | None = None,  # (N,) float
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     backend: str = "auto",
@@ -74,6 +75,7 @@ def linear_neighbor_silencing_loss(
         silence=silence,
         target_b=target_b,
         mix=mix,
+        row_weight=row_weight,
         label_smoothing=label_smoothing,
         reduction=reduction,
         backend=backend,
@@ -93,6 +95,7 @@ def linear_neighbor_silencing_outputs(
     silence: float = 0.1,
     target_b: Tensor | None = None,
     mix: float | Tensor | None = None,
+    row_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     backend: str = "auto",
@@ -117,6 +120,7 @@ def linear_neighbor_silencing_outputs(
         silence,
         target_b,
         mix,
+        row_weight,
         label_smoothing,
         reduction,
         backend,
@@ -130,7 +134,9 @@ def linear_neighbor_silencing_outputs(
         )
     backend = choose_backend(backend, features, count)
     product = product_dtype(features, autocast)
-    labels, shares = stack_labels(target, target_b, mix, accumulation_dtype(features.dtype))
+    labels, shares = stack_labels(
+        target, target_b, mix, row_weight, accumulation_dtype(features.dtype)
+    )
     counted, divisor = divided(shares, reduction, product)
     rows = describe_rows(
         labels, counted, log_prior, graph, classes, silence, label_smoothing, num_targets

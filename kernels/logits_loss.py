@@ -37,6 +37,7 @@ def neighbor_silencing_loss(
     silence: float = 0.1,
     target_b: Tensor | None = None,  # (N,) integer class ids
     mix: float | Tensor | None = None,  # scalar or (N,)
+    row_weight: Tensor | None = None,  # (N,) float
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     backend: str = "auto",
@@ -52,7 +53,9 @@ def neighbor_silencing_loss(
     is Balanced Softmax, 0 drops the silenced terms; no graph, no silencing. Two labels: mix *
     L(target) + (1 - mix) * L(target_b), each with its own silenced set. label_smoothing spreads its
     mass over the unsilenced classes only. Rows labelled -100 have no loss, and "mean" is over the
-    others (0 if there are none).
+    others (0 if there are none). row_weight multiplies the loss of each row, mixed or not, and
+    "mean" is then sum(w_i * L_i) / sum(w_i), 0 where all weights are; it is a constant, which gets
+    no gradient.
 
     backend "triton" makes loss and gradient in one pass, on a GPU; "torch" is plain torch, on
     anything, and differentiable as often as wanted; "auto" takes Triton on a GPU, and on a CPU
@@ -70,6 +73,7 @@ def neighbor_silencing_loss(
         silence=silence,
         target_b=target_b,
         mix=mix,
+        row_weight=row_weight,
         label_smoothing=label_smoothing,
         reduction=reduction,
         backend=backend,
@@ -86,6 +90,7 @@ def neighbor_silencing_outputs(
     silence: float = 0.1,
     target_b: Tensor | None = None,
     mix: float | Tensor | None = None,
+    row_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     backend: str = "auto",
@@ -106,12 +111,15 @@ def neighbor_silencing_outputs(
         silence,
         target_b,
         mix,
+        row_weight,
         label_smoothing,
         reduction,
         backend,
     )
     check_predicted(num_targets, classes)
-    labels, shares = stack_labels(target, target_b, mix, accumulation_dtype(logits.dtype))
+    labels, shares = stack_labels(
+        target, target_b, mix, row_weight, accumulation_dtype(logits.dtype)
+    )
     rows = describe_rows(
         labels, shares, log_prior, graph, classes, silence, label_smoothing, num_targets
     )

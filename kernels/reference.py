@@ -30,6 +30,7 @@ def reference_loss(
     silence: float = 0.1,
     target_b: Tensor | None = None,
     mix: float | Tensor | None = None,
+    row_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
@@ -46,6 +47,10 @@ def reference_loss(
             share * losses + (1 - share) * losses_b,
             share * counted + (1 - share) * counted_b,
         )
+    if row_weight is not None:
+        weight = row_weight.detach().to(logits.dtype)
+        losses = torch.where(weight == 0, 0, weight * losses)  # 0 * inf has no say here
+        counted = weight * counted
     if reduction == "mean":
         return losses.sum() / counted.sum() if counted.any() else losses.sum()
     return losses if reduction == "none" else losses.sum()

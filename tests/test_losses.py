@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from fastlt.classes import ClassSpace
-from fastlt.errors import UserError
+from fastlt.config import load_config
+from fastlt.errors import ConfigError, UserError
 from fastlt.losses import (
     FUSE_FROM_CLASSES,
     LOSSES,
@@ -251,3 +252,148 @@ def test_a_class_without_images_is_refused_by_losses_that_count_them(name, what)
         match=f"'b' has no training image in an epoch, so loss.name={name} has no {what} for it",
     ):
         build(LossConfig(name=name), space, torch.tensor([3, 0]), model)
+
+
+# --- weights of rows
+
+
+def some_rows():
+    """Return features (33, 16) and labels of 12 classes (33,)."""
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(33, 16, generator=generator),
+        torch.randint(12, (33,), generator=generator),
+    )
+
+
+def weighing(name, weights, mixed=False, net=None, **numbers):
+    """Return a loss by row weights, over their mean as the loop gives them, and its gradient."""
+    net = model(cosine=name == "ldam") if net is None else net
+    classes = net.head.weight.shape[0]
+    features, target = some_rows()
+    labels = (target, target.flip(0), torch.tensor(0.3)) if mixed else (target, None, None)
+    counts = torch.full((classes,), 50) if classes > 12 else COUNTS
+    space_ = space() if classes == 12 else wide_space(classes)
+    criterion = build(LossConfig(name=name, **numbers), space_, counts, net, epoch=1)
+    weights = None if weights is None else weights / weights.mean()
+    loss = criterion.step(net, features, *labels, weights).loss
+    return loss, torch.autograd.grad(loss, net.head.weight)[0]
+
+
+def wide_space(classes):
+    return ClassSpace(
+        target_names=[f"t{i}" for i in range(classes)],
+        train_counts=[50] * classes,
+        val_counts=[1] * classes,
+    )
+
+
+WEIGHTED = [
+    ("ce", {"label_smoothing": 0.1}),
+    ("balanced-ce", {}),
+    ("neighbor-silencing", {}),
+    ("focal", {"gamma": 1.5}),
+    ("class-balanced", {}),
+    ("ldam", {}),
+    ("ldam", {"drw_epoch": 1}),
+    ("label-aware-smoothing", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "numbers"), WEIGHTED)
+def test_equal_weights_are_no_weights(name, numbers):
+    plain, weighted = weighing(name, None, **numbers), weighing(name, torch.ones(33), **numbers)
+    torch.testing.assert_close(weighted, plain)
+
+
+@pytest.mark.parametrize(("name", "numbers"), WEIGHTED)
+def test_the_loss_is_linear_in_the_weights(name, numbers):
+    """Rows of weight 0 have no say; what is left is the mean of the others by their weights."""
+    some = torch.rand(33, generator=torch.Generator().manual_seed(2)) + 0.1
+    first, second = some.clone(), some.clone()
+    first[:11], second[11:] = 0, 0
+    numbers = {"beta": 0.0, **numbers} if name in ("class-balanced", "ldam") else numbers
+    parts = weighing(name, first, **numbers), weighing(name, second, **numbers)
+    shares = first.sum() / some.sum(), second.sum() / some.sum()
+    for whole, *each in zip(weighing(name, some, **numbers), *parts, strict=True):
+        torch.testing.assert_close(whole, shares[0] * each[0] + shares[1] * each[1])
+
+
+def test_ce_by_class_weights_is_torchs():
+    of_class = torch.rand(12, generator=torch.Generator().manual_seed(3))
+    features, target = some_rows()
+    loss, gradient = weighing("ce", of_class[target])
+    net = model()
+    wanted = F.cross_entropy(net(features), target, weight=of_class)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, net.head.weight)[0])
+
+
+def test_weights_of_loss_and_of_rows_multiply():
+    """Of class-balanced, whose own weights are by class."""
+    weights = torch.rand(33, generator=torch.Generator().manual_seed(4))
+    loss, _ = weighing("class-balanced", weights)
+    features, target = some_rows()
+    both = effective_number_weights(COUNTS, LossConfig().beta)[target] * weights
+    each = F.cross_entropy(model()(features), target, reduction="none")
+    torch.testing.assert_close(loss, (both * each).sum() / both.sum())
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_weights_of_mixed_rows_are_the_reference(mixed):
+    weights = torch.rand(33, generator=torch.Generator().manual_seed(5))
+    loss, _ = weighing("neighbor-silencing", weights, mixed)
+    features, target = some_rows()
+    options = {"target_b": target.flip(0), "mix": torch.tensor(0.3)} if mixed else {}
+    expected = reference_loss(
+        model()(features),
+        target,
+        graph=space().graph(),
+        log_prior=prior(),
+        row_weight=weights,
+        **options,
+    )
+    torch.testing.assert_close(loss, expected)
+
+
+def test_many_classes_weigh_as_few_do():
+    """Where logits are never held, the weights go into the linear loss."""
+    weights = torch.rand(33, generator=torch.Generator().manual_seed(6))
+    net = model(FUSE_FROM_CLASSES)
+    loss, gradient = weighing("ce", weights, net=net)
+    features, target = some_rows()
+    wanted = reference_loss(net(features), target, row_weight=weights)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, net.head.weight)[0])
+
+
+def test_ignored_labels_do_not_count_in_the_weighted_mean():
+    net = model()
+    logits = net(torch.randn(6, 16, generator=torch.Generator().manual_seed(7)))
+    target = torch.tensor([0, -100, 2, 3, -100, 5])
+    criterion = build(LossConfig(name="ce"), space(), COUNTS, net)
+    weighted = criterion.of_logits(logits, target, row_weight=torch.ones(6)).loss
+    torch.testing.assert_close(weighted, criterion.of_logits(logits, target).loss)
+
+
+def test_half_precision_is_divided_last():
+    """The gradient of float16 logits is not divided by the rows before the loss scale comes."""
+    net, scale = model(), 2.0**16
+    logits = torch.randn(4096, 12, generator=torch.Generator().manual_seed(8))
+    criterion = build(LossConfig(name="ce"), space(), COUNTS, net)
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        leaf = logits.to(dtype).requires_grad_()
+        target = torch.arange(4096) % 12
+        loss = criterion.of_logits(leaf, target, row_weight=torch.full((4096,), 1e-3)).loss
+        found.append(torch.autograd.grad(loss * scale, leaf)[0].float())
+    torch.testing.assert_close(found[0], found[1], rtol=0.02, atol=1e-5)
+
+
+def test_a_loss_that_takes_no_weights_is_refused(monkeypatch):
+    monkeypatch.setattr(LOSSES["focal"], "takes_row_weights", False)
+    for setting in ("data.class_weights={a=2.0}", "data.sample_weights=weights.csv"):
+        with pytest.raises(
+            ConfigError, match=r"loss\.name=focal does not go with data\.class_weights"
+        ):
+            load_config("demo", ["loss.name=focal", setting])

@@ -28,6 +28,7 @@ from fastlt_kernels import (
 SILENCE = 0.1
 AUXILIARIES_PER_TARGET = 8  # the most that the release has
 PAIRS_PER_AUXILIARY = 6851 / 5012  # ImageNet-LT
+ROW_WEIGHT = 2.0
 IMBALANCE = 100  # images of the most frequent target over those of the rarest
 
 # Largest relative error of loss and gradients on the small problem. bfloat16 keeps 8 bits; leaving
@@ -214,15 +215,20 @@ def exact(problem: Problem, inputs: Inputs, silences: bool) -> list[Tensor]:
 # ---- who solves them
 
 
-def ours(problem: Problem) -> Prepared:
-    """Return fastlt's own loss."""
+def ours(problem: Problem, weighted: bool = False) -> Prepared:
+    """Return fastlt's own loss, with weights of rows or without."""
     function = (
         neighbor_silencing_loss if problem.size.width is None else linear_neighbor_silencing_loss
     )
     loss = partial(function, graph=problem.graph, log_prior=problem.log_prior, silence=SILENCE)
+    kept = problem.graph.indptr, problem.graph.indices
+    if not weighted:
+        return Prepared(lambda inputs: loss(*inputs.leaves, inputs.target), kept)
+    # all alike, so that the mean is that of the others; no value costs less than another
+    weights = torch.full((problem.size.rows,), ROW_WEIGHT, device=problem.device)
     return Prepared(
-        lambda inputs: loss(*inputs.leaves, inputs.target),
-        (problem.graph.indptr, problem.graph.indices),
+        lambda inputs: loss(*inputs.leaves, inputs.target, row_weight=weights),
+        (*kept, weights),
     )
 
 
@@ -362,6 +368,9 @@ def all_contenders(device: torch.device) -> list[Contender]:
     )
     return [
         Contender("ours-logits", "neighbor_silencing_loss", True, ours),
+        Contender(
+            "ours-weighted-logits", "the same with row_weight", True, partial(ours, weighted=True)
+        ),
         Contender("mask-logits", "eager PyTorch with a dense N x C mask", True, masked),
         Contender(
             "mask-compiled-logits",
@@ -380,6 +389,9 @@ def all_contenders(device: torch.device) -> list[Contender]:
         ),
         Contender("liger-logits", "LigerCrossEntropyLoss", False, liger, overwrites_logits=True),
         Contender("ours-linear", "linear_neighbor_silencing_loss", True, ours),
+        Contender(
+            "ours-weighted-linear", "the same with row_weight", True, partial(ours, weighted=True)
+        ),
         Contender("mask-linear", "F.linear, then mask-logits", True, masked),
         Contender(
             "mask-compiled-linear",

@@ -112,7 +112,7 @@ def draw_memory(axes: Axes, rows: list[Row]) -> None:
 def plot_line(axes: Axes, contender: str, points: list[tuple[int, float]]) -> None:
     """Draw the line of a contender."""
     ours = contender.startswith("ours")
-    style = ":" if "compiled" in contender else "-"
+    style = ":" if "compiled" in contender else "--" if "weighted" in contender else "-"
     axes.plot(
         *zip(*sorted(points), strict=True),
         style,

@@ -169,10 +169,20 @@ class Plan:
         """The batches of this rank from `first_step` on."""
         order = self.order(epoch)
         for step in range(first_step, self.steps_per_epoch):
-            start, stop = step * self.batch, min((step + 1) * self.batch, len(order))
-            stop = start + (stop - start) // self.world * self.world  # every rank gets equally many
-            places = self._own(np.arange(start, stop), order)
+            places = self._own(self._places(step), order)
             yield self._batch(order[places], places, epoch)
+
+    def whole_batches(self, epoch: int) -> Iterator[np.ndarray]:
+        """The images (n,) of each batch over all ranks, each once however many views there are."""
+        order = self.order(epoch)
+        for step in range(self.steps_per_epoch):
+            yield order[self._places(step)]
+
+    def _places(self, step: int) -> np.ndarray:
+        """Return the places of a step in the order, over all ranks."""
+        start, stop = step * self.batch, min((step + 1) * self.batch, self.images_per_epoch)
+        # every rank gets equally many
+        return np.arange(start, start + (stop - start) // self.world * self.world)
 
     def _own(self, places: np.ndarray, order: np.ndarray) -> np.ndarray:
         """Return those places of a batch that belong to this rank."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastlt.config import BelowOne, MethodConfig, NotNegative, Positive, Several
 from fastlt.errors import UserError
-from fastlt.losses import Step
+from fastlt.losses import Step, mean_of
 from fastlt.methods.method import OWN_SCHEDULE, Base, Stage, StageData
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import Head, LinearHead, with_values
@@ -280,7 +280,8 @@ class Method(Base):
             logits = model.head(images)  # features
         elif self.config.classifier == "routing" and self.config.loss == "margin":
             scores = model.head.scores(model.positions(images))
-            return self.scored(margin_of(scores, *labels), scores, *labels)
+            loss = margin_of(scores, *labels, row_weight=self.row_weight)
+            return self.scored(loss, scores, *labels)
         else:
             logits = model(images)
         return self.scored(self.loss(logits, *labels), logits, *labels)
@@ -305,10 +306,17 @@ class Method(Base):
 
 
 def margin_of(
-    scores: Tensor, target: Tensor, target_b: Tensor | None = None, mix: Tensor | None = None
+    scores: Tensor,
+    target: Tensor,
+    target_b: Tensor | None = None,
+    mix: Tensor | None = None,
+    row_weight: Tensor | None = None,
 ) -> Tensor:
-    """Return the mean margin loss () of scores (N, C), mixed as the labels are."""
+    """Return the mean margin loss () of scores (N, C), mixed as the labels are.
+
+    row_weight (N,): see `mean_of`.
+    """
     losses = margin_loss(scores, target)
     if target_b is not None and mix is not None:
         losses = mix * losses + (1 - mix) * margin_loss(scores, target_b)
-    return losses.mean()
+    return mean_of(losses, row_weight)

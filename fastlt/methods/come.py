@@ -119,7 +119,7 @@ class Method(Base):
             added = self.added(each.float(), views, target)
             if target_b is not None and mix is not None:
                 added = mix * added + (1 - mix) * self.added(each.float(), views, target_b)
-        return self.scored(loss + added.mean(), fused, *labels)
+        return self.scored(loss + self.mean(added), fused, *labels)
 
     def added(self, each: Tensor, views: list[Tensor], labels: Tensor) -> Tensor:
         """Return what is lost besides the configured loss, (N,), for labels (N,).

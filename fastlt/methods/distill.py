@@ -62,6 +62,10 @@ class Method(Base):
             weight, temperature = self.config.weight, self.config.temperature
             theirs = (self.teacher(images).float() / temperature).log_softmax(dim=1)  # (N, T)
             ours = (logits[:, : theirs.shape[1]].float() / temperature).log_softmax(dim=1)
-            kl = F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+            if self.row_weight is None:
+                kl = F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+            else:
+                each = F.kl_div(ours, theirs, log_target=True, reduction="none")
+                kl = self.mean(each.sum(dim=1))
             loss = (1 - weight) * loss + weight * temperature**2 * kl
         return self.scored(loss, logits, target, target_b, mix)

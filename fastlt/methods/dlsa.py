@@ -102,6 +102,7 @@ class Method(Base):
     """
 
     PAPER = "Xu et al. 2022, arXiv 2208.02567"
+    takes_row_weights = False  # its flows have weights of their own
     balance: Tensor  # (K,), running mean of the clusters' posteriors in a flow's stage
     steps: Tensor  # (), of that mean
     frequencies: Tensor  # (levels, K, C), shares of classes in the clusters of each level

@@ -9,12 +9,10 @@ from torch.nn import functional as F
 
 from fastlt.config import MethodConfig, NotNegative
 from fastlt.errors import UserError
-from fastlt.losses import Step
+from fastlt.losses import IGNORED, Step
 from fastlt.methods.method import Base
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import Head, LinearHead
-
-IGNORED = -100  # a label without a loss, which does not count in the mean
 
 
 class DropClassifier(Classifier):
@@ -137,7 +135,7 @@ class Method(Base):
             for label in (target, target_b)
         ]
         without = self.loss(logits, others[0], others[1], mix)  # type: ignore[arg-type]
-        suppressed = is_dropped * logits.float().softmax(dim=1)[:, dropped].mean()
+        suppressed = is_dropped * self.mean(logits.float().softmax(dim=1)[:, dropped])
         p = self.probability
         loss = (1 - p) * plain + p * without + self.config.suppression * suppressed
         return loss, logits

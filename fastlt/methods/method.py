@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastlt.config import MethodConfig
 from fastlt.errors import UserError
-from fastlt.losses import Step, Task, build_loss
+from fastlt.losses import Step, Task, build_loss, mean_of, rows_of
 from fastlt.models.classifier import Classifier
 from fastlt.models.export import load_exported
 from fastlt.models.weight_files import weights_file
@@ -70,6 +70,12 @@ class Base(nn.Module):
     """Authors, year and arXiv number."""
     takes_sharded_heads: ClassVar[bool] = False
     """Whether it goes with model.head=class-parallel."""
+    takes_row_weights: ClassVar[bool] = True
+    """Whether it goes with data.class_weights and data.sample_weights: not where what it trains by
+    is not a mean of losses of labels."""
+    row_weight: Tensor | None = None
+    """What the rows of the batch count, (N,) float32, with a mean of 1 over the step; None: alike.
+    The training sets it before it calls the method; `loss` and `mean` go by it."""
 
     @staticmethod
     def build(config: Any, model: Classifier) -> Classifier:
@@ -119,7 +125,7 @@ class Base(nn.Module):
         target_b (N,) and mix () or (N,) are given where images are mixed: the label is `target`
         with weight mix, and `target_b` with 1 - mix.
         """
-        return self.criterion.step(self.model, images, target, target_b, mix)
+        return self.criterion.step(self.model, images, target, target_b, mix, self.row_weight)
 
     def predictor(self) -> Classifier:
         """Return what is evaluated and exported, with training-only parts folded in."""
@@ -132,10 +138,17 @@ class Base(nn.Module):
         target_b: Tensor | None = None,
         mix: Tensor | None = None,
     ) -> Tensor:
-        """Return the configured loss () of logits (N, C), silencing and prior included."""
-        mixed = {} if target_b is None else {"target_b": target_b, "mix": mix}
-        found = self.criterion.of_logits(logits, target, **mixed)
+        """Return the configured loss () of logits (N, C), silencing and prior included.
+
+        The rows are those of the batch, and count what `row_weight` says.
+        """
+        rows = rows_of(target_b, mix, self.row_weight)
+        found = self.criterion.of_logits(logits, target, **rows)
         return found.loss if isinstance(found, LossOutput) else found
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Return the mean () of losses (N,) of the batch's rows, by `row_weight`."""
+        return mean_of(losses, self.row_weight)
 
     def scored(self, loss: Tensor, logits: Tensor, *labels: Tensor | None) -> Step:
         """Return a step by its loss () and the logits (N, C) that the model would predict by."""

@@ -127,8 +127,14 @@ class Method(Base):
         if self.is_student:
             with torch.no_grad():
                 theirs = self.noisy(maps_of(self.other.backbone, images), *labels)
-            loss = loss + self.config.weight * F.mse_loss(maps.float(), theirs.float())
+            loss = loss + self.config.weight * self.apart(maps.float(), theirs.float())
         return self.scored(loss, logits, *labels)
+
+    def apart(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """Return the mean square () between maps (N, ...) of student and teacher."""
+        if self.row_weight is None:
+            return F.mse_loss(ours, theirs)
+        return self.mean((ours - theirs).square().flatten(1).mean(dim=1))
 
     def noisy(
         self,

@@ -103,7 +103,7 @@ def member_keys(keys: Iterable[str]) -> list[str]:
     times: Counter[str] = Counter()
     result = []
     for key in keys:
-        stem = member = _clean(key)
+        stem = member = clean_key(key)
         while member in taken:
             times[stem] += 1
             member = f"{stem}-{times[stem]}"
@@ -112,7 +112,8 @@ def member_keys(keys: Iterable[str]) -> list[str]:
     return result
 
 
-def _clean(key: str) -> str:
+def clean_key(key: str) -> str:
+    """Return a key as a shard holds it, where no other is the same."""
     parts = [re.sub(r"[^\w-]+", "_", part).strip("_") or "x" for part in key.split("/") if part]
     name = "/".join(parts).encode("utf-8")
     if len(name) > KEY_BYTES:

@@ -238,7 +238,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         if "at" in state:  # as version 0.1.0 called it
             state["state"] = state.pop("at")
         names = ("step", "class_space", "pack", "state", "loss_scale", "version")
-        return {key: state[key] for key in names}
+        # version 0.1.0 knew no weights of images
+        return {key: state[key] for key in names} | {"row_weights": state.get("row_weights", "")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{checkpoint} is no readable checkpoint: remove it to go on from the one before"

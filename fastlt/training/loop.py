@@ -30,6 +30,7 @@ from fastlt.data.mixup import draw
 from fastlt.data.plan import Batch, evaluation_batches
 from fastlt.data.prefetch import prefetch_to_device, to_device
 from fastlt.data.randaugment import randaugment
+from fastlt.data.row_weights import mixed_weights
 from fastlt.errors import UserError
 from fastlt.evaluation.calibration import (
     STEPS,
@@ -330,6 +331,7 @@ def train_step(
     set_lr(trainer.updater.optimizer, factor)
     labels = torch.from_numpy(batch.labels)
     inputs = make_input(config, pixels, labels, generator, device, trainer.dtype)
+    trainer.method.row_weight = rows_weight(trainer, batch, inputs[3])
     mark("input")
     group, is_last = accumulation(
         config.optim.accumulate, state.step_in_epoch, trainer.plan.steps_per_epoch
@@ -345,6 +347,24 @@ def train_step(
         trainer.ema.update(trainer.method, state.step // config.optim.accumulate)
     mark("optimiser")
     return torch.stack([loss.detach(), correct, counted, norm])
+
+
+def rows_weight(trainer: Trainer, batch: Batch, mix: Tensor | None) -> Tensor | None:
+    """Return what the rows of a batch count, (n,) on the device; None where there are no weights.
+
+    mix: of the images with those of the mirrored places.
+    """
+    if trainer.row_weights is None:
+        return None
+    state = trainer.state
+    weights = trainer.row_weights.of_rows(
+        batch.images,
+        trainer.plan,
+        state.epoch,
+        state.step_in_epoch,
+        trainer.config.optim.accumulate,
+    )
+    return mixed_weights(to_device(weights, trainer.device), mix)
 
 
 def unsynchronised(forward: Callable[..., Step]) -> AbstractContextManager[Any]:

@@ -45,6 +45,12 @@ def report_setup(trainer: Trainer, console: Console) -> None:
         "machine": f"{several}{trainer.device.type}, {str(trainer.dtype).removeprefix('torch.')}, "
         f"loader {trainer.train_loader.engine_name}, {trainer.train_loader.decode} decode",
     }
+    if trainer.row_weights is not None:
+        of_image = trainer.row_weights.of_image
+        lines["weights"] = (
+            f"{of_image.min():g} to {of_image.max():g} by class and image; "
+            f"{int((of_image == 0).sum()):,} training images weigh 0"
+        )
     for name, text in lines.items():
         console.print(f"[bold]{name:>9}[/]  {text}", highlight=False, soft_wrap=True)
     for note in [*trainer.notes, *notes(config)]:

@@ -118,6 +118,7 @@ def load(trainer: Trainer, checkpoint: Path) -> None:
     """Fill the trainer with a checkpoint, of whichever stage it is."""
     kept = ckpt.read_state(checkpoint)
     ckpt.check_pack(checkpoint, kept, trainer.space, trainer.pack.id)
+    check_weights(checkpoint, kept["row_weights"], trainer)
     state = TrainState(**kept["state"])
     if state.stage:
         enter_stage(trainer, state.stage)
@@ -134,6 +135,20 @@ def load(trainer: Trainer, checkpoint: Path) -> None:
     trainer.updater.load(kept["loss_scale"])
     trainer.guard.keep()
     trainer.state = state
+
+
+def weights_id(trainer: Trainer) -> str:
+    """Return a string that changes with the weights of images; "" where they all count alike."""
+    return trainer.row_weights.id if trainer.row_weights is not None else ""
+
+
+def check_weights(checkpoint: Path, kept: str, trainer: Trainer) -> None:
+    """Raise UserError where a file of weights holds others than when the run began."""
+    if kept != weights_id(trainer):
+        raise UserError(
+            f"the weights of data.class_weights or data.sample_weights have changed since "
+            f"{checkpoint} was written: use the file it was trained with, or another RUN folder"
+        )
 
 
 def methods_by_file(trainer: Trainer) -> dict[str, Base]:
@@ -192,6 +207,7 @@ def save(trainer: Trainer) -> None:
         "version": __version__,
         "class_space": ckpt.class_space_id(trainer.space),
         "pack": trainer.pack.id,
+        "row_weights": weights_id(trainer),
         "state": copy.deepcopy(vars(trainer.state)),  # it changes while this is written
         "loss_scale": trainer.updater.state(),
     }

@@ -15,6 +15,7 @@ from fastlt.config import Config, DataConfig, with_changes
 from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import Plan, Sampling, spread_budget
+from fastlt.data.row_weights import RowWeights, row_weights
 from fastlt.errors import UserError
 from fastlt.losses import Step, Task
 from fastlt.methods import method_type
@@ -96,6 +97,7 @@ class Trainer:
     factor: Callable[[float], float]  # from epochs of the stage to the factor on the base rate
     # phase and compiled function: compiled once, not once an epoch
     forward: tuple[Hashable, Callable[..., Step]] | None = None
+    row_weights: RowWeights | None = None
     # names of the parameters that are trained at all, in whichever stage
     trainable: frozenset[str] = frozenset()
     val_losses: Tensor | None = None  # of the last evaluation, by temperature
@@ -180,6 +182,7 @@ def prepare(
         writer=Writer(),
         stop=StopRequest(),
         state=TrainState(),
+        row_weights=row_weights(config.data, pack, parts.plan),
         trainable=frozenset(
             name for name, parameter in method.named_parameters() if parameter.requires_grad
         ),
@@ -205,6 +208,11 @@ def build_method(
         raise UserError(
             f"method.name={config.method.name} does not go with model.head={config.model.head}: "
             "set model.head=linear"
+        )
+    if (config.data.class_weights or config.data.sample_weights) and not kind.takes_row_weights:
+        raise UserError(
+            f"method.name={config.method.name} has weights of its own, and does not go with "
+            "data.class_weights or data.sample_weights: leave these out"
         )
     torch.manual_seed(config.train.seed)
     model = kind.build(

@@ -59,6 +59,7 @@ def check_loss(
     silence: float,
     target_b: Tensor | None,
     mix: float | Tensor | None,
+    row_weight: Tensor | None,
     label_smoothing: float,
     reduction: str,
     backend: str,
@@ -72,6 +73,7 @@ def check_loss(
     _check_graph(graph, classes, device)
     _check_log_prior(log_prior, classes, device, label_smoothing, values)
     _check_mix(target_b, mix, rows, device, values)
+    _check_row_weight(row_weight, rows, device, values)
     if target_b is not None:
         _check_labels("target_b", target_b, rows, classes, device, values)
 
@@ -235,3 +237,19 @@ def _check_mix(
     check_number("mix", mix)
     if not 0 <= mix <= 1:
         raise ValueError(f"mix must be in [0, 1], got {mix}")
+
+
+def _check_row_weight(
+    row_weight: Tensor | None, rows: int, device: torch.device, values: bool
+) -> None:
+    if row_weight is None:
+        return
+    _check_tensor("row_weight", row_weight)
+    if row_weight.shape != (rows,) or row_weight.dtype not in LOGIT_DTYPES:
+        raise ValueError(
+            f"row_weight must have shape ({rows},) and hold floats, got {tuple(row_weight.shape)} "
+            f"{row_weight.dtype}"
+        )
+    _check_device("row_weight", row_weight, device)
+    if values and not ((row_weight >= 0) & (row_weight < torch.inf)).all():
+        raise ValueError("row_weight must be finite and not negative")

@@ -12,11 +12,16 @@ IGNORE_INDEX = -100  # PyTorch's own: a label that has no loss and does not coun
 
 
 def stack_labels(
-    target: Tensor, target_b: Tensor | None, mix: float | Tensor | None, dtype: torch.dtype
+    target: Tensor,
+    target_b: Tensor | None,
+    mix: float | Tensor | None,
+    row_weight: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return labels (L, N) int64 and their shares (L, N) in dtype, which sum to 1 over L.
+    """Return labels (L, N) int64 and their shares (L, N) in dtype.
 
-    An ignored label has share 0, and stands as class 0 so that it can be looked up.
+    The shares of a row sum to its weight, which is 1 without row_weight (N,). An ignored label has
+    share 0, and stands as class 0 so that it can be looked up.
     """
     whole = torch.ones(target.shape, dtype=dtype, device=target.device)
     if target_b is None or mix is None:
@@ -36,12 +41,17 @@ def stack_labels(
             torch.stack([target.long(), target_b.long()]),
             torch.stack([share, 1 - share]),
         )
+    if row_weight is not None:
+        shares = shares * row_weight.detach().to(dtype)
     ignored = labels == IGNORE_INDEX
     return labels.masked_fill(ignored, 0), shares.masked_fill(ignored, 0)
 
 
 def counted_rows(shares: Tensor) -> Tensor:
-    """Return what "mean" divides by, (): the rows that are not ignored; 1 where all are."""
+    """Return what "mean" divides by, (): the weight of the rows that are not ignored.
+
+    Where that is 0 it is 1.
+    """
     count = shares.sum()
     return torch.where(count > 0, count, torch.ones_like(count))
 

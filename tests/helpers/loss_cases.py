@@ -123,7 +123,16 @@ def random_case(seed: int) -> Case:
     case.options["reduction"] = one_of("mean", "sum", "none")
     if one_of(True, False, False):
         case.target[:: number(1, 4)] = -100
+    if one_of(True, False):
+        case.options["row_weight"] = make_weights(len(case.target), seed)
     return case
+
+
+def make_weights(rows: int, seed: int = 0) -> Tensor:
+    """Row weights (N,) float64 from 0 to 3; of every third row exactly 0."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    weights = 3 * torch.rand(rows, generator=generator, dtype=torch.float64)
+    return weights.masked_fill(torch.arange(rows) % 3 == 1, 0)
 
 
 def loss_and_gradients(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:

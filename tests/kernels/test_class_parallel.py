@@ -12,6 +12,7 @@ from helpers.loss_cases import (
     assert_as_exact_as_eager,
     assert_near,
     make_case,
+    make_weights,
     reference_of_linear,
 )
 from helpers.ranks import Ranks
@@ -69,7 +70,7 @@ def on_rank(rank, world, case, options, dtype):
         case.bias[shard].to(dtype),
     ]
     options = {**case.options, **options}
-    for name in ("target_b", "mix"):
+    for name in ("target_b", "mix", "row_weight"):
         if torch.is_tensor(options.get(name)):
             options[name] = options[name][rows]
     return [t.clone().requires_grad_() for t in inputs], case.target[rows], options
@@ -186,6 +187,24 @@ def test_ignored_rows(ranks_of, world, reduction):
     case.target[[0, 1, 5]] = -100
     case.options["target_b"][[0, 1, 6]] = -100
     check(ranks_of, world, case, reduction=reduction)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@every_world
+def test_row_weights(ranks_of, world, reduction, mix):
+    """The mean is over the weights of all ranks."""
+    case = make_case(8, 5, 33, 6, mix=mix, label_smoothing=0.1)
+    case.options["row_weight"] = make_weights(8)
+    check(ranks_of, world, case, reduction=reduction)
+
+
+@every_world
+def test_all_weights_zero(ranks_of, world):
+    case = make_case(4, 5, 33, 6)
+    case.options["row_weight"] = torch.zeros(4)
+    for got in ranks_of(world).get(parallel, case, {}, torch.float64, 1024):
+        assert all((part == 0).all() for part in got)
 
 
 @every_world

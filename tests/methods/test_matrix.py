@@ -44,12 +44,20 @@ PARTNERS: dict[str, list[str]] = {
     "head first": ["schedule.head_only_epochs=1"],
     "ranks": [],
     "compiled": ["train.compile=on"],
+    "weighted": ["data.class_weights={a = 0.25, x = 3.0}", "augment.mixup=0.5"],
 }
-QUICK = [name for name in PARTNERS if name not in ("ranks", "compiled")]
-PAIRS = [(method, partner) for method in method_names() for partner in PARTNERS]
+QUICK = [name for name in PARTNERS if name not in ("ranks", "compiled", "weighted")]
+REFUSED = [("dlsa", "weighted")]
+PAIRS = [
+    (method, partner)
+    for method in method_names()
+    for partner in PARTNERS
+    if (method, partner) not in REFUSED
+]
 SAMPLE = {(method, QUICK[number % len(QUICK)]) for number, method in enumerate(method_names())} | {
     ("plain", "ranks"),
     ("angular", "compiled"),
+    ("distill", "weighted"),
 }
 
 

@@ -61,6 +61,16 @@ CASES = {
         "schedule.steps={2=0.1}",
     ],
     "class-parallel": ["model.head=class-parallel", "optim.clip=0.5", "optim.ema=0.5"],
+    "row weights": [
+        "data.batch=8",
+        "optim.accumulate=2",
+        "data.class_weights={a = 0.25, x = 3.0}",
+    ],
+    "row weights, class-parallel": [
+        "model.head=class-parallel",
+        "data.class_weights={a = 0.25, x = 3.0}",
+    ],
+    "both weights": ["loss.name=class-balanced", "data.class_weights={a = 0.25, x = 3.0}"],
 }
 
 
