@@ -20,9 +20,13 @@ from fastlt.decode.images import EXTENSIONS
 from fastlt.errors import DataError, UserError
 from fastlt.packing.cifar import read_cifar100
 from fastlt.packing.collection import Collection, ImageRef
+from fastlt.packing.labels import check_single
 from fastlt.packing.reader import open_pack
 
 __all__ = ["Collection", "ImageRef", "read_cifar100", "read_collection", "read_pairs"]
+
+# of a line of a split file, what follows the name of the image
+AFTER_IMAGE = re.compile(rf"(?:{'|'.join(map(re.escape, EXTENSIONS))})\s+(\S.*)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -268,6 +272,9 @@ def _list_split_file(file: Path, root: Path, limit: int | None) -> Listing:
 
 
 def _split_line(line: str, place: str, limit: int | None) -> tuple[str, int]:
+    named = AFTER_IMAGE.search(line)
+    if named is not None:
+        check_single(named[1], place)
     relative, label = ([*line.rsplit(maxsplit=1), ""])[:2]
     relative = relative.strip()
     if not re.fullmatch(r"-?[0-9]+", label):
@@ -326,6 +333,8 @@ def _list_shards(where: Path, shards: list[Path], limit: int | None) -> Listing:
     found = [(shard, *sample) for shard in shards for sample in _samples(shard)]
     if not found:
         raise DataError(f"{where} holds no images ({', '.join(EXTENSIONS)})")
+    for shard, key, _, text in found:
+        check_single(text, f"{shard}, {key}.cls")
     numbered = all(re.fullmatch(r"-?[0-9]+", text) for *_, text in found)
     if numbered:
         labels = [

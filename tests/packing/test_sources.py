@@ -228,7 +228,7 @@ def test_shards_with_names_and_with_numbers(tmp_path: Path) -> None:
             "target/dog/1.png 0\ntarget/dog/2.JPEG zero\n",
             r"train\.txt, line 2: .* is not of the form 'relative/path label'",
         ),
-        ("target/dog/1.png 0\ntarget/dog/2.JPEG 1.5\n", r"train\.txt, line 2: .* integer label"),
+        ("target/dog/1.png 0\ntarget/dog/2.JPEG 1.5\n", r"train\.txt, line 2: .* is a soft label"),
         ("target/dog/1.png -1\n", r"train\.txt, line 1: label -1 is out of range"),
         (
             "target/dog/1.png 0\n../secret/1.png 0\n",
