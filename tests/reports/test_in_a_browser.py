@@ -17,6 +17,8 @@ from rich.console import Console
 from fastlt.config import load_config
 from fastlt.curate.selection import Verdicts
 from fastlt.curate.sheet import write_sheets
+from fastlt.evaluation.predict import Prediction, load_model
+from fastlt.evaluation.prediction_sheet import open_sheet
 from fastlt.packing.reader import open_pack
 from fastlt.packing.sources import read_collection
 from fastlt.packing.writer import PackOptions, write_pack
@@ -133,6 +135,26 @@ def test_contact_sheets_stand_in_a_browser(browser: Any, small_pack: Path, tmp_p
     with opened(browser, index) as page:
         page.click("a >> nth=3")
         assert page.inner_text("h1") == "<script>x"
+
+
+def test_the_page_of_predictions_shows_a_class_alone(
+    browser: Any, hostile: Path, image_folders: Path, tmp_path: Path
+) -> None:
+    file, model = tmp_path / "predictions.html", load_model(hostile, "cpu")
+    with open_sheet(file) as add:
+        for found in model.stream(image_folders / "val", model.answers(top=2, threshold=0.6)):
+            assert isinstance(found, Prediction)
+            add(found)
+    check(browser, file)
+    with opened(browser, file) as page:
+        names = page.locator("select option").all_inner_texts()[1:]
+        shown = page.locator("figure:visible")
+        assert shown.count() == 9 and set(names) <= {*HOSTILE, "unsure"}
+        counts = []
+        for name in names:
+            page.select_option("select", label=name)
+            counts.append(shown.count())
+        assert sum(counts) == 9 and 0 not in counts
 
 
 def test_pictures_of_the_docs(browser: Any, tmp_path: Path) -> None:
