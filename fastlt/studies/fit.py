@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ from fastlt.studies.fit_choices import (
     plan_of,
     start_choices,
 )
+from fastlt.utils.commands import run_command
 from fastlt.utils.files import write_text
 from fastlt.utils.run_files import BEST, METRICS, read_result, result_of
 
@@ -179,8 +178,7 @@ def trained(run: Path, pack: Path, overrides: list[str], console: Console) -> bo
         return True
     words = ["train", "fit", "--data", str(pack), "--out", str(run), *overrides]
     console.print(f"\n[bold]$ fastlt {shlex.join(words)}[/]", highlight=False, soft_wrap=True)
-    code = subprocess.run([sys.executable, "-m", "fastlt", *words]).returncode
-    if code:
+    if code := run_command(*words):
         raise UserError(f"the training in {run} ended with code {code}: see above")
     if result_of(run) is None:
         console.print("the same `fastlt fit` goes on from there", highlight=False)

@@ -7,9 +7,7 @@ from fastlt.packing.labels import check_single
 from fastlt.packing.sources import read_collection
 
 
-@pytest.mark.parametrize(
-    "label", ["0", "17", "-1", "otter", "3 toed sloth", "1st", ""]
-)
+@pytest.mark.parametrize("label", ["0", "17", "-1", "otter", "3 toed sloth", "1st", ""])
 def test_one_class_is_one_class(label):
     check_single(label, "here")
 

@@ -1,13 +1,16 @@
 """`fastlt fit`: from a folder to a model, what it chooses, and what it goes on with."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 from helpers.method_cases import need_timm
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import fastlt
 from fastlt.errors import UserError
@@ -79,6 +82,25 @@ def test_the_command_ends_with_the_line_that_predicts(image_folders, tmp_path):
     broken = [*words[:-1], "--val", str(image_folders / "val"), "--groups", "g.csv"]
     ended = subprocess.run(broken, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2 and "--groups is for taking" in ended.stderr + ended.stdout
+
+
+def test_a_fit_that_is_stopped_goes_on_to_the_same_model(image_folders, tmp_path):
+    """SIGTERM ends the training too, which saves first; the same command takes it up."""
+    slow = [*FAST, "train.epochs=60", "train.patience=0"]
+    words = [sys.executable, "-m", "fastlt", "fit", str(image_folders / "target"), "--model"]
+    words += ["resnet8", "--no-baseline", *slow, "--out"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert subprocess.run([*words, str(whole)], timeout=300, capture_output=True).returncode == 0
+    process = subprocess.Popen([*words, str(cut)], stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (cut / "metrics.jsonl").is_file() and time.monotonic() < until:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not (cut / "result.json").exists() and list((cut / "checkpoints").iterdir())
+    assert subprocess.run([*words, str(cut)], timeout=300, capture_output=True).returncode == 0
+    first, second = (load_file(run / "model.safetensors") for run in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_folder_of_something_else_is_left_alone(image_folders, tmp_path):
@@ -166,7 +188,7 @@ def test_settings_are_typed_as_they_are_read():
 
 def test_weights_tell_their_architecture(tmp_path):
     need_timm()
-    tensors = {"a": fit_choices.torch.zeros(1)}
+    tensors = {"a": torch.zeros(1)}
     save_file(tensors, tmp_path / "resnet18.safetensors")
     assert architecture_of(tmp_path / "resnet18.safetensors") == "resnet18"
     save_file(tensors, tmp_path / "mine.safetensors")
