@@ -71,9 +71,13 @@ def hash_row(data: bytes) -> Row:
     """Return the hashes of the encoded bytes of an image."""
     digest = hashlib.sha256(data).digest()
     try:
-        grey = small_grey(data)
+        return look_row(digest, small_grey(data))
     except BadImage:
         return digest, 0, 0, False
+
+
+def look_row(digest: bytes, grey: np.ndarray) -> Row:
+    """Return the hashes of an image by its digest and its shades of grey (SIDE, SIDE)."""
     return digest, look(grey), look(grey[:, ::-1]), float(grey.std()) >= FLAT
 
 

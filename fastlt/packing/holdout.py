@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastlt.decode.images import BadImage
+from fastlt.decode.images import BadImage, open_image
 from fastlt.errors import UserError
 from fastlt.packing.collection import Collection, ImageRef
 from fastlt.packing.encode import read_bytes
-from fastlt.packing.hashes import Row, from_rows, hash_row, same_look
+from fastlt.packing.hashes import Row, from_rows, look_row, same_look, small_grey
 from fastlt.packing.tables import read_rows
 from fastlt.utils.pool import cores
 
@@ -34,7 +34,8 @@ def hold_out(collection: Collection, share: float, together: Together | None = N
     """Move about `share` of each target class from `train` to `val`, which must be empty.
 
     A class with two images or more gives one at least and keeps one at least. Images with the same
-    bytes stay together, and those that `together` names; where auxiliary images, or unless they are
+    bytes stay together, and those that `together` names; what cannot be read stays in `train` and
+    does not count. Where auxiliary images, or unless they are
     of a named group those of another class, are among them, they stay in `train`. The choice
     depends on the collection, the share and the groups only. Raises UserError where `share` is not
     between 0 and 1, or no class can give an image.
@@ -42,10 +43,11 @@ def hold_out(collection: Collection, share: float, together: Together | None = N
     if not 0 < share < 1:
         raise UserError(f"--holdout is {share}: it must lie between 0 and 1, such as 0.1")
     targets, together = len(collection.target_names), together or Together()
-    sizes = Counter(ref.label for ref in collection.train)
+    members = members_of(collection, together)
+    sizes = Counter(collection.train[image].label for group in members for image in group)
     groups: defaultdict[int, list[list[int]]] = defaultdict(list)
     mixed: list[list[int]] = []
-    for group in members_of(collection, together):
+    for group in members:
         labels = {collection.train[image].label for image in group}
         if len(labels) == 1 and min(labels) < targets:
             groups[labels.pop()].append(group)
@@ -67,7 +69,10 @@ def hold_out(collection: Collection, share: float, together: Together | None = N
 
 
 def members_of(collection: Collection, together: Together) -> list[list[int]]:
-    """Return the images of `train` by what must stay together, each in one of the lists."""
+    """Return the images of `train` by what must stay together.
+
+    Each is in one of the lists, but for those that cannot be read, which are in none.
+    """
     count = len(collection.train)
     parents = list(range(count))
 
@@ -85,20 +90,21 @@ def members_of(collection: Collection, together: Together) -> list[list[int]]:
     with ThreadPoolExecutor(cores()) as pool:
         rows = list(pool.map(partial(_hashed, near=together.near), collection.train))
     by_digest: defaultdict[bytes, list[int]] = defaultdict(list)
-    for image, (digest, _) in enumerate(rows):
+    for image, (digest, *_) in enumerate(rows):
         by_digest[digest].append(image)
     for images in by_digest.values():
         join(images)
     if together.near:
-        hashes = from_rows([row for _, row in rows])
+        hashes = from_rows([row for _, row, _ in rows])
         for pair in same_look(hashes, hashes, NEAR).tolist():
             join(pair)
     if together.groups is not None:
         for images in named_groups(together.groups, collection):
             join(images)
     members: defaultdict[int, list[int]] = defaultdict(list)
-    for image in range(count):
-        members[first(image)].append(image)
+    for image, (*_, is_sound) in enumerate(rows):
+        if is_sound:
+            members[first(image)].append(image)
     return list(members.values())
 
 
@@ -159,15 +165,22 @@ def _chosen_mixed(
     return chosen
 
 
-def _hashed(ref: ImageRef, near: bool) -> tuple[bytes, Row]:
-    """Return the SHA-256 of an image's bytes, and its hashes where `near`.
+def _hashed(ref: ImageRef, near: bool) -> tuple[bytes, Row, bool]:
+    """Return the SHA-256 of an image's bytes, its hashes where `near`, and whether it can be read.
 
-    One that cannot be read is like no other.
+    One that cannot is like no other.
     """
     try:
         data = read_bytes(ref)
     except BadImage:
         nothing = f"{ref.path}:{ref.offset}:{ref.part}".encode()
-        return nothing, (nothing, 0, 0, False)
+        return nothing, (nothing, 0, 0, False), False
     digest = hashlib.sha256(data).digest()
-    return digest, hash_row(data) if near else (digest, 0, 0, False)
+    unseen: Row = digest, 0, 0, False
+    try:
+        if near:
+            return digest, look_row(digest, small_grey(data)), True
+        open_image(data)
+    except BadImage:
+        return digest, unseen, False
+    return digest, unseen, True

@@ -145,8 +145,8 @@ def kept_plan(options: FitOptions) -> Plan | None:
 
 
 def is_begun(out: Path) -> bool:
-    """Return whether a folder holds nothing but the pack that comes first."""
-    return {path.name for path in out.iterdir() if not path.name.startswith(".")} == {PACK}
+    """Return whether a folder holds the pack at most, which comes first; what is hidden was cut."""
+    return {path.name for path in out.iterdir() if not path.name.startswith(".")} <= {PACK}
 
 
 def write_plan(options: FitOptions, plan: Plan) -> None:

@@ -69,7 +69,7 @@ def test_every_class_keeps_a_training_image(folders):
 
 
 def write(path: Path, number: int) -> ImageRef:
-    path.write_bytes(b"image %d" % number)
+    path.write_bytes(saved(scene(20 + number, 20), "PNG"))
     return ImageRef(path.stem, 0, str(path))
 
 
@@ -249,6 +249,18 @@ def test_resized_and_recompressed_images_stay_on_one_side(tmp_path):
             for refs in (collection.train, collection.val)
         )
         assert not train & val and val
+
+
+def test_what_cannot_be_read_is_no_image_to_keep(tmp_path):
+    """Of a class with one good image that one stays in training, whatever else lies there."""
+    folder = photographs(tmp_path / "images", each=2)
+    (folder / "a" / "1.png").write_bytes((folder / "a" / "0.png").read_bytes()[:20])
+    for near in (False, True):
+        collection = collect(target=folder, holdout=0.4, together=Together(near=near))
+        assert [ref.key[0] for ref in collection.val] == ["b"]
+    (folder / "a" / "1.png").write_bytes((folder / "a" / "0.png").read_bytes()[:-400])
+    collection = collect(target=folder, holdout=0.4, together=Together(near=True))
+    assert [ref.key[0] for ref in collection.val] == ["b"]  # its pixels are cut off
 
 
 def table(path, rows):
