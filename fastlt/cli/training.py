@@ -13,12 +13,13 @@ from fastlt.cli.app import PackPath, app, console, pack_place, reporting_stops
 from fastlt.cli.tables import (
     print_result,
 )
+from fastlt.cli.with_settings import WithSettings
 from fastlt.config import as_override, load_config, recipe_names
 from fastlt.errors import UserError
 from fastlt.methods import method_settings
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def train(
     recipe: Annotated[
         str, typer.Argument(help=f"A recipe ({', '.join(recipe_names())}) or a .toml file.")
@@ -162,7 +163,7 @@ def demo(
     run_demo(out, console)
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def reproduce(
     task: Annotated[
         str,
@@ -205,7 +206,7 @@ def reproduce(
     )
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def sweep(
     file: Annotated[
         Path,
