@@ -1,6 +1,15 @@
 """The command line: importing this package registers every command with `app`."""
 
-from fastlt.cli import benchmarks, curation, doctor, granularity, models, packing, training
+from fastlt.cli import (
+    benchmarks,
+    curation,
+    doctor,
+    granularity,
+    models,
+    packing,
+    settings,
+    training,
+)
 from fastlt.cli.app import app
 
 __all__ = [
@@ -11,5 +20,6 @@ __all__ = [
     "granularity",
     "models",
     "packing",
+    "settings",
     "training",
 ]

@@ -55,9 +55,11 @@ def near_keys(name: str, known: Sequence[str]) -> list[str]:
         return same
     if OTHER_NAMES.get(key) in known:
         return [OTHER_NAMES[key]]
-    if section:
-        return difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    by_key = {one.rpartition(".")[2]: one for one in reversed(known)}
+    # of the section that was named, if it has any; of all where none was, or there is no such one
+    own = [one for one in known if one.startswith(f"{section}.")] if section else known
+    if not own:
+        return difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    by_key = {one.rpartition(".")[2]: one for one in reversed(own)}
     return [by_key[one] for one in difflib.get_close_matches(key, by_key, n=1, cutoff=0.6)]
 
 
