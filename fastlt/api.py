@@ -105,6 +105,7 @@ def train(
     from fastlt.config import load_config
     from fastlt.methods import method_settings
     from fastlt.packing.remote import is_remote
+    from fastlt.training.loop import asks_for_silencing
     from fastlt.training.loop import train as train_run
 
     if settings is not None and not isinstance(settings, Mapping):
@@ -112,7 +113,8 @@ def train(
     place = str(data) if is_remote(str(data)) else str(Path(data).resolve())
     begin = method_settings(method, None if start is None else str(Path(start).resolve()))
     config = load_config(recipe, {**(settings or {}), "data.pack": place}, begin)
-    return train_run(config, Path(out), Console(quiet=quiet))
+    asked = asks_for_silencing(settings or {})
+    return train_run(config, Path(out), Console(quiet=quiet), silencing_asked=asked)
 
 
 def load(place: Place, device: str = "auto") -> Model:

@@ -5,14 +5,16 @@ neighbour which targets.
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastlt.errors import UserError
 from fastlt.utils.files import write_text
-from fastlt_kernels import ClassGraph
+
+if TYPE_CHECKING:  # it imports torch, and reading a pack needs none
+    from fastlt_kernels import ClassGraph
 
 # Liu et al. 2019 (arXiv 1904.05160): many > 100, medium 20..100, few < 20 training images
 MANY_ABOVE, FEW_BELOW = (
@@ -82,8 +84,10 @@ class ClassSpace(BaseModel):
                 raise ValueError(f"pair ({target}, {auxiliary}) is not (target id, auxiliary id)")
         return self
 
-    def graph(self) -> ClassGraph:
+    def graph(self) -> "ClassGraph":
         """The sparse target-auxiliary relation over all C classes."""
+        from fastlt_kernels import ClassGraph
+
         pairs = np.asarray(self.pairs, dtype=np.int64).reshape(-1, 2)
         return ClassGraph.from_pairs(self.num_targets, self.num_classes, pairs)
 

@@ -497,6 +497,11 @@ def load_config(
     return checked(tree, recipe)
 
 
+def check_settings(recipe: str, overrides: Sequence[str]) -> None:
+    """Refuse what `load_config` would refuse at once, without importing torch; see check_early."""
+    check_early(read_recipe(recipe), [_parsed(override) for override in overrides], recipe)
+
+
 def check_early(
     tree: Mapping[str, Any], changes: Sequence[tuple[list[str], Any]], where: str
 ) -> None:

@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from fastlt.config import Config, DataConfig, TrainConfig, to_toml
+from fastlt.config import OLD_KEYS, Config, DataConfig, TrainConfig, to_toml, with_changes
 from fastlt.data.augment import compiled_finish, scale_and_shift
 from fastlt.data.augment import finish as finish_batch
 from fastlt.data.engines.torch import worker_errors
@@ -38,7 +38,7 @@ from fastlt.evaluation.evaluate import (
     save_predictions,
 )
 from fastlt.evaluation.metrics import Predictions, concatenate_predictions, confusions, score
-from fastlt.losses import Step
+from fastlt.losses import LOSSES, Step
 from fastlt.models.classifier import Classifier
 from fastlt.models.export import export_safetensors
 from fastlt.models.heads import HEADS
@@ -76,17 +76,24 @@ READ_LOSS_EVERY = 20  # steps between looks at the loss: each look waits for the
 
 
 def train(
-    config: Config, run: Path, console: Console, on_epoch: OnEpoch | None = None
+    config: Config,
+    run: Path,
+    console: Console,
+    on_epoch: OnEpoch | None = None,
+    silencing_asked: bool = True,
 ) -> dict[str, Any]:
     """Train into the folder `run`, from where an earlier call stopped; return result.json's values.
 
-    on_epoch is called with each line of metrics.jsonl, once the epoch is saved. Raises Stopped if
-    SIGTERM or Ctrl-C ended it early, once it is saved.
+    on_epoch is called with each line of metrics.jsonl, once the epoch is saved. silencing_asked:
+    whether it is an error that the configuration silences and there are no auxiliaries. Raises
+    Stopped if SIGTERM or Ctrl-C ended it early, once it is saved.
     """
     with process_group(HEADS[config.model.head].is_sharded) as ranks:
         if not ranks.is_first:
             console = Console(quiet=True)
         pack = open_packs(config.data)
+        if not silencing_asked:
+            config = without_silencing(config, pack, console)
         with (
             only_run(run, ranks),
             disk_errors(run),
@@ -125,6 +132,30 @@ def open_packs(data: DataConfig) -> Pack:
         if data.mix
         else main
     )
+
+
+def asks_for_silencing(settings: Iterable[str]) -> bool:
+    """Return whether settings, as `section.key=value` or names alone, ask for silencing by name."""
+    by_name = ("loss.name", "loss.silence", "loss.mask", *OLD_KEYS)
+    return any(setting.partition("=")[0].strip() in by_name for setting in settings)
+
+
+def without_silencing(config: Config, pack: Pack, console: Console) -> Config:
+    """Return a configuration whose loss silences nothing where there are no auxiliaries.
+
+    That is said. Otherwise, the configuration as it is.
+    """
+    has_auxiliaries = pack.space.num_auxiliaries > 0 and config.data.auxiliary is True
+    is_silencing = LOSSES[config.loss.name].silences and config.loss.silence < 1
+    if has_auxiliaries or not is_silencing or config.loss.mask == "none":
+        return config
+    console.print(
+        "[yellow]note:[/] there are no auxiliary classes to silence: the loss is "
+        f"loss.name=balanced-ce with loss.tau={config.loss.tau:g}, in place of {config.loss.name}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return with_changes(config, {"loss.name": "balanced-ce"})
 
 
 # --- loop
