@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from fastlt.config import OLD_KEYS, Config, DataConfig, TrainConfig, to_toml, with_changes
 from fastlt.data.augment import compiled_finish, scale_and_shift
@@ -46,6 +45,7 @@ from fastlt.packing.concat import concat_packs
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.training.compile import build_forward
 from fastlt.training.distributed import process_group
+from fastlt.training.loggers import Loggers, check_loggers
 from fastlt.training.messages import (
     epoch_line,
     progress_bar,
@@ -88,6 +88,7 @@ def train(
     whether it is an error that the configuration silences and there are no auxiliaries. Raises
     Stopped if SIGTERM or Ctrl-C ended it early, once it is saved.
     """
+    check_loggers(config.train.loggers)
     with process_group(HEADS[config.model.head].is_sharded) as ranks:
         if not ranks.is_first:
             console = Console(quiet=True)
@@ -119,7 +120,17 @@ def run_training(
     report_setup(trainer, console)
     if trainer.state.step == 0:
         start_stage(trainer)
-    return finish(trainer, fit(trainer, console, on_epoch))
+    with loggers_of(trainer, console) as loggers:
+        result = finish(trainer, fit(trainer, console, on_epoch, loggers))
+        loggers.finish(result)
+    return result
+
+
+def loggers_of(trainer: Trainer, console: Console) -> Loggers:
+    """Return the loggers of a run, which the first rank has."""
+    config, names = trainer.run_config, trainer.run_config.train.loggers
+    own = names if trainer.ranks.is_first else ()
+    return Loggers(own, trainer.run, config, trainer.state.step, console)
 
 
 def open_packs(data: DataConfig) -> Pack:
@@ -161,13 +172,16 @@ def without_silencing(config: Config, pack: Pack, console: Console) -> Config:
 # --- loop
 
 
-def fit(trainer: Trainer, console: Console, on_epoch: OnEpoch | None = None) -> Predictions | None:
+def fit(
+    trainer: Trainer,
+    console: Console,
+    on_epoch: OnEpoch | None = None,
+    loggers: Loggers | None = None,
+) -> Predictions | None:
     """Train all epochs that are left; return the predictions of the last, None if none was left."""
     state, predictions = trainer.state, None
-    is_first = trainer.ranks.is_first
-    events = SummaryWriter(str(trainer.run), purge_step=state.step + 1) if is_first else None
     epochs = trainer.epochs
-    with events or nullcontext(), progress_bar(console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=total_steps(trainer), completed=state.step, rate=0.0, note="")
 
         def show(rate: float, note: str) -> None:
@@ -179,14 +193,14 @@ def fit(trainer: Trainer, console: Console, on_epoch: OnEpoch | None = None) -> 
                 report_stage(trainer, bar.console)
             grow(trainer)
             rate = train_epoch(trainer, show)
+            show(rate, progress_note(state))
             report_damaged(trainer, bar.console)
             report_skipped(state, bar.console)
             evaluated = is_evaluated(trainer.config, state.epoch)
             predictions = evaluate(trainer) if evaluated else None
             record = record_epoch(trainer, rate, predictions)
-            for name, value in record.items():
-                if events is not None and isinstance(value, float):
-                    events.add_scalar(name, value, state.step)
+            if loggers is not None:
+                loggers.scalars(record, state.step)
             if "top1" in record:
                 line = epoch_line(record, epochs)
                 bar.console.print(line, highlight=False, soft_wrap=True)
@@ -225,8 +239,7 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
             read_steps(values, trainer)
             report(
                 (state.images - images_before) / (time.perf_counter() - began),
-                f"epoch {state.epochs_done + 1} loss {shown(mean_loss(state), 3)} "
-                f"train {train_top1(state):.1f}",
+                progress_note(state),
             )
         is_within = is_last and state.step_in_epoch < plan.steps_per_epoch
         if is_within and asks_for_checkpoint(trainer, last_saved):
@@ -239,6 +252,12 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
     seconds = time.perf_counter() - began
     state.seconds = seconds_before + seconds
     return (state.images - images_before) / max(1e-9, seconds)
+
+
+def progress_note(state: TrainState) -> str:
+    """Return what stands beside the bar."""
+    loss = shown(mean_loss(state), 3)
+    return f"epoch {state.epochs_done + 1} loss {loss} train {train_top1(state):.1f}"
 
 
 def steps(
