@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastlt.cli.app import app, console
+from fastlt.cli.setting_list import Setting, listed_settings, matching
 
 
 @app.command()
@@ -25,8 +26,6 @@ def settings(
     as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
 ) -> None:
     """List the keys for section.key=value, with type, default and meaning."""
-    from fastlt.cli.setting_list import Setting, listed_settings, matching
-
     found = matching(listed_settings(), wanted)
     if as_json:
         print(json.dumps([one._asdict() for one in found], indent=1, ensure_ascii=False))
@@ -38,7 +37,7 @@ def settings(
         console.print(table_of(name, rows))
 
 
-def table_of(section: str, rows: list) -> Table:  # type: ignore[type-arg]
+def table_of(section: str, rows: list[Setting]) -> Table:
     """Return the table of a section: key and default, and below them type and meaning."""
     table = Table(
         "key", "default", "type and meaning", title=section, title_justify="left", box=SIMPLE_HEAD

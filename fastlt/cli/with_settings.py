@@ -22,16 +22,17 @@ class WithSettings(TyperCommand):
         except Exception as error:
             # by its name: some versions of Typer bring a click of their own
             if type(error).__name__ == "NoSuchOption":
-                answer = of_option(error.option_name, given)  # type: ignore[attr-defined]
+                where = "after the recipe" if ctx.info_name == "train" else "in its place"
+                answer = of_option(error.option_name, given, where)  # type: ignore[attr-defined]
                 if answer:
                     raise ConfigError(answer) from error
             raise
 
 
-def of_option(option: str, given: list[str]) -> str:
+def of_option(option: str, given: list[str], where: str) -> str:
     """Return the sentence for an option that is a setting; "" where it is near none.
 
-    given: the whole command line, for the value.
+    given: the whole command line, for the value. where: the setting is to be written.
     """
     at = next((i for i, word in enumerate(given) if word.partition("=")[0] == option), None)
     if at is None:  # -lr is taken for -l -r
@@ -43,7 +44,7 @@ def of_option(option: str, given: list[str]) -> str:
     if not keys:
         return ""
     lines = " or ".join(f"{key}={value}" for key in keys[:3])
-    return f"there is no option {word}: write {lines} after the recipe"
+    return f"there is no option {word}: write {lines} {where}"
 
 
 def value_after(words: list[str]) -> str:

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -59,7 +60,7 @@ class Logger(Protocol):
 class TensorBoard:
     """Events in the RUN."""
 
-    takes_back = True
+    takes_back: ClassVar[bool] = True
 
     def __init__(self, run: Path, config: Config, kept: dict[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -93,7 +94,7 @@ class WandB:
     `wandb sync RUN/wandb/offline-run-*` sends it later.
     """
 
-    takes_back = False
+    takes_back: ClassVar[bool] = False
 
     def __init__(self, run: Path, config: Config, kept: dict[str, Any], step: int) -> None:
         import wandb
@@ -148,7 +149,7 @@ def has_login(address: str) -> bool:
 class MLflow:
     """MLflow: the server of MLFLOW_TRACKING_URI, or else files in RUN/mlruns."""
 
-    takes_back = False
+    takes_back: ClassVar[bool] = False
 
     def __init__(self, run: Path, config: Config, kept: dict[str, Any], step: int) -> None:
         # a server that does not answer is given up in seconds, not in minutes
@@ -215,7 +216,7 @@ class MLflow:
 class Trackio:
     """Trackio: its local folder, which TRACKIO_DIR may name; `trackio show` shows it."""
 
-    takes_back = False
+    takes_back: ClassVar[bool] = False
 
     def __init__(self, run: Path, config: Config, kept: dict[str, Any], step: int) -> None:
         import trackio
@@ -321,7 +322,7 @@ class Loggers:
         for name, logger in [*self.open.items()]:
             kept = self.kept[name]
             if logger.takes_back or step > kept.get("step", -1):
-                self.attempt(name, lambda logger=logger: logger.scalars(values, step))
+                self.attempt(name, partial(logger.scalars, values, step))
                 kept["step"] = step
         self.keep()
 
@@ -330,7 +331,7 @@ class Loggers:
         figures = {name: float(result[name]) for name in FIGURES if result.get(name) is not None}
         report = self.written_report() if self.open.keys() - {"tensorboard"} else None
         for name, logger in [*self.open.items()]:
-            self.attempt(name, lambda logger=logger: logger.finish(figures, report))
+            self.attempt(name, partial(logger.finish, figures, report))
 
     def written_report(self) -> Path | None:
         """Return report.html; None where it cannot be written, which is no fault of a logger."""
