@@ -5,6 +5,7 @@ has is refused. Losses and methods bring numbers of their own (`loss.gamma`, `me
 which are checked by their own classes: see `fastlt.losses` and `fastlt.methods`.
 """
 
+import copy
 import difflib
 import itertools
 import json
@@ -510,7 +511,7 @@ def check_early(
     Whether settings fit together, and those of methods, is checked with the whole. Raises
     ConfigError as that does.
     """
-    early = merged({}, dict(tree))
+    early: dict[str, Any] = copy.deepcopy(dict(tree))
     known = list(early_names())
     for keys, value in changes:
         if keys[0] != "method":
@@ -684,6 +685,8 @@ def _warn_of_old(key: str) -> None:
 def _in_words(error: Any, model: type[BaseModel]) -> str:
     key, value = ".".join(str(part) for part in error["loc"]), error["input"]
     if error["type"] == "extra_forbidden":
+        if "." not in key and isinstance(value, dict):
+            return f"there is no section [{key}]{did_you_mean(key, list(model.model_fields))}"
         return no_setting(key, list(setting_names(model)))
     message = str(error["msg"]).removeprefix("Value error, ")
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+,\d+", value) and "number" in message:

@@ -181,6 +181,7 @@ def fit(
     """Train all epochs that are left; return the predictions of the last, None if none was left."""
     state, predictions = trainer.state, None
     epochs = trainer.epochs
+    trainer.run.mkdir(parents=True, exist_ok=True)
     with progress_bar(console) as bar:
         task = bar.add_task("", total=total_steps(trainer), completed=state.step, rate=0.0, note="")
 

@@ -70,7 +70,9 @@ def no_setting(name: str, known: Sequence[str], value: str = "") -> str:
     """
     near = near_keys(name, known)
     if not near:
-        return f"there is no setting '{name}': `fastlt settings` lists all"
+        # which are those of a training, not of a curation
+        lists = ": `fastlt settings` lists all" if "train.epochs" in known else ""
+        return f"there is no setting '{name}'{lists}"
     several = " or ".join(f"'{one}'" for one in near)
     write = f" Write {near[0]}={value}" if value and len(near) == 1 else ""
     return f"there is no setting '{name}', did you mean {several}?{write}"
