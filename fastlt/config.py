@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -533,8 +533,20 @@ def early_names() -> Iterator[str]:
     """Yield the names `section.key` of all settings but those that methods add."""
     yield from setting_names(Config)
     for section, file in DECLARED_IN.items():
-        for key in declared_keys(Path(__file__).parent / file, "Section"):
+        for key in _added_keys(section, file):
             yield f"{section}.{key}"
+
+
+def _added_keys(section: str, file: str) -> Iterable[str]:
+    """Return the keys that are added to a section: of its class, where that is imported already.
+
+    A script may have added losses or heads of its own to it.
+    """
+    place = OPEN_SECTIONS[section]
+    if place.partition(":")[0] in sys.modules:
+        own = Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        return [key for key in resolve_name(place)("plain").model_fields if key not in own]
+    return declared_keys(Path(__file__).parent / file, "Section")
 
 
 def _last(changes: Sequence[tuple[list[str], Any]], *keys: str) -> Any:

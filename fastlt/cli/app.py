@@ -61,20 +61,7 @@ PackPath = Annotated[
         "--data", help="What `fastlt pack` wrote: a folder, or an address such as s3://bucket/pack."
     ),
 ]
-
-
-def trained_run(context: typer.Context, run: Path) -> Path:
-    """Return a run as it is. Raises UserError where its training has not ended, or it is none."""
-    from fastlt.utils.run_files import check_has_model
-
-    if not context.resilient_parsing and not run.is_file():
-        check_has_model(run)
-    return run
-
-
-Run = Annotated[
-    Path, typer.Argument(help="The folder that `fastlt train` wrote.", callback=trained_run)
-]
+Run = Annotated[Path, typer.Argument(help="The folder that `fastlt train` wrote.")]
 
 
 def show_version(wanted: bool) -> None:

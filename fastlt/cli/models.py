@@ -18,6 +18,7 @@ from fastlt.cli.tables import (
     write_figures,
 )
 from fastlt.errors import UserError
+from fastlt.utils.run_files import check_has_model
 
 # as fastlt.evaluation.posthoc has them, which imports torch
 POST_HOC = (
@@ -78,6 +79,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a trained model: top-1 over the targets, by group and by class."""
+    check_has_model(run)
     from fastlt.evaluation.evaluate import evaluate_post_hoc, evaluate_run
 
     if not post_hoc:
@@ -123,6 +125,7 @@ def export(
     run: Run, to: Annotated[Path, typer.Option(help="A name that ends in .safetensors or .onnx.")]
 ) -> None:
     """Write the model with its targets alone, checked to predict the same."""
+    check_has_model(run)
     from fastlt.models.export import export_run
 
     console.print(f"{to}: {export_run(run, to)}")
@@ -141,6 +144,7 @@ def extend(
 
     For runs of --method fate.
     """
+    check_has_model(run)
     from fastlt.evaluation.extend import extend_run
 
     names = extend_run(run, images, to)
