@@ -5,13 +5,15 @@ pages a line `<!-- generated: NAME -->` is replaced by what the function of PART
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from mkdocs.structure.files import File, Files
-from pydantic import BaseModel
+
+from fastlt.cli.setting_list import NAMED
+from fastlt.utils.key_words import default_of, in_words, type_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"^<!-- generated: (\S+) -->$", re.MULTILINE)
@@ -99,7 +101,7 @@ def key_types() -> str:
     from fastlt import config
 
     names = [name for name, kind in vars(config).items() if hasattr(kind, "__metadata__")]
-    rows = [f"| `{name}` | {in_words(getattr(config, name))} |" for name in names]
+    rows = [f"| `{name}` | {cell(in_words(getattr(config, name), '`'))} |" for name in names]
     return "\n".join(["| type | values |", "|---|---|", *rows])
 
 
@@ -118,65 +120,16 @@ def table(section: str, fields: dict[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for key, field in fields.items():
         name = f"{section}.{key}" if section else key
-        kind, meaning = type_of(field), cell(field.description or "")
+        kind, meaning = cell(type_of(field, "`")), cell(field.description or "")
         if name in NAMED:
             meaning += f" One of {', '.join(f'`{one}`' for one in NAMED[name]())}."
-        yield f"| `{name}` | {kind} | {default_of(field)} | {meaning} |"
+        yield f"| `{name}` | {kind} | {default_cell(field)} | {meaning} |"
 
 
-def type_of(field: Any) -> str:
-    """Return the type of a key, with its bounds."""
-    return " ".join([in_words(field.annotation), *bounds_of(field.metadata)])
-
-
-def in_words(kind: Any) -> str:
-    """Return a type as a user of TOML would call it."""
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-    if kind in names:
-        return names[kind]
-    origin, arguments = get_origin(kind), get_args(kind)
-    if hasattr(kind, "__metadata__"):
-        return " ".join([in_words(kind.__origin__), *bounds_of(kind.__metadata__)])
-    if "Literal" in str(origin):
-        return " \\| ".join(f"`{value}`" for value in arguments)
-    if origin is tuple and arguments[-1] is not Ellipsis:
-        each = list(dict.fromkeys(in_words(argument) for argument in arguments))
-        return f"list of {len(arguments)}: {' / '.join(each)}"
-    if origin in (tuple, list):
-        return f"list of {in_words(arguments[0])}"
-    if origin is dict:
-        return "table" if Any in arguments else f"table of {in_words(arguments[1])}"
-    return "table"
-
-
-def bounds_of(metadata: Iterable[Any]) -> Iterator[str]:
-    """Yield the bounds among the constraints of a type."""
-    flat = [each for part in metadata for each in (part, *getattr(part, "metadata", ()))]
-    for attribute, words in (("ge", "from"), ("gt", "above"), ("le", "to"), ("lt", "below")):
-        for each in flat:
-            if (value := getattr(each, attribute, None)) is not None:
-                yield f"{words} {value:.10g}"
-
-
-def default_of(field: Any) -> str:
-    """Return the default of a key; of a table that has keys of its own, a dash."""
-    if field.is_required():
-        return "needed"
-    value = field.get_default(call_default_factory=True)
-    if isinstance(value, BaseModel):
-        return "-"
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, tuple | list):
-        return cell(f"`[{', '.join(short(one) for one in value)}]`")
-    return f"`{short(value)}`"
-
-
-def short(value: Any) -> str:
-    """Return a value as TOML has it, numbers with at most four digits."""
-    if isinstance(value, str):
-        return f'"{value}"'
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def default_cell(field: Any) -> str:
+    """Return the default of a key as code; what is none, in words."""
+    words = default_of(field)
+    return words if words in ("needed", "-") else cell(f"`{words}`")
 
 
 def cell(text: str) -> str:
@@ -313,49 +266,6 @@ def linked(text: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
-def method_files() -> list[str]:
-    """Return the names of the methods that are files."""
-    from fastlt.methods import method_names
-
-    return method_names()
-
-
-def loss_names() -> list[str]:
-    """Return the names of the losses."""
-    from fastlt.losses import LOSSES
-
-    return [*LOSSES]
-
-
-def head_names() -> list[str]:
-    """Return the names of the heads."""
-    from fastlt.models.heads import HEADS
-
-    return [*HEADS]
-
-
-def mask_names() -> list[str]:
-    """Return the names of the masks."""
-    from fastlt_kernels.graph import MASKS
-
-    return [*MASKS]
-
-
-def engine_names() -> list[str]:
-    """Return the names of the engines."""
-    from fastlt.data.engines.choice import NAMES
-
-    return [*NAMES]
-
-
-# keys whose values are the names of what the code finds
-NAMED: dict[str, Callable[[], list[str]]] = {
-    "loss.name": loss_names,
-    "loss.mask": mask_names,
-    "model.head": head_names,
-    "data.engine": engine_names,
-    "method.name": method_files,
-}
 PARTS: dict[str, Callable[[], str]] = {
     "key-types": key_types,
     "platforms": platforms,

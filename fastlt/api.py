@@ -108,14 +108,18 @@ def train(
     from fastlt.config import load_config
     from fastlt.methods import method_settings
     from fastlt.packing.remote import is_remote
+    from fastlt.training.loop import asks_for_silencing
     from fastlt.training.loop import train as train_run
+    from fastlt.utils.run_files import check_out
 
     if settings is not None and not isinstance(settings, Mapping):
         raise UserError("settings must be a dictionary of values by 'section.key'")
     place = str(data) if is_remote(str(data)) else str(Path(data).resolve())
+    check_out(Path(out))
     begin = method_settings(method, None if start is None else str(Path(start).resolve()))
     config = load_config(recipe, {**(settings or {}), "data.pack": place}, begin)
-    return train_run(config, Path(out), Console(quiet=quiet))
+    asked = asks_for_silencing(settings or {})
+    return train_run(config, Path(out), Console(quiet=quiet), silencing_asked=asked)
 
 
 def load(place: Place, device: str = "auto") -> Model:

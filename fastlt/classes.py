@@ -5,7 +5,7 @@ neighbour which targets.
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fastlt.errors import UserError
 from fastlt.utils.files import write_text
 from fastlt.utils.groups import Grouping
-from fastlt_kernels import ClassGraph
+
+if TYPE_CHECKING:  # it imports torch, and reading a pack needs none
+    from fastlt_kernels import ClassGraph
 
 
 class ClassSpace(BaseModel):
@@ -77,8 +79,10 @@ class ClassSpace(BaseModel):
                 raise ValueError(f"pair ({target}, {auxiliary}) is not (target id, auxiliary id)")
         return self
 
-    def graph(self) -> ClassGraph:
+    def graph(self) -> "ClassGraph":
         """The sparse target-auxiliary relation over all C classes."""
+        from fastlt_kernels import ClassGraph
+
         pairs = np.asarray(self.pairs, dtype=np.int64).reshape(-1, 2)
         return ClassGraph.from_pairs(self.num_targets, self.num_classes, pairs)
 

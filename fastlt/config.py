@@ -5,21 +5,24 @@ has is refused. Losses and methods bring numbers of their own (`loss.gamma`, `me
 which are checked by their own classes: see `fastlt.losses` and `fastlt.methods`.
 """
 
+import copy
 import difflib
 import itertools
 import json
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 import tomli_w
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -28,7 +31,9 @@ from pydantic import (
 )
 
 from fastlt.errors import ConfigError
+from fastlt.utils.declared import declared_keys
 from fastlt.utils.groups import Grouping
+from fastlt.utils.near_keys import no_setting
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,12 +68,25 @@ MAY_CHANGE = (
     "train.checkpoint_steps",
     "train.keep",
     "train.max_skipped",
+    "train.loggers",
 )
 
 
 # Keys of [loss] in version 0.1.0, which are a mask now; their values -> the mask's.
 OLD_DIRECTIONS = {"both": "both", "target_rows": "target-rows", "aux_rows": "auxiliary-rows"}
 OLD_KEYS = ("loss.directions", "loss.few_shot_below")
+
+
+def listed(value: Any) -> Any:
+    """Return a bare word, or several with commas between, as a list; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return [word.strip() for word in value.split(",") if word.strip()]
+
+
+Loggers = Annotated[
+    tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(listed)
+]
 
 
 class Section(BaseModel):
@@ -88,6 +106,9 @@ OPEN_SECTIONS = {
     "loss": "fastlt.losses:section",
     "method": "fastlt.methods:section",
 }
+# Files whose classes below Section declare the keys that are added, for what is checked before
+# torch is imported; the keys of methods are checked later.
+DECLARED_IN = {"model": "models/heads.py", "loss": "losses.py"}
 # `module:function` -> pairs of whether settings contradict each other, and what to do about it
 CHECKS = (
     "fastlt.losses:misfits",
@@ -350,6 +371,8 @@ class TrainConfig(Section):
     """Checkpoints that are kept."""
     max_skipped: Several = 10
     """Steps skipped in a row, for gradients that are not finite, after which a run ends."""
+    loggers: Loggers = ("tensorboard",)
+    """Where figures go besides RUN: tensorboard, wandb, mlflow and trackio; []: nowhere."""
 
 
 class MethodConfig(Section):
@@ -494,6 +517,7 @@ def load_config(
         changes = [(key.split("."), value) for key, value in overrides.items()]
     else:
         changes = [_parsed(override) for override in overrides]
+    check_early(tree, changes, recipe)
     name = _last(changes, "method", "name")
     if name is not None:
         tree = merged(tree, {"method": {"name": name}})
@@ -509,6 +533,57 @@ def load_config(
     for keys, value in changes:
         _set(tree, keys, value, config_type(_method(tree)))
     return checked(tree, recipe)
+
+
+def check_settings(recipe: str, overrides: Sequence[str]) -> None:
+    """Refuse what `load_config` would refuse at once, without importing torch; see check_early."""
+    check_early(read_recipe(recipe), [_parsed(override) for override in overrides], recipe)
+
+
+def check_early(
+    tree: Mapping[str, Any], changes: Sequence[tuple[list[str], Any]], where: str
+) -> None:
+    """Refuse keys and values that are wrong whatever the method, without importing torch.
+
+    Whether settings fit together, and those of methods, is checked with the whole. Raises
+    ConfigError as that does.
+    """
+    early: dict[str, Any] = copy.deepcopy(dict(tree))
+    known = list(early_names())
+    for keys, value in changes:
+        if keys[0] != "method":
+            _set(early, keys, value, known=known)
+    for name, field in Config.model_fields.items():
+        table, section = early.get(name, {}), field.annotation
+        if not isinstance(table, dict) or section is None:
+            continue
+        own = {key: value for key, value in table.items() if key in section.model_fields}
+        try:
+            section.model_validate(own)
+        except ValidationError as error:
+            found = error.errors()[0]
+            found["loc"] = (name, *found["loc"])
+            raise ConfigError(f"{where}: {_in_words(found, Config)}") from error
+
+
+def early_names() -> Iterator[str]:
+    """Yield the names `section.key` of all settings but those that methods add."""
+    yield from setting_names(Config)
+    for section, file in DECLARED_IN.items():
+        for key in _added_keys(section, file):
+            yield f"{section}.{key}"
+
+
+def _added_keys(section: str, file: str) -> Iterable[str]:
+    """Return the keys that are added to a section: of its class, where that is imported already.
+
+    A script may have added losses or heads of its own to it.
+    """
+    place = OPEN_SECTIONS[section]
+    if place.partition(":")[0] in sys.modules:
+        own = Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        return [key for key in resolve_name(place)("plain").model_fields if key not in own]
+    return declared_keys(Path(__file__).parent / file, "Section")
 
 
 def _last(changes: Sequence[tuple[list[str], Any]], *keys: str) -> Any:
@@ -657,17 +732,35 @@ def _warn_of_old(key: str) -> None:
 
 
 def _in_words(error: Any, model: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key, value = ".".join(str(part) for part in error["loc"]), error["input"]
     if error["type"] == "extra_forbidden":
-        return f"there is no setting '{key}'{did_you_mean(key, list(setting_names(model)))}"
+        if "." not in key and isinstance(value, dict):
+            return f"there is no section [{key}]{did_you_mean(key, list(model.model_fields))}"
+        return no_setting(key, list(setting_names(model)))
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{key} = {error['input']!r}: {message}" if key else message
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+,\d+", value) and "number" in message:
+        message = f"a decimal point, not a comma, is needed: write {key}={value.replace(',', '.')}"
+    elif error["type"] == "literal_error":
+        message = _of_literal(key, value, error["ctx"]["expected"])
+    return f"{key} = {value!r}: {message}" if key else message
+
+
+def _of_literal(key: str, value: Any, expected: str) -> str:
+    """Return which values a key may have, in words, and the line with the one that was meant."""
+    words = re.findall(r"'([^']*)'", expected)
+    if isinstance(value, bool):
+        meant = ["on" if value else "off"]
+    else:
+        meant = difflib.get_close_matches(str(value).lower(), words, n=1)
+    write = f"; write {key}={meant[0]}" if meant and meant[0] in words and "." in key else ""
+    return f"it is one of {expected.replace(' or ', ', ')}{write}"
 
 
 def _parsed(override: str) -> tuple[list[str], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"'{override}' is not of the form section.key=value")
+        example = f": write {override}=VALUE" if override in early_names() else ""
+        raise ConfigError(f"'{override}' is not of the form section.key=value{example}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -676,17 +769,62 @@ def _parsed(override: str) -> tuple[list[str], Any]:
 
 
 def _set(
-    tree: dict[str, Any], keys: list[str], value: Any, model: type[BaseModel] | None = None
+    tree: dict[str, Any],
+    keys: list[str],
+    value: Any,
+    model: type[BaseModel] | None = None,
+    known: Sequence[str] = (),
 ) -> None:
+    """Set a key of a tree. Raises ConfigError where it is none of the model, nor of `known`."""
     name = ".".join(keys)
-    known = list(setting_names(model))
+    known = known or list(setting_names(model))
     if name in OLD_KEYS and "loss.mask" in known:
-        _warn_of_old(name)
+        if model is not None:
+            _warn_of_old(name)
     elif name not in known:
-        raise ConfigError(f"there is no setting '{name}'{did_you_mean(name, known)}")
+        raise ConfigError(_of_another_method(name) or no_setting(name, known, as_text(value)))
     section = tree.setdefault(keys[0], {})
     if isinstance(section, dict):  # anything else is refused when the whole is checked
-        section[keys[1]] = value
+        section[keys[1]] = _of_type(value, field_of(model or Config, *keys))
+
+
+def field_of(model: type[BaseModel], section: str, key: str) -> Any:
+    """Return the field of a setting; None where the section has no such key."""
+    field = model.model_fields.get(section)
+    return field.annotation.model_fields.get(key) if field else None  # type: ignore[union-attr]
+
+
+def _of_type(value: Any, field: Any) -> Any:
+    """Return `0.5,0.5,0.5` as a list where the setting is one; anything else as it is."""
+    if field is None or get_origin(field.annotation) is not tuple or not isinstance(value, str):
+        return value
+    try:
+        return tomllib.loads(f"value = [{value}]")["value"] if "," in value else value
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def as_text(value: Any) -> str:
+    """Return a value as it is written after `section.key=`; "" for a table, which is quoted."""
+    if isinstance(value, dict):
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _of_another_method(name: str) -> str:
+    """Return the sentence that a key is of other methods than the one that is trained, or ""."""
+    section, _, key = name.partition(".")
+    if section != "method":
+        return ""
+    files = sorted((Path(__file__).parent / "methods").glob("*.py"))
+    of = [
+        file.stem.replace("_", "-") for file in files if key in declared_keys(file, "MethodConfig")
+    ]
+    return (
+        f"there is no setting '{name}' without method.name={' or '.join(of)}: add --method {of[0]}"
+        if of
+        else ""
+    )
 
 
 def setting_names(model: type[BaseModel] | None = None) -> Iterator[str]:

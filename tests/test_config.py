@@ -1,6 +1,15 @@
 import pytest
 
-from fastlt.config import Config, as_override, load_config, recipe_names, setting_names, to_toml
+from fastlt.config import (
+    Config,
+    as_override,
+    check_early,
+    check_settings,
+    load_config,
+    recipe_names,
+    setting_names,
+    to_toml,
+)
 from fastlt.errors import UserError
 
 
@@ -70,6 +79,46 @@ def test_a_typo_names_the_nearest_key(tmp_path):
     (tmp_path / "mine.toml").write_text("[data]\nbugdet = 3\n")
     with pytest.raises(UserError, match=r"did you mean 'data\.budget'\?"):
         load_config(str(tmp_path / "mine.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optimizer]\nlr = 1\n", r"there is no section \[optimizer\], did you mean 'optim'\?"),
+        ("epochs = 3\n", "there is no setting 'epochs', did you mean 'train.epochs'"),
+        ("[train]\nlr = 1\n", "there is no setting 'train.lr', did you mean 'optim.lr'"),
+        ("[train]\nepochs = 0\n", "train.epochs = 0: Input should be greater"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_is_named(text, message, tmp_path):
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(UserError, match=rf"mine\.toml: {message}"):
+        load_config(str(tmp_path / "mine.toml"))
+
+
+def test_commas_make_a_list_where_the_setting_is_one():
+    assert load_config("demo", ["data.mean=0.5,0.4,0.3"]).data.mean == (0.5, 0.4, 0.3)
+    assert load_config("demo", ["data.mean=[0.5,0.4,0.3]"]).data.mean == (0.5, 0.4, 0.3)
+    with pytest.raises(UserError, match=r"data\.mean"):
+        load_config("demo", ["data.mean=0.5,0.5"])
+    with pytest.raises(UserError, match=r"write loss\.silence=0\.1"):
+        load_config("demo", ["loss.silence=0,1"])
+
+
+def test_what_is_checked_early_is_what_is_refused_anyway():
+    check_settings("demo", ["optim.lr=0.1", "loss.gamma=1", "model.head_scale=3", "method.x=1"])
+    for wrong in ("optim.lr=-1", "loss.gama=1", "lr=1", "nonsense", "train.loggers=tb"):
+        with pytest.raises(UserError) as early:
+            check_settings("demo", [wrong])
+        with pytest.raises(UserError) as late:
+            load_config("demo", [wrong])
+        assert str(early.value) == str(late.value)
+
+
+def test_checking_early_changes_nothing():
+    tree = {"optim": {"lr": 0.1}}
+    check_early(tree, [(["optim", "lr"], 0.2), (["train", "epochs"], 3)], "demo")
+    assert tree == {"optim": {"lr": 0.1}}
 
 
 def test_an_unknown_recipe_names_the_nearest():

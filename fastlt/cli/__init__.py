@@ -9,6 +9,7 @@ from fastlt.cli import (
     models,
     packing,
     predict,
+    settings,
     training,
 )
 from fastlt.cli.app import app
@@ -23,5 +24,6 @@ __all__ = [
     "models",
     "packing",
     "predict",
+    "settings",
     "training",
 ]

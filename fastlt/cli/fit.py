@@ -9,11 +9,13 @@ import typer
 
 from fastlt.cli.app import app, console
 from fastlt.cli.tables import print_confusions
+from fastlt.cli.with_settings import WithSettings
+from fastlt.config import check_settings
 from fastlt.errors import UserError
 from fastlt.utils.run_files import read_result
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def fit(
     images: Annotated[
         Path,
@@ -74,11 +76,12 @@ def fit(
 
     Called again it goes on where it stopped.
     """
+    check_settings("fit", settings or [])
+    if val is not None and groups is not None:
+        raise UserError("--groups is for taking validation images out: leave it out with --val")
     from fastlt.studies.fit import FitOptions, print_ending, run_fit
     from fastlt.studies.fit_choices import seconds_of
 
-    if val is not None and groups is not None:
-        raise UserError("--groups is for taking validation images out: leave it out with --val")
     given = FitOptions(
         images=images,
         out=out,

@@ -19,6 +19,7 @@ from fastlt.cli.tables import (
     write_figures,
 )
 from fastlt.errors import UserError
+from fastlt.utils.run_files import check_has_model
 
 # as fastlt.evaluation.posthoc has them, which imports torch
 POST_HOC = (
@@ -88,6 +89,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a trained model: top-1 over the targets, by group and by class."""
+    check_has_model(run)
     from fastlt.evaluation.evaluate import evaluate_post_hoc, evaluate_run
 
     if not post_hoc:
@@ -167,6 +169,7 @@ def export(
     ] = False,
 ) -> None:
     """Write the model, targets alone, for others to load; it is read back and compared first."""
+    check_has_model(run)
     from fastlt.evaluation.export import ExportOptions, export_run
     from fastlt.evaluation.push import check_push, push_folder
 
@@ -193,6 +196,7 @@ def extend(
 
     For runs of --method fate.
     """
+    check_has_model(run)
     from fastlt.evaluation.extend import extend_run
 
     names = extend_run(run, images, to)

@@ -13,12 +13,13 @@ from fastlt.cli.app import PackPath, app, console, pack_place, reporting_stops
 from fastlt.cli.tables import (
     print_result,
 )
-from fastlt.config import as_override, load_config, recipe_names
+from fastlt.cli.with_settings import WithSettings
+from fastlt.config import as_override, check_settings, load_config, recipe_names
 from fastlt.errors import UserError
 from fastlt.methods import method_settings
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def train(
     recipe: Annotated[
         str, typer.Argument(help=f"A recipe ({', '.join(recipe_names())}) or a .toml file.")
@@ -85,11 +86,6 @@ def train(
     On several machines: torchrun --nnodes ... --nproc-per-node ... --max-restarts 3 -m fastlt train
     ...
     """
-    from fastlt.reports.run import write_report
-    from fastlt.training.distributed import is_first, launch
-    from fastlt.training.loop import train as train_run
-    from fastlt.utils.signals import Stopped
-
     if exact_decode and any(setting.startswith("data.decode=") for setting in settings or []):
         raise UserError("--exact-decode and data.decode contradict each other: leave one out")
     flags = [
@@ -97,16 +93,23 @@ def train(
         *(["data.strict=true"] if strict else []),
     ]
     begin = method_settings(method, str(Path(start).resolve()) if start else None)
-    config = load_config(
-        recipe, [*(settings or []), *flags, as_override("data.pack", pack_place(data))], begin
-    )
+    chosen = [*(settings or []), *flags, as_override("data.pack", pack_place(data))]
+    check_settings(recipe, chosen)
+    check_places(data, out, dry_run)
+    config = load_config(recipe, chosen, begin)
+    from fastlt.reports.run import write_report
+    from fastlt.training.distributed import is_first, launch
+    from fastlt.training.loop import asks_for_silencing
+    from fastlt.training.loop import train as train_run
+    from fastlt.utils.signals import Stopped
+
+    asked = asks_for_silencing(settings or [])
     if dry_run:
         from fastlt.training.dry_run import dry_run as report_costs
 
-        report_costs(config, max(1, nproc), console)
+        report_costs(config, max(1, nproc), console, asked)
         return
-    if out is None:
-        raise UserError("no place for the run: name a folder with --out RUN")
+    assert out is not None  # as check_places has seen
     if nproc:
         shown = [
             f"--{name.replace('_', '-')}"
@@ -126,7 +129,7 @@ def train(
         )
         return
     try:
-        result = train_run(config, out, console)
+        result = train_run(config, out, console, silencing_asked=asked)
     except Stopped as stopped:
         if is_first():
             console.print(str(stopped))
@@ -135,6 +138,21 @@ def train(
         return
     print_result(result, str(out))
     console.print(f"report: {write_report(out)}")
+
+
+def check_places(data: str, out: Path | None, dry_run: bool) -> None:
+    """Raise UserError where there is no pack, or what is at the place of the run is none."""
+    from fastlt.packing.reader import read_manifest
+    from fastlt.packing.remote import is_remote
+    from fastlt.utils.run_files import check_out
+
+    if not is_remote(data):
+        read_manifest(Path(pack_place(data)))
+    if dry_run:
+        return
+    if out is None:
+        raise UserError("no place for the run: name a folder with --out RUN")
+    check_out(out)
 
 
 @app.command()
@@ -162,7 +180,7 @@ def demo(
     run_demo(out, console)
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def reproduce(
     task: Annotated[
         str,
@@ -205,7 +223,7 @@ def reproduce(
     )
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def sweep(
     file: Annotated[
         Path,

@@ -1,7 +1,6 @@
 """The whole way on an embedded data set, by exactly the commands that a user types."""
 
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,28 +10,37 @@ from rich.table import Table
 
 from fastlt.demo.procedural import write_demo_data
 from fastlt.errors import UserError
-from fastlt.utils.run_files import METRICS, read_result
+from fastlt.utils.output import whole_output
+from fastlt.utils.run_files import METRICS, RESULT, read_result
 
-MARK = ".fastlt-demo"  # so that only a folder that the demo made is ever replaced
+MARK = ".fastlt-demo"  # so that only a folder that the demo made is gone on with
 
 
 def run_demo(out: Path, console: Console) -> None:
     """Make data and packs, train without and with auxiliaries, evaluate and report in `out`.
 
-    It ends with a table.
+    It ends with a table. Called again, it goes on where it was stopped, and once all is there it
+    prints the table alone. Nothing is removed.
 
     With auxiliaries an epoch has more images, so beside the two runs of equal epochs stands one
     without auxiliaries that sees as many images as the one with them.
     """
-    start_anew(out)
+    begin(out)
     data, pack, plain, method, longer = (
         out / name for name in ("images", "pack", "without", "with", "without-longer")
     )
-    with console.status("drawing images"):
-        write_demo_data(data)
+    runs = {"without auxiliaries": plain, "without, longer": longer, "with, silenced": method}
+    if all((run / RESULT).is_file() for run in runs.values()):
+        console.print(f"{out} holds a demo that has finished: here is its table", highlight=False)
+        show(runs, console)
+        return
+    if not data.exists():
+        with console.status("drawing images"), whole_output(data) as folder:
+            write_demo_data(folder)
     images = [f"--{name}={data / name}" for name in ("target", "auxiliary", "val")]
     alone = ["data.auxiliary=false", "loss.name=balanced-ce"]
-    call(console, "pack", *images, f"--pairs={data / 'pairs.csv'}", "--out", pack)
+    if not pack.exists():
+        call(console, "pack", *images, f"--pairs={data / 'pairs.csv'}", "--out", pack)
     call(console, "train", "demo", "--data", pack, "--out", plain, *alone)
     call(console, "train", "demo", "--data", pack, "--out", method)
     epochs = round(
@@ -44,28 +52,33 @@ def run_demo(out: Path, console: Console) -> None:
     for run in (plain, method):
         call(console, "eval", run)
         call(console, "report", run)
+    show(runs, console)
+
+
+def show(runs: dict[str, Path], console: Console) -> None:
+    """Print the table of the runs, and where their reports are."""
+    console.print(comparison(runs))
+    reports = [run / "report.html" for run in runs.values()]
     console.print(
-        comparison(
-            {"without auxiliaries": plain, "without, longer": longer, "with, silenced": method}
-        )
+        f"reports: {'  '.join(str(report) for report in reports if report.is_file())}",
+        highlight=False,
+        soft_wrap=True,
     )
-    console.print(f"reports: {plain / 'report.html'}  {method / 'report.html'}", soft_wrap=True)
 
 
-def start_anew(out: Path) -> None:
-    """Remove an earlier demo. Raises UserError where `out` holds something else."""
+def begin(out: Path) -> None:
+    """Make the folder of a demo. Raises UserError where `out` holds something else."""
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
         raise UserError(
             f"{out} exists and is not from an earlier demo: name another folder with --out"
         )
-    shutil.rmtree(out, ignore_errors=True)
     try:
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARK).touch()
     except OSError as error:
         raise UserError(
             f"cannot write to {out}: {error.strerror}; name another folder with --out"
         ) from error
-    (out / MARK).touch()
 
 
 def call(console: Console, *arguments: str | Path) -> None:
@@ -74,7 +87,10 @@ def call(console: Console, *arguments: str | Path) -> None:
     console.print(f"\n[bold]$ fastlt {shlex.join(words)}[/]", highlight=False, soft_wrap=True)
     code = subprocess.run([sys.executable, "-m", "fastlt", *words]).returncode
     if code:
-        raise UserError(f"the demo stopped: `fastlt {words[0]}` ended with code {code}")
+        raise UserError(
+            f"the demo stopped, for `fastlt {words[0]}` ended with code {code}: `fastlt demo` goes "
+            "on from there, and with another --out begins anew"
+        )
 
 
 def comparison(runs: dict[str, Path]) -> Table:

@@ -66,9 +66,11 @@ def method_settings(method: str | None, start: str | None) -> Callable[[int, int
                 f"there is no method '{method}'{did_you_mean(method, names)}; methods: "
                 f"{', '.join(names)}"
             )
-        own = {"method.name": method, **settings_of(method)}
-        begin = {"model.weights": start} if start else {}
-        return lambda epochs, longer: {**begin, **own}
+        begin: Settings = {"method.name": method}
+        if start:
+            begin["model.weights"] = start
+        # its file is imported, and torch with it, only when the settings are asked for
+        return lambda epochs, longer: {**begin, **settings_of(method)}
     return preset_settings(method, start)
 
 

@@ -25,9 +25,9 @@ from fastlt.studies.fit_choices import (
 )
 from fastlt.utils.commands import run_command
 from fastlt.utils.files import write_text
-from fastlt.utils.run_files import BEST, METRICS, read_result, result_of
+from fastlt.utils.run_files import BEST, FIT, METRICS, read_result, result_of
 
-FIT, PACK, BASELINE = "fit.json", "pack", "baseline"  # in RUN
+PACK, BASELINE = "pack", "baseline"  # in RUN
 HOLDOUT = 0.2
 
 

@@ -24,7 +24,14 @@ from fastlt.models.backbones import cifar_backbone
 from fastlt.models.heads import HEADS
 from fastlt.models.preprocessing import with_preprocessing
 from fastlt.training.distributed import process_group
-from fastlt.training.loop import forward_of, make_input, open_packs, set_modes, steps
+from fastlt.training.loop import (
+    forward_of,
+    make_input,
+    open_packs,
+    set_modes,
+    steps,
+    without_silencing,
+)
 from fastlt.training.messages import report_setup
 from fastlt.training.setup import Trainer, grow, prepare
 
@@ -61,11 +68,11 @@ class Speed(NamedTuple):
     steps: int
 
 
-def dry_run(config: Config, processes: int, console: Console) -> None:
+def dry_run(config: Config, processes: int, console: Console, silencing_asked: bool = True) -> None:
     """Print what a run would take.
 
     processes: those that would share the batch, each on a GPU as fast as this machine's; the run
-    itself is of one.
+    itself is of one. silencing_asked: as for `fastlt.training.loop.train`.
     """
     config, notes = with_preprocessing(config)
     if config.data.batch % processes:
@@ -73,10 +80,13 @@ def dry_run(config: Config, processes: int, console: Console) -> None:
             f"data.batch={config.data.batch} cannot be shared equally by {processes} processes: "
             "choose a multiple"
         )
+    pack = open_packs(config.data)
+    if not silencing_asked:
+        config = without_silencing(config, pack, console)
     with (
         process_group(HEADS[config.model.head].is_sharded),
         console.status("measuring a few steps"),
-        prepare(config, Path(os.devnull), open_packs(config.data), notes=notes) as trainer,
+        prepare(config, Path(os.devnull), pack, notes=notes) as trainer,
     ):
         if trainer.stages[0].features:
             raise UserError(

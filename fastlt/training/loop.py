@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from fastlt.config import Config, DataConfig, TrainConfig, to_toml
+from fastlt.config import OLD_KEYS, Config, DataConfig, TrainConfig, to_toml, with_changes
 from fastlt.data.augment import compiled_finish, scale_and_shift
 from fastlt.data.augment import finish as finish_batch
 from fastlt.data.engines.torch import worker_errors
@@ -56,6 +55,7 @@ from fastlt.packing.concat import concat_packs
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.training.compile import build_forward
 from fastlt.training.distributed import process_group
+from fastlt.training.loggers import Loggers, check_loggers
 from fastlt.training.messages import (
     epoch_line,
     progress_bar,
@@ -86,18 +86,26 @@ READ_LOSS_EVERY = 20  # steps between looks at the loss: each look waits for the
 
 
 def train(
-    config: Config, run: Path, console: Console, on_epoch: OnEpoch | None = None
+    config: Config,
+    run: Path,
+    console: Console,
+    on_epoch: OnEpoch | None = None,
+    silencing_asked: bool = True,
 ) -> dict[str, Any]:
     """Train into the folder `run`, from where an earlier call stopped; return result.json's values.
 
-    on_epoch is called with each line of metrics.jsonl, once the epoch is saved. Raises Stopped if
-    SIGTERM or Ctrl-C ended it early, once it is saved.
+    on_epoch is called with each line of metrics.jsonl, once the epoch is saved. silencing_asked:
+    whether it is an error that the configuration silences and there are no auxiliaries. Raises
+    Stopped if SIGTERM or Ctrl-C ended it early, once it is saved.
     """
+    check_loggers(config.train.loggers)
     with process_group(HEADS[config.model.head].is_sharded) as ranks:
         if not ranks.is_first:
             console = Console(quiet=True)
         config, notes = with_preprocessing(config)
         pack = open_packs(config.data)
+        if not silencing_asked:
+            config = without_silencing(config, pack, console)
         with (
             only_run(run, ranks),
             disk_errors(run),
@@ -123,7 +131,17 @@ def run_training(
     report_setup(trainer, console)
     if trainer.state.step == 0:
         start_stage(trainer)
-    return finish(trainer, fit(trainer, console, on_epoch))
+    with loggers_of(trainer, console) as loggers:
+        result = finish(trainer, fit(trainer, console, on_epoch, loggers))
+        loggers.finish(result)
+    return result
+
+
+def loggers_of(trainer: Trainer, console: Console) -> Loggers:
+    """Return the loggers of a run, which the first rank has."""
+    config, names = trainer.run_config, trainer.run_config.train.loggers
+    own = names if trainer.ranks.is_first else ()
+    return Loggers(own, trainer.run, config, trainer.state.step, console)
 
 
 def open_packs(data: DataConfig) -> Pack:
@@ -138,16 +156,44 @@ def open_packs(data: DataConfig) -> Pack:
     )
 
 
+def asks_for_silencing(settings: Iterable[str]) -> bool:
+    """Return whether settings, as `section.key=value` or names alone, ask for silencing by name."""
+    by_name = ("loss.name", "loss.silence", "loss.mask", *OLD_KEYS)
+    return any(setting.partition("=")[0].strip() in by_name for setting in settings)
+
+
+def without_silencing(config: Config, pack: Pack, console: Console) -> Config:
+    """Return a configuration whose loss silences nothing where there are no auxiliaries.
+
+    That is said. Otherwise, the configuration as it is.
+    """
+    has_auxiliaries = pack.space.num_auxiliaries > 0 and config.data.auxiliary is True
+    is_silencing = LOSSES[config.loss.name].silences and config.loss.silence < 1
+    if has_auxiliaries or not is_silencing or config.loss.mask == "none":
+        return config
+    console.print(
+        "[yellow]note:[/] there are no auxiliary classes to silence: the loss is "
+        f"loss.name=balanced-ce with loss.tau={config.loss.tau:g}, in place of {config.loss.name}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return with_changes(config, {"loss.name": "balanced-ce"})
+
+
 # --- loop
 
 
-def fit(trainer: Trainer, console: Console, on_epoch: OnEpoch | None = None) -> Predictions | None:
+def fit(
+    trainer: Trainer,
+    console: Console,
+    on_epoch: OnEpoch | None = None,
+    loggers: Loggers | None = None,
+) -> Predictions | None:
     """Train all epochs that are left; return the predictions of the last, None if none was left."""
     state, predictions = trainer.state, None
-    is_first = trainer.ranks.is_first
-    events = SummaryWriter(str(trainer.run), purge_step=state.step + 1) if is_first else None
     epochs = trainer.epochs
-    with events or nullcontext(), progress_bar(console) as bar:
+    trainer.run.mkdir(parents=True, exist_ok=True)
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=total_steps(trainer), completed=state.step, rate=0.0, note="")
 
         def show(rate: float, note: str) -> None:
@@ -159,14 +205,14 @@ def fit(trainer: Trainer, console: Console, on_epoch: OnEpoch | None = None) -> 
                 report_stage(trainer, bar.console)
             grow(trainer)
             rate = train_epoch(trainer, show)
+            show(rate, progress_note(state))
             report_damaged(trainer, bar.console)
             report_skipped(state, bar.console)
             evaluated = is_evaluated(trainer.config, state.epoch)
             predictions = evaluate(trainer) if evaluated else None
             record = record_epoch(trainer, rate, predictions)
-            for name, value in record.items():
-                if events is not None and isinstance(value, float):
-                    events.add_scalar(name, value, state.step)
+            if loggers is not None:
+                loggers.scalars(record, state.step)
             if "top1" in record:
                 line = epoch_line(record, epochs)
                 bar.console.print(line, highlight=False, soft_wrap=True)
@@ -212,8 +258,7 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
             read_steps(values, trainer)
             report(
                 (state.images - images_before) / (time.perf_counter() - began),
-                f"epoch {state.epochs_done + 1} loss {shown(mean_loss(state), 3)} "
-                f"train {train_top1(state):.1f}",
+                progress_note(state),
             )
         is_within = is_last and state.step_in_epoch < plan.steps_per_epoch
         if is_within and asks_for_checkpoint(trainer, last_saved):
@@ -226,6 +271,12 @@ def train_epoch(trainer: Trainer, report: Callable[[float, str], None]) -> float
     seconds = time.perf_counter() - began
     state.seconds = seconds_before + seconds
     return (state.images - images_before) / max(1e-9, seconds)
+
+
+def progress_note(state: TrainState) -> str:
+    """Return what stands beside the bar."""
+    loss = shown(mean_loss(state), 3)
+    return f"epoch {state.epochs_done + 1} loss {loss} train {train_top1(state):.1f}"
 
 
 def steps(

@@ -5,12 +5,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastlt.config import Config, never_reached
 from fastlt.losses import silencing_graph
 from fastlt.training.setup import Trainer, TrainState
 from fastlt.utils.pool import cores
+from fastlt.utils.progress import Bar
 
 DAMAGED_SHOWN = 5  # images that are named at the end of an epoch
 
@@ -126,9 +127,9 @@ def report_skipped(state: TrainState, console: Console) -> None:
         )
 
 
-def progress_bar(console: Console) -> Progress:
+def progress_bar(console: Console) -> Bar:
     """Return the bar of a training, with images/s and the time that is left."""
-    return Progress(
+    return Bar(
         TextColumn("{task.fields[note]:<36}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
@@ -138,6 +139,7 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        speed_estimate_period=600,  # evaluations stand between steps
     )
 
 

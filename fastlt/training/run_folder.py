@@ -65,6 +65,8 @@ def check_config(config: Config, run: Path, pack: Pack, console: Console) -> Con
     if not path.is_file() or not saved:
         return config
     kept, wanted = (flat(c) for c in (load_config(str(path)), config))
+    if kept["train.epochs"] != wanted["train.epochs"]:
+        raise UserError(_other_epochs(run, kept["train.epochs"], wanted["train.epochs"]))
     for key, value in wanted.items():
         if value != kept.get(key) and key not in MAY_CHANGE:
             what = f"{key} = {kept.get(key)!r}, not {value!r}"
@@ -73,6 +75,20 @@ def check_config(config: Config, run: Path, pack: Pack, console: Console) -> Con
                 "remove the folder"
             )
     return _with_engine_of_old(config, saved, pack, console)
+
+
+def _other_epochs(run: Path, kept: int, wanted: int) -> str:
+    """Return why a run does not get another length, and what to do instead."""
+    if result_of(run) is None:
+        return (
+            f"{run} was begun with train.epochs={kept}, and its learning rate follows them: go on "
+            f"with that, or train {wanted} epochs with another --out"
+        )
+    return (
+        f"{run} has finished its {kept} epochs, and its learning rate ended with them: for "
+        f"{wanted} train anew with another --out, or begin with this model by --start {run} and "
+        "another --out"
+    )
 
 
 def _with_engine_of_old(config: Config, saved: list[Path], pack: Pack, console: Console) -> Config:

@@ -30,6 +30,15 @@ def take_lock(file: IO[str] | int, wait: bool = False) -> bool:
     return True
 
 
+def is_at_work(folder: Path) -> bool:
+    """Return whether another process holds the lock of a folder."""
+    try:
+        with (folder / LOCK).open() as lock:
+            return not take_lock(lock)
+    except OSError:
+        return False
+
+
 @contextmanager
 def alone_in(folder: Path, who: str) -> Iterator[None]:
     """Hold the folder's lock within the block; `who` is named in the error ("another training").

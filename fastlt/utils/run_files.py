@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # `fastlt --help` comes here, and needs no numpy
 
 RESULT, EPOCHS, CONFIG = "result.json", "metrics.jsonl", "config.toml"
 MODEL, BEST = "model.safetensors", "best.safetensors"  # of the last epoch, and of the best one
+FIT = "fit.json"  # what `fastlt fit` chose, beside whose pack and baseline a run begins
+OTHERS = (".log", ".out", ".err", ".txt")  # what may stand in a folder before a run is begun there
 Metric = Literal["top1", "many", "medium", "few"]
 METRICS: tuple[str, ...] = get_args(Metric)
 COLUMNS = {  # title in tables -> key of result.json
@@ -84,19 +86,53 @@ def read_result(run: Path) -> dict[str, Any]:
         raise UserError(f"there is no run at {run}: train one with `fastlt train`")
     file = run / RESULT
     if not file.is_file():
-        if (run / CONFIG).is_file():
-            raise UserError(
-                f"the run {run} has no result.json yet: let its training end, the same command "
-                "goes on with it"
-            )
-        raise UserError(
-            f"{run} is not a run, it has no result.json: name the folder that `fastlt train "
-            "--out` wrote"
-        )
+        raise UserError(_why_unfinished(run))
     result = _json(file, file.read_text(encoding="utf-8", errors="replace"))
     if not isinstance(result, dict) or result.get("top1") is None:
         raise UserError(f"{file} names no top1: it is not the result of a run")
     return result
+
+
+def check_has_model(run: Path) -> None:
+    """Raise UserError where a folder is no run, or one whose training has not ended."""
+    if not run.is_dir():
+        raise UserError(f"there is no run at {run}: train one with `fastlt train`")
+    if not (run / MODEL).is_file():
+        raise UserError(_why_unfinished(run))
+
+
+def _why_unfinished(run: Path) -> str:
+    """Return why a folder holds no result, and what to do about it."""
+    from fastlt.utils.lock import is_at_work  # not at the top: there is none on Windows
+
+    if not (run / CONFIG).is_file():
+        return (
+            f"{run} is not a run, it has no config.toml: name the folder that `fastlt train --out` "
+            "wrote"
+        )
+    file = run / EPOCHS
+    done = file.read_bytes().count(b"\n") if file.is_file() else 0
+    if is_at_work(run):
+        return f"{run} still trains, {done} epochs are done: wait for its end"
+    return (
+        f"the training of {run} has stopped after {done} epochs: go on with `fastlt train "
+        f"{run / CONFIG} --data PACK --out {run}`"
+    )
+
+
+def check_out(run: Path) -> None:
+    """Raise UserError where a folder to train into holds something else than a run."""
+    if not run.exists() or any((run / name).exists() for name in (CONFIG, FIT, "checkpoints")):
+        return
+    if not run.is_dir():
+        raise UserError(f"{run} is a file: name a folder for the run with --out")
+    if (run / "manifest.json").is_file():
+        raise UserError(f"{run} is a pack: name another folder for the run with --out")
+    others = (path for path in run.iterdir() if path.suffix not in OTHERS)
+    if found := sorted(path.name for path in others if not path.name.startswith(".")):
+        raise UserError(
+            f"{run} is no run, it holds {found[0]}: name a new folder, or that of a run, with --out"
+        )
 
 
 def read_run_files(run: Path) -> RunFiles:

@@ -1,24 +1,58 @@
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from fastlt.demo.run import MARK, comparison, run_demo, start_anew
+import fastlt.demo.run as demo
+from fastlt.demo.run import MARK, begin, comparison, run_demo
 from fastlt.errors import UserError
 
 
 def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="not from an earlier demo"):
-        start_anew(tmp_path)
+        begin(tmp_path)
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_an_earlier_demo_is_replaced(tmp_path):
-    (tmp_path / MARK).touch()
-    (tmp_path / "pack").mkdir()
-    start_anew(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [MARK]
+class Calls:
+    """Stands in for the commands: notes them, and leaves what they would."""
+
+    def __init__(self, stop_at: str = "") -> None:
+        self.made: list[str] = []
+        self.stop_at = stop_at
+
+    def __call__(self, console, *arguments):
+        words = [str(argument) for argument in arguments]
+        self.made.append(words[0])
+        if self.stop_at == words[0]:
+            raise UserError("stopped")
+        if words[0] in ("pack", "train"):
+            out = Path(words[words.index("--out") + 1])
+            out.mkdir(exist_ok=True)
+            figures = {"top1": 5.0, "many": 5.0, "medium": 5.0, "few": 5.0, "epochs": 3}
+            figures |= {"images": 10, "seconds": 1.0}
+            (out / "result.json").write_text(json.dumps(figures))
+
+
+def test_an_earlier_demo_is_gone_on_with_and_nothing_is_removed(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(demo, "write_demo_data", lambda folder: drawn.append(folder))
+    monkeypatch.setattr(demo, "call", first := Calls(stop_at="train"))
+    with pytest.raises(UserError, match="stopped"):
+        run_demo(tmp_path, Console())
+    assert first.made == ["pack", "train"] and (tmp_path / MARK).exists()
+    (tmp_path / "pack" / "mine.txt").touch()
+    monkeypatch.setattr(demo, "call", second := Calls())
+    run_demo(tmp_path, Console())
+    assert second.made.count("train") == 3 and "pack" not in second.made and len(drawn) == 1
+    capsys.readouterr()
+    monkeypatch.setattr(demo, "call", third := Calls())
+    run_demo(tmp_path, Console())
+    said = capsys.readouterr().out
+    assert not third.made and "has finished" in said and "with, silenced" in said
+    assert (tmp_path / "pack" / "mine.txt").exists()
 
 
 def test_the_table_shows_what_the_runs_say(tmp_path, capsys):

@@ -23,9 +23,16 @@ from fastlt.models.export import load_exported
 from fastlt.packing.reader import open_pack
 from fastlt.packing.sources import read_collection
 from fastlt.packing.writer import PackOptions, write_pack
-from fastlt.training.loop import accumulation, step_seed, train
+from fastlt.training.loop import (
+    accumulation,
+    asks_for_silencing,
+    step_seed,
+    train,
+    without_silencing,
+)
 from fastlt.training.run_folder import only_run
 from fastlt.training.setup import prepare
+from fastlt.utils.signals import Stopped
 
 QUIET = Console(quiet=True)
 SMALL = [
@@ -315,6 +322,86 @@ def test_silencing_without_a_pair_stops_before_the_first_step(image_folders, tmp
     pack = write_pack(collection, PackOptions(out=tmp_path / "pack", workers=1), QUIET)
     with pytest.raises(UserError, match="no pair of classes is silenced"):
         train(config_of(pack), tmp_path / "run", QUIET)
+
+
+@pytest.fixture(scope="module")
+def pack_alone(image_folders, tmp_path_factory) -> Path:
+    """A pack without auxiliaries."""
+    folders = (image_folders / "target", None, image_folders / "val", None, None, None)
+    out = tmp_path_factory.mktemp("packs") / "alone"
+    return write_pack(read_collection(*folders), PackOptions(out=out, workers=1), QUIET)
+
+
+def test_without_auxiliaries_the_loss_is_the_recipes_without_silencing(
+    pack_alone, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    config = config_of(pack_alone, "loss.tau=0.5")
+    result = train(config, run, Console(), silencing_asked=False)
+    note = "the loss is loss.name=balanced-ce with loss.tau=0.5, in place of neighbor-silencing"
+    assert capsys.readouterr().out.count(note) == 1
+    plain = config_of(pack_alone, "loss.tau=0.5", "loss.name=balanced-ce")
+    wanted = train(plain, tmp_path / "plain", QUIET)
+    assert result["per_class"] == wanted["per_class"] and result["confusion"] == wanted["confusion"]
+    weights = [load_file(folder / "model.safetensors") for folder in (run, tmp_path / "plain")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_it_is_resumed_with_the_same_loss(pack_alone, tmp_path):
+    def stop(record):
+        raise Stopped("enough")
+
+    run, config = tmp_path / "run", config_of(pack_alone)
+    with pytest.raises(Stopped):
+        train(config, run, QUIET, stop, silencing_asked=False)
+    resumed = train(config, run, QUIET, silencing_asked=False)
+    whole = train(config, tmp_path / "whole", QUIET, silencing_asked=False)
+    assert resumed["confusion"] == whole["confusion"] and resumed["top1"] == whole["top1"]
+    assert load_config(str(run / "config.toml")).loss.name == "balanced-ce"
+
+
+def test_auxiliaries_left_out_are_none(small_pack, capsys):
+    config = config_of(small_pack, "data.auxiliary=false")
+    assert without_silencing(config, open_pack(small_pack), Console()).loss.name == "balanced-ce"
+    assert "no auxiliary classes" in capsys.readouterr().out
+
+
+def test_with_auxiliaries_the_loss_stays(small_pack, capsys):
+    for settings in ([], ["loss.name=ce"], ["data.auxiliary=false", "loss.silence=1"]):
+        config = config_of(small_pack, *settings)
+        assert without_silencing(config, open_pack(small_pack), Console()) is config
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        (["loss.silence=0.1"], True),
+        (["optim.lr=0.1", "loss.name=neighbor-silencing"], True),
+        (["loss.mask=both"], True),
+        (["loss.tau=1", "train.epochs=3"], False),
+        ({"loss.silence": 0.1}, True),
+        ({}, False),
+    ],
+)
+def test_who_names_silencing_asks_for_it(settings, asked):
+    assert asks_for_silencing(settings) is asked
+
+
+def test_a_run_does_not_get_another_length(finished, small_pack):
+    run, _ = finished
+    with pytest.raises(UserError, match=r"has finished its 3 epochs.*--start .* and another --out"):
+        train(config_of(small_pack, "train.epochs=5"), run, QUIET)
+
+
+def test_a_stopped_run_does_not_either(small_pack, tmp_path):
+    def stop(record):
+        raise Stopped("enough")
+
+    with pytest.raises(Stopped):
+        train(config_of(small_pack), tmp_path / "run", QUIET, stop)
+    with pytest.raises(UserError, match=r"begun with train\.epochs=3.*train 5 epochs with another"):
+        train(config_of(small_pack, "train.epochs=5"), tmp_path / "run", QUIET)
 
 
 @pytest.mark.parametrize(
