@@ -21,6 +21,7 @@ from fastlt.config import DataConfig
 from fastlt.data.augment import normalise
 from fastlt.data.loader import Loader
 from fastlt.data.plan import evaluation_batches
+from fastlt.evaluation.calibration import Calibration
 from fastlt.evaluation.evaluate import evaluation_geometry
 from fastlt.evaluation.predict import Model
 from fastlt.evaluation.user_images import images_below
@@ -96,7 +97,11 @@ def test_the_version_is_that_of_pyproject():
 def test_predictions_are_those_of_evaluation(run, model, image_folders):
     with np.load(run / "val_predictions.npz") as file:
         stored = dict(file)
+    calibrated, known = model.predict(image_folders / "val", top=1, batch=4), model.calibration
+    model.calibration = Calibration()
     found = model.predict(image_folders / "val", top=1, batch=4)
+    model.calibration = known
+    assert [one.names for one in found] == [one.names for one in calibrated]
     names = [model.classes[number] for number in stored["predicted"]]
     assert [one.names for one in found] == [[name] for name in names]
     confidence = [one.probabilities[0] for one in found]
