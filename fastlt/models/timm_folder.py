@@ -1,5 +1,6 @@
 """Models as folders of timm: `timm.create_model("local-dir:X", pretrained=True)` loads them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,22 @@ def write_config(
         "mean": list(data["mean"]),
         "std": list(data["std"]),
         "input_size": [3, size, size],
-        "crop_pct": size / resize,
+        "crop_pct": crop_share(size, resize),
         "crop_mode": "center",
         "interpolation": "box" if are_shrunk else "bilinear",
     }
     config = {"label_names": classes, "pretrained_cfg": preprocessing}
     options = {"img_size": size} if whole.pretrained_cfg.get("fixed_input_size") else None
     save_config_for_hf(whole, str(folder / "config.json"), config, options)
+
+
+def crop_share(size: int, resize: int) -> float:
+    """Return the share of the crop by which timm resizes to just so many pixels.
+
+    It takes size / share, rounded down, for the shorter side.
+    """
+    share = size / resize
+    return share if math.floor(size / share) == resize else size / (resize + 0.01)
 
 
 def load_timm_folder(folder: Path) -> nn.Module:

@@ -1,5 +1,6 @@
 """Weights of others in a backbone: every form in which they come, and all that may not fit."""
 
+import math
 import pickle
 
 import pytest
@@ -16,6 +17,7 @@ from fastlt.models.classifier import build_model
 from fastlt.models.heads import section
 from fastlt.models.preprocessing import with_preprocessing
 from fastlt.models.pretrained import load_backbone
+from fastlt.models.timm_folder import crop_share
 from fastlt.models.weight_files import read_weights
 
 
@@ -176,6 +178,12 @@ def test_a_folder_of_timm_says_how_its_images_are(tmp_path):
     data = config.data
     assert (data.size, data.eval_resize) == (96, 192)
     assert (data.mean, data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_timm_resizes_to_the_same_side():
+    for size in range(1, 300):
+        for resize in (size, round(size / 0.875), size + 1, round(size / 0.95)):
+            assert math.floor(size / crop_share(size, resize)) == resize
 
 
 # --- what is trained
