@@ -4,13 +4,18 @@ import pytest
 from typer.testing import CliRunner
 
 from fastlt.cli import app
+from fastlt.cli.app import console
 from fastlt.cli.setting_list import listed_settings
 from fastlt.config import setting_names
 from fastlt.errors import ConfigError, UserError
 
 
 def printed(*arguments: str, columns: int = 80) -> str:
-    ended = CliRunner().invoke(app, ["settings", *arguments], env={"COLUMNS": str(columns)})
+    before, console.width = console._width, columns  # whichever it was imported with
+    try:
+        ended = CliRunner().invoke(app, ["settings", *arguments])
+    finally:
+        console._width = before
     assert ended.exit_code == 0, ended.output
     return ended.output
 
