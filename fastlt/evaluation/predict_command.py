@@ -34,13 +34,13 @@ class PredictOptions(NamedTuple):
     sheet: Path | None
 
 
-def predict_images(model: Model, places: list[str], options: PredictOptions) -> None:
+def predict_images(model: Model, named_places: list[str], options: PredictOptions) -> None:
     """Predict the images of all places and write what was found, in bounded memory.
 
     Images that cannot be read are listed on standard error. Raises UserError where a place does not
     exist or no image could be read.
     """
-    total, images = images_of(places)
+    total, images = images_of(named_places)
     done, unreadable = 0, 0
     errors = Console(stderr=True)
     with ExitStack() as stack:
@@ -65,7 +65,8 @@ def predict_images(model: Model, places: list[str], options: PredictOptions) -> 
                 else "there are no images in what was named"
             )
     left_out = f"; {unreadable:,} could not be read" if unreadable else ""
-    named = [str(place) for place in (options.csv, options.jsonl, options.sheet) if place]
+    places = [str(place) for place in (options.csv, options.jsonl, options.sheet) if place]
+    named = [place for place in places if place != STDIN]
     where = f" -> {', '.join(named)}" if named else ""
     errors.print(f"{done:,} images{left_out}{where}", highlight=False, soft_wrap=True)
 
