@@ -63,10 +63,13 @@ def run_fit(options: FitOptions, console: Console) -> bool:
     a training fails.
     """
     began = time.monotonic()
-    plan = kept_plan(options)
-    pack = packed(options, console)
-    if plan is None:
-        plan = chosen(options, pack, console, time.monotonic() - began)
+    if (plan := kept_plan(options)) is not None:
+        pack = packed(options, console)
+    else:
+        # first, as nothing is packed for weights that are not there
+        start = start_choices(options.weights, options.model, device_of())
+        pack = packed(options, console)
+        plan = chosen(options, pack, start, console, time.monotonic() - began)
         write_plan(options, plan)
     print_plan(plan, options, console)
     runs = {"long-tail recipe": options.out}
@@ -107,9 +110,10 @@ def packed(options: FitOptions, console: Console) -> Path:
     return write_pack(collection, PackOptions(out=place, drop_leaks=True), console)
 
 
-def chosen(options: FitOptions, place: Path, console: Console, took: float) -> Plan:
+def chosen(
+    options: FitOptions, place: Path, start: list[Choice], console: Console, took: float
+) -> Plan:
     """Return what is trained and how, by measuring a few steps. took: seconds of packing."""
-    start = start_choices(options.weights, options.model, device_of())
     budget = None if options.budget is None else max(1.0, options.budget - took)
     with console.status("measuring a few steps"):
         return plan_of(open_pack(str(place)), start, options.settings, budget, measured_here)
@@ -137,11 +141,19 @@ def kept_plan(options: FitOptions) -> Plan | None:
         raise UserError(f"{path} is damaged ({error}): remove {options.out}") from error
     now = json.loads(json.dumps(options.described()))
     if differ := [name for name, value in now.items() if value != kept.get(name)]:
+        before, wanted = (
+            "none" if values.get(differ[0]) is None else values[differ[0]] for values in (kept, now)
+        )
         raise UserError(
-            f"{options.out} was begun with another --{differ[0]} ({kept.get(differ[0])}, not "
-            f"{now[differ[0]]}): name another folder with --out, or call it as before"
+            f"{options.out} was begun with another {shown_as(differ[0])} ({before}, not {wanted}): "
+            "name another folder with --out, or call it as before"
         )
     return known
+
+
+def shown_as(name: str) -> str:
+    """Return an argument of the command as it is typed."""
+    return {"images": "IMAGES", "settings": "list of settings"}.get(name, f"--{name}")
 
 
 def is_begun(out: Path) -> bool:

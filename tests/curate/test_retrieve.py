@@ -15,6 +15,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -786,7 +787,11 @@ def slow_command(web, tmp_path, images=60, gate=None):
 def test_what_was_fetched_when_it_was_stopped_is_kept(web: Web, tmp_path, number):
     gate = threading.Event()
     process = subprocess.Popen(
-        slow_command(web, tmp_path, gate=gate), stdout=subprocess.PIPE, text=True
+        slow_command(web, tmp_path, gate=gate),
+        stdout=subprocess.PIPE,
+        text=True,
+        # where the tests run in the background, a shell has told them to ignore Ctrl-C
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while sum(web.asked.values()) < 10:
