@@ -147,6 +147,8 @@ def plan_of(
     size, reason = size_of(config, pack, pretrained)
     base.append(Choice("data.size", size, reason))
     config = configured(base, user, pack)
+    if given >= {"data.batch", "train.precision", "train.epochs"}:  # nothing left to measure for
+        return Plan(unset(base, given), config.train.epochs, True)
     memory, speed = measured(config)
     if (batch := fitting_batch(memory, config, torch.device(device_of()))) < config.data.batch:
         base.append(Choice("data.batch", batch, "what the memory holds"))
@@ -166,9 +168,7 @@ def plan_of(
             base.append(Choice("data.size", smaller, "more epochs within --budget"))
             rate *= (size / smaller) ** 2
     plan = within(budget, epochs, rate, images)
-    chosen = [*base, *plan.choices]
-    kept = [one for one in last_of_each(chosen) if one.key not in given]
-    return plan._replace(choices=kept)
+    return plan._replace(choices=unset([*base, *plan.choices], given))
 
 
 def within(budget: float | None, epochs: int, rate: float, images: tuple[int, int]) -> Plan:
@@ -261,9 +261,9 @@ def configured(choices: Sequence[Choice], user: Sequence[str], pack: Pack) -> Co
     return load_config("fit", [*(one.override for one in choices), *user, place])
 
 
-def last_of_each(choices: Sequence[Choice]) -> list[Choice]:
-    """Return the last choice of each key, in the order of the keys."""
-    return list({one.key: one for one in choices}.values())
+def unset(choices: Sequence[Choice], given: set[str]) -> list[Choice]:
+    """Return the last choice of each key, in the order of the keys, that the user has not set."""
+    return [one for one in {one.key: one for one in choices}.values() if one.key not in given]
 
 
 def device_of() -> str:

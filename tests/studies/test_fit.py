@@ -86,7 +86,7 @@ def test_the_command_ends_with_the_line_that_predicts(image_folders, tmp_path):
 
 def test_a_fit_that_is_stopped_goes_on_to_the_same_model(image_folders, tmp_path):
     """SIGTERM ends the training too, which saves first; the same command takes it up."""
-    slow = [*FAST, "train.epochs=60", "train.patience=0"]
+    slow = [*FAST, "train.epochs=15", "train.patience=0"]
     words = [sys.executable, "-m", "fastlt", "fit", str(image_folders / "target"), "--model"]
     words += ["resnet8", "--no-baseline", *slow, "--out"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -166,6 +166,13 @@ def test_choices_follow_the_pack_and_the_user(small_pack, monkeypatch):
     assert not values.keys() & {"data.size", "train.epochs", "train.precision"}
     slow = plan_of(pack, start, [], None, measured_as({"auto": 100, "bf16": 105}))
     assert "train.precision" not in values_of(slow)
+
+
+def test_where_the_user_has_set_all_that_costs_nothing_is_measured(small_pack):
+    pack, start = open_pack(str(small_pack)), [Choice("model.name", "resnet8", "")]
+    user = ["data.batch=8", "train.epochs=3", "train.precision=fp32"]
+    plan = plan_of(pack, start, user, 1.0, lambda config: pytest.fail("measured"))
+    assert (plan.epochs, plan.baseline) == (3, True) and "data.size" in values_of(plan)
 
 
 def test_a_batch_is_halved_until_the_memory_holds_it(small_pack, monkeypatch):
