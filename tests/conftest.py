@@ -25,6 +25,26 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# minutes in few tests: begun first, as a worker alone with them at the end leaves the other idle
+LONG_FILES = (
+    "sweep/test_run.py",
+    "studies/test_fit.py",
+    "methods/test_matrix.py",
+    "cli/test_cli.py",
+    "reports/test_in_a_browser.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of long files first, in the order of LONG_FILES."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.as_posix()
+        return next((i for i, end in enumerate(LONG_FILES) if name.endswith(end)), len(LONG_FILES))
+
+    items.sort(key=place)
+
+
 @pytest.fixture
 def poisoned_memory():
     """Uninitialised memory holds NaN, so that a read of what nobody wrote shows."""
