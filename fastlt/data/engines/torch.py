@@ -4,6 +4,7 @@ With exact decoding it is the reference, Pillow alone.
 """
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -108,7 +109,7 @@ class TorchEngine:
             self._reading = False
 
     def _start(self) -> Iterator[Made | str]:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), garbage_kept():
             # more workers than cores: `fastlt train` says so at its start
             warnings.filterwarnings("ignore", "This DataLoader will create")
             return iter(self._made())
@@ -138,6 +139,18 @@ class TorchEngine:
     def close(self) -> None:
         """End the workers."""
         self._loader = None
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Keep the collector still while processes are forked, until `begin_worker`."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def check_temporary_folder() -> None:
@@ -206,7 +219,12 @@ def begin_worker(by_main_thread: bool, number: int) -> None:
     """Signals, which often go to the whole group, are for the training, which ends its workers;
     where it was killed itself, the system does: with the thread that made them, so that it must be
     the one that lives longest.
+
+    What the training's process left behind is never collected here: a library that ended its
+    threads in a process that never had them would crash, or wait for them for ever.
     """
+    gc.freeze()
+    gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if by_main_thread and sys.platform == "linux":

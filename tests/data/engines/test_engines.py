@@ -2,6 +2,8 @@
 nearly the same pixels.
 """
 
+import gc
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from helpers.scenes import by_pillow, saved, scene
 from rich.console import Console
 
+from fastlt.data.engines import torch as torch_engine
 from fastlt.data.engines.dali import has_dali
 from fastlt.data.engines.ffcv.beton import write_beton
 from fastlt.data.engines.ffcv.native import has_ffcv
@@ -18,6 +21,7 @@ from fastlt.data.engines.interface import Options
 from fastlt.data.geometry import Geometry
 from fastlt.data.loader import Loader
 from fastlt.data.plan import Batch, Plan, Sampling, evaluation_batches
+from fastlt.decode.images import fill_box
 from fastlt.decode.region import has_region, has_transcoder
 from fastlt.errors import UserError
 from fastlt.packing.reader import Pack, open_pack
@@ -186,6 +190,39 @@ def test_damage_is_found_by_every_engine(hit_pack, way):
         images_of(strict)
     lenient.close()
     strict.close()
+
+
+def test_workers_do_not_collect_what_the_process_before_them_left(
+    photo_pack, tmp_path, monkeypatch
+):
+    class Library:
+        """Ends its threads when it is collected, and leaves a note."""
+
+        def __init__(self) -> None:
+            self.cycle = self
+
+        def __del__(self) -> None:
+            (tmp_path / f"ended by {os.getpid()}").touch()
+
+    def collecting(*arguments):
+        gc.collect()
+        return fill_box(*arguments)
+
+    monkeypatch.setattr(torch_engine, "fill_box", collecting)
+    (batch,) = evaluation_batches(
+        photo_pack[0].train, Geometry("centre-crop", SIZE, resize=110), 12
+    )
+    gc.disable()
+    try:
+        Library()
+        loader = Loader(photo_pack[0].train, SIZE, "torch", 2)
+        assert len(list(loader.iterate([batch]))) == 1
+        loader.close()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == [f"ended by {os.getpid()}"]
 
 
 @pytest.mark.skipif(not has_region(), reason="fastlt's JPEG decoder is not compiled here")
