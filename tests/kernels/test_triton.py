@@ -397,7 +397,7 @@ LEFT_OUT = [
 ]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_compile_for_a_gpu_that_is_not_there(capability):
     """The interpreter takes programs that the compiler does not."""
     done = python_without_interpreter(COMPILE, str(capability), *LEFT_OUT)

@@ -157,6 +157,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_what_was_trained_on_another_pack_is_not_taken_for_the_same(
     small_pack, image_folders, tmp_path
 ):

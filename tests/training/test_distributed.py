@@ -118,7 +118,17 @@ def assert_near(run: Path, other: Path) -> None:
     assert one["images"] == two["images"] and one["epochs"] == two["epochs"]
 
 
-@pytest.mark.parametrize("case", CASES)
+# what others have within them is slow: each takes three trainings
+WITHIN_OTHERS = {"deferred", "weighted", "row weights", "head first"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow) if case in WITHIN_OTHERS else case
+        for case in CASES
+    ],
+)
 def test_two_processes_end_as_one_does_on_all_their_images(small_pack, tmp_path, case):
     ended = run_together(small_pack, tmp_path / "two", *CASES[case])
     assert ended.returncode == 0, ended.stderr

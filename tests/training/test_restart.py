@@ -96,7 +96,12 @@ def photo_pack(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("number", "workers"),
-    [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGINT, 2), (signal.SIGTERM, 2)],
+    [
+        (signal.SIGTERM, 0),
+        (signal.SIGINT, 2),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     small_pack, photo_pack, undisturbed, tmp_path, number, workers
