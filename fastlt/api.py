@@ -42,6 +42,7 @@ def pack(
     strict: bool = False,
     drop_leaks: bool = False,
     max_pixels: int = 0,
+    range: str = "auto",
     workers: int = 1,
     quiet: bool = False,
 ) -> Path:
@@ -80,6 +81,7 @@ def pack(
         strict=strict,
         drop_leaks=drop_leaks,
         max_pixels=max_pixels or MAX_PIXELS,
+        range=range,
     )
     writer = beton_writer() if beton else None
     return write_pack(collection, chosen, Console(quiet=quiet), writer)
@@ -122,15 +124,16 @@ def train(
     return train_run(config, Path(out), Console(quiet=quiet), silencing_asked=asked)
 
 
-def load(place: Place, device: str = "auto") -> Model:
+def load(place: Place, device: str = "auto", range: str | None = None) -> Model:
     """Return the trained model of a RUN, or of a .safetensors file that `fastlt export` wrote.
 
     Pack, recipe and auxiliary classes are not needed. device: a torch device; auto: a GPU where
-    there is one.
+    there is one. range: of images of more than 8 bits, which values become black and white, full or
+    LOW,HIGH; by default as in the pack that the model was trained on.
     """
     from fastlt.evaluation.predict import load_model
 
-    return load_model(place, device)
+    return load_model(place, device, range)
 
 
 def evaluate(

@@ -20,7 +20,8 @@ from rich.filesize import decimal
 
 from fastlt.data.engines.ffcv.beton import write_beton
 from fastlt.data.engines.ffcv.native import has_ffcv
-from fastlt.decode.images import EXTENSIONS, BadImage, open_image
+from fastlt.decode.formats import EXTENSIONS
+from fastlt.decode.images import BadImage, open_image
 from fastlt.decode.region import has_transcoder
 from fastlt.errors import UserError
 from fastlt.packing.collection import Collection, ImageRef

@@ -125,6 +125,14 @@ def pack(
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Larger images are taken for decompression bombs.")
     ] = 178_956_970,
+    range: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|full|LOW,HIGH",
+            help="Of images of more than 8 bits: which values become black and white; auto: by the "
+            "data set's percentiles.",
+        ),
+    ] = "auto",
     verify: Annotated[
         str | None,
         typer.Option(help="Check an existing pack against its manifest, and do nothing else."),

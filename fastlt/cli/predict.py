@@ -72,6 +72,14 @@ def predict(
             "cuts of it."
         ),
     ] = Augmentation.none,
+    range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="full|LOW,HIGH",
+            help="Of images of more than 8 bits: which values become black and white; by default "
+            "as in the pack that the model was trained on.",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
     device: Annotated[str, typer.Option(help="A torch device; auto: a GPU if there is one.")] = (
         "auto"
@@ -85,7 +93,7 @@ def predict(
     from fastlt.evaluation.predict import load_model
     from fastlt.evaluation.predict_command import PredictOptions, predict_images, read_prior
 
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, range)
     shares = None if prior is None else read_prior(prior)
     answers = loaded.answers(top, threshold, by_class_threshold, tta.value, shares)
     predict_images(loaded, images, PredictOptions(answers, batch, csv, jsonl, sheet))

@@ -18,7 +18,7 @@ from urllib.parse import urlencode, urlsplit
 
 from fastlt.curate.fetch import Fetcher, Refused
 from fastlt.curate.settings import RetrieveConfig
-from fastlt.decode.images import EXTENSIONS
+from fastlt.decode.formats import is_image_file
 from fastlt.errors import UserError
 from fastlt.utils.embeddings import read_embeddings
 from fastlt.utils.names import normalised
@@ -394,7 +394,7 @@ def in_folder(settings: RetrieveConfig, names: Sequence[str]) -> dict[str, list[
             "the source folder needs retrieve.folder, a folder with one of images for each "
             f"category, not '{folder}'"
         )
-    images = (path for path in sorted(folder.glob("*/**/*")) if path.suffix.lower() in EXTENSIONS)
+    images = (path for path in sorted(folder.glob("*/**/*")) if is_image_file(path))
     return grouped(
         (
             Candidate(path.relative_to(folder).parts[0], str(path.resolve()), "folder")

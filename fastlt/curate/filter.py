@@ -31,7 +31,7 @@ from fastlt.curate.selection import SAME_FEATURES, Verdicts, give_up_small_class
 from fastlt.curate.settings import CurateConfig, FilterConfig, keep_settings
 from fastlt.curate.sheet import write_sheets
 from fastlt.curate.table import read_table, write_table
-from fastlt.decode.images import FORMATS
+from fastlt.decode.formats import FORMATS
 from fastlt.errors import UserError
 from fastlt.evaluation.features import open_backbone
 from fastlt.packing.reader import COLUMNS, Pack, Split, open_pack

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from fastlt.curate.fetch import Refused
 from fastlt.curate.settings import RetrieveConfig
-from fastlt.decode.images import FORMATS, BadImage, load, open_image, orientation
+from fastlt.decode.formats import FORMATS
+from fastlt.decode.images import BadImage, load, open_image, orientation
 
 
 class Picture(NamedTuple):

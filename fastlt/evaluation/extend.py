@@ -48,7 +48,7 @@ def extend_run(run: Path, images: Path, to: Path) -> list[str]:
     rows = method.new_rows(features, labels, len(folders))
     names = [folder.name for folder in folders]
     longer = with_more_rows(model.module.cpu(), rows)
-    export_safetensors(longer, config, [*model.classes, *names], to)
+    export_safetensors(longer, config, [*model.classes, *names], to, scale=model.scale)
     return names
 
 

@@ -35,7 +35,7 @@ def model_card(
         f"An image classifier for a long-tailed set of classes, trained with fastlt "
         f"(method `{described['method']['name']}`).",
         "## Use\n\n" + (TIMM_USE if is_timm else OTHER_USE),
-        "## Preprocessing\n\n" + preprocessing(described["data"]),
+        "## Preprocessing\n\n" + preprocessing(described),
         "## Training data\n\n" + training_data(space),
         "## Figures\n\nOn the validation images, in percent; the last epoch.\n\n" + figures(result),
         "## Limits\n\n" + limits(space, result, described),
@@ -44,12 +44,17 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def preprocessing(data: dict[str, Any]) -> str:
+def preprocessing(described: dict[str, Any]) -> str:
     """Return how an image is prepared."""
+    data = described["data"]
+    ranges = "".join(
+        f" Of {kind} images, values from {low:g} to {high:g} become black to white first."
+        for kind, (low, high) in described.get("scale", {}).items()
+    )
     size, resize = data["size"], data["eval_resize"] or data["size"]
     return (
         f"RGB; the shorter side to {resize} pixels, the centre {size} x {size}; values from 0 to "
-        f"1, minus mean {list(data['mean'])}, over standard deviation {list(data['std'])}."
+        f"1, minus mean {list(data['mean'])}, over standard deviation {list(data['std'])}.{ranges}"
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastlt.config import DataConfig
 from fastlt.data.augment import normalise
 from fastlt.data.geometry import Geometry, boxes_of
+from fastlt.decode.deep import Scale, scale_of
 from fastlt.decode.images import fill_box
 from fastlt.errors import DataError, UserError
 from fastlt.evaluation.calibration import (
@@ -31,6 +32,7 @@ from fastlt.evaluation.user_images import AnyImage, listed, opened, path_of
 from fastlt.models.device import PRECISIONS, best_precision, find_device
 from fastlt.models.export import load_exported, read_metadata
 from fastlt.models.weight_files import weights_file
+from fastlt.packing.depth import named_scale
 from fastlt.utils.pool import cores
 
 UNSURE = "unsure"
@@ -85,7 +87,8 @@ class Model:
     module is the torch module, (N, 3, size, size) float32 normalised images to (N, T) logits, in
     evaluation mode on `device`; classes are the T names; size is the side in pixels; calibration
     has the temperature of the probabilities and thresholds; prior (T,) are the shares of the
-    classes that the model answers to, None where they are not known.
+    classes that the model answers to, None where they are not known; scale is what becomes black
+    and white of images of more than eight bits, by their kind.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Model:
         device: torch.device,
         calibration: Calibration | None = None,
         prior: list[float] | None = None,
+        scale: Scale | None = None,
     ) -> None:
         self.module: Any = module.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.classes = classes
@@ -103,6 +107,7 @@ class Model:
         self.size = data.size
         self.calibration = calibration or Calibration()
         self.prior = prior
+        self.scale = scale or {}
         self._data, self._geometry = data, evaluation_geometry(data)
         self._dtype = PRECISIONS[best_precision(device)]
 
@@ -261,7 +266,7 @@ class Model:
 
     def _pixels(self, image: AnyImage, views: list[Geometry]) -> np.ndarray:
         """Return views of an image, (V, size, size, 3) uint8, as evaluation cuts them."""
-        picture = opened(image)
+        picture = opened(image, self.scale)
         sides = np.array([picture.height]), np.array([picture.width])
         place = np.zeros(1, np.int64)
         found = []
@@ -315,11 +320,13 @@ def moved(box: np.ndarray, view: Geometry, picture: Image.Image) -> np.ndarray:
     return np.array([top, round(right * (picture.width - int(box[3]))), box[2], box[3]])
 
 
-def load_model(place: Path | str, device: str = "auto") -> Model:
+def load_model(place: Path | str, device: str = "auto", range: str | None = None) -> Model:
     """Return the model of a RUN, or of a .safetensors file that `fastlt export` wrote.
 
-    device: a torch device; auto: a GPU where there is one.
+    device: a torch device; auto: a GPU where there is one. range: of images of more than eight
+    bits, full or LOW,HIGH, in place of what the training's pack had.
     """
+    scale = None if range is None else named_scale(range)
     path = weights_file(str(place))
     if path.suffix == ".onnx":
         raise UserError(
@@ -335,4 +342,6 @@ def load_model(place: Path | str, device: str = "auto") -> Model:
         if "calibration" in described
         else read_calibration(path.parent)
     )
-    return Model(module, classes, data, find_device(device), calibration, described.get("prior"))
+    scale = scale_of(described.get("scale")) if scale is None else scale
+    prior = described.get("prior")
+    return Model(module, classes, data, find_device(device), calibration, prior, scale)

@@ -11,7 +11,8 @@ from typing import IO, Any, NamedTuple
 
 from rich.console import Console
 
-from fastlt.decode.images import EXTENSIONS
+from fastlt.decode.deep import Scale
+from fastlt.decode.formats import is_image_file
 from fastlt.errors import DataError, UserError
 from fastlt.evaluation.predict import Answers, Model, Prediction, Unreadable
 from fastlt.evaluation.prediction_sheet import open_sheet
@@ -44,7 +45,7 @@ def predict_images(model: Model, named_places: list[str], options: PredictOption
     done, unreadable = 0, 0
     errors = Console(stderr=True)
     with ExitStack() as stack:
-        writers = [stack.enter_context(writer) for writer in opened_writers(options)]
+        writers = [stack.enter_context(writer) for writer in opened_writers(options, model.scale)]
         bar = stack.enter_context(rated_progress(errors, "images/s", transient=True))
         task = bar.add_task("predicting", total=total)
         for found in model.stream(images, options.answers, options.batch):
@@ -98,17 +99,12 @@ def of_place(place: str) -> Iterator[Path]:
         yield path
     elif any(letter in place for letter in "*?["):
         pattern = str(path.relative_to(path.anchor))
-        images = sorted(p for p in Path(path.anchor).glob(pattern) if is_image(p))
+        images = sorted(p for p in Path(path.anchor).glob(pattern) if is_image_file(p))
         if not images:
             raise DataError(f"no image matches {place}")
         yield from images
     else:
         raise DataError(f"there is no image or folder {place}")
-
-
-def is_image(path: Path) -> bool:
-    """Return whether a file is an image by its name."""
-    return path.suffix.lower() in EXTENSIONS
 
 
 # --- priors
@@ -142,7 +138,7 @@ def number_of(text: str, path: Path, line: int) -> float:
 # --- what is written
 
 
-def opened_writers(options: PredictOptions) -> list[Any]:
+def opened_writers(options: PredictOptions, scale: Scale) -> list[Any]:
     """Return a context manager for each form that is asked for, which gives its writer."""
     chosen = []
     if options.csv is not None:
@@ -150,7 +146,7 @@ def opened_writers(options: PredictOptions) -> list[Any]:
     if options.jsonl is not None:
         chosen.append(jsonl_writer(options.jsonl))
     if options.sheet is not None:
-        chosen.append(open_sheet(options.sheet))
+        chosen.append(open_sheet(options.sheet, scale))
     return chosen or [line_writer()]
 
 

@@ -7,17 +7,20 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from fastlt.decode.deep import Scale
+from fastlt.decode.formats import kind_of
 from fastlt.errors import UserError
 from fastlt.evaluation.predict import Prediction
+from fastlt.evaluation.user_images import opened
 from fastlt.utils.files import write_text
-from fastlt.utils.thumbnail import thumbnail
+from fastlt.utils.thumbnail import thumbnail, thumbnail_of
 
 TEMPLATES = Path(__file__).parents[1] / "reports" / "templates"
 MOST = 2000  # images that are shown: a page of 10 MB
 
 
 @contextmanager
-def open_sheet(path: Path) -> Iterator[Callable[[Prediction], None]]:
+def open_sheet(path: Path, scale: Scale) -> Iterator[Callable[[Prediction], None]]:
     """Yield what adds an image to the page, which is written if the block ends well."""
     shown: list[dict[str, Any]] = []
     total = 0
@@ -26,7 +29,7 @@ def open_sheet(path: Path) -> Iterator[Callable[[Prediction], None]]:
         nonlocal total
         total += 1
         if len(shown) < MOST and found.path is not None:
-            shown.append(card(found, found.path))
+            shown.append(card(found, found.path, scale))
 
     yield add
     pages = Environment(
@@ -45,11 +48,18 @@ def open_sheet(path: Path) -> Iterator[Callable[[Prediction], None]]:
         raise UserError(f"cannot write to {path} ({error.strerror}): name another file") from error
 
 
-def card(found: Prediction, path: Path) -> dict[str, Any]:
+def shown_small(path: Path, scale: Scale) -> str:
+    """Return a data URI of an image that could be read a moment ago."""
+    data = path.read_bytes()
+    # other kinds need not be such as a browser shows
+    return thumbnail(data) if kind_of(data) == "JPEG" else thumbnail_of(opened(path, scale))
+
+
+def card(found: Prediction, path: Path, scale: Scale) -> dict[str, Any]:
     """Return what the page shows of an image."""
     others = zip(found.names[1:], found.probabilities[1:], strict=True)
     return {
-        "uri": thumbnail(path.read_bytes()),
+        "uri": shown_small(path, scale),
         "name": path.name,
         "place": str(path),
         "prediction": found.name,

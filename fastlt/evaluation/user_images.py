@@ -9,7 +9,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fastlt.decode.images import EXTENSIONS, FAILURES, BadImage, decode_pil, to_rgb, upright
+from fastlt.decode.deep import Scale
+from fastlt.decode.formats import is_image_file
+from fastlt.decode.images import FAILURES, BadImage, decode_pil, to_rgb, upright
 from fastlt.errors import DataError
 
 # A path, an image of Pillow, or an array (H, W, 3) uint8.
@@ -33,9 +35,9 @@ def listed(images: AnyImage | Iterable[AnyImage]) -> Iterable[AnyImage]:
 
 def images_below(folder: Path) -> list[Path]:
     """Return the images in a folder and its sub-folders, sorted. Raises DataError if none is."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    found = sorted(path for path in folder.rglob("*") if is_image_file(path))
     if not found:
-        raise DataError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
+        raise DataError(f"{folder} holds no images")
     return found
 
 
@@ -44,16 +46,20 @@ def path_of(image: AnyImage) -> Path | None:
     return Path(image) if isinstance(image, str | PathLike) else None
 
 
-def opened(image: AnyImage) -> Image.Image:
-    """Return an image upright, as RGB. Raises DataError where it cannot be read."""
+def opened(image: AnyImage, scale: Scale) -> Image.Image:
+    """Return an image upright, as RGB.
+
+    scale: of images of more than eight bits, by kind. Raises DataError where the image cannot be
+    read, or is of a kind that has none.
+    """
     if isinstance(image, Image.Image):
         try:
-            return to_rgb(upright(image))
-        except FAILURES as error:
+            return to_rgb(upright(image), scale)
+        except (BadImage, *FAILURES) as error:
             raise DataError(f"an image cannot be decoded: {error}") from error
     if isinstance(image, str | PathLike):
         try:
-            return decode_pil(Path(image).read_bytes())
+            return decode_pil(Path(image).read_bytes(), scale=scale)
         except OSError as error:
             raise DataError(f"cannot read the image {image}: {error.strerror}") from error
         except BadImage as error:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastlt.config import Config
+from fastlt.decode.deep import Scale, limits_of
 from fastlt.errors import UserError
 from fastlt.models.classifier import Classifier, build_model
 from fastlt.models.heads import section
@@ -30,11 +31,12 @@ def export_safetensors(
     target_names: list[str],
     path: Path,
     prior: list[float] | None = None,
+    scale: Scale | None = None,
 ) -> None:
     """Write the weights, and as metadata all that is needed to build the model again.
 
     The metadata are under one key, for their order would be random. prior (T,): the shares of the
-    classes that the model answers to; None: not known.
+    classes that the model answers to; None: not known. scale: of images of more than eight bits.
     """
     head = {"head": model.head.exported_as, "scale_alone": False}
     description: dict[str, Any] = {
@@ -45,6 +47,8 @@ def export_safetensors(
     }
     if prior is not None:
         description["prior"] = prior
+    if scale:
+        description["scale"] = limits_of(scale)
     with whole_file(path) as temporary:
         tensors = targets_only(model, len(target_names))
         write_tensors(temporary, tensors, {"fastlt": json.dumps(description)})

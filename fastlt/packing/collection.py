@@ -6,6 +6,8 @@ Free of torch, as packing workers import it.
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastlt.decode.deep import Scale
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
@@ -34,3 +36,5 @@ class Collection:
     curation: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     test: list[ImageRef] = field(default_factory=list)
+    # of values of more than eight bits, where the images come from a pack that scaled them
+    scale: Scale = field(default_factory=dict)

@@ -4,19 +4,24 @@ import hashlib
 import io
 import stat
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
+from fastlt.decode.deep import Scale, is_deep
+from fastlt.decode.formats import FORMATS, HEAD, kind_of
 from fastlt.decode.images import (
-    FORMATS,
     BadImage,
     decode,
     decode_pil,
+    deep,
+    frames,
     load,
     open_image,
     orientation,
+    scaled,
+    turned,
 )
 from fastlt.decode.region import transcode
 from fastlt.packing.cifar import png_bytes
@@ -34,6 +39,8 @@ class ImageSettings:
     max_pixels: int
     # JPEG losslessly, so that the region decoder can enter it in its middle
     transcode: bool = False
+    # of values of more than eight bits; one of a kind that it does not name is refused
+    scale: Scale = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,7 @@ class Stored:
     height: int  # pixels, of the upright image
     width: int
     digest: bytes  # sha256 of the source bytes
+    frames: int = 1  # pages or frames of the source, of which the first is stored
 
 
 def store_batch(refs: list[ImageRef], settings: ImageSettings) -> list[Stored | str]:
@@ -60,20 +68,29 @@ def _store_or_reason(ref: ImageRef, settings: ImageSettings) -> Stored | str:
             stored = transcoded(stored)
     except BadImage as reason:
         return str(reason)
-    return Stored(stored, extension, height, width, hashlib.sha256(data).digest())
+    return Stored(stored, extension, height, width, hashlib.sha256(data).digest(), frames_of(data))
 
 
 def read_bytes(ref: ImageRef) -> bytes:
     """The encoded image. Raises BadImage where it cannot be read."""
-    if ref.part >= 0:
-        return png_bytes(ref.path, ref.part)
+    return png_bytes(ref.path, ref.part) if ref.part >= 0 else _read(ref, ref.size)
+
+
+def head_bytes(ref: ImageRef) -> bytes:
+    """The first bytes of an encoded image that is no part of a strip, enough to tell its kind.
+    Raises BadImage.
+    """
+    return _read(ref, HEAD)
+
+
+def _read(ref: ImageRef, size: int) -> bytes:
     path = Path(ref.path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
             raise BadImage("not a regular file")
         with path.open("rb") as file:
             file.seek(ref.offset)
-            return file.read(ref.size)
+            return file.read(size)
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror}") from error
 
@@ -84,26 +101,48 @@ def encode(data: bytes, settings: ImageSettings) -> tuple[bytes, str, int, int]:
     Every image is decoded, which is what finds truncation. Raises BadImage.
 
     JPEG stays as it is, and so do PNG and WebP that are plain 8-bit grey or RGB and upright; the
-    rest becomes RGB PNG, losslessly.
+    rest becomes grey or RGB PNG, losslessly, but that values of more than eight bits are scaled by
+    the range.
     """
     image = open_image(data, settings.max_pixels)
-    kind, (width, height) = image.format, image.size
-    reencoded = (
-        max(width, height) > settings.max_side if settings.max_side else settings.quality > 0
-    )
+    longer = max(image.size)
+    reencoded = longer > settings.max_side if settings.max_side else settings.quality > 0
+    if not reencoded and (kept := _as_it_is(image, data)):
+        return kept
+    upright = _upright(image, data, settings)
     if reencoded:
-        return _as_jpeg(decode_pil(data, settings.max_pixels), settings)
-    if kind == "JPEG":
+        return _as_jpeg(upright.convert("RGB"), settings)
+    return _saved(upright, "PNG"), ".png", upright.height, upright.width
+
+
+def _upright(image: Image.Image, data: bytes, settings: ImageSettings) -> Image.Image:
+    """What `open_image` made of data as 8-bit grey or RGB, upright."""
+    if is_deep(image):
+        return turned(scaled(deep(image, data), settings.scale), orientation(image))
+    is_grey = image.mode in ("1", "L") and "transparency" not in image.info
+    upright = decode_pil(data, settings.max_pixels)
+    return upright.convert("L") if is_grey else upright
+
+
+def _as_it_is(image: Image.Image, data: bytes) -> tuple[bytes, str, int, int] | None:
+    """What `encode` returns of an image that is stored as it is; None for others."""
+    width, height = image.size
+    kind = FORMATS[str(image.format)]
+    if kind == ".jpg":
         # At an eighth of the size the whole stream is still read, and truncation found, but the
         # inverse DCT is saved.
         image.draft(None, (max(1, width // 8), max(1, height // 8)))
+    elif not _is_plain(image, data):
+        return None
     load(image, data)
-    if kind == "JPEG" and orientation(image) >= 5:  # a quarter turn
+    if kind == ".jpg" and orientation(image) >= 5:  # a quarter turn
         width, height = height, width
-    if kind == "JPEG" or _is_plain(image, data):
-        return data, FORMATS[str(kind)], height, width
-    upright = decode_pil(data, settings.max_pixels)
-    return _saved(upright, "PNG"), ".png", upright.height, upright.width
+    return data, kind, height, width
+
+
+def frames_of(data: bytes) -> int:
+    """Return the number of pages or frames of an image that can be decoded."""
+    return 1 if kind_of(data) == "JPEG" else frames(open_image(data, sys.maxsize))
 
 
 def transcoded(data: bytes) -> bytes:
@@ -124,7 +163,8 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
     eight_bit = image.format != "PNG" or data[24] == 8
     still = not getattr(image, "is_animated", False)
     return (
-        image.mode in ("L", "RGB")
+        image.format in ("PNG", "WEBP")
+        and image.mode in ("L", "RGB")
         and "transparency" not in image.info
         and eight_bit
         and still

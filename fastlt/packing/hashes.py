@@ -11,7 +11,8 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
-from fastlt.decode.images import BadImage, open_image, to_rgb, upright
+from fastlt.decode.deep import deep_values, is_deep
+from fastlt.decode.images import BadImage, open_image, orientation, to_rgb, turned, upright
 from fastlt.packing.reader import Split
 
 SIDE, KEPT = 32, 8  # pixels that are transformed, and frequencies a side that are kept: 64 bits
@@ -86,7 +87,12 @@ def small_grey(data: bytes) -> np.ndarray:
     image = open_image(data)
     image.draft("RGB", (4 * SIDE, 4 * SIDE))  # a JPEG is decoded at a fraction of its size
     try:
-        grey = to_rgb(upright(image)).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+        if is_deep(image):  # of which many have the same few values of all that they could have
+            found = deep_values(image, data)
+            seen = turned(found.eight_bits(found.own_scale), orientation(image))
+        else:
+            seen = to_rgb(upright(image))
+        grey = seen.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
     except (OSError, ValueError, SyntaxError) as error:
         raise BadImage(str(error)) from error
     return np.asarray(grey, np.float64)

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from fastlt.classes import ClassSpace
+from fastlt.decode.deep import Scale, scale_of
 from fastlt.decode.images import BadImage, decode_pil
 from fastlt.errors import DataError
 from fastlt.packing.remote import TABLES, Remote, fetch_tables, is_remote
@@ -147,6 +148,12 @@ class Pack:
         """An identifier that changes with the classes, the pairs, and what is stored where."""
         files = self.manifest["files"]
         return "-".join(files[name]["sha256"][:16] for name in ("classes.json", "index.npz"))
+
+    @property
+    def scale(self) -> Scale:
+        """What became black and white of images of more than eight bits."""
+        images = self.manifest.get("images")
+        return scale_of(images.get("scale")) if isinstance(images, dict) else {}
 
     def betons(self, split: str) -> tuple[Path, ...]:
         """The FFCV file of a split, if the pack has it."""

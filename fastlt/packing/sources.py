@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastlt.classes import pair_ids
-from fastlt.decode.images import EXTENSIONS
+from fastlt.decode.formats import EXTENSIONS, is_image_file
 from fastlt.errors import DataError, UserError
 from fastlt.packing.cifar import read_cifar100
 from fastlt.packing.collection import Collection, ImageRef
@@ -225,16 +225,13 @@ def _list_class_folders(path: Path, classes: list[Path], may_be_empty: bool) -> 
             )
         before = len(refs)
         for relative in _files_below(folder):
-            stem, dot, extension = relative.rpartition(".")
-            if f"{dot}{extension}".lower() in EXTENSIONS:
+            if is_image_file(f"{folder}/{relative}"):
+                stem = relative.rpartition(".")[0] or relative
                 refs.append(ImageRef(f"{folder.name}/{stem}", label, f"{folder}/{relative}"))
             else:
                 left_out[Path(relative).suffix or "without extension"] += 1
         if len(refs) == before and not may_be_empty:
-            raise DataError(
-                f"the class folder {folder} holds no images ({', '.join(EXTENSIONS)}): add some or "
-                "remove it"
-            )
+            raise DataError(f"the class folder {folder} holds no images: add some or remove it")
     return Listing(
         path, refs, {label: folder.name for label, folder in enumerate(classes)}, left_out=left_out
     )
@@ -332,7 +329,7 @@ def _list_shards(where: Path, shards: list[Path], limit: int | None) -> Listing:
     """Return images with their `.cls`, an ASCII integer or a class name; pixels are not read."""
     found = [(shard, *sample) for shard in shards for sample in _samples(shard)]
     if not found:
-        raise DataError(f"{where} holds no images ({', '.join(EXTENSIONS)})")
+        raise DataError(f"{where} holds no images")
     for shard, key, _, text in found:
         check_single(text, f"{shard}, {key}.cls")
     numbered = all(re.fullmatch(r"-?[0-9]+", text) for *_, text in found)
@@ -445,8 +442,7 @@ def _left_out(listing: Listing) -> list[str]:
         return []
     kinds = ", ".join(f"{times} x {kind}" for kind, times in listing.left_out.most_common(3))
     return [
-        f"{listing.where}: {listing.left_out.total()} files left out that are not "
-        f"{', '.join(EXTENSIONS)} ({kinds})"
+        f"{listing.where}: {listing.left_out.total()} files left out that are no images ({kinds})"
     ]
 
 

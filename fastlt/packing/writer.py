@@ -8,7 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
@@ -22,10 +22,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastlt.classes import ClassSpace
+from fastlt.decode.deep import Scale, limits_of
 from fastlt.decode.images import MAX_PIXELS
 from fastlt.decode.region import check_transcoder
 from fastlt.errors import UserError
 from fastlt.packing.collection import Collection, ImageRef
+from fastlt.packing.depth import AUTO, check_range, find_scale
 from fastlt.packing.encode import ImageSettings, Stored, store_batch
 from fastlt.packing.reader import COLUMNS, FORMAT_VERSION, Split, check_sizes, read_manifest
 from fastlt.packing.shards import ShardWriter, member_keys
@@ -54,11 +56,12 @@ class PackOptions:
     drop_leaks: bool = False  # leave out training images that are in val or test as well
     max_pixels: int = MAX_PIXELS  # of one image
     shard_size: int = 256 * 2**20  # bytes
+    # of values of more than eight bits, which become black to white: auto, full or LOW,HIGH
+    range: str = AUTO
 
-    @property
-    def images(self) -> ImageSettings:
+    def images(self, scale: Scale) -> ImageSettings:
         """The options that change what is stored of an image."""
-        return ImageSettings(**{one.name: getattr(self, one.name) for one in fields(ImageSettings)})
+        return ImageSettings(self.max_side, self.quality, self.max_pixels, self.transcode, scale)
 
 
 # (split, path, workers, advance): writes another file of the images of a split
@@ -72,6 +75,8 @@ class Packed:
     rows: list[tuple[int, ...]] = field(default_factory=list)  # one per stored image, as COLUMNS
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # shard name -> size, sha256
     skipped: list[dict[str, str]] = field(default_factory=list)
+    # images of which the first page or frame was taken
+    first_frames: list[dict[str, Any]] = field(default_factory=list)
     leaks: list[dict[str, Any]] = field(default_factory=list)
     # of val and test: sha256 of the source -> key of the first such image
     digests: dict[bytes, str] = field(default_factory=dict)
@@ -99,8 +104,8 @@ def write_pack(
     _check(collection, options)
     start = time.perf_counter()
     with whole_output(options.out) as folder:
-        space, splits = _write_images(collection, options, folder, console)
-        _write_tables(options, folder, space, splits, console, write_beton)
+        space, splits, images = _write_images(collection, options, folder, console)
+        _write_tables(options, images, folder, space, splits, console, write_beton)
     seconds = time.perf_counter() - start
     _print_summary(collection, options, space, splits, seconds, console)
     return options.out
@@ -155,13 +160,14 @@ def _check(collection: Collection, options: PackOptions) -> None:
         raise UserError(
             f"--quality is {options.quality}: it must be 1 to 100, or 0 to leave images as they are"
         )
+    check_range(options.range)
     if options.transcode:
         check_transcoder("--transcode")
 
 
 def _write_images(
     collection: Collection, options: PackOptions, folder: Path, console: Console
-) -> tuple[ClassSpace, dict[str, Packed]]:
+) -> tuple[ClassSpace, dict[str, Packed], ImageSettings]:
     """Write val and test first, so that train can be compared with them."""
     refs = {"train": collection.train, "val": collection.val}
     refs |= {"test": collection.test} if collection.test else {}
@@ -173,9 +179,10 @@ def _write_images(
         ordered_map(options.workers or cores()) as apply,
         rated_progress(console, "images/s") as progress,
     ):
+        images = _image_settings(collection, options, apply)
         task = progress.add_task("packing", total=sum(map(len, refs.values())))
         for name in sorted(refs, key=("val", "test", "train").index):
-            results = _results(refs[name], options, apply, partial(progress.advance, task))
+            results = _results(refs[name], images, apply, partial(progress.advance, task))
             done[name] = _write_split(
                 folder / name, refs[name], keys[name], results, options, names, done
             )
@@ -185,14 +192,26 @@ def _write_images(
                     f"{_described(done[name].skipped[0])}"
                 )
     splits = {name: done[name] for name in refs}
-    return _class_space(collection, splits["train"], splits["val"]), splits
+    return _class_space(collection, splits["train"], splits["val"]), splits, images
+
+
+def _image_settings(
+    collection: Collection, options: PackOptions, apply: OrderedMap
+) -> ImageSettings:
+    """The options that change what is stored of an image, with the range of what has more than
+    eight bits, which the collection's warnings say.
+    """
+    others = [*collection.val, *collection.test]
+    found, sentences = find_scale(options.range, collection.train, others, apply)
+    collection.warnings += sentences
+    return options.images({**collection.scale, **found})
 
 
 def _results(
-    refs: list[ImageRef], options: PackOptions, apply: OrderedMap, advance: Callable[[int], None]
+    refs: list[ImageRef], images: ImageSettings, apply: OrderedMap, advance: Callable[[int], None]
 ) -> Iterator[Stored | str]:
     batches = (refs[start : start + BATCH] for start in range(0, len(refs), BATCH))
-    for batch in apply(partial(store_batch, settings=options.images), batches):
+    for batch in apply(partial(store_batch, settings=images), batches):
         advance(len(batch))
         yield from batch
 
@@ -230,6 +249,11 @@ def _write_split(
             else:
                 if not is_train:
                     packed.digests.setdefault(result.digest, key)
+                if result.frames > 1:
+                    packed.first_frames.append(
+                        {"split": folder.name, "key": key, "path": ref.path}
+                        | {"frames": result.frames}
+                    )
                 shard, offset = shards.add(key, result.extension, result.data, ref.label)
                 packed.rows.append(
                     (shard, offset, len(result.data), ref.label, result.height, result.width)
@@ -283,6 +307,7 @@ def _class_space(collection: Collection, train: Packed, val: Packed) -> ClassSpa
 
 def _write_tables(
     options: PackOptions,
+    images: ImageSettings,
     folder: Path,
     space: ClassSpace,
     splits: dict[str, Packed],
@@ -308,7 +333,7 @@ def _write_tables(
     files |= {path.name: entry_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
     write_text(
         folder / "manifest.json",
-        json.dumps(_manifest(options, space, splits, files), indent=1) + "\n",
+        json.dumps(_manifest(images, space, splits, files), indent=1) + "\n",
     )
 
 
@@ -334,7 +359,7 @@ def _write_betons(
 
 
 def _manifest(
-    options: PackOptions, space: ClassSpace, splits: dict[str, Packed], files: dict[str, Any]
+    images: ImageSettings, space: ClassSpace, splits: dict[str, Packed], files: dict[str, Any]
 ) -> dict[str, Any]:
     counts = {
         "targets": space.num_targets,
@@ -346,10 +371,11 @@ def _manifest(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "fastlt": version("fastlt"),
         "counts": {name: len(packed.rows) for name, packed in splits.items()} | counts,
-        "images": asdict(options.images),
+        "images": {**asdict(images), "scale": limits_of(images.scale)},
         "files": files,
         "shards": {name: list(packed.files) for name, packed in splits.items()},
         "skipped": [entry for packed in splits.values() for entry in packed.skipped],
+        "first_frames": [e for packed in splits.values() for e in packed.first_frames],
         "leaks": [entry for packed in splits.values() for entry in packed.leaks],
     }
 
@@ -391,7 +417,8 @@ def _print_summary(
     table.add_row("shards", f"{len(files)}, {megabytes:,.1f} MB")
     table.add_row("time", f"{seconds:,.1f} s, {images / seconds:,.0f} images/s")
     console.print(table)
-    for warning in _warnings(collection, options, space, skipped, leaks):
+    several = [entry for packed in written for entry in packed.first_frames]
+    for warning in _warnings(collection, options, space, skipped, leaks, several):
         text = warning.encode(
             "utf-8", "replace"
         ).decode()  # a file name need not be UTF-8, a terminal wants it
@@ -408,8 +435,14 @@ def _warnings(
     space: ClassSpace,
     skipped: list[dict[str, str]],
     leaks: list[dict[str, Any]],
+    several: list[dict[str, Any]],
 ) -> Iterator[str]:
     yield from collection.warnings
+    if several:
+        yield (
+            f"{len(several)} images have several pages or frames, of which the first was taken: "
+            f"{_some([entry['path'] for entry in several])}"
+        )
     if unseen := [
         name for name, count in zip(space.target_names, space.val_counts, strict=True) if not count
     ]:

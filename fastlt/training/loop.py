@@ -594,7 +594,8 @@ def export(trainer: Trainer, name: str) -> None:
     model = evaluated_model(trainer)
     if trainer.ranks.is_first:
         names, prior = trainer.space.target_names, prior_of(trainer)
-        export_safetensors(model, trainer.config, names, trainer.run / name, prior)
+        scale = trainer.pack.scale
+        export_safetensors(model, trainer.config, names, trainer.run / name, prior, scale)
 
 
 def evaluated_model(trainer: Trainer) -> Classifier:

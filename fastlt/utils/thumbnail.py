@@ -14,9 +14,13 @@ def thumbnail(encoded: bytes) -> str:
         with Image.open(io.BytesIO(encoded)) as image:
             # a JPEG is decoded at a fraction of its size
             image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
-            small = ImageOps.exif_transpose(image).convert("RGB")
+            return thumbnail_of(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError):
         return ""
+
+
+def thumbnail_of(small: Image.Image) -> str:
+    """A data URI of a small, square JPEG of an upright RGB image."""
     small = ImageOps.fit(small, (min(THUMBNAIL, min(small.size)),) * 2)
     out = io.BytesIO()
     small.save(out, "JPEG", quality=82)

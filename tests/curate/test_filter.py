@@ -261,7 +261,7 @@ def test_what_has_no_accepted_licence_is_dropped_and_counted(curated, hued_pack,
     filtered(curated, hued_pack, settings_of(curated, run))
     card = json.loads((curated / "auxiliary/card.json").read_text())
     assert card["kind"] == "neighbours" and card["not_retrieved"] == {
-        "not a JPEG, PNG or WebP image": 1
+        "not an image (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF or PPM)": 1
     }
     config = settings_of(curated, run)
     config = config.model_copy(

@@ -196,9 +196,11 @@ def animation() -> bytes:
 def test_what_is_no_usable_picture_is_refused_by_its_reason(web: Web, tmp_path):
     good = picture()
     wanted = {
-        web.file("/html.jpg", b"<html>not here</html>"): "not a JPEG, PNG or WebP image",
+        web.file("/html.jpg", b"<html>not here</html>"): "not an image (JPEG, "
+        "PNG, WebP, GIF, AVIF, BMP, TIFF or PPM)",
         web.file("/empty.jpg", b""): "empty file",
-        web.file("/gif.jpg", b"GIF89a" + bytes(100)): "not a JPEG, PNG or WebP image",
+        web.file("/gif.jpg", b"GIF89a" + bytes(100)): "it begins like GIF, but its header "
+        "is damaged",
         web.file("/cut.jpg", good[: len(good) // 2]): "cannot be decoded",
         web.file("/bomb.png", bomb()): "too many pixels",
         web.file("/small.png", picture(side=32, kind="PNG")): "too small",

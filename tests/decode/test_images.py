@@ -190,10 +190,10 @@ def test_truncation_is_found_wherever_it_is(kind: str) -> None:
 def test_what_is_no_image_says_so() -> None:
     with pytest.raises(BadImage, match="empty file"):
         decode(b"")
-    with pytest.raises(BadImage, match="not a JPEG, PNG or WebP image"):
+    with pytest.raises(BadImage, match="not an image"):
         decode(b"<html>404</html>" * 100)
-    with pytest.raises(BadImage, match="not a JPEG, PNG or WebP image"):
-        decode(encoded(Image.fromarray(picture()), "BMP"))
+    with pytest.raises(BadImage, match="a TIFF of a kind that cannot be read"):
+        decode(b"II*\0" + bytes(100))
 
 
 def test_decompression_bomb_is_refused_by_its_header() -> None:

@@ -91,7 +91,7 @@ def test_class_folders(pets: dict[str, Path]) -> None:
 
 
 def test_hidden_and_other_files_are_left_out_and_counted(pets: dict[str, Path]) -> None:
-    for name in (".DS_Store", "._1.png", "notes.txt", "film.gif", "more.txt", "LICENCE"):
+    for name in (".DS_Store", "._1.png", "notes.txt", "film.mp4", "more.txt", "LICENCE"):
         (pets["target"] / "cat" / name).write_bytes(b"")
     (pets["target"] / ".git").mkdir()
     found = read(**pets)

@@ -8,13 +8,11 @@ import multiprocessing
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +134,7 @@ def test_manifest_tells_everything(pets: Path, tmp_path: Path) -> None:
     )
     assert manifest["counts"] == {"train": 9, "val": 2, "targets": 2, "auxiliaries": 1, "pairs": 1}
     assert manifest["images"] == {
+        "scale": {},
         "max_side": 512,
         "quality": 0,
         "max_pixels": MAX_PIXELS,
@@ -316,44 +315,23 @@ def test_rotated_images_have_the_size_of_the_upright_one(kind: str, number: int)
     assert (stored == data, extension) == ((True, ".jpg") if kind == "JPEG" else (False, ".png"))
 
 
-def sixteen_bit_rgb() -> bytes:
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
-
-    header = struct.pack(">IIBBBBB", 4, 2, 16, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(2 * (b"\0" + bytes(range(24)))))
-        + chunk(b"IEND", b"")
-    )
-
-
 @pytest.mark.parametrize(
     "data",
     [
         encoded(picture(2).convert("RGBA"), "PNG"),
         encoded(picture(2).quantize(8), "PNG"),
-        encoded(picture(2).convert("1"), "PNG"),
-        encoded(Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100), "PNG"),
         encoded(picture(2), "PNG", transparency=(1, 2, 3)),
         encoded(picture(2), "PNG", save_all=True, append_images=[picture(3)]),
         encoded(picture(2), "WEBP", save_all=True, append_images=[picture(3)]),
         encoded(Image.merge("RGBA", [*picture(2).split(), picture(3).convert("L")]), "WEBP"),
-        sixteen_bit_rgb(),
     ],
     ids=[
         "RGBA",
         "palette",
-        "1-bit",
-        "16-bit grey",
         "colour key",
         "animated PNG",
         "animated WebP",
         "WebP with alpha",
-        "16-bit RGB",
     ],
 )
 def test_odd_images_become_lossless_rgb_png(data: bytes) -> None:
@@ -419,7 +397,7 @@ def test_bad_images_are_skipped_and_listed(damaged: Path, tmp_path: Path) -> Non
         "pipe.jpg",
     }
     assert reasons["empty.jpg"] == "empty file"
-    assert reasons["page.png"] == "not a JPEG, PNG or WebP image"
+    assert reasons["page.png"] == "not an image (JPEG, PNG, WebP, GIF, AVIF, BMP, TIFF or PPM)"
     assert "truncated" in reasons["truncated.jpg"]
     assert reasons["bomb.jpg"] == "300 x 200 pixels are more than the limit of 59999"
     assert reasons["gone.jpg"] == "cannot be read: No such file or directory"
@@ -433,8 +411,7 @@ def test_bad_images_are_skipped_and_listed(damaged: Path, tmp_path: Path) -> Non
     )
     shown = console.export_text()
     assert (
-        "6 images were skipped" in shown
-        and "not a JPEG, PNG or WebP image" not in shown.split("skipped")[0]
+        "6 images were skipped" in shown and "not an image (JPEG" not in shown.split("skipped")[0]
     )
 
 
@@ -462,7 +439,7 @@ def test_a_class_that_loses_all_its_images_is_an_error(pets: Path, tmp_path: Pat
         file.write_bytes(b"rubbish")
     with pytest.raises(
         UserError,
-        match=r"no training image of class 'wolf' can be used; the last, .*wolf/2\.jpg: not a JPEG",
+        match=r"no training image of class 'wolf' can be used.*wolf/2\.jpg: not an image",
     ):
         pack(collect(pets), tmp_path / "pack")
     assert no_trace_of(tmp_path / "pack")
