@@ -166,7 +166,7 @@ def test_commands_work_on_it(pack, folder, tmp_path):
     train(
         "cifar100-lt", data=tmp_path / "pack", out=tmp_path / "run", settings=settings, quiet=True
     )
-    assert 0 <= evaluate(tmp_path / "run")["all"] <= 100
+    assert 0 <= evaluate(tmp_path / "run")["top1"] <= 100
     model = load(tmp_path / "run")
     assert model.scale == pack.scale
     path = folder / "train/things/x ray 12.png"
