@@ -41,6 +41,10 @@ def pack(
     beton: bool = False,
     strict: bool = False,
     drop_leaks: bool = False,
+    drop_conflicts: bool = False,
+    relabel: bool = False,
+    image_key: str = "",
+    label_key: str = "",
     max_pixels: int = 0,
     range: str = "auto",
     workers: int = 1,
@@ -71,6 +75,9 @@ def pack(
         task=task,
         imbalance=imbalance,
         together=Together(_path(groups)),
+        relabel=relabel,
+        image_key=image_key,
+        label_key=label_key,
     )
     chosen = PackOptions(
         out=Path(out),
@@ -80,6 +87,7 @@ def pack(
         transcode=transcode,
         strict=strict,
         drop_leaks=drop_leaks,
+        drop_conflicts=drop_conflicts,
         max_pixels=max_pixels or MAX_PIXELS,
         range=range,
     )

@@ -33,8 +33,8 @@ def pack(
     target: Annotated[
         Path | None,
         typer.Option(
-            help="Target training images: class folders, a split file, a folder of shards, or a "
-            "pack."
+            help="Target training images: class folders, a list (split file, CSV, COCO's JSON), "
+            "shards, parquet, what `datasets` saved, or a pack."
         ),
     ] = None,
     auxiliary: Annotated[
@@ -77,12 +77,32 @@ def pack(
         ),
     ] = None,
     root: Annotated[
-        Path | None, typer.Option(help="The folder that the paths of split files start from.")
+        Path | None, typer.Option(help="The folder that the paths of lists start from.")
     ] = None,
     class_names: Annotated[
         Path | None,
         typer.Option(help="For split files: a class name per line, in the order of the labels."),
     ] = None,
+    relabel: Annotated[
+        bool,
+        typer.Option("--relabel", help="Number integer labels anew, where some have no images."),
+    ] = False,
+    image_key: Annotated[
+        str,
+        typer.Option(
+            metavar="KEY",
+            help="Of shards: what follows the key of an image, such as input.jpg; of tables: the "
+            "column of paths or images.",
+        ),
+    ] = "",
+    label_key: Annotated[
+        str,
+        typer.Option(
+            metavar="KEY",
+            help="Of shards: what follows the key of a label, such as label.cls, txt or "
+            "json:FIELD; of tables: the column.",
+        ),
+    ] = "",
     task: Annotated[
         Task | None, typer.Option(help="For cifar100: which long-tailed task to cut out of it.")
     ] = None,
@@ -120,6 +140,13 @@ def pack(
         bool,
         typer.Option(
             "--drop-leaks", help="Leave out training images that are also in val or test."
+        ),
+    ] = False,
+    drop_conflicts: Annotated[
+        bool,
+        typer.Option(
+            "--drop-conflicts",
+            help="Leave out training images that stand under several classes.",
         ),
     ] = False,
     max_pixels: Annotated[
@@ -172,6 +199,9 @@ def pack(
         task=task.value if task else None,
         imbalance=imbalance,
         together=Together(groups),
+        relabel=relabel,
+        image_key=image_key,
+        label_key=label_key,
     )
     if out is None:
         raise UserError("no place to write to: name one with --out PACK")

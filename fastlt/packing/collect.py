@@ -24,6 +24,9 @@ def collect(
     task: str | None = None,
     imbalance: float = 100,
     together: Together | None = None,
+    relabel: bool = False,
+    image_key: str = "",
+    label_key: str = "",
 ) -> Collection:
     """Return the images that the arguments of `fastlt pack` name; messages name them by option.
 
@@ -45,7 +48,16 @@ def collect(
         if task is not None:
             raise UserError(f"--task {task} is for cifar100:DIR, not for --target: leave it out")
         collection = read_collection(
-            target, Path(auxiliary) if auxiliary else None, val, pairs, root, class_names, test
+            target,
+            Path(auxiliary) if auxiliary else None,
+            val,
+            pairs,
+            root,
+            class_names,
+            test,
+            relabel=relabel,
+            image_key=image_key,
+            label_key=label_key,
         )
         if holdout:
             hold_out(collection, holdout, together)
@@ -56,10 +68,10 @@ def collect(
             f"unknown source '{source}': it must be cifar100:DIR; folders are named with --target, "
             "--auxiliary and --val"
         )
-    if target or val or test or pairs or root or class_names:
+    if target or val or test or pairs or root or class_names or relabel or image_key or label_key:
         raise UserError(
-            "--target, --val, --test, --pairs, --root and --class-names do not go with "
-            "cifar100:DIR: leave them out"
+            "--target, --val, --test, --pairs, --root, --class-names, --relabel, --image-key and "
+            "--label-key do not go with cifar100:DIR: leave them out"
         )
     if task not in TASKS:
         raise UserError("cifar100 needs --task cifar100-lt or --task cifar100-siblings")

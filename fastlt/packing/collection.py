@@ -19,6 +19,7 @@ class ImageRef:
     offset: int = 0  # bytes
     size: int = -1  # bytes; -1: to the end of the file
     part: int = -1  # index within a CIFAR strip or archive; -1: not one of those
+    column: str = ""  # of a table whose row `offset` holds the image
 
 
 @dataclass

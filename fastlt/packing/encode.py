@@ -26,6 +26,7 @@ from fastlt.decode.images import (
 from fastlt.decode.region import transcode
 from fastlt.packing.cifar import png_bytes
 from fastlt.packing.collection import ImageRef
+from fastlt.packing.parquet import row_bytes
 
 DEFAULT_QUALITY = 95  # of JPEG, where images are shrunk and no quality is given
 
@@ -73,6 +74,8 @@ def _store_or_reason(ref: ImageRef, settings: ImageSettings) -> Stored | str:
 
 def read_bytes(ref: ImageRef) -> bytes:
     """The encoded image. Raises BadImage where it cannot be read."""
+    if ref.column:
+        return row_bytes(ref.path, ref.column, ref.offset)
     return png_bytes(ref.path, ref.part) if ref.part >= 0 else _read(ref, ref.size)
 
 
@@ -80,7 +83,7 @@ def head_bytes(ref: ImageRef) -> bytes:
     """The first bytes of an encoded image that is no part of a strip, enough to tell its kind.
     Raises BadImage.
     """
-    return _read(ref, HEAD)
+    return read_bytes(ref) if ref.column else _read(ref, HEAD)
 
 
 def _read(ref: ImageRef, size: int) -> bytes:

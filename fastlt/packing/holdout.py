@@ -117,7 +117,8 @@ def named_groups(path: Path, collection: Collection) -> list[list[int]]:
     rows = read_rows(path, ("image", "group"))
     places: defaultdict[str, list[int]] = defaultdict(list)
     for number, ref in enumerate(collection.train):
-        parts = Path(ref.path).parts if ref.part < 0 and ref.size < 0 else (*Path(ref.key).parts,)
+        is_file = ref.part < 0 and ref.size < 0 and not ref.column
+        parts = Path(ref.path if is_file else ref.key).parts
         for start in range(len(parts)):
             places["/".join(parts[start:])].append(number)
     groups: defaultdict[str, list[int]] = defaultdict(list)

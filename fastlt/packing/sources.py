@@ -7,38 +7,23 @@ Nothing is decoded here.
 import csv
 import json
 import os
-import re
-import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from fastlt.classes import pair_ids
-from fastlt.decode.formats import EXTENSIONS, is_image_file
 from fastlt.errors import DataError, UserError
 from fastlt.packing.cifar import read_cifar100
 from fastlt.packing.collection import Collection, ImageRef
-from fastlt.packing.labels import check_single
+from fastlt.packing.folders import is_of_a_system, list_class_folders
+from fastlt.packing.listing import Listing, Reading, children, read_text, relabelled
+from fastlt.packing.lists import list_file
+from fastlt.packing.parquet import is_saved, list_saved, list_tables
 from fastlt.packing.reader import open_pack
+from fastlt.packing.webdataset import list_shards
 
 __all__ = ["Collection", "ImageRef", "read_cifar100", "read_collection", "read_pairs"]
-
-# of a line of a split file, what follows the name of the image
-AFTER_IMAGE = re.compile(rf"(?:{'|'.join(map(re.escape, EXTENSIONS))})\s+(\S.*)$", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Listing:
-    """One of --target, --auxiliary and --val as it stands, its labels still its own."""
-
-    where: Path
-    refs: list[ImageRef]
-    names: dict[int, str]  # by label; empty where the source names none
-    numbered: bool = False  # labels are integers that the user chose, so target and val share them
-    # files that are no images, by extension
-    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def read_collection(
@@ -49,15 +34,22 @@ def read_collection(
     root: Path | None = None,
     class_names: Path | None = None,
     test: Path | None = None,
+    *,
+    relabel: bool = False,
+    image_key: str = "",
+    label_key: str = "",
 ) -> Collection:
     """Return the images and classes of a pack to be.
 
-    Each of target, auxiliary, val and test is a folder of class sub-folders, a split file
-    (`relative/path label` per line, below `root`, by default the split file's folder), or a .tar
-    shard or a folder of them; all but auxiliary may also be a pack, of which the targets of the
-    split of that name are taken. Without `val`, the collection has no validation images yet.
-    `pairs` is a CSV with the header `target,auxiliary`; `class_names` names the integer labels of
-    the targets, one a line. Raises UserError on bad input.
+    Each of target, auxiliary, val and test is a folder of class sub-folders, a list (a split file,
+    a table or COCO's JSON; paths are below `root`, by default the list's folder), a .tar shard, a
+    parquet file, a folder or a pattern of such, or a folder that `datasets` saved; all but
+    auxiliary may also be a pack, of which the targets of the split of that name are taken. Without
+    `val`, the collection has no validation images yet. `pairs` is a CSV with the header
+    `target,auxiliary`; `class_names` names the integer labels of the targets, one a line.
+
+    relabel: labels may have gaps, and are numbered anew. image_key, label_key: of shards what
+    follows a key, of tables the column. Raises UserError on bad input.
     """
     if auxiliary is not None and pairs is None:
         raise UserError(
@@ -69,11 +61,15 @@ def read_collection(
             "--pairs needs --auxiliary: the images of the auxiliary classes that it names"
         )
     given = _read_names(class_names) if class_names else []
+    reading = Reading(root, image_key=image_key, label_key=label_key)
     targets = (
         _list_pack(target, "train")
         if is_pack(target)
-        else _list(target, root, limit=len(given) or None)
+        else _list(target, replace(reading, limit=len(given) or None))
     )
+    order = _order(targets, given) if relabel else []
+    if order:
+        targets, given = _renumbered(targets, order), [given[i] for i in order] if given else []
     if given and not targets.numbered:
         raise UserError(
             f"--class-names is for integer labels, but the classes of {target} have names already: "
@@ -81,18 +77,25 @@ def read_collection(
         )
     target_names = _class_names(targets, given)
     collection = Collection(target_names, targets.refs, [])
-    collection.warnings += _left_out(targets)
+    collection.warnings += targets.warnings()
+    if is_pack(target):
+        collection.scale = open_pack(target).scale
+    limit = None if order else len(target_names)
     for split, place in (("val", val), ("test", test)):
         if place is not None:
             listing = (
                 _list_pack(place, split)
                 if is_pack(place)
-                else _list(place, root, limit=len(target_names), may_be_empty=True)
+                else _list(place, replace(reading, limit=limit, may_be_empty=True))
             )
+            listing = _renumbered(listing, order) if order else listing
             setattr(collection, split, _as_targets(listing, targets, target_names, split))
-            collection.warnings += _left_out(listing)
+            collection.warnings += listing.warnings()
     if auxiliary is not None and pairs is not None:
-        _add_auxiliaries(collection, _list(auxiliary, root), pairs)
+        neighbours = _list(auxiliary, reading)
+        if relabel and neighbours.numbered:
+            neighbours = _renumbered(neighbours, _order(neighbours, []))
+        _add_auxiliaries(collection, neighbours, pairs)
     return collection
 
 
@@ -112,7 +115,7 @@ def _add_auxiliaries(collection: Collection, listing: Listing, pairs: Path) -> N
     ]
     collection.origins = dict.fromkeys(names, os.fsencode(listing.where).decode("utf-8", "replace"))
     _add_card(collection, listing.where / "card.json")
-    collection.warnings += _left_out(listing)
+    collection.warnings += listing.warnings()
 
 
 def _add_card(collection: Collection, file: Path) -> None:
@@ -120,7 +123,7 @@ def _add_card(collection: Collection, file: Path) -> None:
     if not file.is_file():
         return
     try:
-        card = json.loads(_read_text(file))
+        card = json.loads(read_text(file))
         origins = card.pop("origins")
         collection.origins |= {
             name: origin for name, origin in origins.items() if name in collection.origins
@@ -170,7 +173,7 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
     Raises UserError naming file and line.
     """
     try:
-        rows = list(csv.reader(_read_text(file).rstrip().splitlines()))
+        rows = list(csv.reader(read_text(file).rstrip().splitlines()))
     except csv.Error as error:
         raise DataError(f"{file} is not a CSV file: {error}") from error
     header = [cell.strip() for cell in rows[0]] if rows else []
@@ -189,209 +192,93 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
     return [(row[0].strip(), row[1].strip()) for row in rows[1:]]
 
 
-def _list(
-    path: Path, root: Path | None, limit: int | None = None, may_be_empty: bool = False
-) -> Listing:
-    """`limit`: integer labels must be below it.
-
-    `may_be_empty`: a class folder without images is allowed.
-    """
-    if path.is_file() and path.suffix == ".tar":
-        return _list_shards(path, [path], limit)
+def _list(path: Path, reading: Reading) -> Listing:
+    """Return the images of a source, whichever kind it is."""
+    if any(letter in path.name for letter in "*?") and not path.exists():
+        return _list_files(path, sorted(path.parent.glob(path.name)), reading)
     if path.is_file():
-        return _list_split_file(path, root or path.parent, limit)
+        return _list_files(path, [path], reading)
     if not path.is_dir():
-        raise DataError(f"there is no folder or file {path}")
-    children = sorted(child for child in _children(path) if not child.name.startswith("."))
-    classes = [child for child in children if child.is_dir()]
-    shards = [child for child in children if child.suffix == ".tar"]
-    if shards and not classes:
-        return _list_shards(path, shards, limit)
-    if not classes:
+        raise DataError(f"there is no folder or file {path}{_hub_advice(path)}")
+    if is_saved(path):
+        return list_saved(path, reading)
+    found = sorted(child for child in children(path) if not child.name.startswith("."))
+    folders = [child for child in found if child.is_dir()]
+    files = [child for child in found if child.suffix.lower() in CONTAINERS]
+    if files and all(is_of_a_system(folder.name) for folder in folders):
+        return _list_files(path, files, reading)
+    if not folders:
         raise DataError(
-            f"{path} has no class sub-folders and no .tar shards: give a folder with a sub-folder "
-            "of images per class"
+            f"{path} has no class sub-folders, .tar shards or parquet files: give a folder with a "
+            "sub-folder of images per class"
         )
-    return _list_class_folders(path, classes, may_be_empty)
+    return list_class_folders(path, folders, reading)
 
 
-def _list_class_folders(path: Path, classes: list[Path], may_be_empty: bool) -> Listing:
-    refs: list[ImageRef] = []
-    left_out: Counter[str] = Counter()
-    for label, folder in enumerate(classes):
-        if not _is_text(folder.name):
-            raise DataError(
-                f"{path}: the name of class folder {folder.name!a} is not valid UTF-8: rename it"
-            )
-        before = len(refs)
-        for relative in _files_below(folder):
-            if is_image_file(f"{folder}/{relative}"):
-                stem = relative.rpartition(".")[0] or relative
-                refs.append(ImageRef(f"{folder.name}/{stem}", label, f"{folder}/{relative}"))
-            else:
-                left_out[Path(relative).suffix or "without extension"] += 1
-        if len(refs) == before and not may_be_empty:
-            raise DataError(f"the class folder {folder} holds no images: add some or remove it")
-    return Listing(
-        path, refs, {label: folder.name for label, folder in enumerate(classes)}, left_out=left_out
-    )
+CONTAINERS = (".tar", ".parquet", ".arrow")
 
 
-def _files_below(folder: Path) -> Iterator[str]:
-    """Yield paths relative to `folder`, sorted, without what is hidden."""
-    start = len(str(folder)) + 1
-    for parent, folders, files in os.walk(folder, onerror=_cannot_list):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (
-            f"{parent}/{name}"[start:] for name in sorted(files) if not name.startswith(".")
-        )
+def _list_files(where: Path, files: list[Path], reading: Reading) -> Listing:
+    """Return the images of files of one kind."""
+    kinds = {file.suffix.lower() for file in files}
+    if len(kinds) > 1:
+        raise DataError(f"{where} holds files of several kinds, {', '.join(sorted(kinds))}")
+    if not files:
+        raise DataError(f"no file matches {where}")
+    if kinds <= {".tar"}:
+        return list_shards(where, files, reading)
+    if kinds <= {".parquet", ".arrow"}:
+        return list_tables(where, _of_one_split(where, files), reading)
+    if len(files) > 1:
+        raise DataError(f"{where} names several lists: give one")
+    return list_file(files[0], reading)
 
 
-def _list_split_file(file: Path, root: Path, limit: int | None) -> Listing:
-    refs: list[ImageRef] = []
-    lines: list[int] = []
-    for number, line in enumerate(_read_text(file).splitlines(), start=1):
-        if line.strip():
-            relative, label = _split_line(line, f"{file}, line {number}", limit)
-            refs.append(
-                ImageRef(relative.rpartition(".")[0] or relative, label, f"{root}/{relative}")
-            )
-            lines.append(number)
-    if not refs:
-        raise DataError(f"{file} lists no images: every line must be 'relative/path label'")
-    if missing := _first_missing(refs):
-        index, path = missing
+def _of_one_split(where: Path, files: list[Path]) -> list[Path]:
+    """Return parquet files, unless they are named as those of several splits."""
+    splits = {split for file in files if (split := file.name.partition("-")[0]) in SPLIT_NAMES}
+    if len(splits) > 1:
         raise DataError(
-            f"{file}, line {lines[index]}: there is no image {path}: paths are taken below --root, "
-            f"here {root}"
+            f"{where} holds files of several splits, {', '.join(sorted(splits))}: name those of "
+            f"one by a pattern, such as '{where}/train-*.parquet'"
         )
-    return Listing(file, refs, _parent_names(refs), numbered=True)
+    return files
 
 
-def _split_line(line: str, place: str, limit: int | None) -> tuple[str, int]:
-    named = AFTER_IMAGE.search(line)
-    if named is not None:
-        check_single(named[1], place)
-    relative, label = ([*line.rsplit(maxsplit=1), ""])[:2]
-    relative = relative.strip()
-    if not re.fullmatch(r"-?[0-9]+", label):
-        raise DataError(
-            f"{place}: '{line.strip()}' is not of the form 'relative/path label' with an integer "
-            "label"
+SPLIT_NAMES = ("train", "validation", "val", "valid", "dev", "test")
+
+
+def _hub_advice(path: Path) -> str:
+    """What to do where a path looks like the name of a data set of a hub."""
+    parts = path.parts
+    if path.is_absolute() or len(parts) > 2 or path.suffix:
+        return ""
+    return "; a data set of a hub is saved first, with `datasets`: load_dataset(...).save_to_disk"
+
+
+def _order(listing: Listing, given: Sequence[str]) -> list[int]:
+    """Return the integer labels that occur, sorted. UserError where the source has names."""
+    if not listing.numbered:
+        raise UserError(
+            f"--relabel is for integer labels, but the classes of {listing.where} have names: "
+            "leave it out"
         )
-    if relative.startswith("/") or ".." in relative.split("/"):
-        raise DataError(
-            f"{place}: {relative} leaves the root folder: paths must be relative and stay below "
-            "--root"
-        )
-    return relative, _in_range(int(label), place, limit)
+    return sorted({ref.label for ref in listing.refs})
 
 
-def _in_range(label: int, place: str, limit: int | None) -> int:
-    if label < 0:
-        raise DataError(f"{place}: label {label} is out of range: labels start at 0")
-    if limit is not None and label >= limit:
-        raise DataError(
-            f"{place}: label {label} is out of range: there are {limit} target classes, 0 to "
-            f"{limit - 1}"
-        )
-    return label
-
-
-def _first_missing(refs: Sequence[ImageRef]) -> tuple[int, str] | None:
-    """One directory listing per folder instead of one question per file: much faster on network
-    storage.
+def _renumbered(listing: Listing, order: Sequence[int]) -> Listing:
+    """Return a listing whose labels are their places in `order`; classes keep their numbers as
+    names where they have no others.
     """
-    present: dict[str, set[str]] = {}
-    for index, ref in enumerate(refs):
-        parent, _, name = ref.path.rpartition("/")
-        if parent not in present:
-            folder = Path(parent)
-            present[parent] = (
-                {child.name for child in _children(folder)} if folder.is_dir() else set()
-            )
-        if name not in present[parent]:
-            return index, ref.path
-    return None
-
-
-def _parent_names(refs: Iterable[ImageRef]) -> dict[int, str]:
-    """Label -> name of the folder of its images, or nothing where that is not one-to-one."""
-    parents: dict[int, str] = {}
-    for ref in refs:
-        name = ref.path.split("/")[-2]
-        if parents.setdefault(ref.label, name) != name:
-            return {}
-    return parents if len(set(parents.values())) == len(parents) else {}
-
-
-def _list_shards(where: Path, shards: list[Path], limit: int | None) -> Listing:
-    """Return images with their `.cls`, an ASCII integer or a class name; pixels are not read."""
-    found = [(shard, *sample) for shard in shards for sample in _samples(shard)]
-    if not found:
-        raise DataError(f"{where} holds no images")
-    for shard, key, _, text in found:
-        check_single(text, f"{shard}, {key}.cls")
-    numbered = all(re.fullmatch(r"-?[0-9]+", text) for *_, text in found)
-    if numbered:
-        labels = [
-            _in_range(int(text), f"{shard}, {key}.cls", limit) for shard, key, _, text in found
-        ]
-        names = {}
-    else:
-        names = dict(enumerate(sorted({text for *_, text in found})))
-        ids = {name: label for label, name in names.items()}
-        labels = [ids[text] for *_, text in found]
-    refs = [
-        ImageRef(key, label, str(shard), image.offset_data, image.size)
-        for (shard, key, image, _), label in zip(found, labels, strict=True)
-    ]
-    return Listing(where, refs, names, numbered)
-
-
-def _samples(shard: Path) -> list[tuple[str, tarfile.TarInfo, str]]:
-    """(key, image member, text of its .cls) in the order of the shard."""
-    images: dict[str, tarfile.TarInfo] = {}
-    classes: dict[str, str] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = folder + slash + stem
-                if member.isfile() and f".{extension.lower()}" in EXTENSIONS:
-                    images.setdefault(key, member)
-                elif member.isfile() and extension == "cls":
-                    classes[key] = _class_text(tar, member, shard)
-            end = tar.offset
-        with shard.open("rb") as file:  # tarfile takes a cut-off or damaged header for the end
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("it is cut off or damaged")
-    except (OSError, tarfile.TarError) as error:
+    ids = {label: place for place, label in enumerate(order)}
+    if unknown := sorted({ref.label for ref in listing.refs} - ids.keys()):
         raise DataError(
-            f"cannot read the shard {shard} ({error}): it must be a whole, uncompressed tar file"
-        ) from error
-    if unlabelled := next((key for key in images if key not in classes), None):
-        raise DataError(
-            f"{shard}: the image {unlabelled} has no {unlabelled}.cls that names its class"
+            f"{listing.where}: label {unknown[0]} is no class of the training set: --relabel "
+            "numbers its labels alone"
         )
-    return [(key, image, classes[key]) for key, image in images.items()]
-
-
-def _class_text(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> str:
-    content = tar.extractfile(member)
-    data = content.read(1024) if content else b""
-    try:
-        text = data.decode("utf-8").strip()
-    except UnicodeDecodeError:
-        text = ""
-    if not text or not text.isprintable():
-        raise DataError(
-            f"{shard}: {member.name} must hold a class as text, an integer or a name, not "
-            f"{data[:16]!r}"
-        )
-    return text
+    refs = [relabelled(ref, ids[ref.label]) for ref in listing.refs]
+    names = {place: listing.names.get(label, str(label)) for label, place in ids.items()}
+    return replace(listing, refs=refs, names=names)
 
 
 def _class_names(listing: Listing, given: list[str], prefix: str = "") -> list[str]:
@@ -405,7 +292,7 @@ def _class_names(listing: Listing, given: list[str], prefix: str = "") -> list[s
             name = f" ('{given[label]}')" if given else ""
             raise DataError(
                 f"{listing.where}: class {label}{name} has no images: labels must run from 0 to "
-                f"{count - 1} with no gap"
+                f"{count - 1} with no gap; --relabel numbers them anew"
             )
     return given or [listing.names.get(label, f"{prefix}{label}") for label in range(count)]
 
@@ -437,17 +324,8 @@ def _as_targets(
     return [replace(ref, label=ids[validation.names[ref.label]]) for ref in validation.refs]
 
 
-def _left_out(listing: Listing) -> list[str]:
-    if not listing.left_out:
-        return []
-    kinds = ", ".join(f"{times} x {kind}" for kind, times in listing.left_out.most_common(3))
-    return [
-        f"{listing.where}: {listing.left_out.total()} files left out that are no images ({kinds})"
-    ]
-
-
 def _read_names(file: Path) -> list[str]:
-    names = [line.strip() for line in _read_text(file).rstrip().splitlines()]
+    names = [line.strip() for line in read_text(file).rstrip().splitlines()]
     repeated = {name for name, times in Counter(names).items() if times > 1}
     for line, name in enumerate(names, start=1):
         if not name or name in repeated:
@@ -465,33 +343,3 @@ def _read_names(file: Path) -> list[str]:
             f"{file} holds no class names: every line names one class, in the order of the labels"
         )
     return names
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} is not UTF-8 text: {error.reason} at byte {error.start}"
-        ) from error
-
-
-def _children(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError as error:
-        _cannot_list(error)
-
-
-def _cannot_list(error: OSError) -> NoReturn:
-    raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:  # a surrogate: the bytes of the file name are no UTF-8
-        return False
-    return True

@@ -8,18 +8,16 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
-from itertools import combinations, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from fastlt.classes import ClassSpace
 from fastlt.decode.deep import Scale, limits_of
@@ -27,18 +25,21 @@ from fastlt.decode.images import MAX_PIXELS
 from fastlt.decode.region import check_transcoder
 from fastlt.errors import UserError
 from fastlt.packing.collection import Collection, ImageRef
+from fastlt.packing.conflicts import without_conflicts
 from fastlt.packing.depth import AUTO, check_range, find_scale
 from fastlt.packing.encode import ImageSettings, Stored, store_batch
-from fastlt.packing.reader import COLUMNS, FORMAT_VERSION, Split, check_sizes, read_manifest
+from fastlt.packing.packed import WORDS, Packed, described, entries
+from fastlt.packing.reader import FORMAT_VERSION, Split, check_sizes, read_manifest
 from fastlt.packing.shards import ShardWriter, member_keys
+from fastlt.packing.summary import print_summary
 from fastlt.utils.files import sha256_of, whole_file, write_text
 from fastlt.utils.output import whole_output
 from fastlt.utils.pool import OrderedMap, cores, ordered_map
 from fastlt.utils.progress import rated_progress
 
+# what the manifest tells of single images
+LISTED = ("skipped", "first_frames", "leaks", "duplicates", "conflicts")
 BATCH = 16  # images that travel to a worker at a time
-WORDS = {"train": "training", "val": "validation", "test": "test"}
-SHOWN = 3  # examples of what was skipped, on screen; the manifest holds all
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class PackOptions:
     transcode: bool = False
     strict: bool = False  # stop at the first image that cannot be used
     drop_leaks: bool = False  # leave out training images that are in val or test as well
+    drop_conflicts: bool = False  # leave out training images that stand under several classes
     max_pixels: int = MAX_PIXELS  # of one image
     shard_size: int = 256 * 2**20  # bytes
     # of values of more than eight bits, which become black to white: auto, full or LOW,HIGH
@@ -66,25 +68,6 @@ class PackOptions:
 
 # (split, path, workers, advance): writes another file of the images of a split
 WriteBeton = Callable[[Split, Path, int, Callable[[int], None]], None]
-
-
-@dataclass
-class Packed:
-    """What became of one split."""
-
-    rows: list[tuple[int, ...]] = field(default_factory=list)  # one per stored image, as COLUMNS
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # shard name -> size, sha256
-    skipped: list[dict[str, str]] = field(default_factory=list)
-    # images of which the first page or frame was taken
-    first_frames: list[dict[str, Any]] = field(default_factory=list)
-    leaks: list[dict[str, Any]] = field(default_factory=list)
-    # of val and test: sha256 of the source -> key of the first such image
-    digests: dict[bytes, str] = field(default_factory=dict)
-
-    def columns(self) -> dict[str, Any]:
-        """Return the columns of the split's index."""
-        table = np.asarray(self.rows, dtype=np.int64).reshape(-1, len(COLUMNS))
-        return {name: table[:, i].astype(kind) for i, (name, kind) in enumerate(COLUMNS.items())}
 
 
 def write_pack(
@@ -107,7 +90,7 @@ def write_pack(
         space, splits, images = _write_images(collection, options, folder, console)
         _write_tables(options, images, folder, space, splits, console, write_beton)
     seconds = time.perf_counter() - start
-    _print_summary(collection, options, space, splits, seconds, console)
+    print_summary(collection, space, splits, f"pack {options.out}", seconds, console)
     return options.out
 
 
@@ -169,16 +152,19 @@ def _write_images(
     collection: Collection, options: PackOptions, folder: Path, console: Console
 ) -> tuple[ClassSpace, dict[str, Packed], ImageSettings]:
     """Write val and test first, so that train can be compared with them."""
-    refs = {"train": collection.train, "val": collection.val}
-    refs |= {"test": collection.test} if collection.test else {}
-    every_key = iter(member_keys(ref.key for part in refs.values() for ref in part))
-    keys = {name: list(islice(every_key, len(part))) for name, part in refs.items()}
     names = collection.target_names + collection.auxiliary_names
     done: dict[str, Packed] = {}
+    dropped: list[dict[str, Any]] = []
     with (
         ordered_map(options.workers or cores()) as apply,
         rated_progress(console, "images/s") as progress,
     ):
+        if options.drop_conflicts:
+            collection.train, dropped = without_conflicts(collection.train, names, apply)
+        refs = {"train": collection.train, "val": collection.val}
+        refs |= {"test": collection.test} if collection.test else {}
+        every_key = iter(member_keys(ref.key for part in refs.values() for ref in part))
+        keys = {name: list(islice(every_key, len(part))) for name, part in refs.items()}
         images = _image_settings(collection, options, apply)
         task = progress.add_task("packing", total=sum(map(len, refs.values())))
         for name in sorted(refs, key=("val", "test", "train").index):
@@ -189,8 +175,9 @@ def _write_images(
             if not done[name].rows:
                 raise UserError(
                     f"none of the {WORDS[name]} images can be used; the first, "
-                    f"{_described(done[name].skipped[0])}"
+                    f"{described(done[name].skipped[0])}"
                 )
+    done["train"].conflicts = dropped + done["train"].conflicts
     splits = {name: done[name] for name in refs}
     return _class_space(collection, splits["train"], splits["val"]), splits, images
 
@@ -241,14 +228,13 @@ def _write_split(
                 )
                 if options.strict:
                     raise UserError(
-                        f"{_described(packed.skipped[-1])}; mend or remove it, or pack without "
+                        f"{described(packed.skipped[-1])}; mend or remove it, or pack without "
                         "--strict to skip it"
                     )
             elif leaked := _leaks_into(folder.name, key, result, packed, done, options):
                 cause = f"it is a {leaked} image too"
             else:
-                if not is_train:
-                    packed.digests.setdefault(result.digest, key)
+                _note_repeated(packed, folder.name, key, ref, result, names)
                 if result.frames > 1:
                     packed.first_frames.append(
                         {"split": folder.name, "key": key, "path": ref.path}
@@ -269,6 +255,21 @@ def _write_split(
     return packed
 
 
+def _note_repeated(
+    packed: Packed, split: str, key: str, ref: ImageRef, stored: Stored, names: list[str]
+) -> None:
+    """Note where the image was in the split before, under its class or another one."""
+    first, label = packed.digests.setdefault(stored.digest, (key, ref.label))
+    if first == key:
+        return
+    entry = {"split": split, "key": key, "first": first}
+    if label == ref.label:
+        packed.duplicates.append(entry)
+    else:
+        classes = [names[label], names[ref.label]]
+        packed.conflicts.append({**entry, "path": ref.path, "classes": classes, "dropped": False})
+
+
 def _leaks_into(
     split: str,
     key: str,
@@ -285,7 +286,7 @@ def _leaks_into(
     dropped = options.drop_leaks and split == "train"
     for name in found:
         packed.leaks.append(
-            {split: key, name: done[name].digests[stored.digest], "dropped": dropped}
+            {split: key, name: done[name].digests[stored.digest][0], "dropped": dropped}
         )
     return WORDS[found[0]] if found and dropped else None
 
@@ -374,102 +375,10 @@ def _manifest(
         "images": {**asdict(images), "scale": limits_of(images.scale)},
         "files": files,
         "shards": {name: list(packed.files) for name, packed in splits.items()},
-        "skipped": [entry for packed in splits.values() for entry in packed.skipped],
-        "first_frames": [e for packed in splits.values() for e in packed.first_frames],
-        "leaks": [entry for packed in splits.values() for entry in packed.leaks],
+        **{name: entries(splits, name) for name in LISTED},
     }
 
 
 def entry_of(path: Path) -> dict[str, Any]:
     """Return the size and the SHA-256 of a file, as the manifest lists them."""
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _print_summary(
-    collection: Collection,
-    options: PackOptions,
-    space: ClassSpace,
-    splits: dict[str, Packed],
-    seconds: float,
-    console: Console,
-) -> None:
-    images = sum(len(packed.rows) for packed in splits.values())
-    files = [entry for packed in splits.values() for entry in packed.files.values()]
-    megabytes = sum(entry["size"] for entry in files) / 1e6
-    written = [packed for name, packed in splits.items() if name != "train"] + [splits["train"]]
-    skipped = [entry for packed in written for entry in packed.skipped]
-    leaks = [entry for packed in splits.values() for entry in packed.leaks]
-    table = Table(title=f"pack {escape(str(options.out))}", show_header=False, title_justify="left")
-    for name, packed in splits.items():
-        table.add_row(f"{WORDS[name]} images", f"{len(packed.rows):,}")
-    table.add_row("target classes", f"{space.num_targets:,}: " + _groups(space))
-    table.add_row(
-        "auxiliary classes",
-        f"{space.num_auxiliaries:,} in {len(space.pairs):,} pairs"
-        if space.num_auxiliaries
-        else "none",
-    )
-    table.add_row("skipped images", f"{len(skipped):,}")
-    for one, other in combinations(splits, 2):
-        both = [leak for leak in leaks if one in leak and other in leak]
-        left_out = " (left out of train)" if any(leak["dropped"] for leak in both) else ""
-        table.add_row(f"in {one} and {other}", f"{len(both):,}{left_out}")
-    table.add_row("shards", f"{len(files)}, {megabytes:,.1f} MB")
-    table.add_row("time", f"{seconds:,.1f} s, {images / seconds:,.0f} images/s")
-    console.print(table)
-    several = [entry for packed in written for entry in packed.first_frames]
-    for warning in _warnings(collection, options, space, skipped, leaks, several):
-        text = warning.encode(
-            "utf-8", "replace"
-        ).decode()  # a file name need not be UTF-8, a terminal wants it
-        console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
-
-
-def _groups(space: ClassSpace) -> str:
-    return ", ".join(f"{len(classes) or 'no'} {group}" for group, classes in space.groups().items())
-
-
-def _warnings(
-    collection: Collection,
-    options: PackOptions,
-    space: ClassSpace,
-    skipped: list[dict[str, str]],
-    leaks: list[dict[str, Any]],
-    several: list[dict[str, Any]],
-) -> Iterator[str]:
-    yield from collection.warnings
-    if several:
-        yield (
-            f"{len(several)} images have several pages or frames, of which the first was taken: "
-            f"{_some([entry['path'] for entry in several])}"
-        )
-    if unseen := [
-        name for name, count in zip(space.target_names, space.val_counts, strict=True) if not count
-    ]:
-        yield f"{len(unseen)} target classes have no validation images: {_some(unseen)}"
-    paired = {auxiliary for _, auxiliary in space.pairs}
-    if alone := [
-        name for i, name in enumerate(space.auxiliary_names, space.num_targets) if i not in paired
-    ]:
-        yield f"{len(alone)} auxiliary classes neighbour no target: {_some(alone)}"
-    if skipped:
-        yield (
-            f"{len(skipped)} images were skipped (all are in manifest.json): "
-            f"{_some([_described(e) for e in skipped], '; ')}"
-        )
-    for one, other in (("train", "val"), ("train", "test"), ("test", "val")):
-        both = [e for e in leaks if one in e and other in e and not e["dropped"]]
-        pairs = _some([f"{leak[one]} = {leak[other]}" for leak in both])
-        advice = " (--drop-leaks leaves them out)" if one == "train" else ""
-        if both:
-            yield (
-                f"{len(both)} {WORDS[one]} images are {WORDS[other]} images too{advice}: {pairs}"
-            )
-
-
-def _some(items: list[str], separator: str = ", ") -> str:
-    return separator.join(items[:SHOWN]) + (f"{separator}..." if len(items) > SHOWN else "")
-
-
-def _described(skipped: dict[str, str]) -> str:
-    return f"{skipped['path']} ({skipped['key']}): {skipped['reason']}"
