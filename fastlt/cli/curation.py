@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,16 @@ AllowPrivate = Annotated[
 ]
 
 
+Senses = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CSV|first",
+        help="Of targets whose name has several senses: a table target,synset, such as "
+        "CURATED/senses.csv with one line of each, or first for WordNet's most frequent.",
+    ),
+]
+
+
 class Control(str, Enum):
     """The controls that `propose` draws."""
 
@@ -58,6 +69,7 @@ def propose(
             help="random: as many categories, drawn from all of WordNet, as the paper's control."
         ),
     ] = None,
+    senses: Senses = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the prompts and about what they cost; send none."),
@@ -68,7 +80,11 @@ def propose(
     from fastlt.curate.settings import read_settings
 
     run_propose(
-        targets, out, read_settings(out, config, with_control(settings, control)), dry_run, console
+        targets,
+        out,
+        read_settings(out, config, with_options(settings, control, senses)),
+        dry_run,
+        console,
     )
 
 
@@ -110,6 +126,7 @@ def curate_all(
     settings: Settings = None,
     config: SettingsFile = None,
     control: Annotated[Control | None, typer.Option(help="As of `propose`.")] = None,
+    senses: Senses = None,
     allow_private: AllowPrivate = False,
 ) -> None:
     """Propose, retrieve and filter."""
@@ -120,7 +137,7 @@ def curate_all(
         from fastlt.curate.filter import run_filter
         from fastlt.curate.retrieve import run_retrieve
         from fastlt.evaluation.features import open_backbone
-    read = read_settings(out, config, with_control(settings, control), allow_private)
+    read = read_settings(out, config, with_options(settings, control, senses), allow_private)
     open_backbone(read.filter)  # what it lacks is reported now, not after hours of fetching
     with reporting_stops():
         run_propose(Path(pack), out, read, False, console)
@@ -128,6 +145,10 @@ def curate_all(
         run_filter(pack, out, read, console)
 
 
-def with_control(settings: list[str] | None, control: Control | None) -> list[str]:
-    """Return the settings with the control."""
-    return [*(settings or []), *([f"propose.control={control.value}"] if control else [])]
+def with_options(
+    settings: list[str] | None, control: Control | None, senses: str | None
+) -> list[str]:
+    """Return the settings with those that are options of `propose`."""
+    chosen = [f"propose.control={control.value}"] if control else []
+    chosen += [f"propose.synsets={json.dumps(senses)}"] if senses else []
+    return [*(settings or []), *chosen]

@@ -13,12 +13,14 @@ from urllib.parse import urljoin
 
 import aiohttp
 
+from fastlt.curate.opt_outs import AGENT, opted_out, page_opts_out
 from fastlt.curate.public_hosts import Forbidden, PublicResolver, check_url, public_socket
-from fastlt.curate.rate_limits import AGENT, Rates, Robots, opted_out
+from fastlt.curate.rate_limits import Rates, Robots
 from fastlt.curate.settings import RetrieveConfig
 
 REDIRECTS = 5
 ROBOTS_BYTES = 500_000  # RFC 9309 asks for as much
+PAGE_BYTES = 200_000  # of a page, in which its head stands
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 LONGEST_PAUSE = 60.0  # seconds that a host may ask for before the next try
 PIECE = 64 * 1024  # bytes read at a time
@@ -56,6 +58,7 @@ class Fetcher:
         self.session, self.settings = session, settings
         self.rates = Rates(settings.per_host)
         self.robots = Robots(self._robots_text, self.rates)
+        self._pages: dict[str, asyncio.Task[bool]] = {}
         self._slots = asyncio.Semaphore(settings.concurrency)
 
     async def get(
@@ -96,6 +99,30 @@ class Fetcher:
                 raise Refused(f"HTTP {answer.status}")
             return Fetched(answer.data, url)
         raise Refused(f"more than {REDIRECTS} redirects")
+
+    async def page_opts_out(self, url: str) -> bool:
+        """Return whether the page that shows an image asks to be left out of machine learning.
+
+        One that cannot be read says nothing; each is read once.
+        """
+        if url not in self._pages:
+            self._pages[url] = asyncio.create_task(self._page_opts_out(url))
+        return await self._pages[url]
+
+    async def _page_opts_out(self, url: str) -> bool:
+        try:
+            for _ in range(REDIRECTS + 1):
+                host = self._host(url)
+                await self._ask_robots(url)
+                answer = await self._request(url, host, PAGE_BYTES, {}, cut=True)
+                if answer.opted_out:
+                    return True
+                if answer.location is None:
+                    return page_opts_out(answer.data.decode("utf-8", "replace"))
+                url = answer.location
+        except Refused:
+            pass
+        return False
 
     def _host(self, url: str) -> str:
         try:

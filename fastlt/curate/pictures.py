@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from fastlt.curate.fetch import Refused
+from fastlt.curate.opt_outs import image_opts_out
 from fastlt.curate.settings import RetrieveConfig
 from fastlt.decode.formats import FORMATS
 from fastlt.decode.images import BadImage, load, open_image, orientation
@@ -23,6 +24,8 @@ def examine(data: bytes, settings: RetrieveConfig) -> Picture:
     """
     try:
         image = open_image(data, settings.max_pixels)
+        if image_opts_out(image, data):
+            raise Refused("opted out of machine learning by its metadata")
         if min(image.size) < settings.min_side:
             raise Refused("too small")
         if (

@@ -34,6 +34,7 @@ from fastlt.curate.proposals import (
     tail_weighted_limits,
     with_random_names,
 )
+from fastlt.curate.senses import look_up, parts
 from fastlt.curate.settings import CurateConfig, ProposeConfig, keep_settings
 from fastlt.curate.table import write_table
 from fastlt.errors import UserError
@@ -42,7 +43,7 @@ from fastlt.utils.files import whole_file
 from fastlt.utils.lock import alone_in
 from fastlt.utils.names import normalised
 from fastlt.utils.progress import rated_progress
-from fastlt.utils.wordnet import is_id, read_wordnet
+from fastlt.utils.wordnet import read_wordnet
 
 REPLACED = "the random control has another category in its place"
 WITH_WORD = re.compile(r"(n\d{8})[\s,]+(\S.*)")  # a WordNet id and what it is called
@@ -98,7 +99,7 @@ def propose(place: Path, out: Path, config: CurateConfig, console: Console) -> N
     if settings.control == "random":
         neighbours, categories = (
             categories,
-            random_categories(settings, targets, proposed.synonyms, categories),
+            random_categories(settings, targets, proposed.synonyms, categories, out, console),
         )
         replaced = [d._replace(kept=False, reason=REPLACED) if d.kept else d for d in decisions]
         decisions = [
@@ -149,16 +150,17 @@ def read_targets(place: Path) -> list[Target]:
 
 
 def named(settings: ProposeConfig, targets: Sequence[Target]) -> list[Target]:
-    """Return the targets; one named by a WordNet id gets its first word, where WordNet is given."""
-    if not settings.wordnet or not any(is_id(target.name) for target in targets):
-        return list(targets)
-    words = read_wordnet(settings.wordnet)
-    first = {
-        target.name: next(iter(words.lemmas.get(target.name, [])), "")
-        for target in targets
-        if is_id(target.name)
-    }
-    return [replace(target, word=first.get(target.name) or target.word) for target in targets]
+    """Return the targets; one named by a WordNet id gets the word behind it, or where WordNet is
+    given its first one.
+    """
+    ids = {target.name: parts(target.name) for target in targets}
+    words = {name: word for name, (synset, word) in ids.items() if synset and word}
+    if settings.wordnet and any(synset for synset, _ in ids.values()):
+        known = read_wordnet(settings.wordnet)
+        if known.version == "3.0":
+            first = {name: known.lemmas.get(synset, [""])[0] for name, (synset, _) in ids.items()}
+            words |= {name: word for name, word in first.items() if word}
+    return [replace(target, word=words.get(target.name, target.word)) for target in targets]
 
 
 def limits_of(settings: ProposeConfig, targets: Sequence[Target]) -> list[int]:
@@ -184,16 +186,14 @@ def from_wordnet(
     console: Console,
 ) -> Proposed:
     """Return neighbours in WordNet's tree."""
-    words, synsets = wordnet.look_up(settings, targets)
+    words = read_wordnet(settings.wordnet)
+    synsets = look_up(words, targets, settings.synsets, out, console)
     wordnet.check_known(words, targets, synsets)
     embeddings = read_embeddings(settings.embeddings) if settings.embeddings else None
     found = wordnet.propose(words, synsets, settings.reach, settings.rise, embeddings)
     unknown = [target.name for target, synset in zip(targets, synsets, strict=True) if not synset]
     notes = (
-        [
-            f"WordNet does not know {len(unknown)} targets ({few(unknown)}): map them with "
-            "propose.synsets"
-        ]
+        [f"WordNet does not know {len(unknown)} targets ({few(unknown)}): map them with --senses"]
         if unknown
         else []
     )
@@ -248,14 +248,17 @@ def from_llm(
         if failed
         else []
     )
-    return Proposed(synonyms_of(settings, targets), proposals, notes)
+    return Proposed(synonyms_of(settings, targets, out, console), proposals, notes)
 
 
-def synonyms_of(settings: ProposeConfig, targets: Sequence[Target]) -> list[list[str]]:
+def synonyms_of(
+    settings: ProposeConfig, targets: Sequence[Target], out: Path, console: Console
+) -> list[list[str]]:
     """Return the synonyms of each target by WordNet, where it is given to another provider."""
     if not settings.wordnet:
         return [[] for _ in targets]
-    words, synsets = wordnet.look_up(settings, targets)
+    words = read_wordnet(settings.wordnet)
+    synsets = look_up(words, targets, settings.synsets, out, console)
     return [list(words.lemmas.get(synset or "", [])) for synset in synsets]
 
 
@@ -298,7 +301,7 @@ def from_file(
         proposals[numbers[name]].append(
             Proposal(numbers[name], category, "file", query=query, description=description)
         )
-    return Proposed(synonyms_of(settings, targets), proposals)
+    return Proposed(synonyms_of(settings, targets, out, console), proposals)
 
 
 PROVIDERS = {"wordnet": from_wordnet, "llm": from_llm, "file": from_file}
@@ -309,9 +312,12 @@ def random_categories(
     targets: Sequence[Target],
     synonyms: Sequence[Sequence[str]],
     categories: Sequence[Category],
+    out: Path,
+    console: Console,
 ) -> list[Category]:
     """Return as many categories, with as many owners, that have nothing to do with the targets."""
-    words, synsets = wordnet.look_up(settings, targets)
+    words = read_wordnet(settings.wordnet)
+    synsets = look_up(words, targets, settings.synsets, out, Console(quiet=True))
     taken = {normalised(word) for word in chain((target.name for target in targets), *synonyms)}
     pool = wordnet.pool(
         words, synsets, taken | {normalised(category.name) for category in categories}

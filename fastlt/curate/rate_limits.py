@@ -1,15 +1,14 @@
-"""The limits of hosts: a rate, their robots.txt, and their word on machine learning."""
+"""The limits of hosts: a rate, and their robots.txt."""
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 from protego import Protego
 
-AGENT = "fastlt"
-OPT_OUTS = {"noai", "noimageai"}  # of X-Robots-Tag
-RULES_WITH_VALUES = {"max-image-preview", "max-snippet", "max-video-preview", "unavailable_after"}
+from fastlt.curate.opt_outs import AGENT
+
 MOST_DELAY = 30.0  # seconds that a robots.txt may ask for between two requests
 
 
@@ -78,23 +77,3 @@ class Robots:
                 self._rates.interval[host], min(float(delay), MOST_DELAY)
             )
         return rules
-
-
-def opted_out(tags: Iterable[str]) -> bool:
-    """Return whether a host wants its images out of machine learning.
-
-    tags: values of X-Robots-Tag: rules, separated by commas, those after `agent:` for that agent
-    alone.
-    """
-    for tag in tags:
-        agent = ""
-        for part in tag.split(","):
-            name, colon, rule = part.partition(":")
-            if colon and name.strip().lower() not in RULES_WITH_VALUES:
-                agent = name.strip().lower()
-            elif colon:
-                continue
-            word = (rule if colon else part).strip().lower()
-            if word in OPT_OUTS and agent in ("", "*", AGENT):
-                return True
-    return False

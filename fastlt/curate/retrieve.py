@@ -255,6 +255,8 @@ async def fetch(candidate: Candidate, fetcher: Fetcher) -> Found:
             "",
         )
     else:
+        if settings.ask_pages and candidate.page and await fetcher.page_opts_out(candidate.page):
+            raise Refused("opted out of machine learning by its page")
         data, url = await fetcher.get(candidate.place, settings.max_bytes)
     return Found(data, await asyncio.to_thread(examine, data, settings), url)
 

@@ -34,9 +34,11 @@ class ProposeConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the random control."""
     wordnet: str = ""
-    """For wordnet: a folder with its tables, or wn:omw-en:1.4, data of the library wn."""
+    """For wordnet: a folder with Princeton's data.noun, such as /usr/share/wordnet, or with tables,
+    a file in XML such as Open English WordNet's, or wn:omw-en:1.4, data of the library wn."""
     synsets: str = ""
-    """For wordnet: a CSV target,synset for targets whose name says too little."""
+    """For wordnet: a CSV target,synset for targets whose name has several senses or none, or first
+    for WordNet's most frequent sense of each (--senses)."""
     reach: Annotated[int, Field(ge=1, le=20)] = 4
     """For wordnet: edges of the tree between a target and its neighbours, at most."""
     rise: Count = 2
@@ -91,6 +93,8 @@ class RetrieveConfig(Section):
     """An address or page by which hosts can reach you, as part of the user agent."""
     allow_private: bool = False
     """Fetch from addresses of private networks and of this machine too."""
+    ask_pages: bool = True
+    """Read the page that shows an image too, which may opt out of machine learning."""
     per_host: Annotated[float, Field(gt=0)] = 5.0
     """Requests a second to one host."""
     concurrency: Several = 32

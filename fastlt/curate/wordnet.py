@@ -4,45 +4,14 @@ Neighbours of a target are its hyponyms and, over its parents, siblings and thei
 first. What contains a target (a hypernym) is no neighbour: its images would be the target's.
 """
 
-import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 from fastlt.config import did_you_mean
 from fastlt.curate.proposals import Category, Proposal, Target
-from fastlt.curate.settings import ProposeConfig
 from fastlt.errors import UserError
 from fastlt.utils.embeddings import Embeddings
 from fastlt.utils.names import normalised
-from fastlt.utils.wordnet import WordNet, find_synsets, is_id, read_wordnet
-
-
-def look_up(settings: ProposeConfig, targets: Sequence[Target]) -> tuple[WordNet, list[str | None]]:
-    """Return WordNet, and the synset of each target, None where it does not know it."""
-    wordnet = read_wordnet(settings.wordnet)
-    mapping = read_mapping(Path(settings.synsets), targets) if settings.synsets else {}
-    return wordnet, find_synsets(wordnet, [target.name for target in targets], mapping)
-
-
-def read_mapping(file: Path, targets: Sequence[Target]) -> dict[str, str]:
-    """Return the synset of targets that a CSV with the header `target,synset` names."""
-    try:
-        rows = list(csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
-    names = {target.name for target in targets}
-    mapping = {}
-    for number, row in enumerate(rows, start=2):
-        target, synset = row.get("target") or "", row.get("synset") or ""
-        if not is_id(synset) or target not in names:
-            wrong = (
-                f"'{synset}' is no WordNet id"
-                if target in names
-                else f"there is no target '{target}'"
-            )
-            raise UserError(f"{file}, line {number}: {wrong}; the header must be target,synset")
-        mapping[target] = synset
-    return mapping
+from fastlt.utils.wordnet import WordNet
 
 
 def check_known(wordnet: WordNet, targets: Sequence[Target], synsets: Sequence[str | None]) -> None:
@@ -52,8 +21,7 @@ def check_known(wordnet: WordNet, targets: Sequence[Target], synsets: Sequence[s
     first = targets[0].name
     near = did_you_mean(normalised(first), list(wordnet.senses))
     raise UserError(
-        f"WordNet knows none of the targets, not even '{first}'{near}: map them with "
-        "propose.synsets"
+        f"WordNet knows none of the targets, not even '{first}'{near}: map them with --senses"
     )
 
 

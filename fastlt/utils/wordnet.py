@@ -5,15 +5,17 @@ A class is a synset with an id as ImageNet's, `n02124075`.
 
 import re
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from fastlt.errors import UserError
 from fastlt.utils.names import normalised
+from fastlt.utils.wordnet_files import NOUNS, XML, Synsets, read_lmf, read_princeton
 
 WNID = re.compile(r"n\d{8}")
+OF_PRINCETON = ("omw-en", "pwn")  # lexicons whose ids hold offsets of WordNet 3.0
 EDGES, LEMMAS, DEFINITIONS = "*wordnet*parent-child*", "*synset*lemma*", "*synset*definition*"
 
 
@@ -27,6 +29,11 @@ class WordNet:
     lemmas: Mapping[str, Sequence[str]]
     parents: Mapping[str, Sequence[str]]
     definitions: Mapping[str, str] = field(default_factory=dict)
+    version: str = "3.0"  # of Princeton's, whose 3.0 has ImageNet's ids
+    # persons, places and such: no classes
+    individuals: Collection[str] = frozenset()
+    # of a word in lower case, its senses, the most frequent first
+    order: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @cached_property
     def children(self) -> Mapping[str, list[str]]:
@@ -55,22 +62,37 @@ class WordNet:
         return _walk(synset, lambda of: self.children.get(of, ()), depth)
 
     def find(self, name: str) -> str | None:
-        """Return the synset of an id or a name, None where there is none.
+        """Return the first of the meanings of a name, None where there is none."""
+        return next(iter(self.meanings(name)), None)
 
-        Of several, that where the name is the first lemma, then the one with most hyponyms.
-        `maple tree` is found as `maple` too, which is a kind of `tree`.
+    def meanings(self, name: str) -> list[str]:
+        """Return the synsets that an id or a name may mean, the likeliest first.
+
+        That is the most frequent, where that is known, or that where the name is the first lemma,
+        then the one with most hyponyms. `maple tree` is found as `maple` too, which is a kind of
+        `tree`. Individuals are no classes.
         """
         if WNID.fullmatch(name):
-            return name if name in self.lemmas else None
+            return [name] if name in self.lemmas else []
         word = normalised(name)
-        if found := self.senses.get(word):
-            return min(found, key=lambda sense: (sense[0], -len(self.below(sense[1])), sense[1]))[1]
-        rest, _, kind = word.rpartition(" ")
-        kinds = {synset for _, synset in self.senses.get(kind, ())}
-        found = [
-            sense for sense in self.senses.get(rest, ()) if kinds.intersection(self.above(sense[1]))
-        ]
-        return min(found, key=lambda sense: (sense[0], sense[1]))[1] if found else None
+        found = self.senses.get(word, ())
+        if not found:
+            rest, _, kind = word.rpartition(" ")
+            kinds = {synset for _, synset in self.senses.get(kind, ())}
+            found = [
+                sense
+                for sense in self.senses.get(rest, ())
+                if kinds.intersection(self.above(sense[1]))
+            ]
+        ranks = {synset: rank for rank, synset in enumerate(self.order.get(word, ()))}
+        places: dict[str, int] = {}
+        for place, synset in found:
+            if synset not in self.individuals:
+                places[synset] = min(place, places.get(synset, place))
+        return sorted(
+            places,
+            key=lambda of: (ranks.get(of, len(ranks)), places[of], -len(self.below(of)), of),
+        )
 
     def query(self, synset: str) -> str:
         """Return the name, with that of a hypernym where it alone has several meanings.
@@ -99,18 +121,9 @@ def _walk(
     return distances
 
 
-def find_synsets(
-    wordnet: WordNet, names: Sequence[str], mapping: Mapping[str, str] | None = None
-) -> list[str | None]:
-    """Return the synset of each name, None where WordNet does not know it.
-
-    mapping: name -> synset, for names that say too little. Raises UserError where a mapping names a
-    synset that is not there.
-    """
-    for name, synset in (mapping or {}).items():
-        if synset not in wordnet.lemmas:
-            raise UserError(f"WordNet's tables have no {synset}, to which '{name}' is mapped")
-    return [(mapping or {}).get(name) or wordnet.find(name) for name in names]
+def find_synsets(wordnet: WordNet, names: Sequence[str]) -> list[str | None]:
+    """Return the first meaning of each name, None where WordNet does not know it."""
+    return [wordnet.find(name) for name in names]
 
 
 # --- reading
@@ -122,7 +135,8 @@ def is_id(name: str) -> bool:
 
 
 def read_wordnet(place: str) -> WordNet:
-    """Return the WordNet of a place: a folder with tables, or `wn:LEXICON`, data of `wn`.
+    """Return the WordNet of a place: a folder with Princeton's `data.noun` or with tables, a file
+    in XML such as Open English WordNet's, or `wn:LEXICON`, data of the library `wn`.
 
     Raises UserError where there is none.
     """
@@ -130,11 +144,30 @@ def read_wordnet(place: str) -> WordNet:
         return read_wn(place.removeprefix("wn:"))
     if not place:
         raise UserError(
-            "WordNet is needed: set propose.wordnet to a folder with its tables, or to "
-            "wn:omw-en:1.4, "
-            "the data of the library wn (`pip install wn` and `python -m wn download omw-en:1.4`)"
+            "WordNet is needed: set propose.wordnet to a folder with its data.noun, such as "
+            "/usr/share/wordnet of Debian's wordnet-base, to Open English WordNet's XML, or to "
+            "wn:omw-en:1.4, data of the library wn (`python -m wn download omw-en:1.4`)"
         )
-    return read_tables(Path(place))
+    path = Path(place)
+    if path.name == NOUNS:
+        path = path.parent
+    if (path / NOUNS).is_file():
+        return of_synsets(read_princeton(path))
+    if path.is_file() and path.name.endswith(XML):
+        return of_synsets(read_lmf(path))
+    return read_tables(path)
+
+
+def of_synsets(found: Synsets) -> WordNet:
+    """Return what a file holds as a WordNet."""
+    return WordNet(
+        found.lemmas,
+        found.parents,
+        found.definitions,
+        found.version,
+        frozenset(found.individuals),
+        found.order,
+    )
 
 
 def read_tables(folder: Path) -> WordNet:
@@ -145,7 +178,10 @@ def read_tables(folder: Path) -> WordNet:
     `imagenet_synset_to_lemma.txt`.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder} with the tables of WordNet")
+        raise UserError(
+            f"there is no WordNet at {folder}: name a folder with data.noun or with tables, or a "
+            "file in XML"
+        )
     lemmas = {synset: text.split(", ") for synset, text in _pairs(_file(folder, LEMMAS), "\t")}
     parents: dict[str, list[str]] = defaultdict(list)
     for parent, child in _pairs(_file(folder, EDGES), " "):
@@ -177,7 +213,10 @@ def _pairs(file: Path, separator: str) -> Iterator[tuple[str, str]]:
 
 
 def read_wn(lexicon: str) -> WordNet:
-    """Return the nouns of a lexicon whose ids hold offsets of WordNet 3.0, as omw-en:1.4's do."""
+    """Return the nouns of a lexicon of the library `wn`.
+
+    Those of omw-en hold the ids of WordNet 3.0; others keep their own.
+    """
     try:
         import wn
     except ImportError as error:
@@ -188,19 +227,21 @@ def read_wn(lexicon: str) -> WordNet:
         raise UserError(
             f"wn has no lexicon {lexicon} ({error}): `python -m wn download {lexicon}` fetches it"
         ) from error
-    ids = {
-        synset.id: f"n{number[0]}"
-        for synset in synsets
-        if (number := re.findall(r"\d{8}", synset.id))
-    }
-    named = [synset for synset in synsets if synset.id in ids]
-    if not named:
-        raise UserError(f"the synsets of {lexicon} have no WordNet 3.0 offsets: use omw-en:1.4")
+    version = "3.0" if lexicon.partition(":")[0] in OF_PRINCETON else lexicon
+    ids = {synset.id: own_id(synset.id, version) for synset in synsets}
     return WordNet(
-        {ids[synset.id]: synset.lemmas() for synset in named},
+        {ids[synset.id]: synset.lemmas() for synset in synsets},
         {
             ids[synset.id]: [ids[up.id] for up in synset.hypernyms() if up.id in ids]
-            for synset in named
+            for synset in synsets
         },
-        {ids[synset.id]: synset.definition() or "" for synset in named},
+        {ids[synset.id]: synset.definition() or "" for synset in synsets},
+        version,
+        frozenset(ids[synset.id] for synset in synsets if synset.get_related("instance_hypernym")),
     )
+
+
+def own_id(synset: str, version: str) -> str:
+    """Return ImageNet's id of a synset of WordNet 3.0, and others as they are."""
+    offset = re.search(r"\d{8}", synset) if version == "3.0" else None
+    return f"n{offset[0]}" if offset else synset

@@ -1,32 +1,10 @@
-"""robots.txt, opt-outs and rates."""
+"""robots.txt and rates."""
 
 import asyncio
 
 import pytest
 
-from fastlt.curate.rate_limits import MOST_DELAY, Rates, Robots, opted_out
-
-
-@pytest.mark.parametrize(
-    ("tags", "refused"),
-    [
-        ([], False),
-        (["noindex, nofollow"], False),
-        (["noai"], True),
-        (["noindex, NoImageAI"], True),
-        (["noindex", "noai"], True),
-        (["fastlt: noai"], True),
-        (["otherbot: noai"], False),
-        (["*: noimageai"], True),
-        (["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"], True),
-        (["max-image-preview:large, noai"], True),
-        (["noai, max-snippet:10"], True),
-        (["otherbot: noindex, noai"], False),
-        (["otherbot: noindex, fastlt: noai"], True),
-    ],
-)
-def test_opt_outs(tags, refused):
-    assert opted_out(tags) == refused
+from fastlt.curate.rate_limits import MOST_DELAY, Rates, Robots
 
 
 def allowed(status, text, *urls):

@@ -82,12 +82,12 @@ def rows(out):
     ]
 
 
-def from_urls(out, *places, category="liger", **settings):
+def from_urls(out, *places, category="liger", page="", **settings):
     propose(out, category)
     with (out / "urls.csv").open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["category", "url", "licence", "author"])
-        table.writerows([category, place, "CC BY 4.0", "A. Person"] for place in places)
+        table.writerow(["category", "url", "licence", "author", "page"])
+        table.writerows([category, place, "CC BY 4.0", "A. Person", page] for place in places)
     return retrieved(out, sources=["urls"], urls=str(out / "urls.csv"), **settings)
 
 
@@ -98,6 +98,27 @@ def fetched_bytes(out, row) -> bytes:
 
 
 # --- what is fetched
+
+
+def test_pages_that_opt_out_are_honoured_and_read_once(web: Web, tmp_path):
+    places = [web.file(f"/{i}.jpg", picture(i)) for i in range(3)]
+    page = web.file("/gallery", b'<meta name="robots" content="noai">', "text/html")
+    moved = web.status("/old", 302, Location="/gallery")
+    for number, (shown_at, settings, is_refused) in enumerate(
+        [
+            (page, {}, True),
+            (moved, {}, True),
+            (web.file("/open", b"<html>", "text/html"), {}, False),
+            (web.status("/away", 404), {}, False),
+            (web.file("/head", b"", "text/html", X_Robots_Tag="noml"), {}, True),
+            (page, {"ask_pages": False}, False),
+        ]
+    ):
+        before = web.asked["/gallery"]
+        _, found = from_urls(tmp_path / str(number), *places, page=shown_at, **settings)
+        reasons = {row.get("reason") for row in found.values()}
+        assert reasons == {"opted out of machine learning by its page" if is_refused else None}
+        assert web.asked["/gallery"] - before <= 1
 
 
 def test_what_strangers_send_loses_nothing(web: Web, tmp_path):

@@ -1,6 +1,7 @@
 """The tree of a few synsets, and the real one on the names of ImageNet and CIFAR-100."""
 
 import csv
+import gzip
 import json
 import statistics
 from collections import Counter
@@ -12,7 +13,7 @@ from rich.console import Console
 from fastlt.curate.proposals import Target
 from fastlt.curate.propose import run_propose
 from fastlt.curate.settings import CurateConfig
-from fastlt.curate.wordnet import check_known, pool, propose, read_mapping, within
+from fastlt.curate.wordnet import check_known, pool, propose, within
 from fastlt.errors import UserError
 from fastlt.utils.embeddings import Embeddings, read_embeddings
 from fastlt.utils.names import normalised
@@ -119,20 +120,7 @@ def test_names_are_found_by_their_first_meaning(small):
     )
 
 
-def test_a_mapping_goes_before_names_and_is_checked(small, tmp_path):
-    names = ["crane", "owl"]
-    targets = [Target(name) for name in names]
-    file = tmp_path / "synsets.csv"
-    file.write_text(f"target,synset\ncrane,{ID[8]}\n")
-    assert find_synsets(small, names, read_mapping(file, targets)) == [ID[8], ID[4]]
-    for text, said in (
-        (f"target,synset\nkrane,{ID[8]}\n", "line 2: there is no target 'krane'"),
-        ("target,synset\nowl,owl.n.01\n", "'owl.n.01' is no WordNet id"),
-        ("target,synset\nowl,n77777777\n", "have no n77777777, to which 'owl' is mapped"),
-    ):
-        file.write_text(text)
-        with pytest.raises(UserError, match=said):
-            find_synsets(small, names, read_mapping(file, targets))
+def test_where_no_target_is_known_that_is_an_error(small):
     with pytest.raises(
         UserError, match="knows none of the targets, not even 'oowl', did you mean 'owl'"
     ):
@@ -146,7 +134,7 @@ def test_a_random_pool_has_neither_targets_nor_what_is_below_them(small):
 def test_damaged_tables_are_named(folder, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="there is no WordNet at"):
         read_wordnet(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"no file named like \*synset\*lemma\*"):
         read_wordnet(str(empty))
@@ -192,13 +180,19 @@ def test_a_lexicon_of_the_library_wn(tmp_path, small):
     wn.config.data_directory = tmp_path / "data"
     wn.add(tmp_path / "tiny.xml", progress_handler=None)
     found = read_wordnet("wn:tiny:1")
-    assert {key: list(words) for key, words in found.lemmas.items()} == {
-        key: list(words) for key, words in small.lemmas.items()
-    }
-    assert {key: set(up) for key, up in found.parents.items() if up} == {
-        key: set(up) for key, up in small.parents.items()
-    }
-    assert found.definitions[ID[9]] == "what barn owl is"
+    of_file = read_wordnet(str(tmp_path / "tiny.xml"))
+    packed = tmp_path / "tiny.xml.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "tiny.xml").read_bytes()))
+    # ids of other lexicons than Princeton's 3.0 are not ImageNet's
+    own = {one: f"tiny-{one[1:]}-n" for one in ID}
+    for read in (found, of_file, read_wordnet(str(packed))):
+        assert {key: list(words) for key, words in read.lemmas.items()} == {
+            own[key]: list(words) for key, words in small.lemmas.items()
+        }
+        assert {key: set(up) for key, up in read.parents.items() if up} == {
+            own[key]: {own[of] for of in up} for key, up in small.parents.items()
+        }
+        assert read.definitions[own[ID[9]]] == "what barn owl is" and read.version != "3.0"
     with pytest.raises(UserError, match=r"wn has no lexicon omw-en:1\.4"):
         read_wordnet("wn:omw-en:1.4")
 
@@ -283,6 +277,7 @@ def test_cifars_names_get_neighbours(shared_data, real, tmp_path):
     settings = {
         "wordnet": str(labels),
         "embeddings": f"{labels}/cifar100/class_embeddings.npz:glove",
+        "synsets": "first",
     }
     console = Console(record=True, width=200)
     run_propose(

@@ -141,7 +141,7 @@ def test_the_page_of_predictions_shows_a_class_alone(
     browser: Any, hostile: Path, image_folders: Path, tmp_path: Path
 ) -> None:
     file, model = tmp_path / "predictions.html", load_model(hostile, "cpu")
-    with open_sheet(file) as add:
+    with open_sheet(file, {}) as add:
         for found in model.stream(image_folders / "val", model.answers(top=2, threshold=0.6)):
             assert isinstance(found, Prediction)
             add(found)
