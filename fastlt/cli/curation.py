@@ -41,7 +41,7 @@ Senses = Annotated[
     typer.Option(
         metavar="CSV|first",
         help="Of targets whose name has several senses: a table target,synset, such as "
-        "CURATED/senses.csv with one line of each, or first for WordNet's most frequent.",
+        "CURATED/senses.csv with one line of each, or first for the first in WordNet's order.",
     ),
 ]
 

@@ -44,9 +44,10 @@ def look_up(
 ) -> list[str | None]:
     """Return the synset of each target, None where WordNet does not know it.
 
-    option: a CSV with the columns target,synset, `first` for WordNet's most frequent sense, or
-    empty. What it leaves open is asked in a terminal. OUT/senses.csv says what was taken. Raises
-    UserError where senses are open and nobody can be asked, or a table is wrong.
+    option: a CSV with the columns target,synset, `first` for the first in WordNet's order (the
+    most frequent), or where that is not known the likeliest by its words, or empty. What it leaves
+    open is asked in a terminal. OUT/senses.csv says what was taken. Raises UserError where senses
+    are open and nobody can be asked, or a table is wrong.
     """
     kept = out / FILE
     settled = {}
@@ -64,7 +65,7 @@ def look_up(
     if wanted and any(len(senses) > 1 for senses in found):
         raise UserError(
             f"{len(wanted)} targets have several senses, such as '{wanted[0].name}': {kept} lists "
-            "them; keep one line of each and run this again, or take WordNet's most frequent with "
+            "them; keep one line of each and run this again, or take the first of each with "
             "--senses first"
         )
     say(wordnet, targets, [senses[0] for senses in found], console)
@@ -82,8 +83,9 @@ def sense_of(
         return [by_id(wordnet, synset, words or target.word)]
     if synset and not (words := words or target.word):
         raise UserError(
-            f"'{target.name}' is an id of WordNet 3.0, but this WordNet is {wordnet.version}, "
-            "whose ids are others: name the class, or take WordNet 3.0"
+            f"'{target.name}' is an id of WordNet 3.0, but this WordNet is "
+            f"{wordnet.version or 'of an unknown version'}, whose ids are others: name the class, "
+            "or take WordNet 3.0"
         )
     for name, by in spellings(words):
         if meanings := wordnet.meanings(name):

@@ -38,7 +38,7 @@ class ProposeConfig(Section):
     a file in XML such as Open English WordNet's, or wn:omw-en:1.4, data of the library wn."""
     synsets: str = ""
     """For wordnet: a CSV target,synset for targets whose name has several senses or none, or first
-    for WordNet's most frequent sense of each (--senses)."""
+    for the first sense of each in WordNet's order (--senses)."""
     reach: Annotated[int, Field(ge=1, le=20)] = 4
     """For wordnet: edges of the tree between a target and its neighbours, at most."""
     rise: Count = 2

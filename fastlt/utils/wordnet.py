@@ -15,7 +15,7 @@ from fastlt.utils.names import normalised
 from fastlt.utils.wordnet_files import NOUNS, XML, Synsets, read_lmf, read_princeton
 
 WNID = re.compile(r"n\d{8}")
-OF_PRINCETON = ("omw-en", "pwn")  # lexicons whose ids hold offsets of WordNet 3.0
+OF_PRINCETON = ("omw-en:", "pwn:3.0")  # what lexicons are called whose ids are of WordNet 3.0
 EDGES, LEMMAS, DEFINITIONS = "*wordnet*parent-child*", "*synset*lemma*", "*synset*definition*"
 
 
@@ -227,7 +227,7 @@ def read_wn(lexicon: str) -> WordNet:
         raise UserError(
             f"wn has no lexicon {lexicon} ({error}): `python -m wn download {lexicon}` fetches it"
         ) from error
-    version = "3.0" if lexicon.partition(":")[0] in OF_PRINCETON else lexicon
+    version = "3.0" if f"{lexicon}:".startswith(OF_PRINCETON) else lexicon
     ids = {synset.id: own_id(synset.id, version) for synset in synsets}
     return WordNet(
         {ids[synset.id]: synset.lemmas() for synset in synsets},

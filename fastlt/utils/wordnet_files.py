@@ -21,7 +21,7 @@ XML = (".xml", ".xml.gz")
 class Synsets(NamedTuple):
     """The nouns of a file; synsets by their ids."""
 
-    version: str  # 3.0 where ids are ImageNet's
+    version: str  # 3.0 where ids are ImageNet's; empty where the file does not say
     lemmas: dict[str, list[str]]
     parents: dict[str, list[str]]
     definitions: dict[str, str]
@@ -49,19 +49,38 @@ def read_princeton(folder: Path) -> Synsets:
     if not found.lemmas:
         raise UserError(f"{folder / NOUNS} holds no synsets")
     if (folder / INDEX).is_file():
-        for line in _lines(folder / INDEX):
-            word, *fields = line.split()
-            if not line.startswith("  ") and fields:
-                count = int(fields[1])
-                found.order[word.replace("_", " ")] = [f"n{offset}" for offset in fields[-count:]]
+        _add_order(found, folder / INDEX)
     return found
+
+
+def _add_order(found: Synsets, index: Path) -> None:
+    """The senses of words, the most frequent first, of `index.noun`."""
+    for number, line in enumerate(_lines(index), start=1):
+        word, *fields = line.split()
+        if line.startswith("  ") or not fields:
+            continue
+        count = int(fields[1]) if fields[1:2] and fields[1].isdigit() else 0
+        senses = [_id(found.version, offset) for offset in fields[-count:]] if count else []
+        if not senses or not all(sense in found.lemmas for sense in senses):
+            raise UserError(
+                f"{index}, line {number}: it names synsets that {NOUNS} beside it does not have: "
+                "both must be of one WordNet"
+            )
+        found.order[word.replace("_", " ")] = senses
+
+
+def _id(version: str, offset: str) -> str:
+    """A synset's id: ImageNet's of WordNet 3.0; of others, whose numbers mean other synsets, one
+    that cannot be taken for it.
+    """
+    return f"n{offset}" if version == "3.0" else f"wn{version.replace('.', '')}-n{offset}"
 
 
 def _add_noun(found: Synsets, line: str) -> None:
     """`offset file type words word id ... pointers symbol offset type ... | gloss`."""
     data, _, gloss = line.partition(" | ")
     fields = data.split()
-    synset, count = f"n{fields[0]}", int(fields[3], 16)
+    synset, count = _id(found.version, fields[0]), int(fields[3], 16)
     if len(fields[0]) != 8 or count < 1:
         raise ValueError(fields[0])
     words = fields[4 : 4 + 2 * count : 2]
@@ -72,7 +91,7 @@ def _add_noun(found: Synsets, line: str) -> None:
     for place in range(1, 4 * int(pointers[0]), 4):
         symbol, offset, kind, _ = pointers[place : place + 4]
         if symbol in (PARENT, INSTANCE_OF) and kind == NOUN:
-            parents.append(f"n{offset}")
+            parents.append(_id(found.version, offset))
         if symbol == INSTANCE_OF:
             found.individuals.add(synset)
     found.parents[synset] = parents

@@ -110,10 +110,23 @@ def test_an_id_that_is_called_otherwise_is_told(words, ids):
 def test_ids_of_3_0_are_not_taken_for_those_of_another_version(tmp_path):
     ids = write_princeton(tmp_path / "newer", "3.1")
     words = read_wordnet(str(tmp_path / "newer"))
+    assert all(one.startswith("wn31-n") for one in words.lemmas)
+    of_imagenet = ids[7].removeprefix("wn31-")  # stands for something else there
     with pytest.raises(UserError, match=r"is an id of WordNet 3\.0, but this WordNet is 3\.1"):
-        found(words, tmp_path / "out", ids[7])
+        found(words, tmp_path / "out", of_imagenet)
     # by its name, whatever stands at the place of the id
-    assert found(words, tmp_path / "out", f"{ids[7]}_barn_owl") == [ids[8]]
+    assert found(words, tmp_path / "out", f"{of_imagenet}_barn_owl") == [ids[8]]
+    table = tmp_path / "mine.csv"
+    table.write_text(f"target,synset\nowl,{of_imagenet}\n")
+    with pytest.raises(UserError, match="this WordNet has no synset"):
+        found(words, tmp_path / "out", "owl", option=str(table))
+
+
+def test_an_index_of_another_wordnet_is_refused(tmp_path, ids):
+    index = tmp_path / "wordnet/index.noun"
+    index.write_text(index.read_text() + "owl n 1 1 @ 1 1 12345678  \n")
+    with pytest.raises(UserError, match=r"index\.noun, line 3: it names synsets that data\.noun"):
+        read_wordnet(str(tmp_path / "wordnet"))
 
 
 def test_several_senses_are_never_guessed(tmp_path, words, ids):

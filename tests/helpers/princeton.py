@@ -39,7 +39,8 @@ def write_princeton(folder: Path, version: str = "3.0") -> list[str]:
         for word, senses in FREQUENCY.items()
     ]
     (folder / "index.noun").write_text(head + "".join(f"{row}  \n" for row in rows))
-    return [f"n{offset:08d}" for offset in offsets]
+    start = "n" if version == "3.0" else f"wn{version.replace('.', '')}-n"
+    return [f"{start}{offset:08d}" for offset in offsets]
 
 
 def _line(number: int, offsets: list[int]) -> str:
