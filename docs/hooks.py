@@ -118,12 +118,24 @@ def table(section: str, fields: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of a table of keys, with type, default and meaning."""
     yield "| key | type | default | meaning |"
     yield "|---|---|---|---|"
-    for key, field in fields.items():
+    for key, field in flat_fields(section, fields):
         name = f"{section}.{key}" if section else key
         kind, meaning = cell(type_of(field, "`")), cell(field.description or "")
         if name in NAMED:
             meaning += f" One of {', '.join(f'`{one}`' for one in NAMED[name]())}."
         yield f"| `{name}` | {kind} | {default_cell(field)} | {meaning} |"
+
+
+def flat_fields(section: str, fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys of a section and of the tables within it, as `adapter.rank`."""
+    from fastlt.config import is_section
+
+    for key, field in fields.items():
+        if is_section(field.annotation) and section:
+            for inner, one in flat_fields(section, field.annotation.model_fields):
+                yield f"{key}.{inner}", one
+        else:
+            yield key, field
 
 
 def default_cell(field: Any) -> str:

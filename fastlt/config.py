@@ -40,6 +40,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+ADAPT = r"^(full|head|bitfit|norm|lora|adaptformer|vpt-shallow|vpt-deep|last:[1-9][0-9]*)$"
 Share = Annotated[float, Field(ge=0, le=1)]
 HalfTurn = Annotated[float, Field(ge=0, le=0.5)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -119,6 +120,19 @@ CHECKS = (
 METHOD_SETTINGS = "fastlt.methods:settings_of"
 
 
+class AdapterConfig(Section):
+    """The modules that `model.adapt` adds to a backbone."""
+
+    rank: Several = 4
+    """Of lora and adaptformer: the width of their bottleneck."""
+    alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Of lora: its product is scaled by alpha over rank; 0: as rank."""
+    dropout: Share = 0.0
+    """Of lora and adaptformer: dropout within them."""
+    prompts: Several = 10
+    """Of vpt-shallow and vpt-deep: how many tokens."""
+
+
 class ModelConfig(Section):
     """The backbone and the head."""
 
@@ -129,9 +143,12 @@ class ModelConfig(Section):
     weights: str = ""
     """A RUN or exported folder, or a local file, .safetensors, .pth or .bin, with the weights that
     the backbone starts from; size, mean and deviation of images follow them, unless set."""
-    adapt: Annotated[str, Field(pattern=r"^(full|head|last:[1-9][0-9]*)$")] = "full"
-    """What of the model is trained: full; head alone; last:K, the head and the K topmost layers of
-    the backbone."""
+    adapt: Annotated[str, Field(pattern=ADAPT)] = "full"
+    """What is trained besides the head: full, the backbone; head, nothing; last:K, its K topmost
+    layers; bitfit, its biases; norm, its norms; lora, or for vision transformers adaptformer,
+    vpt-shallow or vpt-deep, small modules that are put into it."""
+    adapter: AdapterConfig = AdapterConfig()
+    """The numbers of these modules."""
     drop_path: Share = 0.0
     """Stochastic depth: the share of residual branches that are dropped, for timm backbones."""
     checkpoint_activations: bool = False
@@ -785,13 +802,20 @@ def _set(
         raise ConfigError(_of_another_method(name) or no_setting(name, known, as_text(value)))
     section = tree.setdefault(keys[0], {})
     if isinstance(section, dict):  # anything else is refused when the whole is checked
-        section[keys[1]] = _of_type(value, field_of(model or Config, *keys))
+        for key in keys[1:-1]:
+            section = section.setdefault(key, {})
+        section[keys[-1]] = _of_type(value, field_of(model or Config, *keys))
 
 
-def field_of(model: type[BaseModel], section: str, key: str) -> Any:
-    """Return the field of a setting; None where the section has no such key."""
-    field = model.model_fields.get(section)
-    return field.annotation.model_fields.get(key) if field else None  # type: ignore[union-attr]
+def field_of(model: Any, *keys: str) -> Any:
+    """Return the field of a setting; None where there is no such key."""
+    field = None
+    for key in keys:
+        field = model.model_fields.get(key)
+        if field is None:
+            return None
+        model = field.annotation
+    return field
 
 
 def _of_type(value: Any, field: Any) -> Any:
@@ -831,8 +855,21 @@ def setting_names(model: type[BaseModel] | None = None) -> Iterator[str]:
     """The names `section.key` of all settings, by default those of a plain training."""
     model = model or config_type()
     for section, field in model.model_fields.items():
-        for key in field.annotation.model_fields:  # type: ignore[union-attr]
+        yield from names_below(section, field.annotation)
+
+
+def names_below(section: str, kind: Any) -> Iterator[str]:
+    """Yield the names of the keys of a section, those of sections within it included."""
+    for key, field in kind.model_fields.items():
+        if is_section(field.annotation):
+            yield from names_below(f"{section}.{key}", field.annotation)
+        else:
             yield f"{section}.{key}"
+
+
+def is_section(kind: Any) -> bool:
+    """Return whether a setting is a table of others."""
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -853,8 +890,11 @@ def to_toml(config: Section) -> str:
 
 def flat(config: Config) -> dict[str, Any]:
     """Return the values of a configuration by `section.key`."""
-    return {
-        f"{section}.{key}": value
-        for section, values in config.model_dump().items()
-        for key, value in values.items()
-    }
+    tree = config.model_dump()
+    return {name: _value_of(tree, name) for name in setting_names(type(config))}
+
+
+def _value_of(tree: Any, name: str) -> Any:
+    for key in name.split("."):
+        tree = tree[key]
+    return tree

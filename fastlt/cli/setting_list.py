@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from fastlt.config import Config, config_type, did_you_mean
+from fastlt.config import Config, config_type, did_you_mean, is_section
 from fastlt.errors import ConfigError
 from fastlt.utils.key_words import default_of, type_of
 
@@ -44,6 +44,9 @@ def settings_of(
         if key in (leave_out or {}):
             continue
         name = f"{section}.{key}"
+        if is_section(field.annotation):
+            yield from settings_of(name, name, field.annotation)
+            continue
         meaning = " ".join((field.description or "").split()).replace("`", "")
         if name in NAMED:
             meaning += f" One of {', '.join(NAMED[name]())}."

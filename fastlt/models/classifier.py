@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fastlt.config import ModelConfig
-from fastlt.models.adapt import freeze
+from fastlt.models.adapt import adapt, merged
 from fastlt.models.backbones import build_backbone, feature_maps, pooled
 from fastlt.models.heads import HEADS, Head
 from fastlt.models.pretrained import load_backbone
@@ -41,11 +41,12 @@ class Classifier(nn.Module):
         return pooled(self.backbone, maps)
 
     def predicting(self, targets: int) -> "Classifier":
-        """Return a model of the same backbone with a head of the targets alone.
+        """Return a model of the same backbone, merged with what can be merged into its weights,
+        and with a head of the targets alone.
 
         Where classes are sharded over ranks, all ranks call it together.
         """
-        return Classifier(self.backbone, self.head.of_targets(targets))
+        return Classifier(merged(self.backbone), self.head.of_targets(targets))
 
 
 def build_model(
@@ -67,7 +68,7 @@ def build_model(
         said = load_backbone(backbone, weights_file(config.weights))
         if notes is not None:
             notes += [f"{config.weights}: {sentence}" for sentence in said]
-    freeze(backbone, config.adapt, config.name)
+    adapt(backbone, config.adapt, config.adapter, config.name)
     head = HEADS[config.head].build(config, int(backbone.num_features), classes)  # type: ignore[arg-type]
     if is_vectors(config.head_weights):
         start_head_by_name(head, config.head_weights, names)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastlt.config import Config
 from fastlt.decode.deep import Scale, limits_of
 from fastlt.errors import UserError
+from fastlt.models.adapt import FULL, stays
 from fastlt.models.classifier import Classifier, build_model
 from fastlt.models.heads import section
 from fastlt.models.weights import copies, load_weights, write_tensors
@@ -39,8 +40,9 @@ def export_safetensors(
     classes that the model answers to; None: not known. scale: of images of more than eight bits.
     """
     head = {"head": model.head.exported_as, "scale_alone": False}
+    adapt = config.model.adapt if stays(config.model.adapt) else FULL
     description: dict[str, Any] = {
-        "model": {**config.model.model_dump(mode="json"), **head},
+        "model": {**config.model.model_dump(mode="json"), **head, "adapt": adapt},
         "data": config.data.model_dump(mode="json", include={"size", "eval_resize", "mean", "std"}),
         "method": config.method.model_dump(mode="json"),
         "classes": target_names,

@@ -3,7 +3,7 @@
 import errno
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,18 +53,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def load_weights(path: Path, model: nn.Module, classifier: str = "") -> None:
+def load_weights(
+    path: Path, model: nn.Module, classifier: str = "", still: Collection[str] = ()
+) -> None:
     """Fill a model with the tensors of a file. UserError where they do not fit.
 
-    classifier: the name of the head in a file that has names of timm; "": it has ours.
+    classifier: the name of the head in a file that has names of timm; "": it has ours. still:
+    names of tensors that the file may lack.
     """
     own_only = getattr(getattr(model, "head", None), "is_sharded", False)
     tensors = read_tensors(path)
     if classifier:
         tensors = of_timm(tensors, classifier)
     try:
-        missing, unexpected = model.load_state_dict(tensors, strict=not own_only)
-        if unexpected or any(not name.startswith("head.") for name in missing):
+        missing, unexpected = model.load_state_dict(tensors, strict=not (own_only or still))
+        lacking = [name for name in missing if name not in still]
+        if unexpected or any(not (own_only and name.startswith("head.")) for name in lacking):
             raise RuntimeError(f"{len(missing)} tensors are missing, {len(unexpected)} unknown")
     except RuntimeError as error:
         raise UserError(

@@ -10,7 +10,7 @@ RUN/checkpoints/step-00001234/
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,20 +47,27 @@ def snapshot(
     optimizer: Optimizer,
     ema: nn.Module | None,
     extra: Mapping[str, dict[str, Tensor]] | None = None,
+    still: Collection[str] = (),
 ) -> Snapshot:
     """Return copies on the CPU, so that training can go on while they are written.
 
     What is sharded over ranks is left out: see `write_head`. extra: what a method has besides its
-    model, by file; files without tensors are left out.
+    model, by file; files without tensors are left out. still: names of tensors of the model that
+    training does not change: these are left out.
     """
     tensors = {
-        "model.safetensors": model.state_dict(),
+        "model.safetensors": moving(model, still),
         "optimizer.safetensors": optimizer_tensors(optimizer, model),
     }
     if ema is not None:
-        tensors["ema.safetensors"] = ema.state_dict()
+        tensors["ema.safetensors"] = moving(ema, still)
     tensors |= {file: part for file, part in (extra or {}).items() if part}
     return {file: copies(part) for file, part in tensors.items()}
+
+
+def moving(model: nn.Module, still: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors of a model but those that stand still."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in still}
 
 
 def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -238,8 +245,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         if "at" in state:  # as version 0.1.0 called it
             state["state"] = state.pop("at")
         names = ("step", "class_space", "pack", "state", "loss_scale", "version")
-        # version 0.1.0 knew no weights of images
-        return {key: state[key] for key in names} | {"row_weights": state.get("row_weights", "")}
+        # version 0.1.0 knew no weights of images, and left nothing out
+        later = {key: state.get(key, "") for key in ("row_weights", "still")}
+        return {key: state[key] for key in names} | later
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{checkpoint} is no readable checkpoint: remove it to go on from the one before"
@@ -277,16 +285,18 @@ def load_checkpoint(
     model: Classifier,
     optimizer: Optimizer | None = None,
     ema: Classifier | None = None,
+    still: Collection[str] = (),
 ) -> None:
     """Fill model, optimiser and averaged weights in place.
 
-    Raises UserError where the tensors do not fit.
+    still: names of tensors that may be missing, as the model has them. Raises UserError where the
+    tensors do not fit.
     """
-    load_weights(checkpoint / "model.safetensors", model)
+    load_weights(checkpoint / "model.safetensors", model, still=still)
     if optimizer is not None:
         fill_optimizer(optimizer, read_tensors(checkpoint / "optimizer.safetensors"))
     if ema is not None:
-        load_weights(checkpoint / "ema.safetensors", ema)
+        load_weights(checkpoint / "ema.safetensors", ema, still=still)
     if optimizer is not None and (head := head_tensors(model, optimizer, ema)):
         load_head(checkpoint / "head", head)
 

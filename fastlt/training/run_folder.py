@@ -135,6 +135,7 @@ def load(trainer: Trainer, checkpoint: Path) -> None:
     kept = ckpt.read_state(checkpoint)
     ckpt.check_pack(checkpoint, kept, trainer.space, trainer.pack.id)
     check_weights(checkpoint, kept["row_weights"], trainer)
+    check_still(checkpoint, kept["still"], trainer)
     state = TrainState(**kept["state"])
     if state.stage:
         enter_stage(trainer, state.stage)
@@ -144,6 +145,7 @@ def load(trainer: Trainer, checkpoint: Path) -> None:
         trainer.model,
         trainer.updater.optimizer,
         average.model if average is not None else None,
+        trainer.still.names,
     )
     for file, method in methods_by_file(trainer).items():
         if method.extra_state():
@@ -164,6 +166,15 @@ def check_weights(checkpoint: Path, kept: str, trainer: Trainer) -> None:
         raise UserError(
             f"the weights of data.class_weights or data.sample_weights have changed since "
             f"{checkpoint} was written: use the file it was trained with, or another RUN folder"
+        )
+
+
+def check_still(checkpoint: Path, kept: str, trainer: Trainer) -> None:
+    """Raise UserError where what is not trained differs from what it was when the run began."""
+    if kept and kept != trainer.still.digest:
+        raise UserError(
+            f"the weights that are not trained have changed since {checkpoint} was written: use "
+            "the file of model.weights that it was trained with, or another RUN folder"
         )
 
 
@@ -224,6 +235,7 @@ def save(trainer: Trainer) -> None:
         "class_space": ckpt.class_space_id(trainer.space),
         "pack": trainer.pack.id,
         "row_weights": weights_id(trainer),
+        "still": trainer.still.digest,
         "state": copy.deepcopy(vars(trainer.state)),  # it changes while this is written
         "loss_scale": trainer.updater.state(),
     }
@@ -231,7 +243,8 @@ def save(trainer: Trainer) -> None:
     head = save_head(trainer)
     if trainer.ranks.is_first:
         extra = {file: method.extra_state() for file, method in methods_by_file(trainer).items()}
-        tensors = ckpt.snapshot(trainer.model, trainer.updater.optimizer, ema, extra)
+        still = trainer.still.names
+        tensors = ckpt.snapshot(trainer.model, trainer.updater.optimizer, ema, extra, still)
         keep = trainer.config.train.keep
         trainer.writer.write(trainer.run, trainer.state.step, tensors, kept, keep, head)
 

@@ -34,6 +34,7 @@ from fastlt.training.features import FeatureLoader, features_of
 from fastlt.training.nonfinite import Guard
 from fastlt.training.optim import Averaged, build_optimizer, copy_tensors, lr_factor
 from fastlt.training.step import MaxNorm, Updater
+from fastlt.training.still import NOTHING_STILL, Still, still_part
 from fastlt.utils.signals import StopRequest
 
 
@@ -100,6 +101,7 @@ class Trainer:
     row_weights: RowWeights | None = None
     # names of the parameters that are trained at all, in whichever stage
     trainable: frozenset[str] = frozenset()
+    still: Still = NOTHING_STILL  # what checkpoints leave out
     val_losses: Tensor | None = None  # of the last evaluation, by temperature
     notes: list[str] = field(default_factory=list)  # how weights and images were made to fit
 
@@ -164,6 +166,10 @@ def prepare(
     counts = build_plan(config, pack, space).class_counts[: space.num_classes]
     method = build_method(config, space, torch.from_numpy(counts), ranks, device, said)
     ema = Averaged(method, config.optim.ema) if config.optim.ema else None
+    trainable = frozenset(
+        name for name, parameter in method.named_parameters() if parameter.requires_grad
+    )
+    own = {name.removeprefix("model.") for name in trainable if name.startswith("model.")}
     stages = method.stages()
     parts = stage_parts(config, stages, 0, run, pack, space, ranks, device, dtype, method, ema)
     return Trainer(
@@ -183,9 +189,8 @@ def prepare(
         stop=StopRequest(),
         state=TrainState(),
         row_weights=row_weights(config.data, pack, parts.plan),
-        trainable=frozenset(
-            name for name, parameter in method.named_parameters() if parameter.requires_grad
-        ),
+        trainable=trainable,
+        still=still_part(config, method.model, own),
         notes=said,
     )
 

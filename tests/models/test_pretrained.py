@@ -11,7 +11,8 @@ from torch import nn
 
 from fastlt.config import load_config
 from fastlt.errors import UserError
-from fastlt.models.adapt import freeze, layers_of, still_modules
+from fastlt.models.adapt import still_modules
+from fastlt.models.adapt.layers import freeze, layers_of
 from fastlt.models.backbones import CifarResNet
 from fastlt.models.classifier import build_model
 from fastlt.models.heads import section
@@ -198,8 +199,6 @@ def test_layers_are_frozen_from_below(name):
     freeze(backbone, "last:2", name)
     trained = {key for key, parameter in backbone.named_parameters() if parameter.requires_grad}
     assert trained == {key for key, layer in layers.items() if layer > last - 2} and trained
-    freeze(backbone, "head", name)
-    assert not any(parameter.requires_grad for parameter in backbone.parameters())
     with pytest.raises(UserError, match=rf"has {last} layers above its stem"):
         freeze(backbone, f"last:{last + 1}", name)
 

@@ -1,33 +1,46 @@
-"""How much of a backbone is trained: `model.adapt`."""
+"""The layers of a backbone, and which of them are trained."""
 
 from torch import nn
 
 from fastlt.errors import UserError
 from fastlt.models.backbones import CifarResNet
 
-FULL, HEAD, LAST = "full", "head", "last:"
+FULL, LAST = "full", "last:"
 
 
-def freeze(backbone: nn.Module, adapt: str, name: str) -> None:
-    """Let those parameters of a backbone stand still that `model.adapt` does not train.
+def freeze(backbone: nn.Module, kind: str, name: str) -> None:
+    """Let all parameters of a backbone stand still but those of its K topmost layers.
 
-    adapt: full, head, or last:K for the K topmost layers. name: of the model, for the UserError
-    where it has fewer, or its layers are not known.
+    kind: last:K. name: of the model, for the UserError where it has fewer, or its layers are not
+    known.
     """
-    if adapt == FULL:
-        return
-    trained: set[str] = set()
-    if adapt.startswith(LAST):
-        layers = layers_of(backbone, name)
-        count, last = int(adapt.removeprefix(LAST)), max(layers.values())
-        if count > last:
-            raise UserError(
-                f"model.adapt={adapt}, but {name} has {last} layers above its stem: take fewer, or "
-                f"{FULL}"
-            )
-        trained = {name for name, layer in layers.items() if layer > last - count}
-    for parameter_name, parameter in backbone.named_parameters():
-        parameter.requires_grad_(parameter_name in trained)
+    layers = layers_of(backbone, name)
+    count, last = int(kind.removeprefix(LAST)), max(layers.values())
+    if count > last:
+        raise UserError(
+            f"model.adapt={kind}, but {name} has {last} layers above its stem: take fewer, or "
+            f"{FULL}"
+        )
+    for key, parameter in backbone.named_parameters():
+        parameter.requires_grad_(layers[key] > last - count)
+
+
+NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+
+
+def norms_of(backbone: nn.Module) -> set[str]:
+    """Return the names of the parameters of normalisation layers."""
+    return {
+        f"{place}.{key}" if place else key
+        for place, module in backbone.named_modules()
+        if isinstance(module, NORMS)
+        for key, _ in module.named_parameters(recurse=False)
+    }
 
 
 def layers_of(backbone: nn.Module, name: str) -> dict[str, int]:
@@ -35,7 +48,7 @@ def layers_of(backbone: nn.Module, name: str) -> dict[str, int]:
     if isinstance(backbone, CifarResNet):
         return {key: cifar_layer(key) for key, _ in backbone.named_parameters()}
     if not hasattr(backbone, "group_matcher"):
-        raise UserError(f"the layers of {name} are not known: set model.adapt={FULL} or {HEAD}")
+        raise UserError(f"the layers of {name} are not known: set model.adapt={FULL} or head")
     from timm.models._manipulate import group_with_matcher  # present: the backbone came from timm
 
     return group_with_matcher(
