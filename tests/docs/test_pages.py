@@ -85,7 +85,14 @@ def restored(monkeypatch):
         cached.cache_clear()
 
 
-@pytest.mark.parametrize("name", WITH_CODE)
+# each of these trains many times; the README, the tutorial and others do so, too
+LONG = {"docs/how-to/train.md", "docs/how-to/evaluate.md"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in WITH_CODE],
+)
 def test_the_code_of_a_page_runs(name, data, tmp_path, restored):
     page = PAGES[name]
     restored.chdir(tmp_path)
