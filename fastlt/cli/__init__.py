@@ -9,6 +9,7 @@ from fastlt.cli import (
     models,
     packing,
     predict,
+    probe,
     settings,
     training,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "models",
     "packing",
     "predict",
+    "probe",
     "settings",
     "training",
 ]

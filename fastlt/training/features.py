@@ -21,7 +21,7 @@ from fastlt.data.plan import Batch, evaluation_batches
 from fastlt.evaluation.evaluate import EVALUATION_BATCH, evaluation_geometry
 from fastlt.evaluation.forward import output_of
 from fastlt.models.classifier import Classifier
-from fastlt.packing.reader import Pack, identity
+from fastlt.packing.reader import Pack, Split, identity
 from fastlt.utils.files import whole_file
 from fastlt.utils.lock import in_turn
 
@@ -55,23 +55,28 @@ def features_folder(pack: Pack, run: Path) -> Path:
 
 
 def features_of(
-    model: Classifier, pack: Pack, config: Config, device: torch.device, run: Path
+    model: Classifier,
+    pack: Pack,
+    config: Config,
+    device: torch.device,
+    run: Path,
+    split: str = "train",
 ) -> Tensor:
-    """Return the features (n, D) float32 of all training images, from the disk where they are."""
+    """Return the features (n, D) float32 of all images of a split, from the disk where they are."""
     folder = features_folder(pack, run)
-    path = folder / f"{features_id(model.backbone, pack, config)}.npy"
+    path = folder / f"{features_id(model.backbone, getattr(pack, split), config)}.npy"
     with in_turn(folder / ".lock"):
         if not path.is_file():
-            values = compute_features(model, pack, config, device)
+            values = compute_features(model, pack, config, device, split)
             with whole_file(path) as temporary, temporary.open("wb") as file:
                 np.save(file, values)
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-def features_id(backbone: nn.Module, pack: Pack, config: Config) -> str:
+def features_id(backbone: nn.Module, split: Split, config: Config) -> str:
     """Return the hash of what features depend on: images, weights, cut and normalisation."""
     transform = config.data.model_dump(include={"size", "eval_resize", "mean", "std"})
-    digest = hashlib.sha256(json.dumps([identity(pack.train), transform]).encode())
+    digest = hashlib.sha256(json.dumps([identity(split), transform]).encode())
     for name, tensor in backbone.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -79,16 +84,14 @@ def features_id(backbone: nn.Module, pack: Pack, config: Config) -> str:
 
 
 def compute_features(
-    model: Classifier, pack: Pack, config: Config, device: torch.device
+    model: Classifier, pack: Pack, config: Config, device: torch.device, split: str = "train"
 ) -> np.ndarray:
-    """Return the features (n, D) float32 of all training images, in float32 arithmetic."""
-    data = config.data
+    """Return the features (n, D) float32 of all images of a split, in float32 arithmetic."""
+    data, images = config.data, getattr(pack, split)
     was_training = model.backbone.training
     model.backbone.eval()
-    loader = Loader(
-        pack.train, data.size, "auto", data.workers, pack.betons("train"), strict=data.strict
-    )
-    batches = evaluation_batches(pack.train, evaluation_geometry(data), EVALUATION_BATCH)
+    loader = Loader(images, data.size, "auto", data.workers, pack.betons(split), strict=data.strict)
+    batches = evaluation_batches(images, evaluation_geometry(data), EVALUATION_BATCH)
     try:
         parts = [
             output_of(model.backbone, pixels, data.mean, data.std, device).float().cpu().numpy()
