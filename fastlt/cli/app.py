@@ -21,7 +21,7 @@ from fastlt.errors import UserError
 
 PANELS = {  # the order of the help
     "Data": ["pack", "curate"],
-    "Train": ["fit", "train", "settings", "methods", "sweep", "reproduce", "demo"],
+    "Train": ["fit", "probe", "train", "settings", "methods", "sweep", "reproduce", "demo"],
     "Use": ["eval", "predict", "export", "extend", "report", "compare"],
     "Measure": ["bench-train", "bench-loss", "bench-data", "granularity", "doctor"],
 }

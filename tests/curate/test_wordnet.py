@@ -229,7 +229,13 @@ def real(shared_data):
     return read_tables(shared_data / "labels")
 
 
-@pytest.mark.parametrize("control", [False, True], ids=["neighbours", "random"])
+@pytest.mark.parametrize(
+    "control",
+    [
+        pytest.param(False, id="neighbours"),
+        pytest.param(True, id="random", marks=pytest.mark.slow),
+    ],
+)
 def test_no_neighbour_of_imagenets_classes_is_a_target(shared_data, real, tmp_path, control):
     labels = shared_data / "labels"
     ids = (labels / "imagenet/imagenet_synsets.txt").read_text().split()

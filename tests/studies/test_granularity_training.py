@@ -104,6 +104,7 @@ def test_too_few_images_are_refused(study, tmp_path):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_two_stages_judge_the_backbones_by_a_new_classifier(study, tmp_path):
     console = Console(record=True, width=200)

@@ -89,6 +89,7 @@ def test_a_grid_is_trained_once_and_what_has_finished_is_not_run_again(small_pac
     )
 
 
+@pytest.mark.slow
 def test_what_was_trained_otherwise_is_not_taken_for_the_same(small_pack, tmp_path):
     swept(write(tmp_path, "seed = [0]"), small_pack, tmp_path / "out")
     with pytest.raises(
@@ -296,6 +297,7 @@ def test_a_sweep_that_is_asked_to_stop_says_how_to_go_on(small_pack, tmp_path, n
     )
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_runs_nothing_twice(small_pack, tmp_path):
     command, out, process = begun(small_pack, tmp_path, epochs=12)
     until(lambda: any((run / "result.json").is_file() for run in out.glob("runs/*")), process)

@@ -119,7 +119,7 @@ def assert_near(run: Path, other: Path) -> None:
 
 
 # what others have within them is slow: each takes three trainings
-WITHIN_OTHERS = {"deferred", "weighted", "row weights", "head first"}
+WITHIN_OTHERS = {"linear", "deferred", "weighted", "row weights", "both weights", "head first"}
 
 
 @pytest.mark.parametrize(
