@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 from fastlt_kernels import ClassGraph, neighbor_silencing_loss
 
-STRENGTHS = (1.0, 0.1, 1e-2, 1e-3, 1e-4)  # of L2, strongest first: each starts from the one before
+# of L2, the strongest first: each probe starts from the one before
+STRENGTHS = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4)
+UNCHOSEN = 0.1  # where no class has an image to choose by
 NEIGHBOURS = (1, 3, 5, 10, 20, 50)
 TEMPERATURE = 0.07  # of the votes of neighbours, as in DINO
 STEPS = 100  # of L-BFGS, at most
@@ -126,7 +128,7 @@ def choose_strength(train: Labelled, probe: Probe, targets: int, share: float = 
     """
     aside = set_aside(train.labels, targets, share)
     if not aside.any():
-        return STRENGTHS[len(STRENGTHS) // 2]
+        return UNCHOSEN
     seen, held = train.take(~aside), train.take(aside)
     weights = torch.zeros(probe.classes, train.features.shape[1] + 1)
     found = {}

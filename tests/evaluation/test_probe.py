@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from fastlt.cli import app
 from fastlt.evaluation.probe import (
     STRENGTHS,
+    UNCHOSEN,
     Labelled,
     Probe,
     balanced_accuracy,
@@ -95,7 +96,7 @@ def test_strengths_are_chosen_on_images_that_the_probe_has_not_seen(clouds):
     assert choose_strength(clouds, Probe(3), 3) in STRENGTHS
     single = Labelled(torch.eye(3), torch.arange(3))
     assert not set_aside(single.labels, 3, 0.2).any()
-    assert choose_strength(single, Probe(3), 3) == STRENGTHS[2]
+    assert choose_strength(single, Probe(3), 3) == UNCHOSEN
 
 
 def test_standardised_by_the_training_images_alone():
