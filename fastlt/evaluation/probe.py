@@ -118,7 +118,7 @@ def linear_probe(train: Labelled, probe: Probe, strength: float, start: Tensor) 
         loss.backward()
         return loss
 
-    optimiser.step(objective)  # type: ignore[arg-type]
+    optimiser.step(objective)
     return weights.detach()
 
 
