@@ -72,6 +72,7 @@ def test_a_folder_becomes_a_model_that_predicts(image_folders, tmp_path):
         run_fit(options(image_folders, out, holdout=0.4, **auxiliary), again)
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_the_line_that_predicts(image_folders, tmp_path):
     words = [sys.executable, "-m", "fastlt", "fit", str(image_folders / "target")]
     words += ["--out", str(tmp_path / "run"), "--model", "resnet8", "--no-baseline", *FAST]

@@ -151,7 +151,7 @@ def run_of(pack: Path, run: Path, name: str, kind: str, *others: str) -> Path:
     [
         pytest.param(
             *case,
-            marks=[] if case in (("vit", "lora"), ("vit", "vpt-deep")) else [pytest.mark.slow],
+            marks=[] if case in (("vit", "lora"),) else [pytest.mark.slow],
         )
         for case in CASES
     ],

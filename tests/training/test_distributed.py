@@ -214,7 +214,7 @@ def test_five_kills_of_one_of_two_processes(small_pack, tmp_path):
 @pytest.mark.parametrize(
     ("case", "first", "then"),
     [
-        ("class-parallel", 2, 1),
+        pytest.param("class-parallel", 2, 1, marks=pytest.mark.slow),
         pytest.param("class-parallel", 1, 2, marks=pytest.mark.slow),
         pytest.param("linear", 2, 1, marks=pytest.mark.slow),
         pytest.param("linear", 1, 2, marks=pytest.mark.slow),
