@@ -22,7 +22,8 @@ from fastlt.config import Config, as_override, load_config
 from fastlt.errors import UserError
 from fastlt.packing.sources import read_collection
 from fastlt.packing.writer import PackOptions, write_pack
-from fastlt.training.loop import is_compiled, open_packs
+from fastlt.training.inputs import is_compiled
+from fastlt.training.loop import open_packs
 from fastlt.training.setup import Trainer, prepare
 from fastlt.utils.results_file import append_rows, check_file
 from fastlt_benchmarks.timing import measure_ceilings

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlt.training.loop import make_input, steps
+from fastlt.training.inputs import make_input
+from fastlt.training.loop import steps
 from fastlt.training.setup import Trainer
 
 

@@ -45,6 +45,7 @@ def pack(
     relabel: bool = False,
     image_key: str = "",
     label_key: str = "",
+    descriptions: Place | None = None,
     max_pixels: int = 0,
     range: str = "auto",
     workers: int = 1,
@@ -78,6 +79,7 @@ def pack(
         relabel=relabel,
         image_key=image_key,
         label_key=label_key,
+        descriptions=_path(descriptions),
     )
     chosen = PackOptions(
         out=Path(out),

@@ -36,6 +36,12 @@ class ClassSpace(BaseModel):
     origins: dict[str, str] = Field(
         default={}, description="where each auxiliary came from, by name"
     )
+    display_names: dict[str, str] = Field(
+        default={}, description="how a class is called in texts and reports, by name"
+    )
+    descriptions: dict[str, str] = Field(
+        default={}, description="what a class looks like, in words, by name"
+    )
     curation: dict[str, Any] = Field(
         default={}, description="the summary card of `fastlt curate`, if it made the auxiliaries"
     )
@@ -92,6 +98,8 @@ class ClassSpace(BaseModel):
             target_names=self.target_names,
             train_counts=self.train_counts[: self.num_targets],
             val_counts=self.val_counts,
+            display_names=self.display_names,
+            descriptions=self.descriptions,
         )
 
     def anchors(self) -> dict[int, int]:

@@ -138,6 +138,8 @@ class ModelConfig(Section):
 
     name: str = "resnet32"
     """resnet20, resnet32, ... (6n + 2 layers, for CIFAR), or the name of any timm model."""
+    args: dict[str, int | float | bool | str] = {}
+    """Further arguments of timm's model, such as {patch_size = 4, depth = 6}."""
     pretrained: bool = False
     """Start from timm's weights for the name, unless `weights` names others."""
     weights: str = ""
@@ -154,13 +156,23 @@ class ModelConfig(Section):
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass (timm): less memory, a third more work."""
     head: str = "linear"
-    """The head: scaled has a factor per class, class-parallel splits the classes over ranks."""
+    """The head: scaled has a factor per class, batch-norm normalises features, class-parallel
+    splits the classes over ranks."""
     sync_bn: bool = False
     """Take batch-norm statistics over the images of all GPUs."""
     head_weights: str = ""
     """What the head starts from: a RUN folder, a safetensors file with `weight` (T or C, D) and
-    perhaps `bias`, or FILE.npz or FILE.npz:KEY with `names` and vectors of the classes, such as
-    CLIP's text features, of which each class takes that of its name."""
+    perhaps `bias`; FILE.npz or FILE.npz:KEY with `names` and vectors of the classes, of which each
+    class takes that of its name; open-clip:MODEL/WEIGHTS, texts of the names by CLIP; or means, of
+    the features of each class."""
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """The texts of a class for open-clip, whose vectors are averaged: {} is its name, and
+    {description} its description."""
+    pooling: Literal["default", "patches"] = "default"
+    """The features of a vision transformer: its own, mostly the class token; or the mean of its
+    patch tokens."""
+    projection: bool = False
+    """Keep the projection of CLIP's images, so that features are compared with those of texts."""
 
 
 class DataConfig(Section):
@@ -243,6 +255,11 @@ class DataConfig(Section):
     views: Several = 1
     """Times that each image of a batch comes in it, each time cut anew, for methods that compare
     views: a batch then has so many times `batch` images."""
+    features: Literal["off", "cache"] = "off"
+    """cache: compute the features of a backbone that stands still (model.adapt=head) once, and keep
+    them in the pack's folder; heads are trained on them."""
+    feature_views: Several = 5
+    """Views of each training image, cut and augmented anew, whose features are kept."""
     start_size: Count = 0
     """Progressive resizing: pixels a side at first; 0: `size` from the start."""
     ramp: tuple[Count, Count] = (0, 0)
@@ -463,6 +480,21 @@ class Config(Section):
         yield (
             data.auxiliary_ratio > 0 and bool(data.budgets),
             "data.auxiliary_ratio and data.budgets exclude each other",
+        )
+        is_cached = data.features == "cache"
+        yield (
+            is_cached and (self.model.adapt != "head" or schedule.shift_bn),
+            "data.features=cache needs a backbone that stands still: set model.adapt=head, and "
+            "leave out schedule.shift_bn",
+        )
+        yield (
+            is_cached and (self.augment.mixup > 0 or self.augment.cutmix > 0),
+            "data.features=cache keeps features of single images: set augment.mixup=0 and "
+            "augment.cutmix=0",
+        )
+        yield (
+            is_cached and data.start_size > 0,
+            "data.features=cache keeps features of one size of images: set data.start_size=0",
         )
         yield (
             data.start_size == 0 and data.ramp != (0, 0),

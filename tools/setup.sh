@@ -63,7 +63,7 @@ install_fastlt() {
     say "installing fastlt"
     local constraints=()
     has_gpu || constraints=(-c tools/constraints-cpu.txt)
-    "$venv/bin/pip" install -qq "${constraints[@]}" -e '.[dev,docs,timm,onnx,curate,sweep,formats,peft]'
+    "$venv/bin/pip" install -qq "${constraints[@]}" -e '.[dev,docs,timm,onnx,curate,sweep,formats,peft,open-clip]'
 }
 
 install_dali() {

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fastlt.cli.app import app, console
 from fastlt.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
 
 class Task(str, Enum):
-    """A long-tailed task that is cut out of CIFAR-100."""
+    """A long-tailed task that is cut out of CIFAR-100 or of the Grocery Store data set."""
 
     lt = "cifar100-lt"
     siblings = "cifar100-siblings"
+    unrelated = "cifar100-unrelated"
+    grocery = "grocery"
 
 
 @app.command()
 def pack(
     source: Annotated[
-        str | None, typer.Argument(help="cifar100:DIR, or nothing where --target names the data.")
+        str | None,
+        typer.Argument(
+            help="cifar100:DIR or grocery:DIR, or nothing where --target names the data."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The folder to write; it must not exist yet.")
@@ -40,7 +42,8 @@ def pack(
     auxiliary: Annotated[
         str | None,
         typer.Option(
-            help="Auxiliary images, in the same forms; for cifar100: siblings, random or none."
+            help="Auxiliary images, in the same forms; for cifar100 and grocery: siblings, "
+            "random or none."
         ),
     ] = None,
     val: Annotated[
@@ -83,6 +86,13 @@ def pack(
         Path | None,
         typer.Option(help="For split files: a class name per line, in the order of the labels."),
     ] = None,
+    descriptions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV",
+            help="A table with the columns class,display_name,description, for texts.",
+        ),
+    ] = None,
     relabel: Annotated[
         bool,
         typer.Option("--relabel", help="Number integer labels anew, where some have no images."),
@@ -104,7 +114,8 @@ def pack(
         ),
     ] = "",
     task: Annotated[
-        Task | None, typer.Option(help="For cifar100: which long-tailed task to cut out of it.")
+        Task | None,
+        typer.Option(help="For cifar100 and grocery: which long-tailed task to cut out of it."),
     ] = None,
     imbalance: Annotated[
         float,
@@ -202,6 +213,7 @@ def pack(
         relabel=relabel,
         image_key=image_key,
         label_key=label_key,
+        descriptions=descriptions,
     )
     if out is None:
         raise UserError("no place to write to: name one with --out PACK")

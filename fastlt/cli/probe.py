@@ -31,9 +31,17 @@ def probe(
     text: Annotated[
         str,
         typer.Option(
-            metavar="FILE.npz", help="Names and vectors of classes, for zero-shot prediction."
+            metavar="FILE.npz|open-clip:MODEL/WEIGHTS",
+            help="Vectors of the names of classes, for zero-shot prediction.",
         ),
     ] = "",
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With open-clip: a text of a class, {} being its name; may be repeated, and their "
+            "vectors are averaged."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="A folder for probe.json, with the figures.")
     ] = None,
@@ -48,4 +56,6 @@ def probe(
     from fastlt.studies.probe import ProbeOptions, run_probe
 
     options = ProbeOptions(pack, backbone, weights, size, split.value, text, out, device)
+    if template:
+        options = options._replace(templates=tuple(template))
     run_probe(options, console)

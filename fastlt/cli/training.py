@@ -187,10 +187,16 @@ def reproduce(
         typer.Argument(
             help="cifar100-lt: published methods. cifar100-siblings: do auxiliaries help, and "
             "which? methods: the related systems under one protocol. methods-siblings: the same "
-            "on top of silenced neighbours."
+            "on top of silenced neighbours. finetune: how much of a pretrained backbone to train."
         ),
     ],
-    data: Annotated[str, typer.Option(metavar="cifar100:DIR", help="As `fastlt pack` takes it.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="cifar100:DIR|grocery:DIR",
+            help="As `fastlt pack` takes it; grocery:DIR for finetune alone.",
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -204,6 +210,16 @@ def reproduce(
         ),
     ] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 1,
+    first_seed: Annotated[
+        int, typer.Option(min=0, help="The seed of the first run of each; others follow.")
+    ] = 0,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="For finetune: the rows and columns to run, such as 'lora | *'; may be repeated.",
+        ),
+    ] = None,
     parallel: Annotated[
         int, typer.Option(min=1, help="Runs at a time; the cores are shared among them.")
     ] = 1,
@@ -218,9 +234,10 @@ def reproduce(
     """Compare published figures with ours, under their own protocol."""
     from fastlt.studies.reproduce import ReproduceOptions, run_reproduce
 
-    run_reproduce(
-        task, ReproduceOptions(data, out, epochs, seeds, parallel, settings or []), csv, console
+    options = ReproduceOptions(
+        data, out, epochs, seeds, parallel, settings or [], first_seed, tuple(only or ())
     )
+    run_reproduce(task, options, csv, console)
 
 
 @app.command(cls=WithSettings)

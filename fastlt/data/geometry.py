@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastlt.config import DataConfig
+
 ATTEMPTS = 10  # as torchvision and FFCV: then the largest centred box of an allowed shape
 
 
@@ -16,8 +18,9 @@ class Geometry:
     """From a stored image to a square of `size` pixels.
 
     kind: `random-resized-crop` (area share from `scale`, aspect ratio from `ratio`), `pad-crop`
-    (the whole image, shifted by up to `padding` output pixels, black outside: the CIFAR crop) or
-    `centre-crop` (shorter side to `resize`, centre `size`).
+    (the whole image, shifted by up to `padding` output pixels, black outside: the CIFAR crop),
+    `centre-crop` (shorter side to `resize`, centre `size`) or `view` (one of `views` that were cut
+    before, whose number stands in place of the top).
     """
 
     kind: str
@@ -27,6 +30,20 @@ class Geometry:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     padding: int = 4
     resize: int = 0
+    views: int = 1
+
+
+def geometry_of(data: DataConfig, size: int | None = None) -> Geometry:
+    """Return how training images are cut, of `size` pixels a side: by default the configured."""
+    return Geometry(
+        data.crop,
+        size or data.size,
+        data.flip,
+        data.scale,
+        data.ratio,
+        data.padding,
+        data.eval_resize,
+    )
 
 
 def boxes_of(
@@ -44,9 +61,12 @@ def boxes_of(
     heights, widths = heights.astype(np.int64), widths.astype(np.int64)
     uniforms = place_uniforms(places, seed, epoch, 4 * ATTEMPTS + 1)
     flips = (uniforms[:, -1] < 0.5) & geometry.flip
-    draw = {"random-resized-crop": _random_resized, "pad-crop": _shifted, "centre-crop": _centre}[
-        geometry.kind
-    ]
+    draw = {
+        "random-resized-crop": _random_resized,
+        "pad-crop": _shifted,
+        "centre-crop": _centre,
+        "view": _view,
+    }[geometry.kind]
     return draw(geometry, heights, widths, uniforms).astype(np.int32), flips
 
 
@@ -115,3 +135,10 @@ def _centre(
     short = np.minimum(heights, widths)
     side = np.maximum(1, np.rint(short * geometry.size / max(geometry.resize, geometry.size)))
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
+
+
+def _view(
+    geometry: Geometry, heights: np.ndarray, widths: np.ndarray, uniforms: np.ndarray
+) -> np.ndarray:
+    views = np.floor(uniforms[:, 0] * geometry.views)
+    return np.stack([views, np.zeros_like(views), heights, widths], axis=1)

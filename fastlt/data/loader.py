@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -17,6 +18,13 @@ from fastlt.data.engines.interface import CPU, HW_DECODER_LOAD, PREFETCH, Option
 from fastlt.data.plan import Batch
 from fastlt.packing.reader import Split
 from fastlt.packing.remote import Fetcher
+
+
+class Feed(Protocol):
+    """What gives each batch of a plan its images, or what stands for them."""
+
+    def iterate(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Yield each batch with its images."""
 
 
 class Loader:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastlt.classes import ClassSpace
 from fastlt.config import Config, DataConfig, load_config
 from fastlt.data.geometry import Geometry
-from fastlt.data.loader import Loader
+from fastlt.data.loader import Feed, Loader
 from fastlt.data.plan import Batch, evaluation_batches, target_counts
 from fastlt.errors import UserError
 from fastlt.evaluation.calibration import (
@@ -59,7 +59,7 @@ def evaluation_geometry(config: DataConfig) -> Geometry:
 @torch.inference_mode()
 def predict(
     model: nn.Module,
-    loader: Loader,
+    loader: Feed,
     batches: Iterable[Batch],
     config: DataConfig,
     space: ClassSpace,

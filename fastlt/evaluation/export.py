@@ -31,7 +31,12 @@ from fastlt.models.onnx_file import (
     write_onnx,
 )
 from fastlt.models.program import program_logits, write_program
-from fastlt.models.timm_folder import load_timm_folder, timm_model, timm_names, write_config
+from fastlt.models.timm_folder import (
+    load_timm_folder,
+    timm_model,
+    timm_names,
+    write_config,
+)
 from fastlt.models.weights import copies, write_tensors
 from fastlt.packing.reader import open_pack, picture
 from fastlt.utils.files import flush_to_disk, sibling
@@ -159,7 +164,7 @@ def export_folder(source: Source, folder: Path, options: ExportOptions) -> tuple
     folder.mkdir()
     module, described = source.model.module, source.described
     name, size = described["model"]["name"], described["data"]["size"]
-    found = timm_model(module, name, size)
+    found = timm_model(module, described["model"], size)
     space = ClassSpace.load(source.run / "classes.json")
     card = model_card(source.run, space, result_of(source.run) or {}, described, found is not None)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -180,7 +185,7 @@ def export_folder(source: Source, folder: Path, options: ExportOptions) -> tuple
         as_stored(tensors, options),
         metadata({**described, "classifier": classifier}) | {"format": "pt"},
     )
-    write_config(whole, folder, source.model.classes, described["data"], source.are_shrunk)
+    write_config(whole, folder, source.model.classes, described, source.are_shrunk)
     difference = checked(source, load_timm_folder(folder)(source.inputs), options)
     checked(source, load_model(folder, "cpu").module(source.inputs), options)
     return difference, f"timm's {name}"

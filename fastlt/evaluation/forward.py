@@ -20,8 +20,10 @@ def output_of(
 ) -> Tensor:
     """Return what a model makes of pixels (N, H, W, 3) uint8, which are normalised first.
 
-    dtype: of autocast; float32: none.
+    Features (N, D) of theirs are given to it as they are. dtype: of autocast; float32: none.
     """
-    images = normalise(to_device(pixels, device), mean, std, channels_last=True)
+    images = to_device(pixels, device)
+    if not pixels.is_floating_point():
+        images = normalise(images, mean, std, channels_last=True)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return model(images)

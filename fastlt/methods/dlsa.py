@@ -15,7 +15,7 @@ from fastlt.models.classifier import Classifier
 from fastlt.models.flows import Flow
 from fastlt.models.heads import Head, LinearHead
 from fastlt.models.pretrained import load_backbone
-from fastlt.models.weights import start_head
+from fastlt.models.start import start_from_file
 
 NEVER = torch.finfo(torch.float32).max  # a threshold; of infinities an average would be NaN
 AT_ONCE = 8192  # features that a flow is given together
@@ -177,7 +177,7 @@ class Method(Base):
         if type(start.head) is not LinearHead:
             raise UserError(f"{path} has no linear head: name a run of model.head=linear")
         load_backbone(self.model.backbone, path)
-        start_head(self.model.head, path)
+        start_from_file(self.model.head, path)
 
     def stages(self) -> list[Stage]:
         """Return the stages of the backbone, unless given, of each flow, and of the classifiers."""

@@ -105,8 +105,11 @@ def cifar_backbone(config: ModelConfig) -> nn.Module | None:
         raise UserError(
             f"there are no pretrained weights for {config.name}: set model.pretrained=false"
         )
-    if depths and config.drop_path:
-        raise UserError(f"{config.name} has no drop path: set model.drop_path=0")
+    if depths and (config.drop_path or config.args):
+        raise UserError(
+            f"{config.name} takes no further arguments: set model.drop_path=0, and leave out "
+            "model.args"
+        )
     return CifarResNet(depths[0]) if depths else None
 
 
@@ -120,24 +123,56 @@ def timm_backbone(config: ModelConfig, size: int) -> nn.Module:
     options: dict[str, Any] = {"img_size": size} if cfg is not None and cfg.fixed_input_size else {}
     if config.drop_path:
         options["drop_path_rate"] = config.drop_path
+    options |= config.args | pooling_of(config)
+    width = projection_of(config, cfg)
     if config.pretrained and not config.weights:
         options |= from_hub(timm, config.name)
     try:
-        return timm.create_model(
+        backbone = timm.create_model(
             config.name,
             pretrained=config.pretrained and not config.weights,
-            num_classes=0,
+            num_classes=width,
             **options,
         )
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise UserError(
-            f"timm's {config.name} does not take {', '.join(options)}: set model.drop_path=0"
+            f"timm's {config.name} does not take {', '.join(options)} ({error}): see "
+            "model.drop_path and model.args"
         ) from error
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"there are no pretrained weights of {config.name} to be had: give a file with "
             "model.weights="
         ) from error
+    if width:
+        backbone.num_features = width
+    return backbone
+
+
+def pooling_of(config: ModelConfig) -> dict[str, Any]:
+    """Return the arguments by which a vision transformer averages its patch tokens.
+
+    Its last norm stays before that, as its weights were trained.
+    """
+    if config.pooling == "default":
+        return {}
+    if not config.name.partition(".")[0].startswith(("vit_", "deit", "eva02_", "beit", "test_vit")):
+        raise UserError(
+            f"model.pooling=patches is for vision transformers, not for {config.name}: leave it out"
+        )
+    return {"global_pool": "avg", "fc_norm": False}
+
+
+def projection_of(config: ModelConfig, cfg: Any) -> int:
+    """Return the width of the projection that is kept of a model of CLIP; 0: none is."""
+    if not config.projection:
+        return 0
+    if cfg is None or "clip" not in config.name or not cfg.num_classes:
+        raise UserError(
+            f"model.projection is for images of CLIP such as vit_base_patch16_clip_224.openai, not "
+            f"for {config.name}: set it to false"
+        )
+    return int(cfg.num_classes)
 
 
 def from_hub(timm: Any, name: str) -> dict[str, Any]:

@@ -1,17 +1,17 @@
 """A backbone and a head on top: images to logits."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from fastlt.classes import ClassSpace
 from fastlt.config import ModelConfig
 from fastlt.models.adapt import adapt, merged
 from fastlt.models.backbones import build_backbone, feature_maps, pooled
 from fastlt.models.heads import HEADS, Head
 from fastlt.models.pretrained import load_backbone
+from fastlt.models.start import start_head
 from fastlt.models.weight_files import weights_file
-from fastlt.models.weights import is_vectors, start_head, start_head_by_name
 
 
 class Classifier(nn.Module):
@@ -29,8 +29,11 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what the head takes of images (N, 3, H, W), by default the backbone's (N, D)."""
-        return self.backbone(images)
+        """Return what the head takes of images (N, 3, H, W), by default the backbone's (N, D).
+
+        Features that were computed before, (N, D), are taken as they are.
+        """
+        return images if images.ndim == 2 else self.backbone(images)
 
     def maps(self, images: Tensor) -> Tensor:
         """Return the backbone's feature maps (N, D, h, w) of images (N, 3, H, W)."""
@@ -53,12 +56,12 @@ def build_model(
     config: ModelConfig,
     classes: int,
     size: int,
-    names: Sequence[str] = (),
+    space: ClassSpace | None = None,
     notes: list[str] | None = None,
 ) -> Classifier:
     """Return the configured model of C = `classes` for images of `size` pixels a side.
 
-    names (C,): of the classes, where the head starts from vectors of their names. notes: a list to
+    space: of these classes, where the head starts from vectors of their names. notes: a list to
     which a sentence is added about each way in which weights were made to fit.
 
     Raises UserError for a name that neither fastlt nor timm knows, and for weights that do not fit.
@@ -70,8 +73,5 @@ def build_model(
             notes += [f"{config.weights}: {sentence}" for sentence in said]
     adapt(backbone, config.adapt, config.adapter, config.name)
     head = HEADS[config.head].build(config, int(backbone.num_features), classes)  # type: ignore[arg-type]
-    if is_vectors(config.head_weights):
-        start_head_by_name(head, config.head_weights, names)
-    elif config.head_weights:
-        start_head(head, weights_file(config.head_weights))
+    start_head(head, config, space)
     return Classifier(backbone, head)

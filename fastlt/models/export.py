@@ -39,7 +39,7 @@ def export_safetensors(
     The metadata are under one key, for their order would be random. prior (T,): the shares of the
     classes that the model answers to; None: not known. scale: of images of more than eight bits.
     """
-    head = {"head": model.head.exported_as, "scale_alone": False}
+    head = {**model.head.exported(), "scale_alone": False}
     adapt = config.model.adapt if stays(config.model.adapt) else FULL
     description: dict[str, Any] = {
         "model": {**config.model.model_dump(mode="json"), **head, "adapt": adapt},

@@ -43,6 +43,10 @@ class Head(nn.Module, ABC):
         Where the classes are sharded over ranks, all ranks call it together.
         """
 
+    def exported(self) -> dict[str, Any]:
+        """Return the keys of [model] by which what `of_targets` returns is built again."""
+        return {"head": self.exported_as}
+
 
 class LinearHead(Head):
     """A linear head: (N, D) features to (N, C) logits."""
@@ -107,18 +111,23 @@ class ScaledHead(LinearHead):
 
 
 class CosineHead(Head):
-    """A head with (N, C) logits `scale * cos(feature, class weight)` of (N, D) features."""
+    """A head with (N, C) logits `scale * cos(feature, class weight)` of (N, D) features.
+
+    learnt: whether the scale is a parameter, by its logarithm, so that it stays above 0.
+    """
 
     exported_as = "cosine"
     limits_rows = False
 
     class Numbers(Section):
-        """The key of the cosine head."""
+        """The keys of the cosine head."""
 
         head_scale: Positive = 30.0
-        """The factor on the cosines of the cosine head."""
+        """The factor on the cosines of the cosine head, or what it starts from."""
+        head_scale_learnt: bool = False
+        """Train this factor with the cosine head."""
 
-    def __init__(self, features: int, classes: int, scale: float):
+    def __init__(self, features: int, classes: int, scale: float, learnt: bool = False):
         super().__init__()
         # Of length 1, as in the LDAM code: the length sets how far a step of the optimiser turns a
         # row.
@@ -126,22 +135,63 @@ class CosineHead(Head):
             F.normalize(torch.empty(classes, features).uniform_(-1, 1), dim=1)
         )
         self.bias = None
-        self.scale = scale
+        self.fixed = scale
+        self.log_scale = nn.Parameter(torch.tensor(scale).log()) if learnt else None
+
+    @property
+    def scale(self) -> Tensor | float:
+        """The factor on the cosines."""
+        return self.fixed if self.log_scale is None else self.log_scale.exp()
+
+    def factor(self) -> float:
+        """Return the scale as it is, as a number."""
+        return self.fixed if self.log_scale is None else self.log_scale.detach().exp().item()
 
     @classmethod
     def build(cls, config: Any, features: int, classes: int) -> Head:
         """Return a new head; see `Head.build`."""
-        return cls(features, classes, config.head_scale)
+        return cls(features, classes, config.head_scale, config.head_scale_learnt)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, C) of features (N, D)."""
         return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
 
     def of_targets(self, targets: int) -> "CosineHead":
-        """Return a cosine head with rows 0..T-1."""
+        """Return a cosine head with rows 0..T-1, whose scale is set."""
         return with_values(
-            CosineHead(self.weight.shape[1], targets, self.scale), self.weight[:targets]
+            CosineHead(self.weight.shape[1], targets, self.factor()), self.weight[:targets]
         )
+
+    def exported(self) -> dict[str, Any]:
+        """Return the keys of [model]; see `Head.exported`."""
+        return {
+            "head": self.exported_as,
+            "head_scale": self.factor(),
+            "head_scale_learnt": False,
+        }
+
+
+class BatchNormHead(LinearHead):
+    """A linear head on features (N, D) that batch norm has brought to mean 0 and deviation 1, as
+    linear probes of self-supervised models have it (MAE, arXiv 2111.06377, appendix A).
+    """
+
+    is_linear = False
+
+    def __init__(self, features: int, classes: int):
+        super().__init__(features, classes)
+        self.norm = nn.BatchNorm1d(features, eps=1e-6, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, C) of features (N, D)."""
+        return super().forward(self.norm(x))
+
+    def of_targets(self, targets: int) -> LinearHead:
+        """Return a linear head with rows 0..T-1, into which the norm is folded."""
+        plain = super().of_targets(targets)
+        norm: Any = self.norm
+        weight = plain.weight / (norm.running_var + norm.eps).sqrt()
+        return with_values(plain, weight, plain.bias - weight @ norm.running_mean)
 
 
 class ClassParallelHead(ClassParallelLinear, Head):  # type: ignore[misc]
@@ -178,6 +228,7 @@ class ClassParallelHead(ClassParallelLinear, Head):  # type: ignore[misc]
 HEADS: dict[str, type[Head]] = {
     "linear": LinearHead,
     "cosine": CosineHead,
+    "batch-norm": BatchNormHead,
     "scaled": ScaledHead,
     "class-parallel": ClassParallelHead,
 }
@@ -212,6 +263,10 @@ def misfits(config: Config) -> Iterator[tuple[bool, str]]:
     yield (
         model.scale_alone and model.head != "scaled",
         "model.scale_alone is for model.head=scaled: set it to false",
+    )
+    yield (
+        model.head_scale_learnt and model.head != "cosine",
+        "model.head_scale_learnt is for model.head=cosine: set it to false",
     )
     yield (
         config.optim.max_norm < 1

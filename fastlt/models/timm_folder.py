@@ -6,25 +6,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastlt.models.backbones import CifarResNet, import_timm
+from fastlt.config import ModelConfig
+from fastlt.models.backbones import CifarResNet, import_timm, pooling_of
 from fastlt.models.classifier import Classifier
 from fastlt.models.heads import LinearHead
 
 
-def timm_model(model: Classifier, name: str, size: int) -> tuple[nn.Module, str] | None:
+def timm_model(
+    model: Classifier, described: dict[str, Any], size: int
+) -> tuple[nn.Module, str] | None:
     """Return a model of timm with the weights of a trained one, and the name of its classifier.
+
+    described: the section [model] of its run; size: pixels a side of its images.
 
     None where timm has no such model: another backbone, a changed one, or a head that is not
     linear.
     """
     if type(model) is not Classifier or type(model.head) is not LinearHead:
         return None
-    if isinstance(model.backbone, CifarResNet):
+    if isinstance(model.backbone, CifarResNet) or described.get("projection"):
         return None
-    timm, classes = import_timm(name), len(model.head.weight)
-    cfg = timm.models.get_pretrained_cfg(name)
-    options = {"img_size": size} if cfg is not None and cfg.fixed_input_size else {}
-    whole = timm.create_model(name, num_classes=classes, **options)
+    name, classes = described["name"], len(model.head.weight)
+    options = timm_options(described, size)
+    whole = import_timm(name).create_model(name, num_classes=classes, **options)
     head = whole.get_classifier()
     place = next((key for key, module in whole.named_modules() if module is head), "")
     if not isinstance(head, nn.Linear) or not place:
@@ -36,6 +40,15 @@ def timm_model(model: Classifier, name: str, size: int) -> tuple[nn.Module, str]
     return whole.eval(), place
 
 
+def timm_options(described: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return the arguments of timm's model besides its name."""
+    cfg = import_timm(described["name"]).models.get_pretrained_cfg(described["name"])
+    fixed = {"img_size": size} if cfg is not None and cfg.fixed_input_size else {}
+    pooling = described.get("pooling", "default")
+    averaged = pooling_of(ModelConfig(name=described["name"], pooling=pooling))
+    return fixed | described.get("args", {}) | averaged
+
+
 def timm_names(model: Classifier, classifier: str) -> dict[str, Tensor]:
     """Return the tensors of a model under timm's names."""
     backbone = model.backbone.state_dict()
@@ -44,7 +57,11 @@ def timm_names(model: Classifier, classifier: str) -> dict[str, Tensor]:
 
 
 def write_config(
-    whole: Any, folder: Path, classes: list[str], data: dict[str, Any], are_shrunk: bool
+    whole: Any,
+    folder: Path,
+    classes: list[str],
+    described: dict[str, Any],
+    are_shrunk: bool,
 ) -> None:
     """Write config.json as timm does: architecture, names of classes, and its preprocessing.
 
@@ -52,6 +69,7 @@ def write_config(
     """
     from timm.models._hub import save_config_for_hf  # present: the model is timm's
 
+    data = described["data"]
     size, resize = data["size"], data["eval_resize"] or data["size"]
     preprocessing = {
         "mean": list(data["mean"]),
@@ -62,8 +80,8 @@ def write_config(
         "interpolation": "box" if are_shrunk else "bilinear",
     }
     config = {"label_names": classes, "pretrained_cfg": preprocessing}
-    options = {"img_size": size} if whole.pretrained_cfg.get("fixed_input_size") else None
-    save_config_for_hf(whole, str(folder / "config.json"), config, options)
+    options = timm_options(described["model"], size)
+    save_config_for_hf(whole, str(folder / "config.json"), config, options or None)
 
 
 def crop_share(size: int, resize: int) -> float:

@@ -1,21 +1,17 @@
-"""Tensors on disk, in safetensors files, and what a head starts from."""
+"""Tensors on disk, in safetensors files."""
 
 import errno
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastlt.errors import UserError
-from fastlt.models.heads import Head
-from fastlt.models.weight_files import read_weights
-from fastlt.utils.embeddings import read_embeddings
 
 UMASK = os.umask(0)  # which cannot be asked for without being set
 os.umask(UMASK)
@@ -83,53 +79,3 @@ def of_timm(tensors: dict[str, Tensor], classifier: str) -> dict[str, Tensor]:
         f"head.{name.removeprefix(start)}" if name.startswith(start) else f"backbone.{name}": tensor
         for name, tensor in tensors.items()
     }
-
-
-def start_head(head: Head, path: Path) -> None:
-    """Copy `weight` (T or C, D) and `bias` of a file into the first rows of a head.
-
-    `head.weight` and `head.bias`, as a trained model has them, will do as well.
-    """
-    found = {name.removeprefix("head."): tensor for name, tensor in read_weights(path).items()}
-    fill_head(head, found.get("weight"), found.get("bias"), str(path))
-
-
-def start_head_by_name(head: Head, place: str, names: Sequence[str]) -> None:
-    """Copy the vectors of the classes' names (C,), each of length 1, into the rows of a head.
-
-    place: `FILE.npz` or `FILE.npz:KEY`, such as CLIP's text features. Raises UserError where a
-    class has no vector, or the vectors do not fit the head.
-    """
-    vectors = read_embeddings(place).of(names)
-    known = [vector for vector in vectors if vector is not None]
-    if missing := [name for name, vector in zip(names, vectors, strict=True) if vector is None]:
-        more = f" and of {len(missing) - 1} more classes" if len(missing) > 1 else ""
-        raise UserError(f"{place} has no vector of '{missing[0]}'{more}: add them to the file")
-    fill_head(head, torch.from_numpy(np.stack(known)), None, place)
-
-
-def fill_head(head: Head, rows: Tensor | None, bias: Tensor | None, place: str) -> None:
-    """Copy rows (T or C, D), and a bias, into the first ones of a head.
-
-    place: what they are from, for the UserError where they do not fit.
-    """
-    if (
-        rows is None
-        or rows.ndim != 2
-        or rows.shape[1] != head.weight.shape[1]
-        or len(rows) > len(head.weight)
-    ):
-        shape = "no `weight`" if rows is None else f"a weight of shape {tuple(rows.shape)}"
-        raise UserError(
-            f"{place} has {shape}; the head is {tuple(head.weight.shape)} and takes its first rows "
-            "from it"
-        )
-    with torch.no_grad():
-        head.weight[: len(rows)] = rows
-        if bias is not None and head.bias is not None and not head.is_sharded:
-            head.bias[: len(bias)] = bias
-
-
-def is_vectors(place: str) -> bool:
-    """Return whether a place is a file of vectors by name, not of weights."""
-    return place.endswith(".npz") or ".npz:" in place

@@ -24,7 +24,7 @@ from fastlt.utils.long_tail import long_tail
 
 SIDE = 32
 CLASSES, SUPERCLASSES = 100, 20
-TASKS = ("cifar100-lt", "cifar100-siblings")
+TASKS = ("cifar100-lt", "cifar100-siblings", "cifar100-unrelated")
 AUXILIARIES = ("siblings", "random", "none")
 SEED = 0
 
@@ -63,8 +63,9 @@ def read_cifar100(
     `cifar100-lt`: the protocol of LDAM-DRW (arXiv 1906.07413), 100 targets, no auxiliaries.
     `cifar100-siblings`: 20 targets, the first 2 fine classes of superclasses 0..9; `auxiliary` says
     what is added: `siblings` (default), the other 3 fine classes of the same superclass; `random`,
-    3 fine classes of superclass 10 + k for superclass k, as a control; or `none`. Raises UserError
-    where the folder is not CIFAR-100 or the task does not exist.
+    3 fine classes of superclass 10 + k for superclass k, as a control; or `none`.
+    `cifar100-unrelated`: the 50 fine classes of superclasses 10..19 with all their images, to
+    pretrain on. Raises UserError where the folder is not CIFAR-100 or the task does not exist.
     """
     auxiliary = auxiliary or ("siblings" if task == "cifar100-siblings" else "none")
     if task not in TASKS or auxiliary not in AUXILIARIES:
@@ -72,14 +73,16 @@ def read_cifar100(
             f"there is no task '{task}' with auxiliaries '{auxiliary}': tasks are {TASKS}, "
             f"auxiliaries {AUXILIARIES}"
         )
-    if task == "cifar100-lt" and auxiliary != "none":
+    if task != "cifar100-siblings" and auxiliary != "none":
         raise UserError(
-            f"in cifar100-lt all classes are targets, so it has no '{auxiliary}' auxiliaries: use "
+            f"in {task} all classes are targets, so it has no '{auxiliary}' auxiliaries: use "
             "cifar100-siblings"
         )
     cifar = open_cifar(folder)
     if task == "cifar100-lt":
         return _long_tail(cifar, imbalance)
+    if task == "cifar100-unrelated":
+        return _unrelated(cifar)
     return _siblings(cifar, imbalance, auxiliary)
 
 
@@ -105,6 +108,15 @@ def _long_tail(cifar: Cifar, imbalance: float) -> Collection:
     return Collection(
         cifar.fine_names, train, [ref for fine in classes for ref in cifar.refs("test", fine, fine)]
     )
+
+
+def _unrelated(cifar: Cifar) -> Collection:
+    classes = [fine for k in range(10, SUPERCLASSES) for fine in cifar.members(k)]
+    train, test = (
+        [ref for label, fine in enumerate(classes) for ref in cifar.refs(split, fine, label)]
+        for split in ("train", "test")
+    )
+    return Collection([cifar.fine_names[fine] for fine in classes], train, test)
 
 
 def _siblings(cifar: Cifar, imbalance: float, auxiliary: str) -> Collection:

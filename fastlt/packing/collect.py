@@ -3,11 +3,15 @@
 from pathlib import Path
 
 from fastlt.errors import UserError
+from fastlt.packing.cifar import TASKS as CIFAR_TASKS
 from fastlt.packing.collection import Collection
+from fastlt.packing.descriptions import describe
+from fastlt.packing.grocery import read_grocery
 from fastlt.packing.holdout import Together, hold_out
 from fastlt.packing.sources import is_pack, read_cifar100, read_collection
 
-TASKS = ("cifar100-lt", "cifar100-siblings")
+TASKS_OF = {"cifar100": CIFAR_TASKS, "grocery": ("grocery",)}
+IMBALANCE = 100.0
 
 
 def collect(
@@ -22,16 +26,17 @@ def collect(
     root: Path | None = None,
     class_names: Path | None = None,
     task: str | None = None,
-    imbalance: float = 100,
+    imbalance: float = IMBALANCE,
     together: Together | None = None,
     relabel: bool = False,
     image_key: str = "",
     label_key: str = "",
+    descriptions: Path | None = None,
 ) -> Collection:
     """Return the images that the arguments of `fastlt pack` name; messages name them by option.
 
-    source: cifar100:DIR, or None. together: what `holdout` leaves on one side. Raises UserError
-    where the arguments contradict each other, and DataError where images cannot be read.
+    source: cifar100:DIR, grocery:DIR or None. together: what `holdout` leaves on one side. Raises
+    UserError where the arguments contradict each other, and DataError where images cannot be read.
     """
     if together is not None and together.groups is not None and not holdout:
         raise UserError("--groups is for --holdout, which takes validation images out: name both")
@@ -43,10 +48,12 @@ def collect(
         if target is None or (val is None and not holdout):
             raise UserError(
                 "nothing to pack: name images with --target and --val (or --holdout), or give "
-                "cifar100:DIR"
+                "cifar100:DIR or grocery:DIR"
             )
         if task is not None:
-            raise UserError(f"--task {task} is for cifar100:DIR, not for --target: leave it out")
+            raise UserError(
+                f"--task {task} is for cifar100:DIR and grocery:DIR, not for --target: leave it out"
+            )
         collection = read_collection(
             target,
             Path(auxiliary) if auxiliary else None,
@@ -59,24 +66,36 @@ def collect(
             image_key=image_key,
             label_key=label_key,
         )
+        if descriptions is not None:
+            describe(collection, descriptions)
         if holdout:
             hold_out(collection, holdout, together)
         return collection
     kind, _, folder = source.partition(":")
-    if kind != "cifar100" or not folder:
+    if kind not in TASKS_OF or not folder:
         raise UserError(
-            f"unknown source '{source}': it must be cifar100:DIR; folders are named with --target, "
-            "--auxiliary and --val"
+            f"unknown source '{source}': it must be cifar100:DIR or grocery:DIR; folders are named "
+            "with --target, --auxiliary and --val"
         )
+    if descriptions is not None:
+        raise UserError(f"--descriptions does not go with {kind}:DIR: leave it out")
     if target or val or test or pairs or root or class_names or relabel or image_key or label_key:
         raise UserError(
             "--target, --val, --test, --pairs, --root, --class-names, --relabel, --image-key and "
-            "--label-key do not go with cifar100:DIR: leave them out"
+            f"--label-key do not go with {kind}:DIR: leave them out"
         )
-    if task not in TASKS:
-        raise UserError("cifar100 needs --task cifar100-lt or --task cifar100-siblings")
+    if task not in TASKS_OF[kind]:
+        tasks = " or ".join(f"--task {name}" for name in TASKS_OF[kind])
+        raise UserError(f"{kind} needs {tasks}")
+    if kind == "grocery":
+        if holdout or imbalance != IMBALANCE:
+            raise UserError(
+                "grocery has validation images and an imbalance of its own: leave out --holdout "
+                "and --imbalance"
+            )
+        return read_grocery(Path(folder), auxiliary)
     controls = ["siblings", "random", "none"]
-    default = "none" if task == TASKS[0] else "siblings"
+    default = "siblings" if task == "cifar100-siblings" else "none"
     if auxiliary not in (None, *controls):
         raise UserError(f"--auxiliary {auxiliary}: for cifar100 it is one of {', '.join(controls)}")
     collection = read_cifar100(Path(folder), task, imbalance, auxiliary or default)

@@ -102,6 +102,8 @@ def _merged(space: ClassSpace, other: ClassSpace, name: str) -> ClassSpace:
         val_counts=space.val_counts,
         pairs=sorted(pairs),
         origins={**other.origins, **space.origins},
+        display_names={**other.display_names, **space.display_names},
+        descriptions={**other.descriptions, **space.descriptions},
     )
 
 

@@ -50,6 +50,8 @@ def derive_pack(
         train_counts=np.bincount(train.labels, minlength=classes).tolist(),
         val_counts=np.bincount(val.labels, minlength=len(names)).tolist(),
         pairs=sorted(pairs),
+        display_names=known_of(pack.space.display_names, [*names, *auxiliary_names]),
+        descriptions=known_of(pack.space.descriptions, [*names, *auxiliary_names]),
     )
     with whole_folder(out) as folder:
         columns: dict[str, Any] = {}
@@ -92,3 +94,8 @@ def derive_pack(
         }
         write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return out
+
+
+def known_of(table: dict[str, str], names: Sequence[str]) -> dict[str, str]:
+    """Return those entries of a table whose names are among some."""
+    return {name: table[name] for name in names if name in table}

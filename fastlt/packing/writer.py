@@ -303,6 +303,8 @@ def _class_space(collection: Collection, train: Packed, val: Packed) -> ClassSpa
         pairs=collection.pairs,
         origins=collection.origins,
         curation=collection.curation,
+        display_names=collection.display_names,
+        descriptions=collection.descriptions,
     )
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastlt.classes import ClassSpace
-from fastlt.config import Config, as_override, load_config
+from fastlt.config import Config, ModelConfig, as_override, load_config
 from fastlt.errors import UserError
 from fastlt.evaluation.metrics import Predictions, score
 from fastlt.evaluation.probe import (
@@ -29,9 +29,9 @@ from fastlt.evaluation.probe import (
 from fastlt.models.classifier import Classifier, build_model
 from fastlt.models.device import find_device
 from fastlt.models.preprocessing import with_preprocessing
+from fastlt.models.start import class_vectors
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.training.features import features_of
-from fastlt.utils.embeddings import read_embeddings
 from fastlt.utils.files import write_text
 from fastlt.utils.progress import rated_progress
 
@@ -47,9 +47,10 @@ class ProbeOptions(NamedTuple):
     weights: str = ""
     size: int = 0  # pixels; 0: as the weights have it
     split: str = "val"
-    text: str = ""  # FILE.npz or FILE.npz:KEY with names and vectors
+    text: str = ""  # as `model.head_weights`: FILE.npz, FILE.npz:KEY or open-clip:MODEL/WEIGHTS
     out: Path | None = None
     device: str = "auto"
+    templates: tuple[str, ...] = ModelConfig.model_fields["templates"].default
 
 
 class Row(NamedTuple):
@@ -126,7 +127,7 @@ def classifiers(space: ClassSpace, options: ProbeOptions) -> Iterator[tuple[str,
         return train.take(train.labels < targets)
 
     if options.text:
-        vectors = text_vectors(options.text, space.target_names)
+        vectors = class_vectors(options.text, space.targets_only(), options.templates)
         yield "zero-shot, text", lambda train, tested: ("", cosine(tested.features, vectors))
     yield (
         "nearest class mean",
@@ -178,14 +179,6 @@ def linear(
         return f"L2 {strength:g}", with_one(held) @ weights[:targets].T
 
     return scores
-
-
-def text_vectors(place: str, names: list[str]) -> Tensor:
-    """Return the vectors of the targets' names. UserError where one has none."""
-    found = read_embeddings(place).of(names)
-    if missing := [name for name, vector in zip(names, found, strict=True) if vector is None]:
-        raise UserError(f"{place} has no vector of '{missing[0]}': add it to the file")
-    return torch.stack([torch.as_tensor(vector).float() for vector in found])
 
 
 def cosine(features: Tensor, vectors: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from rich.table import Table
 from safetensors import safe_open
 
 from fastlt.config import load_config
-from fastlt.studies.protocol import ReproduceOptions, packed, shortened
-from fastlt.studies.repeated import Control, folder_name, spread, train_all
+from fastlt.studies.protocol import ReproduceOptions, packed, repeated, shortened
+from fastlt.studies.repeated import Control, folder_name, spread
 from fastlt.utils.run_files import METRICS, read_result
 
 BALANCED = ["loss.name=balanced-ce"]
@@ -67,7 +67,7 @@ def compared(
         name: Control(pack, [*settings, *own, *options.settings], name)
         for name, own in methods.items()
     }
-    rows = train_all(recipe, controls, options.out, options.seeds, options.parallel, console)
+    rows = repeated(recipe, controls, options, console)
     for row in rows:
         run = options.out / folder_name(row["control"], row["seed"])
         row["peak_memory"] = read_result(run)["peak_memory"]

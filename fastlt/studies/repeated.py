@@ -49,13 +49,17 @@ def train_all(
     seeds: int,
     parallel: int,
     console: Console,
+    first_seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Return the figures of each control's runs, a row a run; `parallel` at a time share the cores.
+
+    seeds: how many, from first_seed on.
 
     A run that is in `out` is read, one that stopped goes on. Where one fails no other is begun,
     those under way are saved, and UserError is raised.
     """
-    jobs = [(name, seed) for seed in range(seeds) for name in controls]
+    drawn = range(first_seed, first_seed + seeds)
+    jobs = [(name, seed) for seed in drawn for name in controls]
     threads = str(max(1, cores() // parallel))
     places = {(name, seed): out / folder_name(name, seed) for name, seed in jobs}
 

@@ -15,9 +15,10 @@ from rich.table import Table
 
 from fastlt.config import did_you_mean, load_config
 from fastlt.errors import UserError
-from fastlt.studies.protocol import ReproduceOptions, packed, shortened
+from fastlt.studies.finetune import finetune
+from fastlt.studies.protocol import ReproduceOptions, packed, repeated, shortened
 from fastlt.studies.related import related_methods, related_on_siblings
-from fastlt.studies.repeated import Control, spread, table, train_all
+from fastlt.studies.repeated import Control, spread, table
 from fastlt.utils.results_file import append_rows, check_file
 from fastlt.utils.run_files import METRICS
 
@@ -60,6 +61,8 @@ def run_reproduce(task: str, options: ReproduceOptions, csv: Path | None, consol
             f"there is nothing to reproduce by the name '{task}'{did_you_mean(task, list(TASKS))}: "
             f"{', '.join(TASKS)}"
         )
+    if options.only and task != "finetune":
+        raise UserError("--only is for finetune, whose rows and columns it picks: leave it out")
     if csv is not None:
         check_file(csv)
     rows = TASKS[task](options, console)
@@ -77,7 +80,7 @@ def cifar100_lt(options: ReproduceOptions, console: Console) -> list[dict[str, A
     controls = {
         name: Control(pack, settings, published.method) for name, published in CIFAR100_LT.items()
     }
-    rows = train_all("cifar100-lt", controls, options.out, options.seeds, options.parallel, console)
+    rows = repeated("cifar100-lt", controls, options, console)
     changed = epochs != protocol.train.epochs or bool(options.settings)
     console.print(
         beside_published(
@@ -107,9 +110,7 @@ def siblings(options: ReproduceOptions, console: Console) -> list[dict[str, Any]
         name: Control(packs[kind], [*extra, *last, *options.settings])
         for name, (kind, extra) in SIBLINGS.items()
     }
-    rows = train_all(
-        "cifar100-siblings", controls, options.out, options.seeds, options.parallel, console
-    )
+    rows = repeated("cifar100-siblings", controls, options, console)
     console.print(table(rows))
     return rows
 
@@ -119,6 +120,7 @@ TASKS: dict[str, Callable[[ReproduceOptions, Console], list[dict[str, Any]]]] = 
     "cifar100-siblings": siblings,
     "methods": related_methods,
     "methods-siblings": related_on_siblings,
+    "finetune": finetune,
 }
 
 

@@ -24,9 +24,9 @@ from fastlt.models.backbones import cifar_backbone
 from fastlt.models.heads import HEADS
 from fastlt.models.preprocessing import with_preprocessing
 from fastlt.training.distributed import process_group
+from fastlt.training.inputs import make_input
 from fastlt.training.loop import (
     forward_of,
-    make_input,
     open_packs,
     set_modes,
     steps,

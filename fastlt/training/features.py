@@ -1,48 +1,64 @@
-"""The features of all training images by a backbone that stands still, computed once.
+"""The features of images by a backbone that stands still, computed once.
 
 They are kept in PACK/features, or in RUN/features where that cannot be written to, under the hash
-of the images, of the weights and of how images are cut for evaluation: another run of the same
-backbone reads them.
+of the images, of the weights and of how images are cut: another run of the same backbone reads
+them. There are two kinds: of a split as it is evaluated, in float32, and of several augmented views
+of the training images, in bfloat16.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastlt.config import Config
+from fastlt.data.geometry import boxes_of, geometry_of
 from fastlt.data.loader import Loader
 from fastlt.data.plan import Batch, evaluation_batches
 from fastlt.evaluation.evaluate import EVALUATION_BATCH, evaluation_geometry
 from fastlt.evaluation.forward import output_of
 from fastlt.models.classifier import Classifier
 from fastlt.packing.reader import Pack, Split, identity
+from fastlt.training.inputs import make_input, step_seed
 from fastlt.utils.files import whole_file
 from fastlt.utils.lock import in_turn
+from fastlt.utils.progress import rated_progress
+
+CACHE = "cache"  # of data.features
 
 
 class FeatureLoader:
     """As a Loader, but that batches come with the features of their images, (n, D) float32.
 
-    features: returns those of all images, (N, D); it is called once they are needed.
+    features: returns those of all images, (N, D), or of V views of each, (V, N, D), of which a
+    batch's boxes name one; it is called once they are needed.
     """
 
     engine_name, decode = "features", "no"
 
     def __init__(self, features: Callable[[], Tensor]) -> None:
         self._features = features
+        self._values: Tensor | None = None
         self.damaged: dict[int, str] = {}
 
     def iterate(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """Yield each batch with its features."""
-        values = self._features()
+        if self._values is None:
+            self._values = self._features()
+        values = self._values
         for batch in batches:
-            yield batch, values[torch.from_numpy(batch.images)]
+            images = torch.from_numpy(batch.images)
+            if values.ndim == 3:
+                yield batch, values[torch.from_numpy(batch.boxes[:, 0]).long(), images].float()
+            else:
+                yield batch, values[images]
 
     def close(self) -> None:
         """Do nothing: there are neither workers nor threads."""
@@ -73,9 +89,53 @@ def features_of(
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
+def views_of(
+    model: Classifier,
+    pack: Pack,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    run: Path,
+) -> Tensor:
+    """Return the features (V, n, D) bfloat16 of V views of all training images, from the disk where
+    they are.
+
+    V is `data.feature_views`. View v is cut, mirrored and augmented by numbers drawn from its own.
+    """
+    folder = features_folder(pack, run)
+    path = folder / f"{views_id(model.backbone, pack.train, config)}.npy"
+    with in_turn(folder / ".lock"):
+        if not path.is_file():
+            shape = (config.data.feature_views, len(pack.train), int(model.backbone.num_features))  # type: ignore[arg-type]
+            with whole_file(path) as temporary:
+                # numpy has no bfloat16: the same bits as integers
+                table = np.lib.format.open_memmap(temporary, "w+", np.int16, shape)
+                for view, images, values in compute_views(model, pack, config, device, dtype):
+                    table[view, images] = values.view(torch.int16).numpy()
+                table.flush()
+                del table
+    return torch.from_numpy(np.load(path, mmap_mode="c")).view(torch.bfloat16)
+
+
 def features_id(backbone: nn.Module, split: Split, config: Config) -> str:
     """Return the hash of what features depend on: images, weights, cut and normalisation."""
-    transform = config.data.model_dump(include={"size", "eval_resize", "mean", "std"})
+    return _hash(backbone, split, config.data.model_dump(include={"size", *EVALUATED}))
+
+
+def views_id(backbone: nn.Module, split: Split, config: Config) -> str:
+    """Return the hash of what the features of views depend on, as `features_id`."""
+    return _hash(
+        backbone,
+        split,
+        [config.data.model_dump(include={"size", *CUT}), config.augment.model_dump()],
+    )
+
+
+EVALUATED = {"eval_resize", "mean", "std"}
+CUT = {"crop", "padding", "scale", "ratio", "flip", "mean", "std", "feature_views"}
+
+
+def _hash(backbone: nn.Module, split: Split, transform: Any) -> str:
     digest = hashlib.sha256(json.dumps([identity(split), transform]).encode())
     for name, tensor in backbone.state_dict().items():
         digest.update(name.encode())
@@ -83,21 +143,71 @@ def features_id(backbone: nn.Module, split: Split, config: Config) -> str:
     return digest.hexdigest()[:32]
 
 
+def compute_views(
+    model: Classifier, pack: Pack, config: Config, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+    """Yield the number of a view, images (n,) and their features (n, D) bfloat16 on the CPU."""
+    data, train = config.data, pack.train
+    loader = Loader(
+        train,
+        data.size,
+        data.engine,
+        data.workers,
+        pack.betons("train"),
+        decode=data.decode,
+        strict=data.strict,
+        device=device,
+    )
+    numbers = np.arange(len(train))
+    parts = [numbers[i : i + EVALUATION_BATCH] for i in range(0, len(train), EVALUATION_BATCH)]
+    batches = [(view, images) for view in range(data.feature_views) for images in parts]
+
+    def planned() -> Iterator[Batch]:
+        for view, images in batches:
+            sizes = train.height[images], train.width[images]
+            yield Batch(
+                images, train.label[images], *boxes_of(geometry_of(data), *sizes, images, view, 0)
+            )
+
+    with still(model.backbone), closing(loader), rated_progress(None, "images/s") as bar:
+        task = bar.add_task("features", total=len(train) * data.feature_views)
+        for number, (batch, pixels) in enumerate(loader.iterate(planned())):
+            view = batches[number][0]
+            generator = torch.Generator().manual_seed(step_seed(view, number, 0))
+            labels = torch.from_numpy(batch.labels)
+            images = make_input(config, pixels, labels, generator, device, dtype)[0]
+            with (
+                torch.inference_mode(),
+                torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+            ):
+                values = model.backbone(images)
+            bar.advance(task, len(batch.images))
+            yield view, batch.images, values.bfloat16().cpu()
+
+
+@contextmanager
+def still(backbone: nn.Module) -> Iterator[None]:
+    """Keep a backbone in evaluation mode within the block."""
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        yield
+    finally:
+        backbone.train(was_training)
+
+
 def compute_features(
     model: Classifier, pack: Pack, config: Config, device: torch.device, split: str = "train"
 ) -> np.ndarray:
     """Return the features (n, D) float32 of all images of a split, in float32 arithmetic."""
     data, images = config.data, getattr(pack, split)
-    was_training = model.backbone.training
-    model.backbone.eval()
     loader = Loader(images, data.size, "auto", data.workers, pack.betons(split), strict=data.strict)
     batches = evaluation_batches(images, evaluation_geometry(data), EVALUATION_BATCH)
-    try:
-        parts = [
-            output_of(model.backbone, pixels, data.mean, data.std, device).float().cpu().numpy()
-            for _, pixels in loader.iterate(batches)
-        ]
-    finally:
-        loader.close()
-        model.backbone.train(was_training)
+    parts = []
+    with still(model.backbone), closing(loader), rated_progress(None, "images/s") as bar:
+        task = bar.add_task("features", total=len(images))
+        for batch, pixels in loader.iterate(batches):
+            found = output_of(model.backbone, pixels, data.mean, data.std, device)
+            parts.append(found.float().cpu().numpy())
+            bar.advance(task, len(batch.images))
     return np.concatenate(parts)

@@ -15,20 +15,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from fastlt.config import OLD_KEYS, Config, DataConfig, TrainConfig, to_toml, with_changes
-from fastlt.data.augment import compiled_finish, scale_and_shift
-from fastlt.data.augment import finish as finish_batch
 from fastlt.data.engines.torch import worker_errors
-from fastlt.data.jitter import colour_jitter
-from fastlt.data.mixup import draw
 from fastlt.data.plan import Batch, evaluation_batches
 from fastlt.data.prefetch import prefetch_to_device, to_device
-from fastlt.data.randaugment import randaugment
 from fastlt.data.row_weights import mixed_weights
 from fastlt.errors import UserError
 from fastlt.evaluation.calibration import (
@@ -55,6 +49,7 @@ from fastlt.packing.concat import concat_packs
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.training.compile import build_forward
 from fastlt.training.distributed import process_group
+from fastlt.training.inputs import is_compiled, make_input, step_seed
 from fastlt.training.loggers import Loggers, check_loggers
 from fastlt.training.messages import (
     epoch_line,
@@ -433,52 +428,6 @@ def accumulation(accumulate: int, step: int, steps: int) -> tuple[int, bool]:
     return group, step + 1 == start + group
 
 
-def make_input(
-    config: Config,
-    pixels: Tensor,
-    labels: Tensor,
-    generator: torch.Generator,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return augmented, normalised images (N, 3, H, W) and labels on the device.
-
-    pixels: (N, H, W, 3) uint8, or features (N, D) float32, which are left as they are. dtype: that
-    of autocast, to which the first layer would turn the images anyway.
-    """
-    if pixels.is_floating_point():
-        return to_device(pixels, device), to_device(labels, device), None, None
-    augment, data = config.augment, config.data
-    # not for the short batch that may end an epoch
-    compiled = is_compiled(config, device) and data.batch * data.views % len(pixels) == 0
-    target, pixels = to_device(labels, device), to_device(pixels, device)
-    if augment.randaugment or any(augment.jitter):
-        planes = colour_jitter(pixels.permute(0, 3, 1, 2), augment.jitter, generator, compiled)
-        pixels = randaugment(
-            planes, augment.randaugment, augment.randaugment_ops, generator
-        ).permute(0, 2, 3, 1)
-    count, height, width, _ = pixels.shape
-    draws = draw(augment, count, height, width, generator, device)
-    scales = scale_and_shift(tuple(data.mean), tuple(data.std), device)
-    finish = compiled_finish() if compiled else finish_batch
-    images = finish(pixels, *scales, draws, config.train.channels_last, dtype)
-    return (
-        (images, target, None, None)
-        if draws.mix is None
-        else (images, target, target.flip(0), draws.mix[0])
-    )
-
-
-def step_seed(seed: int, step: int, stream: int, rank: int = 0) -> int:
-    """Return the seed of a stream of random numbers of a step."""
-    return int(
-        np.random.SeedSequence([seed, step, stream, *([rank] if rank else [])]).generate_state(
-            1, np.uint64
-        )[0]
-        >> 1
-    )
-
-
 def forward_of(trainer: Trainer) -> Callable[..., Step]:
     """Return `forward(images, target, target_b, mix)`, the method as it trains in this epoch.
 
@@ -493,13 +442,6 @@ def forward_of(trainer: Trainer) -> Callable[..., Step]:
         batch = trainer.plan.batch * config.data.views // trainer.ranks.world
         trainer.forward = phase, build_forward(trainer.method, trainer.ranks, mode, batch)
     return trainer.forward[1]
-
-
-def is_compiled(config: Config, device: torch.device) -> bool:
-    """Return whether a training is compiled on a device."""
-    return config.train.compile == "on" or (
-        config.train.compile == "auto" and device.type == "cuda"
-    )
 
 
 def read_steps(steps: list[Tensor], trainer: Trainer) -> None:
@@ -649,6 +591,7 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
     predictions = predictions or evaluate(trainer)
     export(trainer, MODEL)
     result = score(predictions, trainer.space, trainer.config.data.grouping)
+    parameters, trained = trainer.parameters
     result |= {
         "best": trainer.state.best,
         "epochs": trainer.state.epoch if trainer.state.has_ended else trainer.config.train.epochs,
@@ -659,6 +602,8 @@ def finish(trainer: Trainer, predictions: Predictions | None) -> dict[str, Any]:
         "damaged_images": len(trainer.state.damaged),
         "skipped_steps": trainer.state.skipped,
         "peak_memory": peak_memory(trainer.device),
+        "parameters": parameters,
+        "trained_parameters": trained,
     }
     if trainer.ranks.is_first:
         assert trainer.val_losses is not None  # of the evaluation above

@@ -23,10 +23,8 @@ def report_setup(trainer: Trainer, console: Console) -> None:
     members = space.groups(config.data.grouping)
     groups = ", ".join(f"{len(targets)} {name}" for name, targets in members.items())
     auxiliary_images = int(plan.drawn_counts[space.num_targets :].sum())
-    parameters = {name: p.numel() / 1e6 for name, p in trainer.method.named_parameters()}
-    own = {name: size for name, size in parameters.items() if name.startswith("model.")}
-    trained = sum(size for name, size in own.items() if name in trainer.trainable)
-    share = f", {trained:.2f} M trained" if trained < sum(own.values()) else ""
+    total, trained = trainer.parameters
+    share = f", {trained / 1e6:.2f} M ({trained / total:.2%}) trained" if trained < total else ""
     optimiser = f"{config.optim.name}, {config.schedule.name} schedule"
     silenced = "nothing"
     if graph is not None:
@@ -41,7 +39,7 @@ def report_setup(trainer: Trainer, console: Console) -> None:
         "silenced": silenced,
         "images": f"{plan.images_per_epoch:,} an epoch, of which {auxiliary_images:,} auxiliary; "
         f"{plan.steps_per_epoch:,} steps of {config.data.batch}",
-        "model": f"{config.model.name}, {sum(own.values()):.2f} M parameters{share}; "
+        "model": f"{config.model.name}, {total / 1e6:.2f} M parameters{share}; "
         f"loss {config.loss.name}; {optimiser}",
         "machine": f"{several}{trainer.device.type}, {str(trainer.dtype).removeprefix('torch.')}, "
         f"loader {trainer.train_loader.engine_name}, {trainer.train_loader.decode} decode",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlt.classes import ClassSpace
 from fastlt.config import Config, DataConfig, with_changes
-from fastlt.data.geometry import Geometry
+from fastlt.data.geometry import Geometry, geometry_of
 from fastlt.data.loader import Loader
 from fastlt.data.plan import Plan, Sampling, spread_budget
 from fastlt.data.row_weights import RowWeights, row_weights
@@ -24,13 +24,13 @@ from fastlt.models.classifier import Classifier, build_model
 from fastlt.models.device import choose_device, on_device
 from fastlt.models.export import find_metadata
 from fastlt.models.heads import HEADS
+from fastlt.models.start import MEANS, is_file, start_from_means
 from fastlt.models.weight_files import weights_file
-from fastlt.models.weights import is_vectors
 from fastlt.packing.reader import Pack
 from fastlt.packing.subset import subset
 from fastlt.training.checkpoint import Writer
 from fastlt.training.distributed import ALONE, Ranks
-from fastlt.training.features import FeatureLoader, features_of
+from fastlt.training.features import CACHE, FeatureLoader, features_of, views_of
 from fastlt.training.nonfinite import Guard
 from fastlt.training.optim import Averaged, build_optimizer, copy_tensors, lr_factor
 from fastlt.training.step import MaxNorm, Updater
@@ -86,7 +86,7 @@ class Trainer:
     dtype: torch.dtype
     method: Base
     stages: list[Stage]
-    val_loader: Loader
+    val_loader: Loader | FeatureLoader
     ema: Averaged | None
     writer: Writer
     stop: StopRequest
@@ -109,6 +109,12 @@ class Trainer:
     def model(self) -> Classifier:
         """The model that is trained."""
         return self.method.model
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """The number of the model's parameters, and of those of them that are trained."""
+        own = {n: p.numel() for n, p in self.method.named_parameters() if n.startswith("model.")}
+        return sum(own.values()), sum(size for n, size in own.items() if n in self.trainable)
 
     @property
     def epochs(self) -> int:
@@ -183,7 +189,11 @@ def prepare(
         dtype=dtype,
         method=method,
         stages=stages,
-        val_loader=val_loader(config.data, pack, device),
+        val_loader=(
+            FeatureLoader(partial(features_of, method.model, pack, config, device, run, "val"))
+            if config.data.features == CACHE
+            else val_loader(config.data, pack, device)
+        ),
         ema=ema,
         writer=Writer(),
         stop=StopRequest(),
@@ -219,10 +229,15 @@ def build_method(
             f"method.name={config.method.name} has weights of its own, and does not go with "
             "data.class_weights or data.sample_weights: leave these out"
         )
+    if config.data.features == CACHE and kind.forward is not Base.forward:
+        raise UserError(
+            f"method.name={config.method.name} trains on images, and does not go with "
+            "data.features=cache: leave it out"
+        )
     torch.manual_seed(config.train.seed)
     model = kind.build(
         config.method,
-        build_model(config.model, space.num_classes, config.data.size, space.names, notes),
+        build_model(config.model, space.num_classes, config.data.size, space, notes),
     )
     model = on_device(model, config, device)
     if config.model.sync_bn:
@@ -278,6 +293,8 @@ def stage_parts(
     loader: Loader | FeatureLoader
     if stage.features:
         loader = FeatureLoader(partial(features_of, method.model, pack, config, device, run))
+    elif config.data.features == CACHE:
+        loader = FeatureLoader(partial(views_of, method.model, pack, config, device, dtype, run))
     else:
         loader = train_loader(config.data, pack, device, plan.geometry.size)
     factor = lr_factor(config.schedule, config.train.epochs)
@@ -327,6 +344,8 @@ def start_stage(trainer: Trainer) -> None:
         )
         return found[used]
 
+    if trainer.state.step == 0 and trainer.config.model.head_weights == MEANS:
+        start_from_means(trainer.model.head, features(), labels[used])
     trainer.method.start_stage(StageData(labels[used], features))
     if trainer.ema is not None:
         copy_tensors(trainer.method, trainer.ema.average)
@@ -334,7 +353,7 @@ def start_stage(trainer: Trainer) -> None:
 
 def check_head_weights(config: Config, space: ClassSpace) -> None:
     """Raise UserError where the head would start from rows of other classes or another kind."""
-    if not config.model.head_weights or is_vectors(config.model.head_weights):
+    if not is_file(config.model.head_weights):
         return
     path = weights_file(config.model.head_weights)
     described = find_metadata(path)
@@ -435,15 +454,9 @@ def build_plan(
     """
     data, drawn = config.data, pack.drawn or space
     unused = pack.space.num_auxiliaries - drawn.num_auxiliaries
-    geometry = Geometry(
-        data.crop,
-        size or data.size,
-        data.flip,
-        data.scale,
-        data.ratio,
-        data.padding,
-        data.eval_resize,
-    )
+    geometry = geometry_of(data, size)
+    if data.features == CACHE:
+        geometry = Geometry("view", data.size, views=data.feature_views)
     sampling = Sampling(
         data.target_sampling,
         (*budgets_of(data, drawn), *[0] * unused),

@@ -3,6 +3,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastlt.classes import ClassSpace
 from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.models.backbones import BasicBlock, CifarResNet
@@ -136,6 +137,11 @@ def test_maps_and_their_pooling_make_the_features(name):
         torch.testing.assert_close(model.pool(maps), model.backbone(images))
 
 
+def space_of(*names):
+    ones = [1] * len(names)
+    return ClassSpace(target_names=list(names), train_counts=ones, val_counts=ones)
+
+
 def text_features(path, names, width=64):
     vectors = np.random.default_rng(0).normal(size=(len(names), width)).astype(np.float32)
     np.savez(path, names=np.array(names), text=3 * vectors)
@@ -148,7 +154,7 @@ def test_a_head_starts_from_the_vectors_of_its_classes_names(tmp_path, head):
     unit = text_features(tmp_path / "text.npz", known)
     for place in (tmp_path / "text.npz", f"{tmp_path / 'text.npz'}:text"):
         config = section()(name="resnet8", head=head, head_weights=str(place))
-        model = build_model(config, 3, 32, ["polar_bear", "ant", "yak"])
+        model = build_model(config, 3, 32, space_of("polar_bear", "ant", "yak"))
         torch.testing.assert_close(model.head.weight.detach(), torch.from_numpy(unit[[1, 2, 0]]))
 
 
@@ -156,10 +162,10 @@ def test_vectors_that_are_missing_or_of_another_width_are_refused(tmp_path):
     text_features(tmp_path / "text.npz", ["yak"])
     config = section()(name="resnet8", head_weights=str(tmp_path / "text.npz"))
     with pytest.raises(UserError, match="has no vector of 'ant' and of 1 more classes"):
-        build_model(config, 3, 32, ["yak", "ant", "bee"])
+        build_model(config, 3, 32, space_of("yak", "ant", "bee"))
     text_features(tmp_path / "text.npz", ["yak"], width=5)
     with pytest.raises(UserError, match=r"a weight of shape \(1, 5\)"):
-        build_model(config, 1, 32, ["yak"])
+        build_model(config, 1, 32, space_of("yak"))
 
 
 def test_rows_follow_the_names_of_a_pack_whose_auxiliaries_are_reordered(small_pack, tmp_path):

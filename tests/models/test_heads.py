@@ -26,8 +26,10 @@ def test_a_head_of_the_targets_predicts_their_logits(name, group):
         for parameter in head.parameters():
             parameter.add_(torch.rand_like(parameter))
     features = torch.randn(5, FEATURES)
+    head(3 * features + 1)  # statistics of batch norm move
+    head.eval()
     logits = features @ head.weight.T + head.bias if head.is_sharded else head(features)
-    targets = head.of_targets(TARGETS)
+    targets = head.eval().of_targets(TARGETS)
     assert type(targets) is HEADS[head.exported_as]
     assert targets.weight.shape == (TARGETS, FEATURES)
     torch.testing.assert_close(targets(features), logits[:, :TARGETS])
@@ -42,5 +44,24 @@ def test_numbers_of_heads_are_settings_with_a_meaning():
 def test_settings_of_one_head_are_refused_with_another():
     with pytest.raises(ValueError, match=r"scale_alone is for model.head=scaled"):
         config_type()(model={"scale_alone": True})
+    with pytest.raises(ValueError, match=r"head_scale_learnt is for model.head=cosine"):
+        config_type()(model={"head_scale_learnt": True})
     with pytest.raises(ValueError, match="there is no head 'cosin', did you mean 'cosine'"):
         config_type()(model={"head": "cosin"})
+
+
+def test_a_learnt_scale_has_a_gradient_and_is_exported_as_a_number():
+    head = HEADS["cosine"].build(
+        section()(head="cosine", head_scale=8.0, head_scale_learnt=True), FEATURES, CLASSES
+    )
+    head(torch.randn(5, FEATURES)).square().sum().backward()
+    assert head.log_scale.grad is not None and head.log_scale.grad != 0
+    with torch.no_grad():
+        head.log_scale.add_(0.5)
+    told = head.exported()
+    assert told["head_scale"] == pytest.approx(8 * 2.71828**0.5, rel=1e-4)
+    assert not told["head_scale_learnt"]
+    again = HEADS["cosine"].build(section()(**told), FEATURES, TARGETS)
+    again.load_state_dict(head.of_targets(TARGETS).state_dict())
+    features = torch.randn(5, FEATURES)
+    torch.testing.assert_close(again(features), head(features)[:, :TARGETS])

@@ -23,10 +23,10 @@ from fastlt.models.export import load_exported
 from fastlt.packing.reader import open_pack
 from fastlt.packing.sources import read_collection
 from fastlt.packing.writer import PackOptions, write_pack
+from fastlt.training.inputs import step_seed
 from fastlt.training.loop import (
     accumulation,
     asks_for_silencing,
-    step_seed,
     train,
     without_silencing,
 )
