@@ -34,12 +34,25 @@ def bench_train(
     steps: Annotated[int, typer.Option(min=5, help="Steps per measurement.")] = 30,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each kind, in turn.")] = 5,
     csv: Annotated[Path | None, typer.Option(help="Add the figures to this file.")] = None,
+    adapt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="Instead: speed and memory of this kind of model.adapt beside full; may be "
+            "repeated.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Argument(metavar="[section.key=value]...", help="Settings on top of the recipe."),
     ] = None,
 ) -> None:
     """Compare images/s of the loop with bare forward, backward and step on resident data."""
+    if adapt:
+        from fastlt_benchmarks.adapt import run_bench_adapt
+
+        run_bench_adapt(recipe, adapt, settings or [], data, steps, rounds, csv, console)
+        return
     from fastlt_benchmarks.train import run_bench_train
 
     run_bench_train(recipe, settings or [], data, steps, rounds, csv, console)

@@ -11,6 +11,7 @@ import typer
 
 from fastlt.cli.app import Run, app, console
 from fastlt.cli.tables import (
+    print_blends,
     print_classes,
     print_confusions,
     print_post_hoc,
@@ -35,6 +36,14 @@ class ScoredSplit(str, Enum):
 
     val = "val"
     test = "test"
+
+
+class Views(str, Enum):
+    """Views of an image that test-time ensembling averages over."""
+
+    none = "none"
+    flip = "flip"
+    crops = "crops"
 
 
 @app.command("eval")
@@ -75,6 +84,13 @@ def evaluate(
         float | None,
         typer.Option(min=0, help="The strength itself, of one method: nothing is chosen."),
     ] = None,
+    tta: Annotated[
+        Views,
+        typer.Option(
+            help="Test-time ensembling: average the probabilities of an image and its mirror "
+            "image, or of its centre and corners too."
+        ),
+    ] = Views.none,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all figures to this file.")
     ] = None,
@@ -92,6 +108,16 @@ def evaluate(
     check_has_model(run)
     from fastlt.evaluation.evaluate import evaluate_post_hoc, evaluate_run
 
+    if tta is not Views.none:
+        if post_hoc or precision is not None:
+            raise UserError("--tta does not go with --post-hoc or --precision: leave them out")
+        from fastlt.evaluation.views import evaluate_views
+
+        result = evaluate_views(run, data, split.value, tta.value)
+        print_classes(result, run)
+        print_result(result, f"{run}, {tta.value}")
+        write_figures(json_file, result)
+        return
     if not post_hoc:
         if validation or strength is not None or share is not None:
             raise UserError(
@@ -181,6 +207,33 @@ def export(
     console.print(f"{to}: {said}", markup=False, highlight=False, soft_wrap=True)
     if push is not None:
         console.print(push_folder(to, push, private), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def blend(
+    run: Run,
+    weight: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Of the trained weights; the rest is of the start's."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder to write, used as a RUN.")
+    ] = None,
+) -> None:
+    """Blend a fine-tuned model with the weights that it started from (WiSE-FT).
+
+    Without --weight and --out, the figures of eleven blends on validation images are printed.
+    """
+    check_has_model(run)
+    if (weight is None) != (out is None):
+        raise UserError("--weight and --out go together: give both, or neither for a table")
+    from fastlt.evaluation.blend import blend_run, score_blends
+
+    if weight is None or out is None:
+        print_blends(score_blends(run), run)
+        return
+    blend_run(run, weight, out)
+    console.print(f"{out}: fastlt eval {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

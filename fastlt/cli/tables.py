@@ -116,6 +116,18 @@ def print_post_hoc(results: dict[str, dict[str, Any]], name: str, validation: st
     )
 
 
+def print_blends(results: dict[float, dict[str, Any]], run: Path) -> None:
+    """Print the figures of models between the start and the end of a run, by their weight."""
+    columns = {title: column for title, column in COLUMNS.items() if title != "harmonic"}
+    table = figure_table("weight of the end", *columns, title=escape(f"{run}, validation images"))
+    best = max(results.values(), key=lambda result: result["balanced_accuracy"])
+    for weight, result in results.items():
+        style = "bold" if result is best else ""
+        cells = (figure(result[column]) for column in columns.values())
+        table.add_row(f"{weight:.1f}", *cells, style=style)
+    console.print(table)
+
+
 def print_classes(result: dict[str, Any], run: Path) -> None:
     """Print the accuracy of every class."""
     from fastlt.classes import ClassSpace

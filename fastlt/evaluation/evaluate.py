@@ -46,7 +46,7 @@ from fastlt.models.export import load_exported
 from fastlt.packing.reader import Pack, Split, open_pack
 from fastlt.utils.files import whole_file, write_text
 from fastlt.utils.progress import rated_progress
-from fastlt.utils.run_files import read_result
+from fastlt.utils.run_files import result_of
 
 EVALUATION_BATCH = 256
 
@@ -199,7 +199,7 @@ def evaluate_run(
     if pack is None and split == "test":
         write_text(run / "test.json", json.dumps(result, indent=1) + "\n")
     return result | (
-        {"best": read_result(run).get("best", {})} if pack is None and split == "val" else {}
+        {"best": (result_of(run) or {}).get("best", {})} if pack is None and split == "val" else {}
     )
 
 

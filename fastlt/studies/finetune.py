@@ -19,7 +19,7 @@ from rich.table import Table
 from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.packing.reader import open_pack
-from fastlt.studies.pretraining import pretrained_vit
+from fastlt.studies.pretraining import SMALL_VIT, pretrained_vit
 from fastlt.studies.protocol import ReproduceOptions, packed, repeated
 from fastlt.studies.repeated import Control, Runner, folder_name, spread
 from fastlt.utils.run_files import METRICS, read_result
@@ -34,6 +34,7 @@ COLUMNS: dict[str, tuple[str, list[str]]] = {  # name -> auxiliaries of the pack
     "hard mask": ("siblings", ["loss.silence=0"]),
 }
 CACHED = ["model.adapt=head", "data.features=cache"]
+ADAMW = ["optim.name=adamw", "optim.nesterov=false"]
 
 
 class Task(NamedTuple):
@@ -54,17 +55,17 @@ GROCERY = Task(
     ["model.name=tf_efficientnet_lite0", "data.size=96", "data.groups=thirds"],
     {
         "head": [*CACHED, "optim.lr=0.03"],
-        "bitfit": ["model.adapt=bitfit", "optim.lr=0.3"],
-        "norm": ["model.adapt=norm", "optim.lr=0.3"],
-        "lora": ["model.adapt=lora", "optim.lr=0.1"],
-        "last:2": ["model.adapt=last:2", "optim.lr=0.03"],
-        "full": ["optim.lr=0.03"],
+        "bitfit": ["model.adapt=bitfit", *ADAMW, "optim.lr=0.01"],
+        "norm": ["model.adapt=norm", *ADAMW, "optim.lr=0.01"],
+        "lora": ["model.adapt=lora", "optim.lr=0.03"],
+        "last:2": ["model.adapt=last:2", "optim.lr=0.1"],
+        "full": ["optim.lr=0.1"],
     },
 )
 SIBLINGS = Task(
     "cifar100-siblings",
     "finetune-vit",
-    ["model.name=vit_tiny_patch16_224", "data.groups=thirds"],
+    [*SMALL_VIT, "data.crop=pad-crop", "data.batch=128", "data.budget=50"],
     {
         "head": [*CACHED],
         "bitfit": ["model.adapt=bitfit"],
@@ -73,7 +74,7 @@ SIBLINGS = Task(
         "adaptformer": ["model.adapt=adaptformer"],
         "vpt-deep": ["model.adapt=vpt-deep"],
         "last:2": ["model.adapt=last:2"],
-        "full": [],
+        "full": ["model.adapt=full"],
     },
     tuple(name for name in COLUMNS if name != "random"),
     has_test=False,

@@ -18,16 +18,20 @@ from fastlt.reports.run import write_report
 from fastlt.studies.fit_choices import (
     Choice,
     Plan,
+    configured,
     device_of,
     measured_here,
     plan_of,
     start_choices,
 )
+from fastlt.studies.probe import PROBE, ProbeOptions, run_probe
 from fastlt.utils.commands import run_command
 from fastlt.utils.files import write_text
 from fastlt.utils.run_files import BEST, FIT, METRICS, read_result, result_of
 
 PACK, BASELINE = "pack", "baseline"  # in RUN
+# images whose features are computed before the training at most, and of a second of --budget
+PROBED, PROBED_A_SECOND = 20_000, 5
 HOLDOUT = 0.2
 
 
@@ -72,6 +76,7 @@ def run_fit(options: FitOptions, console: Console) -> bool:
         plan = chosen(options, pack, start, console, time.monotonic() - began)
         write_plan(options, plan)
     print_plan(plan, options, console)
+    probe(plan, options, pack, console)
     runs = {"long-tail recipe": options.out}
     overrides = [*(one.override for one in plan.choices), *options.settings]
     if plan.baseline and options.baseline:
@@ -176,6 +181,32 @@ def print_plan(plan: Plan, options: FitOptions, console: Console) -> None:
         key, _, value = setting.partition("=")
         table.add_row(key, value, "you set it")
     console.print(table)
+
+
+def probe(plan: Plan, options: FitOptions, pack: Path, console: Console) -> None:
+    """Print how far the features of a pretrained backbone go without training, if not done before.
+
+    It is left out where the backbone starts at random, or its features would take long.
+    """
+    chosen = {one.key: one.value for one in plan.choices}
+    starts = chosen.get("model.weights") or chosen.get("model.pretrained")
+    if not starts or (options.out / PROBE).is_file():
+        return
+    found = open_pack(str(pack))
+    images = len(found.train) + len(found.val)
+    affordable = PROBED if options.budget is None else round(PROBED_A_SECOND * options.budget)
+    if images > min(PROBED, affordable):
+        console.print(
+            f"the probe of {images:,} images is left out: see `fastlt probe "
+            f"{shlex.quote(str(pack))} --backbone {chosen['model.name']}`",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    size = configured(plan.choices, options.settings, found).data.size
+    weights = str(chosen.get("model.weights") or "")
+    wanted = ProbeOptions(str(pack), str(chosen["model.name"]), weights, size, out=options.out)
+    run_probe(wanted, console)
 
 
 # --- training

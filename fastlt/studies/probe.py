@@ -36,6 +36,7 @@ from fastlt.utils.files import write_text
 from fastlt.utils.progress import rated_progress
 
 SILENCE = 0.1
+PROBE = "probe.json"
 GROUPS = ("many", "medium", "few")
 
 
@@ -241,4 +242,4 @@ def write_rows(out: Path, rows: list[Row], options: ProbeOptions, config: Config
         "split": options.split,
         "rows": [{"classifier": row.name, **row.figures} for row in rows],
     }
-    write_text(out / "probe.json", json.dumps(found, indent=1) + "\n")
+    write_text(out / PROBE, json.dumps(found, indent=1) + "\n")

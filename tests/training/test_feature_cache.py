@@ -109,7 +109,7 @@ def test_what_moves_features_is_refused(small_pack, settings, message):
 
 def test_methods_that_need_images_are_refused(small_pack, tmp_path):
     with (
-        pytest.raises(UserError, match="does not go with data.features=cache"),
+        pytest.raises(UserError, match=r"does not go with data\.features=cache"),
         prepared(small_pack, tmp_path / "run", "lcreg", *CACHED),
     ):
         pass
