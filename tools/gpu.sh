@@ -38,11 +38,23 @@ cifar() {  # METHOD [section.key=value]...: published protocol, 200 epochs
         train.epochs="${epochs:-200}" train.eval_every="${epochs:-20}" ${SMALL:+model.name=resnet8} "$@" &&
         cp "$WORK/cifar-$method/result.json" "$OUT/cifar-$method.json"
 }
-export -f fastlt cifar
+
+finetune() {  # rows of the study of fine-tuning, one after another, so that those which end in time are kept
+    local weights=$DATA/weights/tf_efficientnet_lite0.safetensors row column only
+    [ -f "$weights" ] || { echo "no weights at $weights: set FASTLT_SHARED"; return 1; }
+    for row in ${SMALL:+norm} ${SMALL:-full lora last:2 head}; do
+        [ "$row" = 1 ] && continue
+        only=()
+        for column in 'none*' neighbours 'silenced*'; do only+=(--only "$row | $column"); done
+        fastlt reproduce finetune --data "grocery:$DATA/grocery" --out "$WORK/finetune" "${only[@]}" \
+            --csv "$OUT/finetune.csv" ${SMALL:+--epochs 1 data.size=32} model.weights="$weights" || return 1
+    done
+}
+export -f fastlt cifar finetune
 export PYTHONSAFEPATH=1  # what is installed, with its compiled parts, not the working folder
 export PYTHON SMALL DATA WORK OUT
 
-steps="doctor kernels engines loss train cifar-ce cifar-ldam-drw cifar-balanced-softmax"
+steps="doctor kernels engines loss train finetune cifar-ce cifar-ldam-drw cifar-balanced-softmax"
 balanced="lcreg come propheter dlsa dropclass fate"  # by balanced softmax, as in their papers
 related="$balanced angular attentive"
 for method in $related; do steps="$steps cifar-$method"; done
@@ -60,6 +72,7 @@ if [ -n "$SMALL" ]; then sizes=(--quick); else
 step loss 280 "the losses and their peers" "$PYTHON" -m fastlt bench-loss "${sizes[@]}" --out "$OUT"
 step train 280 "the loop against bare steps" \
     "$PYTHON" -m fastlt bench-train cifar100-lt --csv "$OUT/train.csv" --rounds 3 ${SMALL:+--steps 5 model.name=resnet8}
+step finetune 180 "how much of a pretrained backbone to train" bash -c finetune
 for method in ce ldam-drw balanced-softmax; do
     step "cifar-$method" 290 "CIFAR-100-LT, $method" bash -c "cifar $method"
 done

@@ -18,10 +18,11 @@ from rich.table import Table
 
 from fastlt.config import load_config
 from fastlt.errors import UserError
+from fastlt.evaluation.evaluate import evaluate_run
 from fastlt.packing.reader import open_pack
 from fastlt.studies.pretraining import SMALL_VIT, pretrained_vit
 from fastlt.studies.protocol import ReproduceOptions, packed, repeated
-from fastlt.studies.repeated import Control, Runner, folder_name, spread
+from fastlt.studies.repeated import Control, folder_name, spread
 from fastlt.utils.run_files import METRICS, read_result
 
 CACHED_SEEDS = 5  # at least, of rows that are trained on features computed once
@@ -55,7 +56,7 @@ GROCERY = Task(
     ["model.name=tf_efficientnet_lite0", "data.size=96", "data.groups=thirds"],
     {
         "head": [*CACHED, "optim.lr=0.03"],
-        "bitfit": ["model.adapt=bitfit", *ADAMW, "optim.lr=0.01"],
+        "bitfit": ["model.adapt=bitfit", *ADAMW, "optim.lr=0.03"],
         "norm": ["model.adapt=norm", *ADAMW, "optim.lr=0.01"],
         "lora": ["model.adapt=lora", "optim.lr=0.03"],
         "last:2": ["model.adapt=last:2", "optim.lr=0.1"],
@@ -176,7 +177,7 @@ def scored_on_test(run: Path) -> dict[str, Any]:
     """Return the figures of a run on the test images of its pack, which are computed once."""
     path = run / "test.json"
     if not path.is_file():
-        Runner().run("eval", str(run), "--split", "test")
+        return evaluate_run(run, split="test")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers.method_cases import QUIET, config_of, need_timm, prepared, trained
 from safetensors.torch import load_file, save_file
 
-from fastlt.config import AdapterConfig, load_config
+from fastlt.config import AdapterConfig, OptimConfig, load_config
 from fastlt.errors import MissingExtra, UserError
 from fastlt.evaluation.export import export_run
 from fastlt.evaluation.predict import load_model
@@ -19,6 +19,7 @@ from fastlt.models.classifier import build_model
 from fastlt.models.heads import section
 from fastlt.models.timm_folder import load_timm_folder
 from fastlt.training.loop import train
+from fastlt.training.optim import build_optimizer
 
 VIT = ["model.name=test_vit", "data.size=32", "data.padding=4", "optim.lr=0.01"]
 CNN = ["model.name=resnet8", "optim.lr=0.01"]
@@ -137,6 +138,60 @@ def test_a_bottleneck_is_the_formula():
     middle = tokens + block.attn(block.norm1(tokens))
     wanted = middle + block.mlp(block.norm2(middle)) + adapter(middle)
     torch.testing.assert_close(block(tokens), wanted)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "head"])
+def test_recomputed_activations_give_the_same_gradients(kind):
+    settings_of("vit", kind)
+    gradients = []
+    for anew in (False, True):
+        torch.manual_seed(3)
+        model = build_model(section()(name="test_vit", adapt=kind), 5, 32).train()
+        if anew:
+            model.backbone.set_grad_checkpointing(True)
+        model(IMAGES).square().sum().backward()
+        found = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
+        assert found and all(gradient is not None for gradient in found.values())
+        gradients.append(found)
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "adaptformer", "vpt-deep", "bitfit", "norm", "last:2"])
+def test_rates_and_decay_are_those_of_what_is_trained(kind):
+    """A layer's rate falls by the decay from the head downwards; vectors are not decayed."""
+    settings_of("vit", kind)
+    model = build_model(section()(name="test_vit", adapt=kind), 5, 32)
+    config = OptimConfig(name="adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    optimiser = build_optimizer(config, model, 64)
+    names = {id(p): key for key, p in model.named_parameters() if p.requires_grad}
+    blocks = len(model.backbone.blocks)
+    seen = set()
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            if not parameter.requires_grad:
+                continue
+            key = names[id(parameter)]
+            seen.add(key)
+            assert (group["weight_decay"] == 0) == (parameter.ndim <= 1), key
+            if key.startswith("head."):
+                assert group["base_lr"] == 1.0
+            if key.startswith("backbone.blocks."):
+                depth = blocks - int(key.split(".")[2])
+                assert group["base_lr"] == pytest.approx(0.5**depth), key
+    assert seen == set(names.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "adaptformer", "vpt-shallow", "vpt-deep", "norm"])
+def test_what_is_compiled_trains_alike(small_pack, tmp_path, kind):
+    losses = []
+    for compiled in ("off", "on"):
+        settings = settings_of("vit", kind, f"train.compile={compiled}")
+        run = trained(small_pack, tmp_path / compiled, "plain", *settings)
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 # --- trainings

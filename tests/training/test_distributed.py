@@ -71,6 +71,10 @@ CASES = {
         "data.class_weights={a = 0.25, x = 3.0}",
     ],
     "both weights": ["loss.name=class-balanced", "data.class_weights={a = 0.25, x = 3.0}"],
+    "adaptformer": ["model.adapt=adaptformer", "optim.ema=0.5"],
+    "prompts": ["model.adapt=vpt-deep", "optim.clip=0.5"],
+    "lora": ["model.adapt=lora", "model.checkpoint_activations=true"],
+    "features": ["model.adapt=head", "data.features=cache"],
 }
 
 
@@ -120,6 +124,7 @@ def assert_near(run: Path, other: Path) -> None:
 
 # what others have within them is slow: each takes three trainings
 WITHIN_OTHERS = {"linear", "deferred", "weighted", "row weights", "both weights", "head first"}
+WITHIN_OTHERS |= {"adaptformer", "prompts", "lora", "features"}
 
 
 @pytest.mark.parametrize(
