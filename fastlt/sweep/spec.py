@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from fastlt.config import Config, Count, Positive, Section, did_you_mean
+from fastlt.config import (
+    Config,
+    Count,
+    Positive,
+    Section,
+    did_you_mean,
+    field_of,
+    is_section,
+)
 from fastlt.errors import UserError
 from fastlt.utils.run_files import Metric
 
@@ -36,7 +44,6 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "random": {"data.auxiliary": True, "data.pairs": "random"},
     "none": {"data.auxiliary": False},
 }
-SECTIONS = tuple(Config.model_fields)
 Values = dict[str, Any]  # axis -> value
 
 
@@ -178,11 +185,12 @@ def in_words(error: ValidationError) -> str:
 
 
 def dotted(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table with sections within it as `section.key`."""
+    """Return a table with sections within it, and those within these, as `section.key`."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        if key in SECTIONS and isinstance(value, dict):
-            flat |= {f"{key}.{name}": entry for name, entry in value.items()}
+        field = field_of(Config, *key.split("."))
+        if isinstance(value, dict) and field is not None and is_section(field.annotation):
+            flat |= dotted({f"{key}.{name}": entry for name, entry in value.items()})
         else:
             flat[key] = value
     return flat

@@ -24,6 +24,7 @@ from fastlt.models.backbones import cifar_backbone
 from fastlt.models.heads import HEADS
 from fastlt.models.preprocessing import with_preprocessing
 from fastlt.training.distributed import process_group
+from fastlt.training.features import CACHE, FeatureLoader
 from fastlt.training.inputs import make_input
 from fastlt.training.loop import (
     forward_of,
@@ -94,11 +95,39 @@ def dry_run(config: Config, processes: int, console: Console, silencing_asked: b
                 f"--dry-run, or the RUN that method.name={config.method.name} begins with"
             )
         report_setup(trainer, console)
+        if config.data.features == CACHE:
+            with_random_features(trainer, console)
         plan = trainer.plan
         whole = trainer.epochs, plan.steps_per_epoch, plan.images_per_epoch
         memory, speed = measure(trainer, config.data.batch // processes)
     for name, text in estimate(config, processes, whole, memory, speed, trainer.device).items():
         console.print(f"[bold]{name:>9}[/]  {text}", highlight=False, soft_wrap=True)
+
+
+def with_random_features(trainer: Trainer, console: Console) -> None:
+    """Give a trainer that is to train on features random ones, and print how long its own take."""
+    data, pack = trainer.config.data, trainer.pack
+    width = int(trainer.model.backbone.num_features)  # type: ignore[arg-type]
+    shape = (data.feature_views, len(pack.train), width)
+    trainer.train_loader = FeatureLoader(
+        lambda: torch.randn(1, 1, width, dtype=torch.bfloat16).expand(shape)
+    )
+    images = data.feature_views * len(pack.train) + len(pack.val)
+    pixels = torch.zeros(PROBED, 3, data.size, data.size, device=trainer.device)
+    seconds = math.inf
+    with torch.inference_mode():
+        for _ in range(3):
+            began = time.perf_counter()
+            trainer.model.backbone(pixels)
+            wait_for(trainer.device)
+            seconds = min(seconds, time.perf_counter() - began)
+    minutes = images * seconds / PROBED / 60
+    console.print(
+        f"[bold] features[/]  of {images:,} images and views are computed first, unless they are "
+        f"there: {minutes:,.1f} minutes at most",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def measure(trainer: Trainer, batch: int) -> tuple[Memory, Speed]:
@@ -119,7 +148,10 @@ def probe(trainer: Trainer, images: int) -> tuple[int, float]:
     They are measured on random images.
     """
     size, views = trainer.plan.geometry.size, trainer.config.data.views
-    pixels = torch.randint(0, 256, (images * views, size, size, 3), dtype=torch.uint8)
+    if trainer.config.data.features == CACHE:
+        pixels = torch.randn(images * views, int(trainer.model.backbone.num_features))  # type: ignore[arg-type]
+    else:
+        pixels = torch.randint(0, 256, (images * views, size, size, 3), dtype=torch.uint8)
     labels = (torch.arange(images) % trainer.space.num_classes).repeat(views)
     made = make_input(
         trainer.config,

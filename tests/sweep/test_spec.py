@@ -38,6 +38,18 @@ def test_a_grid_is_every_combination(sweep):
     assert trial.name == "silence=0.1,lr=0.3,seed=1" and trial.config.data.pack == "pack"
 
 
+def test_numbers_of_adapters_are_axes(sweep):
+    found = sweep(
+        'recipe = "demo"\n[settings]\nmodel.adapt = "lora"\n[axes]\nmodel.adapter.rank = [2, 8]\n'
+        '"model.adapter.alpha" = [0, 1]\nloss.silence = {low = 0.1, high = 1}\n'
+        '[search]\nkind = "random"\ntrials = 3'
+    )
+    assert list(found.axes)[:2] == ["model.adapter.rank", "model.adapter.alpha"]
+    values = {"model.adapter.rank": 8, "model.adapter.alpha": 1, "loss.silence": 0.5}
+    trial = make_trial(found, "pack", values)
+    assert trial.config.model.adapter.rank == 8 and trial.config.model.adapter.alpha == 1
+
+
 def test_what_makes_no_difference_is_one_run(sweep):
     found = sweep(
         'recipe = "demo"\n[axes]\nsilence = [1, 0.1]\nneighbours = [0, 1]\nimages = [5, 9]'

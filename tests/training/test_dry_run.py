@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fastlt.config import load_config
 from fastlt.errors import UserError
+from fastlt.packing.reader import open_pack
 from fastlt.training import dry_run as module
 from fastlt.training.dry_run import Memory, Speed, estimate, memory_of, own_steps, probe, timed
 from fastlt.training.loop import open_packs, set_modes
@@ -139,3 +140,17 @@ def test_the_command_prints_and_writes_nothing(small_pack, tmp_path):
         command[: -len(SMALL) - 1], cwd=tmp_path, capture_output=True, text=True
     )
     assert missing.returncode == 2 and "name a folder with --out RUN" in missing.stderr
+
+
+def test_a_dry_run_of_features_computes_none(small_pack, capsys):
+    before = {*small_pack.rglob("features/*")}
+    cached = ["model.adapt=head", "data.features=cache", "data.feature_views=7"]
+    place = f"data.pack={json.dumps(str(small_pack))}"
+    module.dry_run(
+        load_config("cifar100-siblings", [*SMALL, place, *cached]), 1, Console(width=200)
+    )
+    said = capsys.readouterr().out
+    pack = open_pack(small_pack)
+    images = 7 * len(pack.train) + len(pack.val)
+    assert f"of {images:,} images and views are computed first" in said and "speed" in said
+    assert {*small_pack.rglob("features/*")} == before
