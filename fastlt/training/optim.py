@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,15 +14,25 @@ from fastlt.errors import UserError
 
 
 def build_optimizer(
-    config: OptimConfig, method: nn.Module, batch: int, trained: tuple[str, ...] = ("",)
+    config: OptimConfig,
+    method: nn.Module,
+    batch: int,
+    trained: tuple[str, ...] = ("",),
+    trainable: Collection[str] | None = None,
 ) -> Optimizer:
     """Return the optimiser of a method's parameters whose names begin with one of `trained`.
 
     Each group carries `base_lr`, which the schedule multiplies. batch: images of a step's batch.
+    trainable: names of the parameters that do not stand still; None: those that have gradients now.
     """
     scale = batch * config.accumulate / config.lr_base_batch if config.lr_base_batch else 1
     lr = config.lr * scale
-    named = {id(p) for name, p in method.named_parameters() if name.startswith(trained)}
+    named = {
+        id(parameter)
+        for name, parameter in method.named_parameters()
+        if name.startswith(trained)
+        and (parameter.requires_grad if trainable is None else name in trainable)
+    }
     groups = parameter_groups(config, method)
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) in named]

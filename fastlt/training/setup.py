@@ -177,7 +177,9 @@ def prepare(
     )
     own = {name.removeprefix("model.") for name in trainable if name.startswith("model.")}
     stages = method.stages()
-    parts = stage_parts(config, stages, 0, run, pack, space, ranks, device, dtype, method, ema)
+    parts = stage_parts(
+        config, stages, 0, run, pack, space, ranks, device, dtype, method, ema, trainable
+    )
     return Trainer(
         **parts._asdict(),
         run_config=config,
@@ -264,6 +266,7 @@ def stage_parts(
     dtype: torch.dtype,
     method: Base,
     ema: Averaged | None,
+    trainable: frozenset[str],
 ) -> StageParts:
     """Return the parts of a stage. Raises UserError where an epoch is less than a batch."""
     stage = stages[number]
@@ -280,7 +283,7 @@ def stage_parts(
     for entering in kept:
         entering.enter_stage(number, task)
     head = method.model.head
-    optimizer = build_optimizer(config.optim, method, config.data.batch, stage.trained)
+    optimizer = build_optimizer(config.optim, method, config.data.batch, stage.trained, trainable)
     updater = Updater(
         optimizer,
         config.optim.clip,
@@ -317,6 +320,7 @@ def enter_stage(trainer: Trainer, number: int) -> None:
         trainer.dtype,
         trainer.method,
         trainer.ema,
+        trainer.trainable,
     )
     for name, part in parts._asdict().items():
         setattr(trainer, name, part)
