@@ -101,7 +101,7 @@ def checkpoint_activations(backbone: nn.Module, name: str) -> None:
 def cifar_backbone(config: ModelConfig) -> nn.Module | None:
     """The CIFAR ResNet of that name, or None."""
     depths = [depth for depth in CIFAR_DEPTHS if config.name == f"resnet{depth}"]
-    if depths and config.pretrained:
+    if depths and config.pretrained and not config.weights:
         raise UserError(
             f"there are no pretrained weights for {config.name}: set model.pretrained=false"
         )

@@ -22,6 +22,7 @@ from fastlt.studies.finetune import (
 )
 from fastlt.studies.pretraining import SMALL_VIT
 from fastlt.studies.protocol import ReproduceOptions
+from fastlt.studies.repeated import folder_name
 from fastlt.studies.reproduce import run_reproduce
 
 SMALL = ["model.name=resnet8", "model.pretrained=false", "data.size=16", "data.workers=0"]
@@ -83,9 +84,10 @@ def test_rows_have_test_figures_and_what_was_trained(grocery, tmp_path):
     for row in rows:
         assert 0 <= float(row["top1"]) <= 100 and row["val_top1"] != ""
         assert int(row["trained_parameters"]) < int(row["parameters"])
-    stamp = (tmp_path / "study" / "head-neighbours-seed0" / "test.json").stat().st_mtime_ns
+    scored = tmp_path / "study" / folder_name("head | neighbours", 0) / "test.json"
+    stamp = scored.stat().st_mtime_ns
     again = finetune(wanted, QUIET)  # nothing is trained or scored again
-    assert (tmp_path / "study/head-neighbours-seed0/test.json").stat().st_mtime_ns == stamp
+    assert scored.stat().st_mtime_ns == stamp
     said = Console(record=True, width=140)
     said.print(accuracies(again))
     said.print(by_group(again))

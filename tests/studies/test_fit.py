@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import fastlt
 from fastlt.errors import UserError
+from fastlt.models.classifier import build_model
+from fastlt.models.heads import section
 from fastlt.packing.reader import open_pack
 from fastlt.studies import fit_choices
 from fastlt.studies.fit import FitOptions, run_fit
@@ -192,6 +194,22 @@ def test_settings_are_typed_as_they_are_read():
         for one in (("a.b", "x/y-1.z"), ("a.b", "true colours"), ("a.b", True), ("a.b", 3))
     ]
     assert typed == ["a.b=x/y-1.z", 'a.b="true colours"', "a.b=true", "a.b=3"]
+
+
+def test_it_begins_with_the_probe_of_a_pretrained_backbone(image_folders, tmp_path):
+    torch.manual_seed(4)
+    backbone = build_model(section()(name="resnet8"), 3, 16).backbone
+    save_file(backbone.state_dict(), tmp_path / "resnet8.safetensors")
+    said = Console(record=True, width=120)
+    start = {"weights": str(tmp_path / "resnet8.safetensors"), "baseline": False}
+    run_fit(options(image_folders, tmp_path / "run", **start), said)
+    text = said.export_text()
+    assert "nearest class mean" in text and "linear, balanced softmax" in text
+    rows = json.loads((tmp_path / "run" / "probe.json").read_text())["rows"]
+    assert len(rows) == 5
+    again = Console(record=True, width=120)  # of what is done nothing is done again
+    run_fit(options(image_folders, tmp_path / "run", **start), again)
+    assert "nearest class mean" not in again.export_text()
 
 
 def test_weights_tell_their_architecture(tmp_path):
