@@ -47,7 +47,8 @@ finetune() {  # rows of the study of fine-tuning, one after another, so that tho
         only=()
         for column in 'none*' neighbours 'silenced*'; do only+=(--only "$row | $column"); done
         fastlt reproduce finetune --data "grocery:$DATA/grocery" --out "$WORK/finetune" "${only[@]}" \
-            --csv "$OUT/finetune.csv" ${SMALL:+--epochs 1 data.size=32} model.weights="$weights" || return 1
+            --csv "$OUT/finetune.csv" --epochs "${SMALL:-30}" data.size=$([ -n "$SMALL" ] && echo 32 || echo 128) \
+            model.weights="$weights" || return 1
     done
 }
 export -f fastlt cifar finetune

@@ -119,24 +119,23 @@ def views_of(
 
 def features_id(backbone: nn.Module, split: Split, config: Config) -> str:
     """Return the hash of what features depend on: images, weights, cut and normalisation."""
-    return _hash(backbone, split, config.data.model_dump(include={"size", *EVALUATED}))
+    return _hash(backbone, split, config, config.data.model_dump(include={"size", *EVALUATED}))
 
 
 def views_id(backbone: nn.Module, split: Split, config: Config) -> str:
     """Return the hash of what the features of views depend on, as `features_id`."""
-    return _hash(
-        backbone,
-        split,
-        [config.data.model_dump(include={"size", *CUT}), config.augment.model_dump()],
-    )
+    cut = config.data.model_dump(include={"size", *CUT})
+    return _hash(backbone, split, config, [cut, config.augment.model_dump()])
 
 
 EVALUATED = {"eval_resize", "mean", "std"}
 CUT = {"crop", "padding", "scale", "ratio", "flip", "mean", "std", "feature_views"}
 
 
-def _hash(backbone: nn.Module, split: Split, transform: Any) -> str:
-    digest = hashlib.sha256(json.dumps([identity(split), transform]).encode())
+def _hash(backbone: nn.Module, split: Split, config: Config, transform: Any) -> str:
+    # arguments such as the pooling leave no trace in the weights
+    model = config.model.model_dump(include={"name", "args", "pooling"})
+    digest = hashlib.sha256(json.dumps([identity(split), model, transform]).encode())
     for name, tensor in backbone.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from helpers.method_cases import QUIET, config_of, prepared, trained
+from helpers.method_cases import QUIET, config_of, need_timm, prepared, trained
 from safetensors.torch import load_file
 
 from fastlt.config import ConfigError
 from fastlt.errors import UserError
-from fastlt.training.features import features_folder, views_of
+from fastlt.training.features import features_folder, views_id, views_of
 from fastlt.training.loop import open_packs, train
 from fastlt.utils.run_files import read_result
 
@@ -113,3 +113,15 @@ def test_methods_that_need_images_are_refused(small_pack, tmp_path):
         prepared(small_pack, tmp_path / "run", "lcreg", *CACHED),
     ):
         pass
+
+
+def test_features_of_another_pooling_are_others(small_pack, tmp_path):
+    need_timm()
+    vit = [*CACHED, "model.name=test_vit", "data.size=32"]
+    names = set()
+    for pooling in ("default", "patches"):
+        with prepared(
+            small_pack, tmp_path / pooling, "plain", *vit, f"model.pooling={pooling}"
+        ) as trainer:
+            names.add(views_id(trainer.model.backbone, trainer.pack.train, trainer.config))
+    assert len(names) == 2
