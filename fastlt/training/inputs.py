@@ -64,3 +64,16 @@ def is_compiled(config: Config, device: torch.device) -> bool:
     return config.train.compile == "on" or (
         config.train.compile == "auto" and device.type == "cuda"
     )
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of a device, as torch.manual_seed does for all.
+
+    That keeps a trace of its caller for each kind of device, which takes longer than a step of a
+    head does.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)

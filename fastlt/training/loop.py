@@ -49,7 +49,7 @@ from fastlt.packing.concat import concat_packs
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.training.compile import build_forward
 from fastlt.training.distributed import process_group
-from fastlt.training.inputs import is_compiled, make_input, step_seed
+from fastlt.training.inputs import is_compiled, make_input, seed_generators, step_seed
 from fastlt.training.loggers import Loggers, check_loggers
 from fastlt.training.messages import (
     epoch_line,
@@ -372,7 +372,7 @@ def train_step(
         step_seed(config.train.seed, state.step, 0, trainer.ranks.rank)
     )
     # dropout and the like
-    torch.manual_seed(step_seed(config.train.seed, state.step, 1, trainer.ranks.rank))
+    seed_generators(step_seed(config.train.seed, state.step, 1, trainer.ranks.rank), device)
     factor = trainer.factor(state.epoch + state.step_in_epoch / trainer.plan.steps_per_epoch)
     set_lr(trainer.updater.optimizer, factor)
     labels = torch.from_numpy(batch.labels)
