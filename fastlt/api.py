@@ -46,6 +46,8 @@ def pack(
     image_key: str = "",
     label_key: str = "",
     descriptions: Place | None = None,
+    owners: int = 0,
+    overlap: float = 0.0,
     max_pixels: int = 0,
     range: str = "auto",
     workers: int = 1,
@@ -80,6 +82,8 @@ def pack(
         image_key=image_key,
         label_key=label_key,
         descriptions=_path(descriptions),
+        owners=owners,
+        overlap=overlap,
     )
     chosen = PackOptions(
         out=Path(out),

@@ -17,6 +17,7 @@ class Task(str, Enum):
 
     lt = "cifar100-lt"
     siblings = "cifar100-siblings"
+    deep = "cifar100-deep"
     unrelated = "cifar100-unrelated"
     grocery = "grocery"
 
@@ -123,6 +124,24 @@ def pack(
             min=1, help="For cifar100: images of the most frequent class over those of the rarest."
         ),
     ] = 100,
+    owners: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Let each auxiliary neighbour at most so many of its targets, those with the "
+            "fewest images; 0: all.",
+        ),
+    ] = 0,
+    overlap: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="SHARE",
+            help="For tasks with auxiliaries, a control: replace this share of each auxiliary's "
+            "images by images of its targets that training does not use.",
+        ),
+    ] = 0.0,
     max_side: Annotated[
         int,
         typer.Option(
@@ -214,6 +233,8 @@ def pack(
         image_key=image_key,
         label_key=label_key,
         descriptions=descriptions,
+        owners=owners,
+        overlap=overlap,
     )
     if out is None:
         raise UserError("no place to write to: name one with --out PACK")

@@ -24,7 +24,8 @@ from fastlt.utils.long_tail import long_tail
 
 SIDE = 32
 CLASSES, SUPERCLASSES = 100, 20
-TASKS = ("cifar100-lt", "cifar100-siblings", "cifar100-unrelated")
+TASKS = ("cifar100-lt", "cifar100-siblings", "cifar100-deep", "cifar100-unrelated")
+WITH_AUXILIARIES = ("cifar100-siblings", "cifar100-deep")
 AUXILIARIES = ("siblings", "random", "none")
 SEED = 0
 
@@ -64,16 +65,18 @@ def read_cifar100(
     `cifar100-siblings`: 20 targets, the first 2 fine classes of superclasses 0..9; `auxiliary` says
     what is added: `siblings` (default), the other 3 fine classes of the same superclass; `random`,
     3 fine classes of superclass 10 + k for superclass k, as a control; or `none`.
+    `cifar100-deep`: 20 targets, the first fine class of each superclass, with the first images of
+    each; `siblings` are the other 4 of its superclass, `random` those of the next superclass.
     `cifar100-unrelated`: the 50 fine classes of superclasses 10..19 with all their images, to
     pretrain on. Raises UserError where the folder is not CIFAR-100 or the task does not exist.
     """
-    auxiliary = auxiliary or ("siblings" if task == "cifar100-siblings" else "none")
+    auxiliary = auxiliary or ("siblings" if task in WITH_AUXILIARIES else "none")
     if task not in TASKS or auxiliary not in AUXILIARIES:
         raise UserError(
             f"there is no task '{task}' with auxiliaries '{auxiliary}': tasks are {TASKS}, "
             f"auxiliaries {AUXILIARIES}"
         )
-    if task != "cifar100-siblings" and auxiliary != "none":
+    if task not in WITH_AUXILIARIES and auxiliary != "none":
         raise UserError(
             f"in {task} all classes are targets, so it has no '{auxiliary}' auxiliaries: use "
             "cifar100-siblings"
@@ -83,6 +86,8 @@ def read_cifar100(
         return _long_tail(cifar, imbalance)
     if task == "cifar100-unrelated":
         return _unrelated(cifar)
+    if task == "cifar100-deep":
+        return _deep(cifar, imbalance, auxiliary)
     return _siblings(cifar, imbalance, auxiliary)
 
 
@@ -104,10 +109,41 @@ def tail_counts(largest: int, imbalance: float, classes: int) -> list[int]:
 
 def _long_tail(cifar: Cifar, imbalance: float) -> Collection:
     classes = range(CLASSES)
-    train = _cut(cifar, classes, tail_counts(_largest(cifar), imbalance, CLASSES))
+    train, _ = _cut(cifar, classes, tail_counts(_largest(cifar), imbalance, CLASSES))
     return Collection(
         cifar.fine_names, train, [ref for fine in classes for ref in cifar.refs("test", fine, fine)]
     )
+
+
+def _deep(cifar: Cifar, imbalance: float, auxiliary: str) -> Collection:
+    targets = [cifar.members(k)[0] for k in range(SUPERCLASSES)]
+    rank = np.random.RandomState(SEED).permutation(len(targets))
+    tail = tail_counts(_largest(cifar), imbalance, len(targets))
+    collection = Collection([cifar.fine_names[fine] for fine in targets], [], [])
+    for label, fine in enumerate(targets):
+        images = cifar.refs("train", fine, label)
+        collection.train += images[: tail[rank[label]]]
+        collection.unused += images[tail[rank[label]] :]
+        collection.val += cifar.refs("test", fine, label)
+    for k in range(SUPERCLASSES) if auxiliary != "none" else ():
+        owner = k if auxiliary == "siblings" else (k - 1) % SUPERCLASSES
+        _add_auxiliaries(collection, cifar, k, cifar.members(k)[1:], [owner])
+    collection.pairs.sort()
+    return collection
+
+
+def _add_auxiliaries(
+    collection: Collection, cifar: Cifar, superclass: int, added: Sequence[int], owners: list[int]
+) -> None:
+    """Add fine classes of a superclass with all their images, as neighbours of some targets."""
+    for fine in added:
+        label = len(collection.target_names) + len(collection.auxiliary_names)
+        collection.auxiliary_names.append(cifar.fine_names[fine])
+        collection.origins[cifar.fine_names[fine]] = (
+            f"CIFAR-100, superclass {cifar.coarse_names[superclass]}"
+        )
+        collection.train += cifar.refs("train", fine, label)
+        collection.pairs += [(owner, label) for owner in owners]
 
 
 def _unrelated(cifar: Cifar) -> Collection:
@@ -123,10 +159,12 @@ def _siblings(cifar: Cifar, imbalance: float, auxiliary: str) -> Collection:
     targets = [fine for k in range(10) for fine in cifar.members(k)[:2]]
     rank = np.random.RandomState(SEED).permutation(len(targets))
     counts = tail_counts(_largest(cifar), imbalance, len(targets))
+    train, unused = _cut(cifar, targets, [counts[place] for place in rank])
     collection = Collection(
         target_names=[cifar.fine_names[fine] for fine in targets],
-        train=_cut(cifar, targets, [counts[place] for place in rank]),
+        train=train,
         val=[ref for label, fine in enumerate(targets) for ref in cifar.refs("test", fine, label)],
+        unused=unused,
     )
     for k in range(10) if auxiliary != "none" else ():
         superclass = k if auxiliary == "siblings" else 10 + k
@@ -135,14 +173,7 @@ def _siblings(cifar: Cifar, imbalance: float, auxiliary: str) -> Collection:
             if auxiliary == "siblings"
             else cifar.members(superclass)[:3]
         )
-        for fine in added:
-            label = len(targets) + len(collection.auxiliary_names)
-            collection.auxiliary_names.append(cifar.fine_names[fine])
-            collection.origins[cifar.fine_names[fine]] = (
-                f"CIFAR-100, superclass {cifar.coarse_names[superclass]}"
-            )
-            collection.train += cifar.refs("train", fine, label)
-            collection.pairs += [(2 * k, label), (2 * k + 1, label)]
+        _add_auxiliaries(collection, cifar, superclass, added, [2 * k, 2 * k + 1])
     collection.pairs.sort()
     return collection
 
@@ -151,17 +182,22 @@ def _largest(cifar: Cifar) -> int:
     return sum(map(len, cifar.train)) // CLASSES
 
 
-def _cut(cifar: Cifar, classes: Sequence[int], counts: Sequence[int]) -> list[ImageRef]:
-    """Which images are kept is as in LDAM-DRW: numpy's legacy generator, seed 0, one shuffle per
-    class in order.
+def _cut(
+    cifar: Cifar, classes: Sequence[int], counts: Sequence[int]
+) -> tuple[list[ImageRef], list[ImageRef]]:
+    """Return the images that are kept and those that are not.
+
+    Which are kept is as in LDAM-DRW: numpy's legacy generator, seed 0, one shuffle per class in
+    order.
     """
     rng = np.random.RandomState(SEED)
-    train = []
+    kept, others = [], []
     for label, (fine, count) in enumerate(zip(classes, counts, strict=True)):
         order = np.arange(len(cifar.train[fine]))
         rng.shuffle(order)
-        train += cifar.refs("train", fine, label, order[:count].tolist())
-    return train
+        kept += cifar.refs("train", fine, label, order[:count].tolist())
+        others += cifar.refs("train", fine, label, order[count:].tolist())
+    return kept, others
 
 
 def open_cifar(folder: Path) -> Cifar:

@@ -4,10 +4,13 @@ from pathlib import Path
 
 from fastlt.errors import UserError
 from fastlt.packing.cifar import TASKS as CIFAR_TASKS
+from fastlt.packing.cifar import WITH_AUXILIARIES
 from fastlt.packing.collection import Collection
 from fastlt.packing.descriptions import describe
 from fastlt.packing.grocery import read_grocery
 from fastlt.packing.holdout import Together, hold_out
+from fastlt.packing.owners import limit_owners
+from fastlt.packing.owners import overlap as replace_by_targets
 from fastlt.packing.sources import is_pack, read_cifar100, read_collection
 
 TASKS_OF = {"cifar100": CIFAR_TASKS, "grocery": ("grocery",)}
@@ -32,6 +35,8 @@ def collect(
     image_key: str = "",
     label_key: str = "",
     descriptions: Path | None = None,
+    owners: int = 0,
+    overlap: float = 0.0,
 ) -> Collection:
     """Return the images that the arguments of `fastlt pack` name; messages name them by option.
 
@@ -42,7 +47,15 @@ def collect(
         raise UserError("--groups is for --holdout, which takes validation images out: name both")
     if holdout and val is not None:
         raise UserError("--holdout takes the place of --val: leave one of them out")
-    if source is None:
+    if source is not None:
+        named = (target, val, test, pairs, root, class_names, relabel, image_key, label_key)
+        if any(named):
+            raise UserError(
+                "--target, --val, --test, --pairs, --root, --class-names, --relabel, --image-key "
+                f"and --label-key do not go with {source.partition(':')[0]}:DIR: leave them out"
+            )
+        collection = of_task(source, task, auxiliary, imbalance, holdout)
+    else:
         if not holdout and target is not None and val is None and is_pack(target):
             val = target
         if target is None or (val is None and not holdout):
@@ -50,9 +63,10 @@ def collect(
                 "nothing to pack: name images with --target and --val (or --holdout), or give "
                 "cifar100:DIR or grocery:DIR"
             )
-        if task is not None:
+        if task is not None or overlap:
+            option = f"--task {task}" if task is not None else f"--overlap {overlap:g}"
             raise UserError(
-                f"--task {task} is for cifar100:DIR and grocery:DIR, not for --target: leave it out"
+                f"{option} is for cifar100:DIR and grocery:DIR, not for --target: leave it out"
             )
         collection = read_collection(
             target,
@@ -66,23 +80,26 @@ def collect(
             image_key=image_key,
             label_key=label_key,
         )
-        if descriptions is not None:
-            describe(collection, descriptions)
-        if holdout:
-            hold_out(collection, holdout, together)
-        return collection
+    if descriptions is not None:
+        describe(collection, descriptions)
+    if owners:
+        limit_owners(collection, owners)
+    if overlap:
+        replace_by_targets(collection, overlap)
+    if holdout:
+        hold_out(collection, holdout, together)
+    return collection
+
+
+def of_task(
+    source: str, task: str | None, auxiliary: str | None, imbalance: float, holdout: float
+) -> Collection:
+    """Return the images of a task of a known data set; see `collect`."""
     kind, _, folder = source.partition(":")
     if kind not in TASKS_OF or not folder:
         raise UserError(
             f"unknown source '{source}': it must be cifar100:DIR or grocery:DIR; folders are named "
             "with --target, --auxiliary and --val"
-        )
-    if descriptions is not None:
-        raise UserError(f"--descriptions does not go with {kind}:DIR: leave it out")
-    if target or val or test or pairs or root or class_names or relabel or image_key or label_key:
-        raise UserError(
-            "--target, --val, --test, --pairs, --root, --class-names, --relabel, --image-key and "
-            f"--label-key do not go with {kind}:DIR: leave them out"
         )
     if task not in TASKS_OF[kind]:
         tasks = " or ".join(f"--task {name}" for name in TASKS_OF[kind])
@@ -95,11 +112,10 @@ def collect(
             )
         return read_grocery(Path(folder), auxiliary)
     controls = ["siblings", "random", "none"]
-    default = "siblings" if task == "cifar100-siblings" else "none"
+    default = "siblings" if task in WITH_AUXILIARIES else "none"
     if auxiliary not in (None, *controls):
         raise UserError(f"--auxiliary {auxiliary}: for cifar100 it is one of {', '.join(controls)}")
     collection = read_cifar100(Path(folder), task, imbalance, auxiliary or default)
-    if holdout:
+    if holdout:  # the official test images are for testing then
         collection.val, collection.test = [], collection.val
-        hold_out(collection, holdout, together)
     return collection

@@ -35,6 +35,8 @@ class Collection:
     origins: dict[str, str] = field(default_factory=dict)
     # the summary card of `fastlt curate`, if it made the auxiliaries
     curation: dict[str, Any] = field(default_factory=dict)
+    # training images of targets that a task leaves out
+    unused: list[ImageRef] = field(default_factory=list)
     display_names: dict[str, str] = field(default_factory=dict)  # in texts, by class
     descriptions: dict[str, str] = field(default_factory=dict)  # by class
     warnings: list[str] = field(default_factory=list)

@@ -43,6 +43,7 @@ def read_grocery(folder: Path, auxiliary: str | None = None) -> Collection:
     for label, one in enumerate(targets):
         images = photographs(folder, "train", one.name, label)
         collection.train += images[: one.images]
+        collection.unused += images[one.images :]
         collection.val += images[one.images :] + photographs(folder, "val", one.name, label)
         collection.test += photographs(folder, "test", one.name, label)
     places = {name: label for label, name in enumerate(collection.target_names)}
