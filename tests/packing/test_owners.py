@@ -9,24 +9,29 @@ from fastlt.packing.collection import Collection, ImageRef
 from fastlt.packing.owners import limit_owners, overlap
 
 
+def images(name, path, counts, first=0):
+    return [
+        ImageRef(f"{name}{i}/{path}{n}", first + i, path, n)
+        for i, count in enumerate(counts)
+        for n in range(count)
+    ]
+
+
 def made(counts=(3, 1, 2), unused=(4, 0, 6), auxiliary=10):
     """Targets with `counts` images, and two auxiliaries: of all of them, and of the last."""
-    targets = [f"t{i}" for i in range(len(counts))]
     first = len(counts)
-    refs = [
-        ImageRef(f"t{i}/{n}", i, "x", n) for i, count in enumerate(counts) for n in range(count)
-    ]
-    rest = [
-        ImageRef(f"t{i}/u{n}", i, "u", n) for i, count in enumerate(unused) for n in range(count)
-    ]
-    more = [ImageRef(f"a{i}/{n}", first + i, "a", n) for i in range(2) for n in range(auxiliary)]
+    targets = [f"t{i}" for i in range(first)]
+    refs = images("t", "x", counts)
+    rest = images("t", "u", unused)
+    more = images("a", "a", (auxiliary, auxiliary), first)
     pairs = [(i, first) for i in range(first)] + [(first - 1, first + 1)]
     return Collection(targets, refs + more, list(rest), ["a0", "a1"], pairs, unused=rest)
 
 
-@pytest.mark.parametrize(
-    ("most", "owners"), [(1, {1}), (2, {1, 2}), (3, {0, 1, 2}), (9, {0, 1, 2})]
-)
+EVERY = {0, 1, 2}
+
+
+@pytest.mark.parametrize(("most", "owners"), [(1, {1}), (2, {1, 2}), (3, EVERY), (9, EVERY)])
 def test_the_targets_with_the_fewest_images_are_kept(most, owners):
     collection = made()
     limit_owners(collection, most)
@@ -68,10 +73,11 @@ def test_the_deep_task(shared_data):
     assert first == list(range(len(first)))  # the first of the strip
     random = collect(f"cifar100:{place}", task="cifar100-deep", auxiliary="random")
     assert {*random.auxiliary_names} == {*found.auxiliary_names}
-    owners = dict((auxiliary, target) for target, auxiliary in random.pairs)
-    names = {name: owners[20 + i] for i, name in enumerate(random.auxiliary_names)}
-    theirs = {n: t for t, a in found.pairs for n in [found.auxiliary_names[a - 20]]}
-    assert all(names[name] != theirs[name] for name in names)
+    ours, theirs = (
+        {one.auxiliary_names[auxiliary - 20]: target for target, auxiliary in one.pairs}
+        for one in (random, found)
+    )
+    assert all(ours[name] != theirs[name] for name in ours)
     clean = collect(f"cifar100:{place}", task="cifar100-siblings")
     dirty = collect(f"cifar100:{place}", task="cifar100-siblings", overlap=0.1)
     assert len(clean.train) == len(dirty.train)
