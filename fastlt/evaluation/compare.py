@@ -1,9 +1,12 @@
 """`fastlt compare`: runs side by side, where their configurations differ, and whether the
 differences are more than chance.
+
+Runs that differ in their seed alone are one kind: several of each are compared seed by seed.
 """
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from scipy import stats
 from fastlt.classes import ClassSpace
 from fastlt.config import MAY_CHANGE, config_type, flat
 from fastlt.errors import UserError
+from fastlt.evaluation.paired import Paired, corrected, paired
 from fastlt.evaluation.significance import holm
 from fastlt.utils.run_files import COLUMNS, RunFiles, read_run_files, shortest_names
 from fastlt.utils.tables import figure_table
@@ -36,6 +40,10 @@ def compare(places: Sequence[Path], console: Console) -> None:
         raise UserError(f"{twice[0]} is named twice")
     runs = [read_run_files(Path(place)) for place in places]
     names = shortest_names(places)
+    kinds = by_kind(runs)
+    if len(kinds) > 1 and all(len(seeds) > 1 for seeds in kinds.values()):
+        compare_kinds(kinds, dict(zip((run.path for run in runs), names, strict=True)), console)
+        return
     console.print(figures(runs, names))
     changed = settings(runs)
     if changed:
@@ -61,6 +69,93 @@ def compare(places: Sequence[Path], console: Console) -> None:
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
+# --- kinds of several seeds
+
+Kinds = dict[str, dict[int, RunFiles]]  # settings but for the seed -> seed -> run
+
+
+def by_kind(runs: Sequence[RunFiles]) -> Kinds:
+    """Return runs by what they were trained with but for the seed, in their order.
+
+    Raises UserError where one has a seed twice.
+    """
+    kinds: Kinds = {}
+    for run in runs:
+        seed = run.config.get("train", {}).get("seed", 0)
+        same = {key: value for key, value in settings_of(run).items() if key not in ALIKE}
+        members = kinds.setdefault(json.dumps(same, sort_keys=True), {})
+        if seed in members:
+            raise UserError(
+                f"{members[seed].path} and {run.path} have the same settings and the same seed: "
+                "leave one of them out"
+            )
+        members[seed] = run
+    return kinds
+
+
+ALIKE = {*MAY_CHANGE, "train.seed"}
+
+
+def settings_of(run: RunFiles) -> dict[str, str]:
+    """Return the settings of a run by `section.key`, as text; what it lacks has its default."""
+    given = {
+        f"{section}.{key}": str(value)
+        for section, values in run.config.items()
+        for key, value in values.items()
+    }
+    return {key: str(value) for key, value in flat(config_type()()).items()} | given
+
+
+def compare_kinds(kinds: Kinds, names: Mapping[Path, str], console: Console) -> None:
+    """Print means over seeds, and differences to the first kind paired over seeds."""
+    every = list(kinds.values())
+    titles = [names[next(iter(seeds.values())).path] for seeds in every]
+    firsts = [next(iter(seeds.values())) for seeds in every]
+    found = {
+        title: paired(
+            *({s: run.result["top1"] for s, run in one.items()} for one in (seeds, every[0]))
+        )
+        for title, seeds in zip(titles[1:], every[1:], strict=True)
+    }
+    p_values = corrected(found)
+    table = figure_table("first of its seeds", "seeds", *COLUMNS, title="mean over seeds, %")
+    for title, seeds in zip(titles, every, strict=True):
+        cells = [
+            mean_of([run.result.get(key) for run in seeds.values()]) for key in COLUMNS.values()
+        ]
+        table.add_row(escape(title), str(len(seeds)), *cells)
+    console.print(table)
+    for key, values in settings(firsts).items():
+        told = ", ".join(f"{title}: {v}" for title, v in zip(titles, values, strict=True))
+        console.print(f"{key}  {told}", markup=False, highlight=False, soft_wrap=True)
+    for title, one in found.items():
+        sentence = of_kinds(title, titles[0], one, p_values.get(title), len(p_values))
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
+def mean_of(values: Sequence[float | None]) -> str:
+    """Return mean and standard deviation in words; - where one is not known."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "-"
+    return f"{np.mean(known):.1f} ± {np.std(known, ddof=1):.1f}"
+
+
+def of_kinds(title: str, first: str, one: Paired | None, p: float | None, tests: int) -> str:
+    """Return a difference that is paired over seeds in words."""
+    if one is None or p is None:
+        return f"{title} and {first} share fewer than two seeds: no test of their difference"
+    how = f", corrected for {tests} tests (Holm)" if tests > 1 else ""
+    return (
+        f"{title} - {first}: {one.mean:+.1f} points over {one.seeds} seeds, from {one.low:+.1f} to "
+        f"{one.high:+.1f} (95 %, bootstrap); t = {one.t:.1f}; p = {p:.2g} by flipping signs{how}, of "
+        f"which {one.seeds} seeds can give {2 / 2**one.seeds:.2g} at least"
+    )
+
+
+# --- runs
+
+
 def figures(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
     """Return a table of the figures of runs, with their differences to the first below them."""
     table = figure_table(
@@ -84,17 +179,12 @@ def difference(value: float | None, before: float | None) -> str:
 
 def settings(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
     """Return the settings that are not the same in all runs; what one lacks has its default."""
-    defaults = {key: str(value) for key, value in flat(config_type()()).items()}
-    given = [
-        {f"{s}.{key}": str(v) for s, values in run.config.items() for key, v in values.items()}
-        for run in runs
-    ]
+    given = [settings_of(run) for run in runs]
     keys = dict.fromkeys(key for of in given for key in of)
     return {
         key: values
         for key in keys
-        if key not in MAY_CHANGE
-        and len(set(values := [of.get(key, defaults.get(key, "-")) for of in given])) > 1
+        if key not in MAY_CHANGE and len(set(values := [of.get(key, "-") for of in given])) > 1
     }
 
 

@@ -85,3 +85,30 @@ def test_several_tests_are_corrected_for_and_long_names_are_not_cut(run, tmp_pat
     compare([run, *others], console)
     told = console.export_text()
     assert told.count("corrected for 3 tests (Holm)") == 3 and "…" not in told
+
+
+def copy_of(run, place, seed, silence, top1):
+    shutil.copytree(run, place)
+    text = (place / "config.toml").read_text()
+    text = text.replace("silence = 0.3", f"silence = {silence}").replace(
+        "seed = 0", f"seed = {seed}"
+    )
+    (place / "config.toml").write_text(text)
+    result = json.loads((place / "result.json").read_text())
+    (place / "result.json").write_text(json.dumps({**result, "top1": top1}))
+    return place
+
+
+def test_kinds_of_several_seeds_are_compared_seed_by_seed(run, tmp_path):
+    places = [
+        copy_of(run, tmp_path / f"{silence}-{seed}", seed, silence, top1)
+        for silence, tops in ((1, (50, 52, 51)), (0.1, (53, 54, 55)))
+        for seed, top1 in enumerate(tops)
+    ]
+    told = said(*places)
+    assert "0.1-0 - 1-0: +3.0 points over 3 seeds, from +2.0 to +4.0 (95 %, bootstrap)" in told
+    assert "t = 5.2" in told and "p = 0.25 by flipping signs" in told
+    assert "51.0 ± 1.0" in told and "loss.silence" in told
+    assert "train.seed" not in told and "McNemar" not in told
+    with pytest.raises(UserError, match="the same settings and the same seed"):
+        said(*places, copy_of(run, tmp_path / "again", 0, 1, 50))
