@@ -77,7 +77,7 @@ Kinds = dict[str, dict[int, RunFiles]]  # settings but for the seed -> seed -> r
 def by_kind(runs: Sequence[RunFiles]) -> Kinds:
     """Return runs by what they were trained with but for the seed, in their order.
 
-    Raises UserError where one has a seed twice.
+    It is empty where a kind has two runs of a seed, of which none is the one to pair with.
     """
     kinds: Kinds = {}
     for run in runs:
@@ -85,10 +85,7 @@ def by_kind(runs: Sequence[RunFiles]) -> Kinds:
         same = {key: value for key, value in settings_of(run).items() if key not in ALIKE}
         members = kinds.setdefault(json.dumps(same, sort_keys=True), {})
         if seed in members:
-            raise UserError(
-                f"{members[seed].path} and {run.path} have the same settings and the same seed: "
-                "leave one of them out"
-            )
+            return {}
         members[seed] = run
     return kinds
 
@@ -112,17 +109,14 @@ def compare_kinds(kinds: Kinds, names: Mapping[Path, str], console: Console) -> 
     titles = [names[next(iter(seeds.values())).path] for seeds in every]
     firsts = [next(iter(seeds.values())) for seeds in every]
     found = {
-        title: paired(
-            *({s: run.result["top1"] for s, run in one.items()} for one in (seeds, every[0]))
-        )
+        title: paired(by_seed(seeds), by_seed(every[0]))
         for title, seeds in zip(titles[1:], every[1:], strict=True)
     }
     p_values = corrected(found)
     table = figure_table("first of its seeds", "seeds", *COLUMNS, title="mean over seeds, %")
     for title, seeds in zip(titles, every, strict=True):
-        cells = [
-            mean_of([run.result.get(key) for run in seeds.values()]) for key in COLUMNS.values()
-        ]
+        results = [run.result for run in seeds.values()]
+        cells = [mean_of([one.get(key) for one in results]) for key in COLUMNS.values()]
         table.add_row(escape(title), str(len(seeds)), *cells)
     console.print(table)
     for key, values in settings(firsts).items():
@@ -131,6 +125,11 @@ def compare_kinds(kinds: Kinds, names: Mapping[Path, str], console: Console) -> 
     for title, one in found.items():
         sentence = of_kinds(title, titles[0], one, p_values.get(title), len(p_values))
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
+def by_seed(seeds: Mapping[int, RunFiles]) -> dict[int, float]:
+    """Return the accuracy of each seed."""
+    return {seed: run.result["top1"] for seed, run in seeds.items()}
 
 
 def mean_of(values: Sequence[float | None]) -> str:
@@ -147,9 +146,9 @@ def of_kinds(title: str, first: str, one: Paired | None, p: float | None, tests:
         return f"{title} and {first} share fewer than two seeds: no test of their difference"
     how = f", corrected for {tests} tests (Holm)" if tests > 1 else ""
     return (
-        f"{title} - {first}: {one.mean:+.1f} points over {one.seeds} seeds, from {one.low:+.1f} to "
-        f"{one.high:+.1f} (95 %, bootstrap); t = {one.t:.1f}; p = {p:.2g} by flipping signs{how}, of "
-        f"which {one.seeds} seeds can give {2 / 2**one.seeds:.2g} at least"
+        f"{title} - {first}: {one.mean:+.1f} points over {one.seeds} seeds, from {one.low:+.1f} "
+        f"to {one.high:+.1f} (95 %, bootstrap); t = {one.t:.1f}; p = {p:.2g} by flipping signs"
+        f"{how}, of which {one.seeds} seeds can give {2 / 2**one.seeds:.2g} at least"
     )
 
 

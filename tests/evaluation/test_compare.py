@@ -90,9 +90,8 @@ def test_several_tests_are_corrected_for_and_long_names_are_not_cut(run, tmp_pat
 def copy_of(run, place, seed, silence, top1):
     shutil.copytree(run, place)
     text = (place / "config.toml").read_text()
-    text = text.replace("silence = 0.3", f"silence = {silence}").replace(
-        "seed = 0", f"seed = {seed}"
-    )
+    for old, new in (("silence = 0.3", f"silence = {silence}"), ("seed = 0", f"seed = {seed}")):
+        text = text.replace(old, new)
     (place / "config.toml").write_text(text)
     result = json.loads((place / "result.json").read_text())
     (place / "result.json").write_text(json.dumps({**result, "top1": top1}))
@@ -110,5 +109,5 @@ def test_kinds_of_several_seeds_are_compared_seed_by_seed(run, tmp_path):
     assert "t = 5.2" in told and "p = 0.25 by flipping signs" in told
     assert "51.0 ± 1.0" in told and "loss.silence" in told
     assert "train.seed" not in told and "McNemar" not in told
-    with pytest.raises(UserError, match="the same settings and the same seed"):
-        said(*places, copy_of(run, tmp_path / "again", 0, 1, 50))
+    told = said(*places, copy_of(run, tmp_path / "again", 0, 1, 50))  # which is one to pair with?
+    assert "McNemar" in told
