@@ -27,8 +27,8 @@ def overlap(collection: Collection, share: float) -> None:
     """Replace a share of the images of each auxiliary class by images of its targets.
 
     They are training images of the targets that the task leaves out, each taken once, from all its
-    targets in turn; they are no validation images any more. Raises UserError where there are not
-    enough, or a class neighbours no target.
+    targets in turn; they are no validation images any more. A class whose targets have none left
+    keeps its own, which is noted. Raises UserError where no class gets any.
     """
     unused: defaultdict[int, list[int]] = defaultdict(list)
     for place, ref in enumerate(collection.unused):
@@ -39,20 +39,27 @@ def overlap(collection: Collection, share: float) -> None:
     places: defaultdict[int, list[int]] = defaultdict(list)
     for place, ref in enumerate(collection.train):
         places[ref.label].append(place)
-    first, taken = len(collection.target_names), set()
+    first, taken, short = len(collection.target_names), set(), []
     for auxiliary in range(first, first + len(collection.auxiliary_names)):
         wanted = round(share * len(places[auxiliary]))
         for number, place in enumerate(places[auxiliary][len(places[auxiliary]) - wanted :]):
             own = [target for target in owners[auxiliary] if unused[target]]
             if not own:
-                name = collection.auxiliary_names[auxiliary - first]
-                raise UserError(
-                    f"--overlap {share:g}: the targets of '{name}' have no images left that "
-                    "training does not use: lower it"
-                )
+                short.append(collection.auxiliary_names[auxiliary - first])
+                break
             source = unused[own[number % len(own)]].pop(0)
             taken.add(source)
             collection.train[place] = replace(collection.unused[source], label=auxiliary)
+    if not taken:
+        raise UserError(
+            f"--overlap {share:g}: no target of an auxiliary class has images that training does "
+            "not use: leave it out"
+        )
+    if short:
+        collection.warnings.append(
+            f"{len(short)} auxiliary classes have less overlap, as their targets have no images "
+            f"left: {', '.join(short[:3])}"
+        )
     moved = {collection.unused[source] for source in taken}
     collection.val = [ref for ref in collection.val if ref not in moved]
     collection.unused = [ref for n, ref in enumerate(collection.unused) if n not in taken]

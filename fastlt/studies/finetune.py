@@ -6,11 +6,8 @@ a CNN whose weights `model.weights=` names; with cifar100:DIR it is a small visi
 is pretrained first, on classes of CIFAR-100 that have nothing to do with the targets.
 """
 
-import json
 import statistics
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -18,22 +15,20 @@ from rich.table import Table
 
 from fastlt.config import load_config
 from fastlt.errors import UserError
-from fastlt.evaluation.evaluate import evaluate_run
-from fastlt.packing.reader import open_pack
+from fastlt.studies.auxiliary_kinds import (
+    KINDS,
+    NONE,
+    as_many_images,
+    chosen,
+    scored_on_test,
+)
 from fastlt.studies.pretraining import SMALL_VIT, pretrained_vit
 from fastlt.studies.protocol import ReproduceOptions, packed, repeated
 from fastlt.studies.repeated import Control, folder_name, spread
 from fastlt.utils.run_files import METRICS, read_result
 
 CACHED_SEEDS = 5  # at least, of rows that are trained on features computed once
-NONE = "none, as many images"
-COLUMNS: dict[str, tuple[str, list[str]]] = {  # name -> auxiliaries of the pack, settings
-    NONE: ("none", ["loss.name=balanced-ce"]),
-    "neighbours": ("siblings", ["loss.silence=1"]),
-    "silenced 0.1": ("siblings", ["loss.silence=0.1"]),
-    "random": ("random", ["loss.silence=1"]),
-    "hard mask": ("siblings", ["loss.silence=0"]),
-}
+COLUMNS = (NONE, "neighbours", "silenced 0.1", "random", "hard mask")
 CACHED = ["model.adapt=head", "data.features=cache"]
 ADAMW = ["optim.name=adamw", "optim.nesterov=false"]
 
@@ -45,7 +40,8 @@ class Task(NamedTuple):
     recipe: str
     settings: list[str]
     rows: dict[str, list[str]]  # name -> settings
-    columns: tuple[str, ...] = tuple(COLUMNS)
+    columns: tuple[str, ...] = COLUMNS
+    alone: dict[str, list[str]] = {}  # of rows whose rate without auxiliaries is another
     has_test: bool = True  # else the pack's validation images are the test images of its source
 
 
@@ -68,6 +64,7 @@ GROCERY = Task(
         "last:2": ["model.adapt=last:2", "optim.lr=0.1"],
         "full": ["optim.lr=0.1"],
     },
+    alone={"full": ["optim.lr=0.03"]},  # at 0.1 it diverges there
 )
 SIBLINGS = Task(
     "cifar100-siblings",
@@ -132,36 +129,17 @@ def controls_of(task: Task, settings: list[str], options: ReproduceOptions) -> d
     controls = {}
     for name in wanted:
         row, column = names[name]
-        auxiliaries, own = COLUMNS[column]
+        auxiliaries, own = KINDS[column]
         pack = packed(task.pack, auxiliaries, options)
-        every = [*task.settings, *task.rows[row], *own, *settings]
+        alone = task.alone.get(row, []) if column == NONE else []
+        every = [*task.settings, *task.rows[row], *alone, *own, *settings]
         epochs = options.epochs or load_config(task.recipe, every).train.epochs
         if column == NONE:
-            epochs = as_many_images(epochs, task, every, options)
+            with_them = packed(task.pack, "siblings", options)
+            epochs = as_many_images(epochs, with_them, task.recipe, every)
         every += [f"train.epochs={epochs}", f"train.eval_every={epochs}", "train.keep_best=false"]
         controls[name] = Control(pack, every)
     return controls
-
-
-def chosen(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
-    """Return the names that one of the patterns matches, with * for any text; all for none."""
-    every = list(names)
-    if not patterns:
-        return every
-    found = [name for name in every if any(fnmatchcase(name, one) for one in patterns)]
-    if not found:
-        raise UserError(f"--only {patterns[0]} matches none of: {'; '.join(every)}")
-    return found
-
-
-def as_many_images(epochs: int, task: Task, settings: list[str], options: ReproduceOptions) -> int:
-    """Return the epochs without auxiliaries in which as many images are seen as in `epochs` with
-    the neighbours.
-    """
-    space = open_pack(str(packed(task.pack, "siblings", options))).space
-    targets = sum(space.train_counts[: space.num_targets])
-    budget = load_config(task.recipe, settings).data.budget
-    return round(epochs * (targets + budget * space.num_auxiliaries) / targets)
 
 
 def described(row: dict[str, Any], task: Task, options: ReproduceOptions) -> dict[str, Any]:
@@ -177,14 +155,6 @@ def described(row: dict[str, Any], task: Task, options: ReproduceOptions) -> dic
         "parameters": result["parameters"],
         "trained_parameters": result["trained_parameters"],
     }
-
-
-def scored_on_test(run: Path) -> dict[str, Any]:
-    """Return the figures of a run on the test images of its pack, which are computed once."""
-    path = run / "test.json"
-    if not path.is_file():
-        return evaluate_run(run, split="test")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # --- tables

@@ -23,12 +23,18 @@ class ReproduceOptions(NamedTuple):
     only: tuple[str, ...] = ()  # patterns of the controls to run; none: all
 
 
-def packed(task: str, kind: str, options: ReproduceOptions) -> Path:
-    """Return the pack of a task, made where it is not there yet."""
-    path = options.out / (f"pack-{kind}" if kind != "none" or task != "cifar100-lt" else "pack")
+def packed(task: str, kind: str, options: ReproduceOptions, *more: str) -> Path:
+    """Return the pack of a task, made where it is not there yet.
+
+    more: further options of `fastlt pack`, which the folder is named by.
+    """
+    words = "".join(f"-{word.lstrip('-')}" for word in more)
+    path = options.out / (
+        f"pack-{kind}{words}" if kind != "none" or task != "cifar100-lt" else "pack"
+    )
     if not path.is_dir():
         Runner().run(
-            "pack", options.source, "--task", task, "--auxiliary", kind, "--out", str(path)
+            "pack", options.source, "--task", task, "--auxiliary", kind, "--out", str(path), *more
         )
     return path
 

@@ -1,4 +1,4 @@
-"""Published figures under their own protocol, and the controls of our own claim.
+"""Published figures under their own protocol, and our own studies.
 
 Both are the user's own commands, over seeds.
 
@@ -7,6 +7,7 @@ not run again.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,12 @@ from rich.table import Table
 
 from fastlt.config import did_you_mean, load_config
 from fastlt.errors import UserError
+from fastlt.studies.auxiliaries import TASKS as AUXILIARY_TASKS
+from fastlt.studies.auxiliaries import run_task
 from fastlt.studies.finetune import finetune
 from fastlt.studies.protocol import ReproduceOptions, packed, repeated, shortened
 from fastlt.studies.related import related_methods, related_on_siblings
-from fastlt.studies.repeated import Control, spread, table
+from fastlt.studies.repeated import Control, spread
 from fastlt.utils.results_file import append_rows, check_file
 from fastlt.utils.run_files import METRICS
 
@@ -31,26 +34,11 @@ class Published(NamedTuple):
     high: float
 
 
+WITHOUT_ROWS = ("cifar100-lt", "methods", "methods-siblings")
 CIFAR100_LT = {  # worst first; CIFAR-100-LT at imbalance 100, ResNet-32, 200 epochs
     "cross entropy": Published("ce", 38.0, 40.5),
     "LDAM-DRW": Published("ldam-drw", 41.5, 43.5),
     "Balanced Softmax": Published("balanced-softmax", 43.0, 47.0),
-}
-SIBLINGS: dict[str, tuple[str, list[str]]] = {  # name -> auxiliary set of the pack, settings
-    "no auxiliaries": ("none", ["loss.name=balanced-ce"]),
-    # 40 * 3,795 / 2,295
-    "no auxiliaries, as many images": (
-        "none",
-        ["loss.name=balanced-ce", "train.epochs=66"],
-    ),
-    "auxiliaries merged into their targets": (
-        "siblings",
-        ["loss.name=balanced-ce", "data.auxiliary=merged"],
-    ),
-    "random auxiliaries": ("random", []),
-    "neighbours, unsilenced (1)": ("siblings", ["loss.silence=1"]),
-    "neighbours, silenced (0.1)": ("siblings", ["loss.silence=0.1"]),
-    "neighbours, hard mask (0)": ("siblings", ["loss.silence=0"]),
 }
 
 
@@ -61,8 +49,8 @@ def run_reproduce(task: str, options: ReproduceOptions, csv: Path | None, consol
             f"there is nothing to reproduce by the name '{task}'{did_you_mean(task, list(TASKS))}: "
             f"{', '.join(TASKS)}"
         )
-    if options.only and task != "finetune":
-        raise UserError("--only is for finetune, whose rows and columns it picks: leave it out")
+    if options.only and task in WITHOUT_ROWS:
+        raise UserError(f"--only picks rows of other studies than {task}: leave it out")
     if csv is not None:
         check_file(csv)
     rows = TASKS[task](options, console)
@@ -99,25 +87,9 @@ def cifar100_lt(options: ReproduceOptions, console: Console) -> list[dict[str, A
     return rows
 
 
-def siblings(options: ReproduceOptions, console: Console) -> list[dict[str, Any]]:
-    """Return the rows of the controls on CIFAR-100 with sibling auxiliaries, and print them."""
-    packs = {
-        kind: packed("cifar100-siblings", kind, options)
-        for kind in dict.fromkeys(kind for kind, _ in SIBLINGS.values())
-    }
-    last = [f"train.epochs={options.epochs}"] if options.epochs else []
-    controls = {
-        name: Control(packs[kind], [*extra, *last, *options.settings])
-        for name, (kind, extra) in SIBLINGS.items()
-    }
-    rows = repeated("cifar100-siblings", controls, options, console)
-    console.print(table(rows))
-    return rows
-
-
 TASKS: dict[str, Callable[[ReproduceOptions, Console], list[dict[str, Any]]]] = {
     "cifar100-lt": cifar100_lt,
-    "cifar100-siblings": siblings,
+    **{name: partial(run_task, name) for name in AUXILIARY_TASKS},
     "methods": related_methods,
     "methods-siblings": related_on_siblings,
     "finetune": finetune,

@@ -16,8 +16,8 @@ from rich.console import Console
 from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.packing.reader import open_pack
+from fastlt.studies.auxiliary_kinds import KINDS
 from fastlt.studies.repeated import Control, spread, table, train_all
-from fastlt.studies.reproduce import SIBLINGS
 from fastlt.training.setup import prepare
 from fastlt.utils.results_file import append_rows, command
 from fastlt_benchmarks import train, train_steps
@@ -150,12 +150,12 @@ def test_the_command_that_is_kept_names_no_machine(monkeypatch):
 def test_controls_have_mean_and_deviation_and_no_zero_for_an_empty_group():
     rows = [
         {"control": name, "top1": 50.0 + seed, "many": 60.0, "medium": 1.0, "few": None}
-        for name in SIBLINGS
+        for name in KINDS
         for seed in range(3)
     ]
     assert spread([50.0, 51.0, 52.0]) == "51.0 ± 1.0"
     assert spread([None, None]) == "-"
-    assert table(rows).row_count == len(SIBLINGS)
+    assert table(rows).row_count == len(KINDS)
 
 
 @pytest.mark.slow

@@ -55,9 +55,15 @@ def test_images_of_targets_take_the_place_of_a_share():
     assert {ref.key for ref in collection.unused} == before - taken
 
 
-def test_more_than_there_are_is_refused():
-    with pytest.raises(UserError, match="the targets of 'a1' have no images left"):
-        overlap(made(), 0.6)
+def test_where_there_are_too_few_that_is_noted():
+    collection = made()
+    overlap(collection, 0.6)
+    assert sum(ref.path == "u" for ref in collection.train) == 9  # six, and what they left
+    assert collection.warnings == [
+        "1 auxiliary classes have less overlap, as their targets have no images left: a1"
+    ]
+    with pytest.raises(UserError, match="no target of an auxiliary class has images"):
+        overlap(made(unused=(0, 0, 0)), 0.6)
 
 
 def test_the_deep_task(shared_data):

@@ -9,17 +9,8 @@ from rich.console import Console
 from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.packing.reader import open_pack
-from fastlt.studies.finetune import (
-    COLUMNS,
-    NONE,
-    TASKS,
-    accuracies,
-    as_many_images,
-    by_group,
-    chosen,
-    controls_of,
-    finetune,
-)
+from fastlt.studies.auxiliary_kinds import KINDS, NONE, as_many_images, chosen
+from fastlt.studies.finetune import TASKS, accuracies, by_group, controls_of, finetune
 from fastlt.studies.pretraining import SMALL_VIT
 from fastlt.studies.protocol import ReproduceOptions
 from fastlt.studies.repeated import folder_name
@@ -44,7 +35,7 @@ def test_every_row_and_column_is_a_training_that_fits_together(kind):
     task = TASKS[kind]
     for own in task.rows.values():
         for column in task.columns:
-            config = load_config(task.recipe, [*task.settings, *own, *COLUMNS[column][1]])
+            config = load_config(task.recipe, [*task.settings, *own, *KINDS[column][1]])
             assert config.loss.name in ("balanced-ce", "neighbor-silencing")
     adapted = {load_config(task.recipe, own).model.adapt for own in task.rows.values()}
     assert len(adapted) == len(task.rows)
@@ -66,11 +57,12 @@ def test_without_auxiliaries_as_many_images_are_seen(grocery, tmp_path):
     none, silenced = (
         load_config(task.recipe, found[f"full | {c}"].settings) for c in (NONE, "silenced 0.1")
     )
-    space = open_pack(str(found["full | silenced 0.1"].pack)).space
+    pack = found["full | silenced 0.1"].pack
+    space = open_pack(str(pack)).space
     targets = sum(space.train_counts[:23])
     seen = silenced.train.epochs * (targets + 25 * 27)
     assert abs(none.train.epochs * targets - seen) <= targets / 2
-    assert as_many_images(15, task, task.settings, wanted) == none.train.epochs
+    assert as_many_images(15, pack, task.recipe, task.settings) == none.train.epochs
     assert silenced.train.eval_every == silenced.train.epochs == 15
 
 
@@ -98,7 +90,7 @@ def test_rows_have_test_figures_and_what_was_trained(grocery, tmp_path):
 def test_other_sources_and_options_are_refused(tmp_path):
     with pytest.raises(UserError, match="finetune is for --data grocery:DIR or cifar100:DIR"):
         finetune(options("flowers:x", tmp_path), QUIET)
-    with pytest.raises(UserError, match="--only is for finetune"):
+    with pytest.raises(UserError, match="--only picks rows of other studies than cifar100-lt"):
         run_reproduce("cifar100-lt", options("cifar100:x", tmp_path, only=("a",)), None, QUIET)
 
 
