@@ -7,7 +7,7 @@ is pretrained first, on classes of CIFAR-100 that have nothing to do with the ta
 """
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -41,7 +41,7 @@ class Task(NamedTuple):
     settings: list[str]
     rows: dict[str, list[str]]  # name -> settings
     columns: tuple[str, ...] = COLUMNS
-    alone: dict[str, list[str]] = {}  # of rows whose rate without auxiliaries is another
+    alone: Mapping[str, list[str]] = {}  # of rows whose rate without auxiliaries is another
     has_test: bool = True  # else the pack's validation images are the test images of its source
 
 
