@@ -51,7 +51,7 @@ def class_means(train: Labelled, classes: int) -> Tensor:
 
 def nearest_neighbours(train: Labelled, features: Tensor, classes: int, k: int) -> Tensor:
     """Return scores (n, T): the votes of the k most alike training images, by their cosine."""
-    return _votes(F.normalize(train.features), train.labels, F.normalize(features), classes, k)
+    return votes(F.normalize(train.features), train.labels, F.normalize(features), classes, k)
 
 
 def choose_neighbours(train: Labelled, classes: int) -> int:
@@ -61,16 +61,20 @@ def choose_neighbours(train: Labelled, classes: int) -> int:
     unit = F.normalize(train.features)
     usable = [k for k in NEIGHBOURS if k < len(unit)] or [1]
     found = {
-        k: balanced_accuracy(_votes(unit, train.labels, unit, classes, k, True), train.labels)
+        k: balanced_accuracy(votes(unit, train.labels, unit, classes, k, True), train.labels)
         for k in usable
     }
     return max(usable, key=lambda k: found[k])
 
 
-def _votes(
+def votes(
     known: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int, leave_out: bool = False
 ) -> Tensor:
-    """leave_out: queries are the known ones, none of which votes for itself."""
+    """Return the votes (n, T) of the k known ones (m, D) that are most alike each query (n, D).
+
+    All features are of length 1; labels (m,). A vote counts exp(cosine / 0.07). leave_out: queries
+    are the known ones, none of which votes for itself.
+    """
     parts = []
     for start in range(0, len(queries), BLOCK):
         alike = queries[start : start + BLOCK] @ known.T

@@ -86,7 +86,7 @@ def restored(monkeypatch):
 
 
 # each of these trains many times; the README, the tutorial and others do so, too
-LONG = {"docs/how-to/train.md", "docs/how-to/evaluate.md"}
+LONG = {f"docs/how-to/{name}.md" for name in ("train", "evaluate", "fine-tune")}
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def test_every_row_fits_together_and_changes_what_it_says(name, tmp_path):
         assert changed("head | random").data.features == "cache"
 
 
+@pytest.mark.slow
 def test_packs_and_lengths_of_rows(shared_data, tmp_path):
     if not (shared_data / "grocery" / "task.csv").is_file():
         pytest.skip("the grocery photographs are not here")
