@@ -5,6 +5,7 @@ import torch
 from fastlt.config import Config
 from fastlt.errors import UserError
 from fastlt.models.classifier import Classifier
+from fastlt.models.depthwise import quicken
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -52,4 +53,6 @@ def find_device(name: str) -> torch.device:
 def on_device(model: Classifier, config: Config, device: torch.device) -> Classifier:
     """Return the model on the device, in the memory format of the configuration."""
     model = model.to(device)
+    if device.type == "cpu":
+        quicken(model)
     return model.to(memory_format=torch.channels_last) if config.train.channels_last else model  # type: ignore[call-overload]
