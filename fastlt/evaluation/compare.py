@@ -61,11 +61,11 @@ def compare(places: Sequence[Path], console: Console) -> None:
             table.add_row(key, *(escape(value) for value in values))
         console.print(table)
     tests = [McNemar(runs[0], run) for run in runs[1:]]
-    corrected = holm(
+    p_values = holm(
         {name: test.p for name, test in zip(names[1:], tests, strict=True) if test.p is not None}
     )
     for name, test in zip(names[1:], tests, strict=True):
-        sentence = verdict(test, names[0], name, corrected.get(name), len(corrected))
+        sentence = verdict(test, names[0], name, p_values.get(name), len(p_values))
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -90,7 +90,8 @@ def by_kind(runs: Sequence[RunFiles]) -> Kinds:
     return kinds
 
 
-ALIKE = {*MAY_CHANGE, "train.seed"}
+# a control often differs in its pack alone
+ALIKE = {*MAY_CHANGE, "train.seed"} - {"data.pack"}
 
 
 def settings_of(run: RunFiles) -> dict[str, str]:
@@ -119,7 +120,9 @@ def compare_kinds(kinds: Kinds, names: Mapping[Path, str], console: Console) -> 
         cells = [mean_of([one.get(key) for one in results]) for key in COLUMNS.values()]
         table.add_row(escape(title), str(len(seeds)), *cells)
     console.print(table)
-    for key, values in settings(firsts).items():
+    packs = [settings_of(run)["data.pack"] for run in firsts]
+    differing = settings(firsts) | ({"data.pack": packs} if len(set(packs)) > 1 else {})
+    for key, values in differing.items():
         told = ", ".join(f"{title}: {v}" for title, v in zip(titles, values, strict=True))
         console.print(f"{key}  {told}", markup=False, highlight=False, soft_wrap=True)
     for title, one in found.items():

@@ -111,3 +111,16 @@ def test_kinds_of_several_seeds_are_compared_seed_by_seed(run, tmp_path):
     assert "train.seed" not in told and "McNemar" not in told
     told = said(*places, copy_of(run, tmp_path / "again", 0, 1, 50))  # which is one to pair with?
     assert "McNemar" in told
+
+
+def test_runs_of_other_packs_are_other_kinds(run, tmp_path):
+    places = [
+        copy_of(run, tmp_path / f"{pack}-{seed}", seed, 0.3, 50 + seed)
+        for pack in ("one", "other")
+        for seed in range(2)
+    ]
+    for place in places[2:]:
+        text = (place / "config.toml").read_text()
+        (place / "config.toml").write_text(text.replace('pack = "', 'pack = "other/', 1))
+    told = said(*places)
+    assert "other-0 - one-0: +0.0 points over 2 seeds" in told and "data.pack" in told
