@@ -227,7 +227,7 @@ def blend(
     check_has_model(run)
     if (weight is None) != (out is None):
         raise UserError("--weight and --out go together: give both, or neither for a table")
-    from fastlt.evaluation.blend import blend_run, score_blends
+    from fastlt.studies.blend import blend_run, score_blends
 
     if weight is None or out is None:
         print_blends(score_blends(run), run)

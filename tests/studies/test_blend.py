@@ -7,11 +7,11 @@ from safetensors.torch import load_file, save_file
 
 from fastlt.config import load_config
 from fastlt.errors import UserError
-from fastlt.evaluation.blend import between, blend_run, ends_of, score_blends
 from fastlt.evaluation.evaluate import evaluate_run
 from fastlt.evaluation.views import evaluate_views
 from fastlt.models.classifier import build_model
 from fastlt.models.heads import section
+from fastlt.studies.blend import between, blend_run, ends_of, score_blends
 from fastlt.utils.run_files import read_result
 
 
