@@ -22,7 +22,7 @@ from fastlt.errors import UserError
 PANELS = {  # the order of the help
     "Data": ["pack", "curate"],
     "Train": ["fit", "probe", "train", "settings", "methods", "sweep", "reproduce", "demo"],
-    "Use": ["eval", "predict", "export", "extend", "report", "compare"],
+    "Use": ["eval", "predict", "export", "blend", "extend", "report", "compare"],
     "Measure": ["bench-train", "bench-loss", "bench-data", "granularity", "doctor"],
 }
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}

@@ -50,6 +50,7 @@ def test_names_are_chosen_by_patterns():
         chosen(names, ("full | *",))
 
 
+@pytest.mark.slow
 def test_without_auxiliaries_as_many_images_are_seen(grocery, tmp_path):
     wanted = options(grocery, tmp_path)
     task = TASKS["grocery"]

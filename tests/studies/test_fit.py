@@ -196,6 +196,7 @@ def test_settings_are_typed_as_they_are_read():
     assert typed == ["a.b=x/y-1.z", 'a.b="true colours"', "a.b=true", "a.b=3"]
 
 
+@pytest.mark.slow
 def test_it_begins_with_the_probe_of_a_pretrained_backbone(image_folders, tmp_path):
     torch.manual_seed(4)
     backbone = build_model(section()(name="resnet8"), 3, 16).backbone
