@@ -104,16 +104,17 @@ def quicken(model: nn.Module) -> None:
     """
     for module in model.modules():
         layer: Any = module
+        kind: Any = type(module)
         if (
             isinstance(module, nn.Conv2d)
-            and type(module).__name__ in ("Conv2d", "Conv2dSame")
+            and kind.__name__ in ("Conv2d", "Conv2dSame")
             and module.groups == module.in_channels == module.out_channels > 1
             and module.bias is None
             and module.dilation == (1, 1)
             and module.padding_mode == "zeros"
             and not isinstance(module.padding, str)
         ):
-            layer.__class__ = quick(type(module))
+            layer.__class__ = quick(kind)
 
 
 @cache
