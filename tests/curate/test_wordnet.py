@@ -236,6 +236,7 @@ def real(shared_data):
         pytest.param(True, id="random", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_no_neighbour_of_imagenets_classes_is_a_target(shared_data, real, tmp_path, control):
     labels = shared_data / "labels"
     ids = (labels / "imagenet/imagenet_synsets.txt").read_text().split()

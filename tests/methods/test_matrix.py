@@ -56,7 +56,6 @@ PAIRS = [
 ]
 SAMPLE = {(method, QUICK[number % len(QUICK)]) for number, method in enumerate(method_names())} | {
     ("plain", "ranks"),
-    ("angular", "compiled"),
     ("distill", "weighted"),
 }
 

@@ -87,6 +87,7 @@ def test_the_command_ends_with_the_line_that_predicts(image_folders, tmp_path):
     assert ended.returncode == 2 and "--groups is for taking" in ended.stderr + ended.stdout
 
 
+@pytest.mark.slow
 def test_a_fit_that_is_stopped_goes_on_to_the_same_model(image_folders, tmp_path):
     """SIGTERM ends the training too, which saves first; the same command takes it up."""
     slow = [*FAST, "train.epochs=15", "train.patience=0"]

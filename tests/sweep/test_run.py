@@ -28,6 +28,7 @@ def swept(file, pack, out, resume=False, settings=()):
     return rows, console.export_text()
 
 
+@pytest.mark.slow
 def test_a_grid_is_trained_once_and_what_has_finished_is_not_run_again(small_pack, tmp_path):
     out = tmp_path / "out"
     file = write(tmp_path, "silence = [0.1, 1]\nneighbours = [0, 1]\nseed = [0, 1]")
@@ -104,6 +105,7 @@ def test_what_was_trained_otherwise_is_not_taken_for_the_same(small_pack, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_where_no_trial_has_a_result_that_is_an_error(small_pack, tmp_path):
     with pytest.raises(UserError, match=r"no trial has a result: .*none\.safetensors"):
         swept(write(tmp_path, 'model.weights = ["none.safetensors"]'), small_pack, tmp_path / "out")

@@ -124,7 +124,7 @@ def assert_near(run: Path, other: Path) -> None:
 
 # what others have within them is slow: each takes three trainings
 WITHIN_OTHERS = {"linear", "deferred", "weighted", "row weights", "both weights", "head first"}
-WITHIN_OTHERS |= {"adaptformer", "prompts", "lora", "features"}
+WITHIN_OTHERS |= {"adaptformer", "prompts", "lora", "features", "accumulating"}
 
 
 @pytest.mark.parametrize(
