@@ -27,6 +27,7 @@ from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.methods import method_settings
 from fastlt.utils.pool import cores
+from fastlt.utils.results_file import of_no_machine
 from fastlt.utils.run_files import EPOCHS, FIGURES, METRICS, result_of
 from fastlt.utils.signals import exit_on_sigterm
 
@@ -217,7 +218,7 @@ def _train(recipe: str, control: Control, run: Path, seed: int, runner: Runner) 
     return {
         **figures,
         "seconds": round(result["seconds"], 1),
-        "settings": " ".join([*method, *control.settings]),
+        "settings": " ".join(map(of_no_machine, [*method, *control.settings])),
     }
 
 

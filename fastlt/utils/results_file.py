@@ -3,6 +3,7 @@
 import csv
 import os
 import platform
+import re
 import shlex
 import sys
 from datetime import datetime, timezone
@@ -37,13 +38,19 @@ def command(program: str) -> str:
     """The command line as somebody else can type it: of absolute paths the last part alone, for the
     rest is this machine's.
     """
-    return f"{program} " + shlex.join(map(_of_no_machine, sys.argv[1:]))
+    return f"{program} " + shlex.join(map(of_no_machine, sys.argv[1:]))
 
 
-def _of_no_machine(word: str) -> str:
-    """`/data/cifar` and `cifar100:/data/cifar` alike."""
-    before, colon, path = word.rpartition(":")
-    return before + colon + Path(path).name if Path(path).is_absolute() else word
+def of_no_machine(word: str) -> str:
+    """Return a word of a command with the last part alone of an absolute path.
+
+    `/data/cifar`, `cifar100:/data/cifar` and `data.pack=/data/cifar` alike;
+    addresses such as s3://bucket/pack stay.
+    """
+    place = re.search(r"(?:^|[:=])(?=/(?!/))", word)
+    if place is None:
+        return word
+    return word[: place.end()] + Path(word[place.end() :]).name
 
 
 def check_place(path: Path, columns: tuple[str, ...]) -> None:

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,13 +139,25 @@ def test_the_command_that_is_kept_names_no_machine(monkeypatch):
         "--out",
         "/tmp/runs",
         "data.mean=[0, 1, 2]",
+        "model.weights=/data/weights/a.safetensors",
+        "model.head_weights=/data/text.npz:vectors",
+        "data.pack=s3://bucket/pack",
     ]
     monkeypatch.setattr(sys, "argv", words)
     kept = command("fastlt")
-    assert (
-        kept
-        == "fastlt reproduce cifar100-lt --data cifar100:cifar --out runs 'data.mean=[0, 1, 2]'"
+    assert kept == (
+        "fastlt reproduce cifar100-lt --data cifar100:cifar --out runs 'data.mean=[0, 1, 2]' "
+        "model.weights=a.safetensors model.head_weights=text.npz:vectors data.pack=s3://bucket/pack"
     )
+
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RESULTS.glob("*.csv")))
+def test_results_name_no_path_of_a_machine(name):
+    found = re.findall(r"(?:^|[\s=:,'\"])(/\w[\w.-]*/[^,\s]*)", (RESULTS / name).read_text(), re.M)
+    assert not found, found[:3]
 
 
 def test_controls_have_mean_and_deviation_and_no_zero_for_an_empty_group():
