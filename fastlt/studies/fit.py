@@ -32,6 +32,8 @@ from fastlt.utils.run_files import BEST, FIT, METRICS, read_result, result_of
 PACK, BASELINE = "pack", "baseline"  # in RUN
 # images whose features are computed before the training at most, and of a second of --budget
 PROBED, PROBED_A_SECOND = 20_000, 5
+# settings that change what the features of images are
+OF_FEATURES = ("model.args", "model.pooling", "model.projection", "data.mean", "data.std")
 HOLDOUT = 0.2
 
 
@@ -188,24 +190,25 @@ def probe(plan: Plan, options: FitOptions, pack: Path, console: Console) -> None
 
     It is left out where the backbone starts at random, or its features would take long.
     """
-    chosen = {one.key: one.value for one in plan.choices}
-    starts = chosen.get("model.weights") or chosen.get("model.pretrained")
-    if not starts or (options.out / PROBE).is_file():
-        return
     found = open_pack(str(pack))
+    config = configured(plan.choices, options.settings, found)
+    model = config.model
+    if not (model.weights or model.pretrained) or (options.out / PROBE).is_file():
+        return
     images = len(found.train) + len(found.val)
     affordable = PROBED if options.budget is None else round(PROBED_A_SECOND * options.budget)
     if images > min(PROBED, affordable):
         console.print(
             f"the probe of {images:,} images is left out: see `fastlt probe "
-            f"{shlex.quote(str(pack))} --backbone {chosen['model.name']}`",
+            f"{shlex.quote(str(pack))} --backbone {model.name}`",
             highlight=False,
             soft_wrap=True,
         )
         return
-    size = configured(plan.choices, options.settings, found).data.size
-    weights = str(chosen.get("model.weights") or "")
-    wanted = ProbeOptions(str(pack), str(chosen["model.name"]), weights, size, out=options.out)
+    own = tuple(one for one in options.settings if one.startswith(OF_FEATURES))
+    wanted = ProbeOptions(
+        str(pack), model.name, model.weights, config.data.size, out=options.out, settings=own
+    )
     run_probe(wanted, console)
 
 

@@ -52,6 +52,7 @@ class ProbeOptions(NamedTuple):
     out: Path | None = None
     device: str = "auto"
     templates: tuple[str, ...] = ModelConfig.model_fields["templates"].default
+    settings: tuple[str, ...] = ()  # further ones, of how the backbone is built and images are cut
 
 
 class Row(NamedTuple):
@@ -76,7 +77,7 @@ def run_probe(options: ProbeOptions, console: Console) -> list[Row]:
         console.print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
     model = build_model(config.model, 1, config.data.size)
     train, tested = (
-        labelled(model, pack, config, name, options) for name in ("train", options.split)
+        labelled(model, pack, config, name, options, console) for name in ("train", options.split)
     )
     rows = []
     with rated_progress(console, "probes/s", transient=True) as progress:
@@ -100,17 +101,24 @@ def probed_config(options: ProbeOptions) -> Config:
     ]
     if options.size:
         overrides.append(f"data.size={options.size}")
-    return load_config("fit", overrides)
+    if options.text and "clip" in options.backbone:
+        overrides.append("model.projection=true")  # into the space of the texts
+    return load_config("fit", [*overrides, *options.settings])
 
 
 def labelled(
-    model: Classifier, pack: Pack, config: Config, split: str, options: ProbeOptions
+    model: Classifier,
+    pack: Pack,
+    config: Config,
+    split: str,
+    options: ProbeOptions,
+    console: Console,
 ) -> Labelled:
     """Return the features of a split, from the disk where they are, with its labels."""
     device = find_device(options.device)
     model.to(device)
     folder = options.out or Path.home() / ".cache" / "fastlt"
-    features = features_of(model, pack, config, device, folder, split)
+    features = features_of(model, pack, config, device, folder, console, split)
     labels = torch.from_numpy(getattr(pack, split).label.astype("int64"))
     return Labelled(features.float(), labels)
 

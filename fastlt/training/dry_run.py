@@ -24,7 +24,7 @@ from fastlt.models.backbones import cifar_backbone
 from fastlt.models.heads import HEADS
 from fastlt.models.preprocessing import with_preprocessing
 from fastlt.training.distributed import process_group
-from fastlt.training.features import CACHE, FeatureLoader
+from fastlt.training.features import CACHE, FeatureLoader, still
 from fastlt.training.inputs import make_input
 from fastlt.training.loop import (
     forward_of,
@@ -110,12 +110,12 @@ def with_random_features(trainer: Trainer, console: Console) -> None:
     width = int(trainer.model.backbone.num_features)  # type: ignore[arg-type]
     shape = (data.feature_views, len(pack.train), width)
     trainer.train_loader = FeatureLoader(
-        lambda: torch.randn(1, 1, width, dtype=torch.bfloat16).expand(shape)
+        lambda console: torch.randn(1, 1, width, dtype=torch.bfloat16).expand(shape)
     )
     images = data.feature_views * len(pack.train) + len(pack.val)
     pixels = torch.zeros(PROBED, 3, data.size, data.size, device=trainer.device)
     seconds = math.inf
-    with torch.inference_mode():
+    with torch.inference_mode(), still(trainer.model.backbone):
         for _ in range(3):
             began = time.perf_counter()
             trainer.model.backbone(pixels)

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from fastlt.config import Config
@@ -27,6 +29,7 @@ from fastlt.evaluation.forward import output_of
 from fastlt.models.classifier import Classifier
 from fastlt.packing.reader import Pack, Split, identity
 from fastlt.training.inputs import make_input, step_seed
+from fastlt.training.loaders import train_loader
 from fastlt.utils.files import whole_file
 from fastlt.utils.lock import in_turn
 from fastlt.utils.progress import rated_progress
@@ -37,22 +40,26 @@ CACHE = "cache"  # of data.features
 class FeatureLoader:
     """As a Loader, but that batches come with the features of their images, (n, D) float32.
 
-    features: returns those of all images, (N, D), or of V views of each, (V, N, D), of which a
-    batch's boxes name one; it is called once they are needed.
+    features: from a console for its progress, or None, to those of all images, (N, D), or of V
+    views of each, (V, N, D), of which a batch's boxes name one.
     """
 
     engine_name, decode = "features", "no"
 
-    def __init__(self, features: Callable[[], Tensor]) -> None:
+    def __init__(self, features: Callable[[Console | None], Tensor]) -> None:
         self._features = features
         self._values: Tensor | None = None
         self.damaged: dict[int, str] = {}
 
+    def load(self, console: Console | None = None) -> Tensor:
+        """Return the features of all images, which are computed when they are first needed."""
+        if self._values is None:
+            self._values = self._features(console)
+        return self._values
+
     def iterate(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """Yield each batch with its features."""
-        if self._values is None:
-            self._values = self._features()
-        values = self._values
+        values = self.load()
         for batch in batches:
             images = torch.from_numpy(batch.images)
             if values.ndim == 3:
@@ -76,14 +83,18 @@ def features_of(
     config: Config,
     device: torch.device,
     run: Path,
+    console: Console | None = None,
     split: str = "train",
 ) -> Tensor:
-    """Return the features (n, D) float32 of all images of a split, from the disk where they are."""
+    """Return the features (n, D) float32 of all images of a split, from the disk where they are.
+
+    console: where the progress of computing them is shown; None: nowhere.
+    """
     folder = features_folder(pack, run)
     path = folder / f"{features_id(model.backbone, getattr(pack, split), config)}.npy"
     with in_turn(folder / ".lock"):
         if not path.is_file():
-            values = compute_features(model, pack, config, device, split)
+            values = compute_features(model, pack, config, device, split, console)
             with whole_file(path) as temporary, temporary.open("wb") as file:
                 np.save(file, values)
     return torch.from_numpy(np.load(path, mmap_mode="c"))
@@ -96,6 +107,7 @@ def views_of(
     device: torch.device,
     dtype: torch.dtype,
     run: Path,
+    console: Console | None = None,
 ) -> Tensor:
     """Return the features (V, n, D) bfloat16 of V views of all training images, from the disk where
     they are.
@@ -110,7 +122,8 @@ def views_of(
             with whole_file(path) as temporary:
                 # numpy has no bfloat16: the same bits as integers
                 table = np.lib.format.open_memmap(temporary, "w+", np.int16, shape)
-                for view, images, values in compute_views(model, pack, config, device, dtype):
+                computed = compute_views(model, pack, config, device, dtype, console)
+                for view, images, values in computed:
                     table[view, images] = values.view(torch.int16).numpy()
                 table.flush()
                 del table
@@ -143,20 +156,16 @@ def _hash(backbone: nn.Module, split: Split, config: Config, transform: Any) -> 
 
 
 def compute_views(
-    model: Classifier, pack: Pack, config: Config, device: torch.device, dtype: torch.dtype
+    model: Classifier,
+    pack: Pack,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    console: Console | None,
 ) -> Iterator[tuple[int, np.ndarray, Tensor]]:
     """Yield the number of a view, images (n,) and their features (n, D) bfloat16 on the CPU."""
     data, train = config.data, pack.train
-    loader = Loader(
-        train,
-        data.size,
-        data.engine,
-        data.workers,
-        pack.betons("train"),
-        decode=data.decode,
-        strict=data.strict,
-        device=device,
-    )
+    loader = train_loader(data, pack, device, data.size)
     numbers = np.arange(len(train))
     parts = [numbers[i : i + EVALUATION_BATCH] for i in range(0, len(train), EVALUATION_BATCH)]
     batches = [(view, images) for view in range(data.feature_views) for images in parts]
@@ -168,7 +177,7 @@ def compute_views(
                 images, train.label[images], *boxes_of(geometry_of(data), *sizes, images, view, 0)
             )
 
-    with still(model.backbone), closing(loader), rated_progress(None, "images/s") as bar:
+    with still(model.backbone), closing(loader), progress_of(console) as bar:
         task = bar.add_task("features", total=len(train) * data.feature_views)
         for number, (batch, pixels) in enumerate(loader.iterate(planned())):
             view = batches[number][0]
@@ -195,15 +204,25 @@ def still(backbone: nn.Module) -> Iterator[None]:
         backbone.train(was_training)
 
 
+def progress_of(console: Console | None) -> Progress:
+    """Return a bar of images on a console; None: one that is not shown."""
+    return rated_progress(console or Console(quiet=True), "images/s", transient=True)
+
+
 def compute_features(
-    model: Classifier, pack: Pack, config: Config, device: torch.device, split: str = "train"
+    model: Classifier,
+    pack: Pack,
+    config: Config,
+    device: torch.device,
+    split: str,
+    console: Console | None,
 ) -> np.ndarray:
     """Return the features (n, D) float32 of all images of a split, in float32 arithmetic."""
     data, images = config.data, getattr(pack, split)
     loader = Loader(images, data.size, "auto", data.workers, pack.betons(split), strict=data.strict)
     batches = evaluation_batches(images, evaluation_geometry(data), EVALUATION_BATCH)
     parts = []
-    with still(model.backbone), closing(loader), rated_progress(None, "images/s") as bar:
+    with still(model.backbone), closing(loader), progress_of(console) as bar:
         task = bar.add_task("features", total=len(images))
         for batch, pixels in loader.iterate(batches):
             found = output_of(model.backbone, pixels, data.mean, data.std, device)

@@ -49,6 +49,7 @@ from fastlt.packing.concat import concat_packs
 from fastlt.packing.reader import Pack, open_pack
 from fastlt.training.compile import build_forward
 from fastlt.training.distributed import process_group
+from fastlt.training.features import CACHE, FeatureLoader
 from fastlt.training.inputs import is_compiled, make_input, seed_generators, step_seed
 from fastlt.training.loggers import Loggers, check_loggers
 from fastlt.training.messages import (
@@ -124,8 +125,11 @@ def run_training(
         console.print(f"{trainer.run} has finished already")
         return result
     report_setup(trainer, console)
+    for loader in (trainer.train_loader, trainer.val_loader):
+        if isinstance(loader, FeatureLoader) and trainer.config.data.features == CACHE:
+            loader.load(console)  # before the bar of the training, for it has one of its own
     if trainer.state.step == 0:
-        start_stage(trainer)
+        start_stage(trainer, console)
     with loggers_of(trainer, console) as loggers:
         result = finish(trainer, fit(trainer, console, on_epoch, loggers))
         loggers.finish(result)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from fastlt.classes import ClassSpace
@@ -31,6 +32,7 @@ from fastlt.packing.subset import subset
 from fastlt.training.checkpoint import Writer
 from fastlt.training.distributed import ALONE, Ranks
 from fastlt.training.features import CACHE, FeatureLoader, features_of, views_of
+from fastlt.training.loaders import train_loader, val_loader
 from fastlt.training.nonfinite import Guard
 from fastlt.training.optim import Averaged, build_optimizer, copy_tensors, lr_factor
 from fastlt.training.step import MaxNorm, Updater
@@ -192,7 +194,9 @@ def prepare(
         method=method,
         stages=stages,
         val_loader=(
-            FeatureLoader(partial(features_of, method.model, pack, config, device, run, "val"))
+            FeatureLoader(
+                partial(features_of, method.model, pack, config, device, run, split="val")
+            )
             if config.data.features == CACHE
             else val_loader(config.data, pack, device)
         ),
@@ -337,14 +341,17 @@ def next_stage(trainer: Trainer) -> None:
     state.stage, state.epoch, state.step_in_epoch = state.stage + 1, 0, 0
 
 
-def start_stage(trainer: Trainer) -> None:
-    """Let the method prepare for the stage that begins."""
+def start_stage(trainer: Trainer, console: Console | None = None) -> None:
+    """Let the method prepare for the stage that begins.
+
+    console: where the progress of features is shown; None: nowhere.
+    """
     labels = torch.from_numpy(trainer.plan.labels_of(np.arange(len(trainer.pack.train))))
     used = labels < trainer.space.num_classes  # the others are of auxiliaries that are left out
 
     def features() -> Tensor:
         found = features_of(
-            trainer.model, trainer.pack, trainer.config, trainer.device, trainer.run
+            trainer.model, trainer.pack, trainer.config, trainer.device, trainer.run, console
         )
         return found[used]
 
@@ -400,47 +407,6 @@ def grow(trainer: Trainer) -> None:
         trainer.train_loader.close()
         trainer.plan = build_plan(trainer.config, trainer.pack, trainer.space, size, trainer.ranks)
         trainer.train_loader = train_loader(trainer.config.data, trainer.pack, trainer.device, size)
-
-
-def train_loader(data: DataConfig, pack: Pack, device: torch.device, size: int) -> Loader:
-    """Return the loader of the training images, of `size` pixels a side."""
-    return Loader(
-        pack.train,
-        size,
-        data.engine,
-        data.workers,
-        pack.betons("train"),
-        decode=data.decode,
-        strict=data.strict,
-        device=device,
-        prefetch=data.prefetch,
-        hw_decoder_load=data.hw_decoder_load,
-        shared=shared_by(data),
-    )
-
-
-def val_loader(data: DataConfig, pack: Pack, device: torch.device) -> Loader:
-    """Return the loader of the val split.
-
-    It decodes exactly, so that a figure does not depend on the machine; but for the dali engine,
-    which cannot.
-    """
-    decode = "region" if data.engine == "dali" else "exact"
-    return Loader(
-        pack.val,
-        data.size,
-        data.engine,
-        data.workers,
-        pack.betons("val"),
-        decode=decode,
-        device=device,
-        shared=shared_by(data),
-    )
-
-
-def shared_by(data: DataConfig) -> Path | None:
-    """Return the folder of decoded images that trainings share, or None."""
-    return Path(data.shared) if data.shared else None
 
 
 def synchronised(model: Classifier, ranks: Ranks, device: torch.device) -> Classifier:

@@ -15,8 +15,8 @@ from fastlt.errors import UserError
 from fastlt.evaluation.evaluate import evaluation_geometry
 from fastlt.methods.dropclass import Method, importance_of
 from fastlt.models.classifier import build_model
+from fastlt.training.loaders import val_loader
 from fastlt.training.loop import fit
-from fastlt.training.setup import val_loader
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ from fastlt.methods import listed_methods, method_names, method_type
 from fastlt.methods.method import Base, Stage
 from fastlt.models.export import load_exported
 from fastlt.training import loop
+from fastlt.training.loaders import val_loader
 from fastlt.training.loop import fit, open_packs, set_modes, train, train_epoch
-from fastlt.training.setup import next_stage, prepare, stage_config, val_loader
+from fastlt.training.setup import next_stage, prepare, stage_config
 
 CPU = torch.device("cpu")
 
