@@ -1,7 +1,6 @@
 """`fastlt bench-train --adapt`: what kinds of `model.adapt` cost beside the whole model."""
 
 import statistics
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from fastlt.config import as_override, load_config
+from fastlt.config import load_config
 from fastlt.models.adapt import FULL
 from fastlt.training.dry_run import Memory, memory_of, probe
 from fastlt.training.loop import open_packs, set_modes
 from fastlt.training.setup import Trainer, prepare
-from fastlt.utils.results_file import append_rows, check_file
-from fastlt_benchmarks.train import WARM_UP, random_pack, timed
+from fastlt.utils.results_file import append_rows
+from fastlt_benchmarks.train import WARM_UP, place_of, timed
 from fastlt_benchmarks.train_steps import Marks, loop_steps
 
 PROBED = 2  # images by which activations are counted
@@ -46,19 +45,13 @@ def run_bench_adapt(
     Memory is counted: parameters, gradients, the optimiser's state, and what the forward pass of a
     batch keeps for the backward pass.
     """
-    if csv is not None:
-        check_file(csv)
     names = [FULL, *(kind for kind in kinds if kind != FULL)]
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        place = data or str(
-            random_pack(Path(folder), load_config(recipe, settings), Console(quiet=True))
-        )
+    with place_of(recipe, settings, data, csv) as (folder, pack), ExitStack() as stack:
         measured = []
         for number, name in enumerate(names):
-            own = [*settings, f"model.adapt={name}", as_override("data.pack", place)]
-            config = load_config(recipe, own)
-            run = Path(folder) / f"run{number}"
-            trainer = stack.enter_context(prepare(config, run, open_packs(config.data)))
+            config = load_config(recipe, [*settings, f"model.adapt={name}", pack])
+            packs = open_packs(config.data)
+            trainer = stack.enter_context(prepare(config, folder / f"run{number}", packs))
             measured.append(begun(name, trainer))
         speeds = measure(measured, steps, rounds, console)
         rows = [row(kind, speeds[kind.name], speeds[FULL], recipe) for kind in measured]

@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,17 +77,9 @@ def run_bench_train(
 
     So a machine that grows slower grows slower for all.
     """
-    if csv is not None:
-        check_file(csv)
-    if load_config(recipe, settings).model.head == "class-parallel":
-        raise UserError(
-            "bench-train measures one process, which has no classes to share: set model.head=linear"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        quiet = Console(quiet=True)
-        place = data or str(random_pack(Path(folder), load_config(recipe, settings), quiet))
-        config = load_config(recipe, [*settings, as_override("data.pack", place)])
-        with prepare(config, Path(folder) / "run", open_packs(config.data)) as trainer:
+    with place_of(recipe, settings, data, csv) as (folder, pack):
+        config = load_config(recipe, [*settings, pack])
+        with prepare(config, folder / "run", open_packs(config.data)) as trainer:
             flops = flops_per_image(trainer)
             measured = measure(trainer, steps, rounds, console)
             work = Work(flops, ceiling_of(trainer), peak_memory_mb(trainer.device))
@@ -94,6 +87,29 @@ def run_bench_train(
     if csv is not None:
         append_rows(csv, [row(measured, work, trainer, recipe, steps)])
         console.print(f"added to {csv}")
+
+
+@contextmanager
+def place_of(
+    recipe: str, settings: list[str], data: str | None, csv: Path | None
+) -> Iterator[tuple[Path, str]]:
+    """Yield a folder for runs that are measured, and the setting of their pack: of random images
+    where none is named.
+
+    Raises UserError before anything is measured where the figures cannot be kept, or the head needs
+    other processes.
+    """
+    if csv is not None:
+        check_file(csv)
+    config = load_config(recipe, settings)
+    if config.model.head == "class-parallel":
+        raise UserError(
+            "bench-train measures one process, which has no classes to share: set model.head=linear"
+        )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pack = data or str(random_pack(folder, config, Console(quiet=True)))
+        yield folder, as_override("data.pack", pack)
 
 
 def measure(trainer: Trainer, steps: int, rounds: int, console: Console) -> list[Round]:

@@ -37,7 +37,7 @@ class ClassSpace(BaseModel):
         default={}, description="where each auxiliary came from, by name"
     )
     display_names: dict[str, str] = Field(
-        default={}, description="how a class is called in texts and reports, by name"
+        default={}, description="how a class is called in texts, by name"
     )
     descriptions: dict[str, str] = Field(
         default={}, description="what a class looks like, in words, by name"

@@ -185,16 +185,17 @@ def reproduce(
     task: Annotated[
         str,
         typer.Argument(
-            help="cifar100-lt: published methods. cifar100-siblings: do auxiliaries help, and "
-            "which? methods: the related systems under one protocol. methods-siblings: the same "
-            "on top of silenced neighbours. finetune: how much of a pretrained backbone to train."
+            help="cifar100-lt: published methods. cifar100-siblings, cifar100-deep, grocery: do "
+            "auxiliaries help, and which? methods: the related systems under one protocol. "
+            "methods-siblings: the same on top of silenced neighbours. finetune: how much of a "
+            "pretrained backbone to train."
         ),
     ],
     data: Annotated[
         str,
         typer.Option(
             metavar="cifar100:DIR|grocery:DIR",
-            help="As `fastlt pack` takes it; grocery:DIR for finetune alone.",
+            help="As `fastlt pack` takes it; grocery:DIR for grocery and finetune.",
         ),
     ],
     out: Annotated[
@@ -217,7 +218,8 @@ def reproduce(
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
-            help="For finetune: the rows and columns to run, such as 'lora | *'; may be repeated.",
+            help="For finetune and the studies of auxiliaries: the rows to run, such as "
+            "'lora | *'; may be repeated.",
         ),
     ] = None,
     parallel: Annotated[

@@ -6,8 +6,9 @@ Runs that differ in their seed alone are one kind: several of each are compared 
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -96,12 +97,25 @@ ALIKE = {*MAY_CHANGE, "train.seed"} - {"data.pack"}
 
 def settings_of(run: RunFiles) -> dict[str, str]:
     """Return the settings of a run by `section.key`, as text; what it lacks has its default."""
-    given = {
-        f"{section}.{key}": str(value)
-        for section, values in run.config.items()
-        for key, value in values.items()
+    defaults = config_type()()
+    sections = {key.rpartition(".")[0] for key in flat(defaults)}
+    return {
+        key: str(value)
+        for tree in (defaults.model_dump(mode="json"), run.config)
+        for key, value in leaves(tree, sections)
     }
-    return {key: str(value) for key, value in flat(config_type()()).items()} | given
+
+
+def leaves(
+    tree: Mapping[str, Any], sections: Collection[str], above: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a tree by `section.key`; tables that are no sections are values."""
+    for name, value in tree.items():
+        key = f"{above}{name}"
+        if key in sections:
+            yield from leaves(value, sections, f"{key}.")
+        else:
+            yield key, value
 
 
 def compare_kinds(kinds: Kinds, names: Mapping[Path, str], console: Console) -> None:

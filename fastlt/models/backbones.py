@@ -156,7 +156,7 @@ def pooling_of(config: ModelConfig) -> dict[str, Any]:
     """
     if config.pooling == "default":
         return {}
-    if not config.name.partition(".")[0].startswith(("vit_", "deit", "eva02_", "beit", "test_vit")):
+    if not config.name.partition(".")[0].startswith(("vit_", "deit", "test_vit")):
         raise UserError(
             f"model.pooling=patches is for vision transformers, not for {config.name}: leave it out"
         )

@@ -1,8 +1,8 @@
 """Depthwise convolutions on a CPU whose weights' gradient is quick where maps are smaller than the
 kernel.
 
-There oneDNN takes a hundred times as long for it as for the forward pass, which is most of a step
-of an EfficientNet on small images.
+There oneDNN takes far longer for it than for the forward pass: most of a step of an EfficientNet on
+small images. `python -m fastlt_benchmarks.depthwise` measures both ways.
 """
 
 from functools import cache
@@ -82,19 +82,20 @@ def span(
     return (start, stop), (first, first + (stop - start - 1) * stride + 1, stride)
 
 
-def is_slow(layer: Any, x: Tensor, padding: Pair) -> bool:
+def is_slow(layer: Any, x: Tensor) -> bool:
     """Return whether the gradient of a layer's weight would be slow for an input."""
     if not torch.is_grad_enabled() or not layer.weight.requires_grad or x.dtype != torch.float32:
         return False
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    result = min(
-        (side + 2 * pad - kernel) // step + 1
+    pads_itself = type(layer).__name__.endswith("Same")
+    results = (
+        -(-side // step) if pads_itself else (side + 2 * pad - kernel) // step + 1
         for side, pad, kernel, step in zip(
-            x.shape[2:], padding, layer.kernel_size, layer.stride, strict=True
+            x.shape[2:], layer.padding, layer.kernel_size, layer.stride, strict=True
         )
     )
-    return result < min(layer.kernel_size)
+    return min(results) < min(layer.kernel_size)
 
 
 def quicken(model: nn.Module) -> None:
@@ -122,16 +123,21 @@ def quick(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
     """Return a kind of convolution, of torch or timm's with padding as TensorFlow's, that takes the
     quick way.
     """
-    pads_itself = kind.__name__ == "Conv2dSame"
+    if kind.__name__ == "Conv2dSame":
+        from timm.layers import pad_same  # present: the layer is timm's
+
+        def padded(layer: Any, x: Tensor) -> tuple[Tensor, Pair]:
+            return pad_same(x, layer.kernel_size, layer.stride, layer.dilation), (0, 0)
+
+    else:
+
+        def padded(layer: Any, x: Tensor) -> tuple[Tensor, Pair]:
+            return x, layer.padding
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        given, padding = x, self.padding
-        if pads_itself:
-            from timm.layers import pad_same  # present: the layer is timm's
-
-            given, padding = pad_same(x, self.kernel_size, self.stride, self.dilation), (0, 0)
-        if is_slow(self, given, padding):
-            return DepthwiseConvolution.apply(given, self.weight, self.stride, padding)
-        return kind.forward(self, x)
+        if not is_slow(self, x):
+            return kind.forward(self, x)
+        given, padding = padded(self, x)
+        return DepthwiseConvolution.apply(given, self.weight, self.stride, padding)
 
     return type(f"Quick{kind.__name__}", (kind,), {"forward": forward})

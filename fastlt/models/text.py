@@ -32,7 +32,7 @@ def text_vectors(place: str, space: ClassSpace, templates: Sequence[str]) -> Ten
         raise UserError(f"{place}: write {OPEN_CLIP}MODEL/WEIGHTS, such as {known}")
     texts = [texts_of(space, label, templates) for label in range(space.num_classes)]
     try:
-        model = open_clip.create_model(name, pretrained=weights, load_weights=True)
+        model = open_clip.create_model(name, pretrained=weights)
     except (RuntimeError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{place}: open-clip cannot load these weights ({reason})") from error

@@ -6,25 +6,25 @@ fine-tuned on, at the cost of one model.
 """
 
 import copy
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from fastlt.config import Config
+from fastlt.config import Config, with_changes
 from fastlt.decode.deep import scale_of
 from fastlt.errors import UserError
 from fastlt.evaluation.evaluate import opened, predict, run_config
 from fastlt.evaluation.metrics import score
-from fastlt.models.adapt import FULL, stays
-from fastlt.models.classifier import Classifier, build_model
+from fastlt.models.classifier import Classifier
 from fastlt.models.device import on_device
 from fastlt.models.export import export_safetensors, load_exported, read_metadata
-from fastlt.models.start import MEANS, start_from_means
-from fastlt.packing.reader import open_pack
-from fastlt.packing.subset import subset
-from fastlt.training.features import features_of
+from fastlt.models.heads import HEADS
+from fastlt.training.distributed import process_group
+from fastlt.training.loop import open_packs
+from fastlt.training.setup import prepare, start_stage
 from fastlt.utils.files import whole_folder
 from fastlt.utils.progress import rated_progress
 from fastlt.utils.run_files import MODEL
@@ -93,16 +93,14 @@ def ends_of(run: Path, config: Config) -> Ends:
             "blend it with"
         )
     end, _ = load_exported(run / MODEL)
-    pack, space = subset(open_pack(config.data.pack), config.data, config.train.seed)
-    torch.manual_seed(config.train.seed)
-    section = model if stays(model.adapt) else model.model_copy(update={"adapt": FULL})
-    start = build_model(section, space.num_classes, config.data.size, space)
-    if model.head_weights == MEANS:
-        labels = torch.from_numpy(pack.train.label.astype("int64"))
-        used = labels < space.num_classes
-        features = features_of(start, pack, config, torch.device("cpu"), run)
-        start_from_means(start.head, features[used], labels[used])
-    return Ends(start.predicting(len(end.head.weight)).eval(), end, bool(model.head_weights))
+    here = with_changes(config, {"train.device": "auto"})  # wherever it was trained
+    with (
+        process_group(HEADS[model.head].is_sharded),
+        prepare(here, Path(os.devnull), open_packs(here.data)) as trainer,
+    ):
+        start_stage(trainer)
+        start = trainer.model.predicting(len(end.head.weight)).eval().cpu()
+    return Ends(start, end, bool(model.head_weights))
 
 
 @torch.no_grad()

@@ -8,9 +8,11 @@ from safetensors.torch import load_file, save_file
 from fastlt.config import load_config
 from fastlt.errors import UserError
 from fastlt.evaluation.evaluate import evaluate_run
+from fastlt.evaluation.predict import load_model
 from fastlt.evaluation.views import evaluate_views
 from fastlt.models.classifier import build_model
 from fastlt.models.heads import section
+from fastlt.packing.reader import open_pack, picture
 from fastlt.studies.blend import between, blend_run, ends_of, score_blends
 from fastlt.utils.run_files import read_result
 
@@ -84,9 +86,15 @@ def test_runs_without_a_start_are_refused(small_pack, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_views_of_evaluation_are_those_of_predict(run, small_pack):
+def test_views_of_evaluation_are_averaged(run, small_pack):
     plain, views = evaluate_run(run), evaluate_views(run, None, "val", "none")
     assert views["top1"] == plain["top1"] and views["confusion"] == plain["confusion"]
-    for tta in ("flip", "crops"):
-        found = evaluate_views(run, None, "val", tta)
-        assert found["per_class"] and 0 <= found["top1"] <= 100
+    model = load_model(run, "cpu")
+    val = open_pack(small_pack).val
+    images = torch.stack([model.transform(picture(val, number)) for number in range(len(val))])
+    temperature = model.calibration.temperature
+    with torch.no_grad():
+        both = [(model.module(x) / temperature).softmax(1) for x in (images, images.flip(3))]
+    predicted = (both[0] + both[1]).argmax(1)
+    right = (predicted == torch.from_numpy(val.label.astype("int64"))).float().mean()
+    assert evaluate_views(run, None, "val", "flip")["top1"] == pytest.approx(100 * float(right))

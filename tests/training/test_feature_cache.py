@@ -11,7 +11,6 @@ from fastlt.config import ConfigError
 from fastlt.errors import UserError
 from fastlt.training.features import features_folder, views_id, views_of
 from fastlt.training.loop import open_packs, train
-from fastlt.utils.run_files import read_result
 
 HEAD = ["model.adapt=head", "optim.lr=0.05"]
 CACHED = [*HEAD, "data.features=cache"]
@@ -28,7 +27,6 @@ def test_training_on_features_is_training_on_images(small_pack, tmp_path):
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():  # features are kept in bfloat16
         torch.testing.assert_close(found[name], tensor, rtol=0.02, atol=0.005)
-    assert read_result(images)["top1"] == pytest.approx(read_result(cached)["top1"], abs=20)
 
 
 def test_views_are_cut_anew_and_drawn_evenly(small_pack, tmp_path):
