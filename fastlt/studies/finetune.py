@@ -49,7 +49,7 @@ class Task(NamedTuple):
 GROCERY = Task(
     "grocery",
     "finetune-cnn",
-    # so that two cores take an hour for three seeds
+    # small, so that two cores can run it
     [
         "model.name=tf_efficientnet_lite0",
         "data.size=64",
