@@ -148,7 +148,8 @@ class ModelConfig(Section):
     adapt: Annotated[str, Field(pattern=ADAPT)] = "full"
     """What is trained besides the head: full, the backbone; head, nothing; last:K, its K topmost
     layers; bitfit, its biases; norm, its norms; lora, or for vision transformers adaptformer,
-    vpt-shallow or vpt-deep, small modules that are put into it."""
+    vpt-shallow or vpt-deep, small modules that are put into it. Statistics of batch norm move
+    with full and last:K alone."""
     adapter: AdapterConfig = AdapterConfig()
     """The numbers of these modules."""
     drop_path: Share = 0.0

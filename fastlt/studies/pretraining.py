@@ -9,7 +9,7 @@ from fastlt.utils.run_files import result_of
 # as the recipe has it
 SMALL_VIT = [
     "model.name=vit_tiny_patch16_224",
-    "model.args={patch_size = 4, embed_dim = 96, depth = 6, num_heads = 3}",
+    "model.args={patch_size = 8, embed_dim = 96, depth = 6, num_heads = 3}",
 ]
 TASK, RECIPE = "cifar100-unrelated", "pretrain-small-vit"
 

@@ -337,10 +337,11 @@ def set_modes(trainer: Trainer) -> None:
     schedule, trained = trainer.config.schedule, trainer.stages[trainer.state.stage].trained
     is_frozen = trainer.state.epoch < schedule.head_only_epochs
     trainer.method.train()
-    if trainer.config.model.adapt != FULL:
+    adapt = trainer.config.model.adapt
+    if adapt != FULL:
         parameters = trainer.method.named_parameters()
         own = {id(parameter) for name, parameter in parameters if name in trainer.trainable}
-        for module in still_modules(trainer.model.backbone, own):
+        for module in still_modules(trainer.model.backbone, own, adapt):
             module.eval()
     if schedule.head_only_epochs:
         for name, parameter in trainer.model.backbone.named_parameters(prefix="model.backbone"):

@@ -34,15 +34,14 @@ def still_part(config: Config, model: Classifier, trainable: Collection[str]) ->
     own = {id(parameter) for name, parameter in model.named_parameters() if name in trainable}
     names = {name for name, parameter in model.named_parameters() if id(parameter) not in own}
     if not config.schedule.shift_bn:  # which moves the statistics of what stands still
-        names |= still_buffers(model, own)
+        names |= still_buffers(model, own, config.model.adapt)
     return Still(frozenset(names), digest_of(model, names))
 
 
-def still_buffers(model: Classifier, own: set[int]) -> set[str]:
+def still_buffers(model: Classifier, own: set[int], adapt: str) -> set[str]:
     """Return the names of the buffers of modules that stay in evaluation mode."""
-    still = {
-        id(buffer) for module in still_modules(model.backbone, own) for buffer in module.buffers()
-    }
+    modules = still_modules(model.backbone, own, adapt)
+    still = {id(buffer) for module in modules for buffer in module.buffers()}
     return {name for name, buffer in model.named_buffers() if id(buffer) in still}
 
 

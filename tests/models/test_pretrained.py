@@ -207,6 +207,6 @@ def test_modules_without_a_trained_parameter_stand_still():
     backbone = CifarResNet(8)
     freeze(backbone, "last:1", "resnet8")
     trained = {id(parameter) for parameter in backbone.parameters() if parameter.requires_grad}
-    still = still_modules(backbone, trained)
+    still = still_modules(backbone, trained, "last:1")
     assert set(still) == {backbone.conv1, backbone.bn1, backbone.stages[0], backbone.stages[1]}
-    assert still_modules(backbone, set()) == [backbone]
+    assert still_modules(backbone, set(), "last:1") == [backbone]

@@ -18,7 +18,7 @@ from fastlt.models.adapt import KINDS
 from fastlt.models.classifier import build_model
 from fastlt.models.heads import section
 from fastlt.models.timm_folder import load_timm_folder
-from fastlt.training.loop import train
+from fastlt.training.loop import forward_of, set_modes, train, train_step
 from fastlt.training.optim import build_optimizer
 from fastlt.training.run_folder import save
 
@@ -191,6 +191,19 @@ def test_what_is_compiled_trains_alike(small_pack, tmp_path, kind):
         lines = (run / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["full", "last:1", "bitfit", "norm", "lora", "head"])
+def test_statistics_of_batch_norm_move_with_the_weights_before_them(small_pack, tmp_path, kind):
+    with prepared(small_pack, tmp_path / "run", "plain", *settings_of("cnn", kind)) as trainer:
+        before = {k: v.clone() for k, v in trainer.model.named_buffers() if "running" in k}
+        set_modes(trainer)
+        batch, pixels = next(iter(trainer.train_loader.iterate(trainer.plan.epoch(0))))
+        train_step(trainer, forward_of(trainer), batch, pixels)
+        after = dict(trainer.model.named_buffers())
+        moved = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    last = {key for key in before if "stages.2." in key}
+    assert last and moved == {"full": set(before), "last:1": last}.get(kind, set())
 
 
 # --- trainings

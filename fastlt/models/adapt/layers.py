@@ -25,12 +25,8 @@ def freeze(backbone: nn.Module, kind: str, name: str) -> None:
         parameter.requires_grad_(layers[key] > last - count)
 
 
-NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
+BATCH_NORMS = nn.modules.batchnorm._NormBase
+NORMS = (BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def norms_of(backbone: nn.Module) -> set[str]:
@@ -64,13 +60,22 @@ def cifar_layer(name: str) -> int:
     return int(parts[1]) + 1 if parts[0] == "stages" else 0
 
 
-def still_modules(backbone: nn.Module, trained: set[int]) -> list[nn.Module]:
-    """Return the topmost modules of a backbone that have parameters, none of which is trained.
+def still_modules(backbone: nn.Module, trained: set[int], kind: str) -> list[nn.Module]:
+    """Return the modules of a backbone that stay in evaluation mode under a kind of `model.adapt`.
 
-    trained: the ids of the parameters that are. The modules stay in evaluation mode: statistics of
-    batch norm would drift under weights that stand still.
+    trained: the ids of the parameters that are trained. The modules are the topmost ones that have
+    parameters, none of which is trained, and batch norms, trained or not, unless the weights before
+    them are trained as well: statistics would drift, and take what was pretrained with them.
     """
-    own = {id(parameter) for parameter in backbone.parameters()}
+    found = untrained(backbone, trained)
+    if kind.startswith(LAST):
+        return found
+    return found + [module for module in backbone.modules() if isinstance(module, BATCH_NORMS)]
+
+
+def untrained(module: nn.Module, trained: set[int]) -> list[nn.Module]:
+    """Return the topmost modules that have parameters, none of which is trained."""
+    own = {id(parameter) for parameter in module.parameters()}
     if not own & trained:
-        return [backbone] if own else []
-    return [module for child in backbone.children() for module in still_modules(child, trained)]
+        return [module] if own else []
+    return [part for child in module.children() for part in untrained(child, trained)]
