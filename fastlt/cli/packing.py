@@ -48,7 +48,12 @@ def pack(
         ),
     ] = None,
     val: Annotated[
-        Path | None, typer.Option(help="Validation images of the targets, in the same forms.")
+        Path | None,
+        typer.Option(
+            help="Validation images of the targets, in the same forms; for cifar100-siblings and "
+            "-deep also `unused`, training images that the task leaves out: the official test "
+            "images become --test."
+        ),
     ] = None,
     test: Annotated[
         Path | None,

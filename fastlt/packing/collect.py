@@ -15,6 +15,7 @@ from fastlt.packing.sources import is_pack, read_cifar100, read_collection
 
 TASKS_OF = {"cifar100": CIFAR_TASKS, "grocery": ("grocery",)}
 IMBALANCE = 100.0
+UNUSED = Path("unused")  # of --val
 
 
 def collect(
@@ -40,21 +41,36 @@ def collect(
 ) -> Collection:
     """Return the images that the arguments of `fastlt pack` name; messages name them by option.
 
-    source: cifar100:DIR, grocery:DIR or None. together: what `holdout` leaves on one side. Raises
-    UserError where the arguments contradict each other, and DataError where images cannot be read.
+    source: cifar100:DIR, grocery:DIR or None. val: of tasks of CIFAR-100 also "unused", the images
+    of targets that a task leaves out of training. together: what `holdout` leaves on one side.
+    Raises UserError where the arguments contradict each other, and DataError where images cannot be
+    read.
     """
     if together is not None and together.groups is not None and not holdout:
         raise UserError("--groups is for --holdout, which takes validation images out: name both")
     if holdout and val is not None:
         raise UserError("--holdout takes the place of --val: leave one of them out")
+    has_unused = source is not None and source.startswith("cifar100:") and val == UNUSED
     if source is not None:
-        named = (target, val, test, pairs, root, class_names, relabel, image_key, label_key)
+        named = (
+            target,
+            val if not has_unused else None,
+            test,
+            pairs,
+            root,
+            class_names,
+            relabel,
+            image_key,
+            label_key,
+        )
         if any(named):
             raise UserError(
                 "--target, --val, --test, --pairs, --root, --class-names, --relabel, --image-key "
                 f"and --label-key do not go with {source.partition(':')[0]}:DIR: leave them out"
             )
         collection = of_task(source, task, auxiliary, imbalance, holdout)
+        if has_unused and not collection.unused:
+            raise UserError(f"--val unused: {task} leaves no training images out, see --holdout")
     else:
         if not holdout and target is not None and val is None and is_pack(target):
             val = target
@@ -88,6 +104,9 @@ def collect(
         replace_by_targets(collection, overlap)
     if holdout:
         hold_out(collection, holdout, together)
+    if has_unused:  # those for validation until now are for testing then
+        collection.val, collection.test = collection.unused, collection.val
+        collection.unused = []
     return collection
 
 

@@ -58,7 +58,7 @@ GROCERY = Task(
     ],
     {
         "head": [*CACHED, "optim.lr=0.03"],
-        "bitfit": ["model.adapt=bitfit", *ADAMW, "optim.lr=0.03"],
+        "bitfit": ["model.adapt=bitfit", *ADAMW, "optim.lr=0.01"],
         "norm": ["model.adapt=norm", *ADAMW, "optim.lr=0.01"],
         "lora": ["model.adapt=lora", "optim.lr=0.03"],
         "last:2": ["model.adapt=last:2", "optim.lr=0.1"],

@@ -223,6 +223,24 @@ def test_cifar_keeps_its_test_images_with_a_holdout(shared_data, tmp_path):
     assert (np.bincount(held.val.label, minlength=20) > 0).all()
 
 
+def test_what_a_task_leaves_out_can_validate(shared_data, tmp_path):
+    source = f"cifar100:{shared_data / 'cifar100'}"
+    arguments = ("--task", "cifar100-siblings", "--auxiliary", "none", "--workers", 1)
+    run(source, *arguments, "--val", "unused", "--out", tmp_path / "unused")
+    run(source, *arguments, "--out", tmp_path / "plain")
+    unused, plain = open_pack(tmp_path / "unused"), open_pack(tmp_path / "plain")
+    assert (unused.train.label == plain.train.label).all()
+    assert (unused.test.label == plain.val.label).all()
+    counts = np.bincount(unused.val.label, minlength=20)
+    assert (counts + plain.space.train_counts == 500).all()
+    assert {unused.val.key(i) for i in range(len(unused.val))}.isdisjoint(
+        unused.train.key(i) for i in range(len(unused.train))
+    )
+    message = run("cifar100:x", "--task", "cifar100-lt", "--val", "unused")
+    assert "--val unused" in message or "is not CIFAR-100" in message
+    assert "do not go with grocery:DIR" in run("grocery:x", "--task", "grocery", "--val", "unused")
+
+
 # --- what stays together
 
 
