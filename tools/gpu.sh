@@ -42,7 +42,7 @@ cifar() {  # METHOD [section.key=value]...: published protocol, 200 epochs
 finetune() {  # rows of the study of fine-tuning, one after another, so that those which end in time are kept
     local weights=$DATA/weights/tf_efficientnet_lite0.safetensors row column only rows
     [ -f "$weights" ] || { echo "no weights at $weights: set FASTLT_SHARED"; return 1; }
-    if [ -n "$SMALL" ]; then rows=norm; else rows="full lora last:2 head"; fi
+    if [ -n "$SMALL" ]; then rows=norm; else rows="norm full lora last:2 head"; fi
     for row in $rows; do
         only=()
         for column in 'none*' neighbours 'silenced*'; do only+=(--only "$row | $column"); done

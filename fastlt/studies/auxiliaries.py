@@ -49,8 +49,14 @@ TASKS = {
     ),
     "cifar100-deep": Task("cifar100-siblings", [*CIFAR, "data.budget=100"], 100, (10, 25, 50, 500)),
     "grocery": Task(
-        "finetune-cnn",
-        ["model.name=tf_efficientnet_lite0", "data.size=128", "data.groups=thirds"],
+        "fit",
+        [
+            "model.name=tf_efficientnet_lite0",
+            "model.pretrained=true",
+            "data.size=128",
+            "data.groups=thirds",
+            "train.patience=0",
+        ],
         30,
         (10, 50),
         has_test=True,

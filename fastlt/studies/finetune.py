@@ -48,12 +48,14 @@ class Task(NamedTuple):
 # The rates are those of the best balanced accuracy on validation images: see the page's account.
 GROCERY = Task(
     "grocery",
-    "finetune-cnn",
+    "fit",
     # small, so that two cores can run it
     [
         "model.name=tf_efficientnet_lite0",
+        "model.pretrained=true",
         "data.size=64",
         "train.epochs=10",
+        "train.patience=0",
         "data.groups=thirds",
     ],
     {
@@ -69,16 +71,16 @@ GROCERY = Task(
 SIBLINGS = Task(
     "cifar100-siblings",
     "finetune-vit",
-    [*SMALL_VIT, "data.crop=pad-crop", "data.batch=128", "data.budget=50"],
+    [*SMALL_VIT, "data.crop=pad-crop", "data.batch=128", "data.budget=50", "train.epochs=10"],
     {
-        "head": [*CACHED],
-        "bitfit": ["model.adapt=bitfit"],
-        "norm": ["model.adapt=norm"],
-        "lora": ["model.adapt=lora"],
-        "adaptformer": ["model.adapt=adaptformer"],
-        "vpt-deep": ["model.adapt=vpt-deep"],
-        "last:2": ["model.adapt=last:2"],
-        "full": ["model.adapt=full"],
+        "head": [*CACHED, "optim.lr=0.01"],
+        "bitfit": ["model.adapt=bitfit", "optim.lr=0.03"],
+        "norm": ["model.adapt=norm", "optim.lr=0.03"],
+        "lora": ["model.adapt=lora", "optim.lr=0.01"],
+        "adaptformer": ["model.adapt=adaptformer", "optim.lr=0.01"],
+        "vpt-deep": ["model.adapt=vpt-deep", "optim.lr=0.03"],
+        "last:2": ["model.adapt=last:2", "optim.lr=0.003"],
+        "full": ["model.adapt=full", "optim.lr=0.001"],
     },
     tuple(name for name in COLUMNS if name != "random"),
     has_test=False,
