@@ -55,7 +55,6 @@ PAIRS = [
     if (method, partner) not in REFUSED
 ]
 SAMPLE = {(method, QUICK[number % len(QUICK)]) for number, method in enumerate(method_names())} | {
-    ("plain", "ranks"),
     ("distill", "weighted"),
 }
 

@@ -112,6 +112,7 @@ def test_where_no_trial_has_a_result_that_is_an_error(small_pack, tmp_path):
     assert [row["status"] for row in table(tmp_path / "out")] == ["failed"]
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_reported_and_stops_no_other(small_pack, tmp_path):
     rows, said = swept(
         write(tmp_path, 'model.weights = ["none.safetensors", ""]\nseed = [0, 1]'),
@@ -126,6 +127,7 @@ def test_a_trial_that_fails_is_reported_and_stops_no_other(small_pack, tmp_path)
     assert said.count("failed: ") == 2
 
 
+@pytest.mark.slow
 def test_what_cannot_be_swept_is_refused_at_once(small_pack, tmp_path, monkeypatch):
     file, out = write(tmp_path / "s", "seed = [0]"), tmp_path / "out"
     with pytest.raises(UserError, match=r"there is no pack at .*nowhere"):
