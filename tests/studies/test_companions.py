@@ -66,6 +66,7 @@ def test_packs_have_one_long_tail_and_trainings_as_many_images(study, tmp_path):
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.slow
 def test_the_study_is_reported_in_two_stages_and_goes_on(study, tmp_path):
     console = Console(record=True, width=160)
     options = options_of(study, tmp_path / "out")

@@ -72,6 +72,7 @@ def test_both_sets_have_as_many_images(study, tmp_path):
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.slow
 def test_the_whole_study_is_reported_and_kept(study, tmp_path):
     console = Console(record=True, width=160)
     settings = ["train.epochs=1", "data.size=16", "data.batch=8", "model.name=resnet8"]
