@@ -51,18 +51,10 @@ def collect(
     if holdout and val is not None:
         raise UserError("--holdout takes the place of --val: leave one of them out")
     has_unused = source is not None and source.startswith("cifar100:") and val == UNUSED
+    if has_unused:
+        val = None
     if source is not None:
-        named = (
-            target,
-            val if not has_unused else None,
-            test,
-            pairs,
-            root,
-            class_names,
-            relabel,
-            image_key,
-            label_key,
-        )
+        named = (target, val, test, pairs, root, class_names, relabel, image_key, label_key)
         if any(named):
             raise UserError(
                 "--target, --val, --test, --pairs, --root, --class-names, --relabel, --image-key "

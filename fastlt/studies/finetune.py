@@ -121,7 +121,7 @@ def start_of(kind: str, options: ReproduceOptions, console: Console) -> list[str
         return []
     if kind == "cifar100":
         return pretrained_vit(options, console)
-    return []  # the recipe's: from the hub
+    return []  # from the hub
 
 
 def controls_of(task: Task, settings: list[str], options: ReproduceOptions) -> dict[str, Control]:

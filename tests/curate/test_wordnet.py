@@ -231,10 +231,7 @@ def real(shared_data):
 
 @pytest.mark.parametrize(
     "control",
-    [
-        pytest.param(False, id="neighbours"),
-        pytest.param(True, id="random", marks=pytest.mark.slow),
-    ],
+    [pytest.param(False, id="neighbours"), pytest.param(True, id="random")],
 )
 @pytest.mark.slow
 def test_no_neighbour_of_imagenets_classes_is_a_target(shared_data, real, tmp_path, control):

@@ -236,8 +236,8 @@ def test_what_a_task_leaves_out_can_validate(shared_data, tmp_path):
     assert {unused.val.key(i) for i in range(len(unused.val))}.isdisjoint(
         unused.train.key(i) for i in range(len(unused.train))
     )
-    message = run("cifar100:x", "--task", "cifar100-lt", "--val", "unused")
-    assert "--val unused" in message or "is not CIFAR-100" in message
+    whole = run(source, "--task", "cifar100-lt", "--val", "unused", "--out", tmp_path / "whole")
+    assert "--val unused: cifar100-lt leaves no training images out" in whole
     assert "do not go with grocery:DIR" in run("grocery:x", "--task", "grocery", "--val", "unused")
 
 

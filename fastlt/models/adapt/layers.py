@@ -25,8 +25,8 @@ def freeze(backbone: nn.Module, kind: str, name: str) -> None:
         parameter.requires_grad_(layers[key] > last - count)
 
 
-BATCH_NORMS = nn.modules.batchnorm._NormBase
-NORMS = (BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def norms_of(backbone: nn.Module) -> set[str]:
@@ -70,7 +70,7 @@ def still_modules(backbone: nn.Module, trained: set[int], kind: str) -> list[nn.
     found = untrained(backbone, trained)
     if kind.startswith(LAST):
         return found
-    return found + [module for module in backbone.modules() if isinstance(module, BATCH_NORMS)]
+    return found + [module for module in backbone.modules() if isinstance(module, BATCH_NORM)]
 
 
 def untrained(module: nn.Module, trained: set[int]) -> list[nn.Module]:
