@@ -2,12 +2,14 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from helpers.interpreter import look_for_builtins_once
 from PIL import Image
 from rich.console import Console
 
@@ -23,6 +25,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with a thread each, not w
 if not torch.cuda.is_available():
     # before the kernels are imported: without a GPU, they run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton"):
+        look_for_builtins_once()
 
 
 # minutes in few tests: begun first, as a worker alone with them at the end leaves the other idle

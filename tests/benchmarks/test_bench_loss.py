@@ -1,11 +1,10 @@
 import csv
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.command import fastlt
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -156,10 +155,10 @@ def test_the_largest_figures_fit_the_table():
         (["--out=file"], "cannot write to file/loss-"),
     ],
 )
-def test_bad_input_is_one_sentence_and_code_2(arguments, said, tmp_path):
+def test_bad_input_is_one_sentence_and_code_2(arguments, said, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    command = [sys.executable, "-m", "fastlt", "bench-loss", *TINY, *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    monkeypatch.chdir(tmp_path)
+    ended = fastlt("bench-loss", *TINY, *arguments)
     assert ended.returncode == 2
     assert said in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
     assert [path.name for path in tmp_path.rglob("*")] == ["file"]

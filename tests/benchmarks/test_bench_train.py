@@ -299,6 +299,7 @@ def test_a_class_parallel_head_is_refused(small_pack):
         )
 
 
+@pytest.mark.slow
 def test_images_to_compare_regions_by_are_jpegs_of_every_fifth_class(shared_data, tmp_path):
     write_images(shared_data / "cifar100", tmp_path, Console(quiet=True))
     classes = sorted(path.name for path in (tmp_path / "train").iterdir())

@@ -1,18 +1,12 @@
-import subprocess
-import sys
 from importlib.metadata import version
 
 import pytest
+from helpers.command import fastlt
 from typer.testing import CliRunner
 
 from fastlt.cli import app
 from fastlt.cli.app import PANELS
 from fastlt.config import recipe_names
-
-
-def fastlt(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fastlt", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_help_names_every_command_in_its_panel():

@@ -5,12 +5,11 @@ found, and named.
 import csv
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from helpers.command import fastlt
 from PIL import Image, ImageOps
 from rich.console import Console
 from safetensors import safe_open
@@ -33,9 +32,6 @@ def run(hued_pack, tmp_path_factory):
     """A backbone of our own that tells hues apart: there are no pretrained weights here."""
     out = tmp_path_factory.mktemp("run") / "run"
     command = [
-        sys.executable,
-        "-m",
-        "fastlt",
         "train",
         "cifar100-siblings",
         "--data",
@@ -55,7 +51,7 @@ def run(hued_pack, tmp_path_factory):
         "data.engine=torch",
         "data.workers=0",
     ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    ended = fastlt(*command)
     assert ended.returncode == 0, ended.stderr
     return out
 
@@ -294,18 +290,13 @@ def test_all_of_it_then_pack_then_train(hued_pack, run, tmp_path, photos):
     photos.write(tmp_path / "images", "bench", range(14))
     (tmp_path / "mine.csv").write_text("target,category\notter,mink\nsofa,bench\nsofa,otters\n")
 
-    def fastlt(*arguments):
-        ended = subprocess.run(
-            [sys.executable, "-m", "fastlt", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+    def said_by(*arguments):
+        ended = fastlt(*arguments)
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
     out = tmp_path / "curated"
-    said = fastlt(
+    said = said_by(
         "curate",
         "all",
         hued_pack,
@@ -324,7 +315,7 @@ def test_all_of_it_then_pack_then_train(hued_pack, run, tmp_path, photos):
         and "28 images of 2 categories" in said
         and "2 of 2 classes are left" in said
     )
-    fastlt(
+    said_by(
         "pack",
         "--target",
         hued_pack,
@@ -335,7 +326,7 @@ def test_all_of_it_then_pack_then_train(hued_pack, run, tmp_path, photos):
         "--out",
         tmp_path / "whole",
     )
-    fastlt(
+    said_by(
         "train",
         "cifar100-siblings",
         "--data",
@@ -357,4 +348,4 @@ def test_all_of_it_then_pack_then_train(hued_pack, run, tmp_path, photos):
         and "How the auxiliary set was curated" in page
     )
     assert json.loads((tmp_path / "run/result.json").read_text())["epochs"] == 1
-    fastlt("curate", "filter", hued_pack, "--out", out)  # by what config.toml kept
+    said_by("curate", "filter", hued_pack, "--out", out)  # by what config.toml kept

@@ -1,5 +1,6 @@
 """No page says what is not so: its code runs, its commands, settings and links exist."""
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -85,8 +86,9 @@ def restored(monkeypatch):
         cached.cache_clear()
 
 
-# each of these trains many times; the README, the tutorial and others do so, too
+# each of these trains many times; the README and others do so, too
 LONG = {f"docs/how-to/{name}.md" for name in ("train", "evaluate", "fine-tune")}
+LONG.add("docs/tutorial.md")
 
 
 @pytest.mark.parametrize(
@@ -120,9 +122,7 @@ def test_commands_of_a_page_exist(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_settings_of_a_page_exist(name):
-    known = {*setting_names(), *setting_names(CurateConfig)}
-    for method in methods.method_names():
-        known |= set(setting_names(config_type(method)))
+    known = known_settings()
     known |= {"method.NAME", "loss.epsilon", "resources.retries", "search.kind", *config.OLD_KEYS}
     sections = {key.partition(".")[0] for key in known}
     text = PAGES[name].read_text(encoding="utf-8")
@@ -159,6 +159,15 @@ def test_extras_of_a_page_exist(name):
             assert re.search(rf"^{extra} = \[", project, re.MULTILINE), f"{name}: {extra}"
 
 
+@functools.cache
+def known_settings() -> frozenset[str]:
+    """Return all settings of trainings, of every method, and of curation."""
+    known = {*setting_names(), *setting_names(CurateConfig)}
+    for method in methods.method_names():
+        known |= set(setting_names(config_type(method)))
+    return frozenset(known)
+
+
 def check_command(words: list[str], where: str) -> None:
     """Assert that a command exists, with its options."""
     if words[0] == "make":
@@ -182,11 +191,8 @@ def parse(words: list[str], where: str) -> None:
         command, words = command.commands[words[0]], words[1:]
     context = command.make_context(where, [*words])  # raises where an option does not exist
     given_settings = [word for word in context.params.get("settings") or () if "=" in word]
-    known = {*setting_names(CurateConfig)}
-    for method in [*methods.method_names(), "plain"]:
-        known |= set(setting_names(config_type(method)))
     for setting in given_settings:
-        assert setting.partition("=")[0] in known, f"{where}: {setting}"
+        assert setting.partition("=")[0] in known_settings(), f"{where}: {setting}"
 
 
 def check_named(words: list[str], where: str) -> None:

@@ -55,9 +55,8 @@ class Ranks:
         return results
 
     def close(self) -> None:
-        for end in self.ends:
-            end.send_bytes(pickle.dumps(None))
         for process in self.processes:
+            process.kill()
             process.join()
 
 
@@ -68,8 +67,8 @@ def _serve(rank: int, world: int, meeting: str, end: Connection) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=TIMEOUT
     )
-    while (job := pickle.loads(end.recv_bytes())) is not None:
-        function, args = job
+    while True:
+        function, args = pickle.loads(end.recv_bytes())
         try:
             result = function(rank, world, *args)
         except Exception as error:
@@ -78,4 +77,3 @@ def _serve(rank: int, world: int, meeting: str, end: Connection) -> None:
             end.send_bytes(pickle.dumps(result))
         except Exception:
             end.send_bytes(pickle.dumps(RuntimeError(repr(result))))
-    dist.destroy_process_group()

@@ -32,7 +32,7 @@ triton_rows = pytest.importorskip(
 from fastlt_kernels._impl import chunks, rows  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(1, 5, 23, 3), (7, 40, 507, 12), (9, 12, 12, 5), (13, 100, 203, 16)]
+SHAPES = [(1, 5, 23, 3), (3, 40, 507, 12), (9, 12, 12, 5), (5, 100, 203, 16)]
 CUTS = ["whole", "long", "parts"]
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -107,7 +107,7 @@ def test_any_logits(seed, dtype, cut):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_logits_in_low_precision(reduction, dtype, cut):
     check_logits(
-        make_case(11, 5, 207, 12, mix="rows", label_smoothing=0.1), dtype, reduction=reduction
+        make_case(5, 5, 207, 12, mix="rows", label_smoothing=0.1), dtype, reduction=reduction
     )
 
 

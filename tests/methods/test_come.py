@@ -516,6 +516,7 @@ def test_a_class_without_images_goes_without_prior():
     assert toy_method(0, [9, 0, 3], tau=0).prior.tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_the_gated_sum_is_no_worse_than_the_mean_expert():
     for seed in range(3):
         method = toy_method(seed)

@@ -21,6 +21,7 @@ from fastlt.packing.sources import read_collection
 from fastlt.packing.writer import PackOptions, verify_pack, write_pack
 
 QUIET = Console(quiet=True)
+SIBLINGS = ("--task", "cifar100-siblings", "--auxiliary", "none", "--workers", 1)
 
 
 def images(root: Path, counts: dict[str, int], start: int) -> Path:
@@ -210,12 +211,17 @@ def test_what_does_not_go_with_a_holdout(folders, tmp_path):
     assert "do not go with cifar100:DIR" in run("cifar100:x", "--test", folders / "test")
 
 
-def test_cifar_keeps_its_test_images_with_a_holdout(shared_data, tmp_path):
+@pytest.fixture(scope="module")
+def plain(shared_data, tmp_path_factory) -> Pack:
+    out = tmp_path_factory.mktemp("cifar") / "plain"
+    run(f"cifar100:{shared_data / 'cifar100'}", *SIBLINGS, "--out", out)
+    return open_pack(out)
+
+
+def test_cifar_keeps_its_test_images_with_a_holdout(shared_data, plain, tmp_path):
     source = f"cifar100:{shared_data / 'cifar100'}"
-    arguments = ("--task", "cifar100-siblings", "--auxiliary", "none", "--workers", 1)
-    run(source, *arguments, "--holdout", 0.1, "--out", tmp_path / "held")
-    run(source, *arguments, "--out", tmp_path / "plain")
-    held, plain = open_pack(tmp_path / "held"), open_pack(tmp_path / "plain")
+    run(source, *SIBLINGS, "--holdout", 0.1, "--out", tmp_path / "held")
+    held = open_pack(tmp_path / "held")
     assert plain.test is None and held.test is not None
     assert (held.test.label == plain.val.label).all()
     assert all(held.test.read(i) == plain.val.read(i) for i in range(0, len(plain.val), 97))
@@ -223,12 +229,10 @@ def test_cifar_keeps_its_test_images_with_a_holdout(shared_data, tmp_path):
     assert (np.bincount(held.val.label, minlength=20) > 0).all()
 
 
-def test_what_a_task_leaves_out_can_validate(shared_data, tmp_path):
+def test_what_a_task_leaves_out_can_validate(shared_data, plain, tmp_path):
     source = f"cifar100:{shared_data / 'cifar100'}"
-    arguments = ("--task", "cifar100-siblings", "--auxiliary", "none", "--workers", 1)
-    run(source, *arguments, "--val", "unused", "--out", tmp_path / "unused")
-    run(source, *arguments, "--out", tmp_path / "plain")
-    unused, plain = open_pack(tmp_path / "unused"), open_pack(tmp_path / "plain")
+    run(source, *SIBLINGS, "--val", "unused", "--out", tmp_path / "unused")
+    unused = open_pack(tmp_path / "unused")
     assert (unused.train.label == plain.train.label).all()
     assert (unused.test.label == plain.val.label).all()
     counts = np.bincount(unused.val.label, minlength=20)

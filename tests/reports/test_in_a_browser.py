@@ -130,7 +130,8 @@ def test_the_page_of_a_sweep_stands_in_a_browser(browser: Any, tmp_path: Path) -
 
 def test_contact_sheets_stand_in_a_browser(browser: Any, small_pack: Path, tmp_path: Path) -> None:
     index = sheets(small_pack, tmp_path / "curated")
-    for file in (index, *sorted((index.parent / "sheets").iterdir())):
+    # of five sheets of one make, the first and that of hostile names
+    for file in (index, *sorted((index.parent / "sheets").iterdir())[::3]):
         check(browser, file)
     with opened(browser, index) as page:
         page.click("a >> nth=3")

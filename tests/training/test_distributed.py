@@ -68,6 +68,8 @@ CASES = {
     ],
     "row weights, class-parallel": [
         "model.head=class-parallel",
+        "optim.clip=0.5",
+        "optim.ema=0.5",
         "data.class_weights={a = 0.25, x = 3.0}",
     ],
     "both weights": ["loss.name=class-balanced", "data.class_weights={a = 0.25, x = 3.0}"],
@@ -124,7 +126,7 @@ def assert_near(run: Path, other: Path) -> None:
 
 # what others have within them is slow: each takes three trainings
 WITHIN_OTHERS = {"linear", "deferred", "weighted", "row weights", "both weights", "head first"}
-WITHIN_OTHERS |= {"adaptformer", "prompts", "lora", "features", "accumulating"}
+WITHIN_OTHERS |= {"adaptformer", "prompts", "lora", "features", "accumulating", "class-parallel"}
 
 
 @pytest.mark.parametrize(
@@ -247,6 +249,10 @@ def test_bad_input_ends_it_once_and_for_all(small_pack, tmp_path):
     ended = run_together(small_pack, tmp_path / "run", "data.batch=7", "data.drop_last=false")
     assert ended.returncode == 2 and "cannot be shared equally by 2 ranks" in ended.stderr
     assert "started again" not in ended.stdout and "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_batch_norm_over_processes_needs_gpus(small_pack, tmp_path):
     ended = run_together(small_pack, tmp_path / "run", "model.sync_bn=true", "model.name=resnet8")
     assert ended.returncode == 2 and "model.sync_bn needs GPUs" in ended.stderr
 

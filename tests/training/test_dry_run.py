@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers.command import fastlt
 from rich.console import Console
 
 from fastlt.config import load_config
@@ -136,9 +137,7 @@ def test_the_command_prints_and_writes_nothing(small_pack, tmp_path):
     ):
         assert re.search(line, ended.stdout)
     assert not list(tmp_path.iterdir())
-    missing = subprocess.run(
-        command[: -len(SMALL) - 1], cwd=tmp_path, capture_output=True, text=True
-    )
+    missing = fastlt("train", "cifar100-siblings", "--data", small_pack)
     assert missing.returncode == 2 and "name a folder with --out RUN" in missing.stderr
 
 

@@ -98,7 +98,7 @@ def photo_pack(tmp_path_factory) -> Path:
     ("number", "workers"),
     [
         (signal.SIGTERM, 0),
-        (signal.SIGINT, 2),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
     ],
@@ -140,7 +140,10 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(photo_pack, tmp_path):
+@pytest.mark.parametrize(
+    "attempt", [0, *(pytest.param(more, marks=pytest.mark.slow) for more in (1, 2))]
+)
+def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(photo_pack, tmp_path, attempt):
     """Whatever the training is about at that moment:
 
     PyTorch tells it by an error in the middle of anything.
@@ -154,32 +157,31 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(photo_pack, tmp_
         "train.epochs=5000",
         "train.eval_every=5000",
     ]
-    for attempt in range(3):
-        run = tmp_path / f"run{attempt}"
-        command = command_of(photo_pack, run, *settings)
-        process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-        try:
-            deadline = time.monotonic() + 120
-            while not ckpt.checkpoints(run):
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.01 * (attempt + 1))
-            tasks = Path(f"/proc/{process.pid}/task")
-            children = [
-                int(child)
-                for task in tasks.iterdir()
-                for child in (task / "children").read_text().split()
-            ]
-            os.kill(children[0], signal.SIGKILL)
-            _, err = process.communicate(timeout=120)
-        finally:
-            process.kill()
-        assert (
-            process.returncode == 2
-            and "a worker of the torch engine failed" in err
-            and "Traceback" not in err
-        )
+    run = tmp_path / "run"
+    command = command_of(photo_pack, run, *settings)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not ckpt.checkpoints(run):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01 * (attempt + 1))
+        tasks = Path(f"/proc/{process.pid}/task")
+        children = [
+            int(child)
+            for task in tasks.iterdir()
+            for child in (task / "children").read_text().split()
+        ]
+        os.kill(children[0], signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (
+        process.returncode == 2
+        and "a worker of the torch engine failed" in err
+        and "Traceback" not in err
+    )
 
 
 def test_a_second_signal_stops_at_once():

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.command import fastlt
 from helpers.method_cases import QUIET, SMALL, batch_of, config_of, prepared, trained
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -207,9 +206,8 @@ def test_other_weights_in_the_same_file_are_refused(small_pack, tmp_path):
 
 
 def test_unknown_names_are_one_sentence_and_code_2(small_pack, tmp_path):
-    command = [sys.executable, "-m", "fastlt", "train", "cifar100-siblings"]
-    command += ["--data", str(small_pack)]
-    command += ["--out", str(tmp_path / "run"), *SMALL]
+    command = ["train", "cifar100-siblings", "--data", small_pack]
+    command += ["--out", tmp_path / "run", *SMALL]
     for setting, said in (
         (
             "data.class_weights={aa = 2.0}",
@@ -220,7 +218,7 @@ def test_unknown_names_are_one_sentence_and_code_2(small_pack, tmp_path):
             "names 2 images, 'q/1.png' first, which are not among the training images",
         ),
     ):
-        ended = subprocess.run([*command, setting], capture_output=True, text=True, timeout=300)
+        ended = fastlt(*command, setting)
         assert ended.returncode == 2
         assert said in ended.stderr and "Traceback" not in ended.stderr
         assert not (tmp_path / "run/checkpoints").exists()

@@ -250,6 +250,7 @@ def test_the_plan_is_read_only_a_few_batches_ahead(engine, plan):
     assert len(taken) <= 5
 
 
+@pytest.mark.slow
 def test_torch_keeps_its_threads(mixed, plan):
     code = (
         "import torch, sys, pickle; from pathlib import Path; torch.set_num_threads(3)\n"
