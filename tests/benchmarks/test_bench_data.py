@@ -120,6 +120,7 @@ def shown(trials, task, tmp_path_factory) -> tuple[str, Path, list[dict[str, str
     return capture.get(), path, list(csv.DictReader(path.open()))
 
 
+@pytest.mark.slow
 def test_whoever_is_installed_runs_and_the_others_say_what_is_missing(trials):
     reasons = {trial.contender.name: trial.reason for trial in trials[0]}
     missing = r"not installed|cannot be loaded|was not compiled|no FFmpeg"
@@ -131,6 +132,7 @@ def test_whoever_is_installed_runs_and_the_others_say_what_is_missing(trials):
         assert not reasons["torch-region"] and not reasons["torch-transcoded"]
 
 
+@pytest.mark.slow
 def test_all_see_every_image_once_an_epoch_in_batches_of_the_same_shape(trials):
     for trial in trials[0]:
         if trial.reason or trial.contender.kind == "limit":
@@ -147,6 +149,7 @@ def test_all_see_every_image_once_an_epoch_in_batches_of_the_same_shape(trials):
             assert np.abs(means - COLOURS[nearest]).max() < 6
 
 
+@pytest.mark.slow
 def test_limits_decode_every_image(trials):
     for trial in trials[0]:
         if trial.contender.kind == "limit" and not trial.reason:
@@ -155,6 +158,7 @@ def test_limits_decode_every_image(trials):
             )
 
 
+@pytest.mark.slow
 def test_every_contender_has_a_row_with_all_figures_or_a_reason(shown):
     rows = shown[2]
     assert [row["contender"] for row in rows] == [
@@ -175,6 +179,7 @@ def test_every_contender_has_a_row_with_all_figures_or_a_reason(shown):
     assert {row["contender"]: row for row in rows}["pillow"]["ratio_to_pillow"] == "1.0"
 
 
+@pytest.mark.slow
 def test_the_table_names_them_all_and_fits_100_columns(shown):
     printed, path, rows = shown
     assert max(map(len, printed.replace(str(path), "").splitlines())) <= 100 + 2 * len(str(path))

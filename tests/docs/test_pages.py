@@ -87,7 +87,7 @@ def restored(monkeypatch):
 
 
 # each of these trains many times; the README and others do so, too
-LONG = {f"docs/how-to/{name}.md" for name in ("train", "evaluate", "fine-tune")}
+LONG = {f"docs/how-to/{name}.md" for name in ("fit", "train", "evaluate", "fine-tune")}
 LONG.add("docs/tutorial.md")
 
 
