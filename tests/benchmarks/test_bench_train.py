@@ -255,6 +255,7 @@ def test_where_a_run_fails_no_other_is_begun_and_the_rest_is_saved(small_pack, t
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_a_comparison_that_is_ended_ends_its_trainings(small_pack, tmp_path):
     settings = [*SMALL, "train.epochs=5000", "train.eval_every=5000", "train.threads=1"]
     code = (

@@ -77,6 +77,7 @@ def epoch_of(pack: Pack, loader: Loader, epoch: int, steps: int | None = None) -
     return seen
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_20_epochs(photos, loader):
     for epoch in range(5):
         assert epoch_of(photos, loader, epoch) == 64

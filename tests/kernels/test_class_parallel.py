@@ -438,6 +438,7 @@ def mean_exponentials(rank, world, case, sample_rate, draws):
     return torch.stack(log_sums).double().exp().mean(dim=0)
 
 
+@pytest.mark.slow
 def test_the_sum_of_exponentials_is_right_on_average(ranks_of):
     """400 draws of a tenth: their mean has a standard error below 0.8%, and is held to 3%;
     uncorrected it is a tenth.

@@ -175,6 +175,7 @@ def probability_of_the_dropped(pack, run, *settings):
         return sum(found) / len(found)
 
 
+@pytest.mark.slow
 def test_dropped_classes_lose_their_probability(small_pack, tmp_path):
     suppressed = probability_of_the_dropped(small_pack, tmp_path / "a")
     free = probability_of_the_dropped(small_pack, tmp_path / "b", "method.suppression=0")

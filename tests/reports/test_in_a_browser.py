@@ -193,6 +193,7 @@ def key(words: str) -> float:
     return float(figures(words)[0].replace(",", ""))
 
 
+@pytest.mark.slow
 def test_tables_sort_by_a_click_on_a_header(
     browser: Any, runs: tuple[Path, Path], small_pack: Path, tmp_path: Path
 ) -> None:

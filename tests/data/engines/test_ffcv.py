@@ -359,6 +359,7 @@ def test_the_page_holds_the_largest_image(mixed):
         _page_size(replace(split, height=split.height * 100, width=split.width * 100))
 
 
+@pytest.mark.slow
 def test_workers_write_the_same_file(mixed, tmp_path):
     write_beton(mixed[0].train, tmp_path / "two.beton", 2)
     assert (tmp_path / "two.beton").read_bytes() == mixed[1].read_bytes()

@@ -48,6 +48,7 @@ def test_labels_do_not_matter_and_other_images_do(small_pack):
     )
 
 
+@pytest.mark.slow
 def test_processes_that_begin_together_decode_once(small_pack, tmp_path):
     split, spawn = open_pack(small_pack).train, multiprocessing.get_context("spawn")
     ready = spawn.Barrier(3)
