@@ -210,6 +210,7 @@ def test_controls_are_trained_seed_by_seed_and_read_again(small_pack, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_a_run_that_is_stopped_from_outside_is_said_to_go_on(small_pack, tmp_path):
     """It saves, and ends with code 0, as it should, but has no result."""
 

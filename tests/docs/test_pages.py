@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,6 +161,12 @@ def test_extras_of_a_page_exist(name):
 
 
 @functools.cache
+def whole_command() -> Any:
+    """Return the command line of fastlt."""
+    return get_command(app)
+
+
+@functools.cache
 def known_settings() -> frozenset[str]:
     """Return all settings of trainings, of every method, and of curation."""
     known = {*setting_names(), *setting_names(CurateConfig)}
@@ -183,7 +190,7 @@ def check_command(words: list[str], where: str) -> None:
 
 def parse(words: list[str], where: str) -> None:
     """Assert that fastlt takes these words."""
-    command = get_command(app)
+    command = whole_command()
     if words[0] in ("--help", "--version"):
         return
     while hasattr(command, "commands"):
@@ -197,7 +204,7 @@ def parse(words: list[str], where: str) -> None:
 
 def check_named(words: list[str], where: str) -> None:
     """Assert that a command that a text names exists, and its options."""
-    command = get_command(app)
+    command = whole_command()
     words = words[1:]
     while hasattr(command, "commands") and words and words[0] in command.commands:
         command, words = command.commands[words[0]], words[1:]

@@ -112,7 +112,9 @@ def test_a_program_of_torch_needs_no_code(run, tmp_path):
     assert json.loads(extra["description.json"])["classes"] == model.classes
 
 
-@pytest.mark.parametrize("name", ["half", "half.safetensors", "half.onnx"])
+@pytest.mark.parametrize(
+    "name", ["half", "half.safetensors", pytest.param("half.onnx", marks=pytest.mark.slow)]
+)
 def test_half_the_size_predicts_nearly_the_same(run, tmp_path, name):
     if name.endswith(".onnx"):
         pytest.importorskip("onnxruntime", reason="ONNX export is an extra")
@@ -223,7 +225,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.calls = []  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield server
     server.shutdown()
 

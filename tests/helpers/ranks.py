@@ -25,7 +25,8 @@ class Ranks:
     """
 
     def __init__(self, world: int, folder: Path) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["fastlt_kernels"])  # with torch, once for all
         self.ends, self.processes = [], []
         for rank in range(world):
             end, other = context.Pipe()

@@ -292,6 +292,7 @@ def test_half_precision_gradients_survive_a_loss_scale():
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 def test_opcheck():
     case = make_case(5, 4, 30, 3, label_smoothing=0.1)
     labels = torch.stack([case.target, case.target.flip(0)]).to(DEVICE)

@@ -282,7 +282,7 @@ def test_a_run_of_another_backbone_is_no_start(small_pack, tmp_path):
         pass
 
 
-@pytest.mark.parametrize("kind", ["routing", "ncm"])
+@pytest.mark.parametrize("kind", [pytest.param("routing", marks=pytest.mark.slow), "ncm"])
 def test_the_exported_model_takes_any_batch(small_pack, tmp_path, kind):
     run = trained(
         small_pack, tmp_path / "run", "attentive", "train.epochs=1", f"method.classifier={kind}"

@@ -245,6 +245,7 @@ def test_another_number_of_processes_goes_on(small_pack, tmp_path, case, first, 
     assert_near(tmp_path / "run", tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_bad_input_ends_it_once_and_for_all(small_pack, tmp_path):
     ended = run_together(small_pack, tmp_path / "run", "data.batch=7", "data.drop_last=false")
     assert ended.returncode == 2 and "cannot be shared equally by 2 ranks" in ended.stderr

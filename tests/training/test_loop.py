@@ -122,7 +122,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(small_pack, fini
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-@pytest.mark.parametrize("moment", [pytest.param("epoch", marks=pytest.mark.slow), "step"])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["epoch", "step"])
 def test_a_run_killed_with_9_goes_on_to_the_same_bits(small_pack, tmp_path, moment):
     """Killed after its first checkpoint, of an epoch or amid one, and started again by the same
     command.
