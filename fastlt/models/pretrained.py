@@ -41,7 +41,8 @@ def load_backbone(backbone: nn.Module, path: Path) -> list[str]:
             named(unknown, "is unknown", "are unknown"),
         ]
         raise UserError(
-            f"{path} does not fit the model: {'; '.join(part for part in parts if part)}"
+            f"{path} does not fit the model (is model.name the one that it is of?): "
+            + "; ".join(part for part in parts if part)
         )
     backbone.load_state_dict(
         {name: weights.get(name, tensor) for name, tensor in own.items()}, strict=True
