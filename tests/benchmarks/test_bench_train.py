@@ -107,6 +107,7 @@ def test_a_pack_at_an_address(small_pack, tmp_path, monkeypatch):
     assert float(row["loop_images_per_second"]) > 0
 
 
+@pytest.mark.slow
 def test_a_pack_is_made_where_none_is_given(tmp_path):
     run_bench_train(
         "cifar100-lt",

@@ -2,6 +2,8 @@
 classes in one.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -132,10 +134,17 @@ def test_shards_are_torchs_chunks(world, classes):
     assert [len(range(classes)[shard]) for shard in shards] == sizes + [0] * (world - len(sizes))
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("silence", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("shape", SHAPES)
+# every combination on one shape; other shapes with all of them on
+COMBINATIONS = [
+    (shape, silence, label_smoothing, mix)
+    for shape, silence, label_smoothing, mix in itertools.product(
+        SHAPES, [0.0, 0.1, 1.0], [0.0, 0.1], MIXES
+    )
+    if shape == SHAPES[-1] or silence == label_smoothing == 0.1
+]
+
+
+@pytest.mark.parametrize(("shape", "silence", "label_smoothing", "mix"), COMBINATIONS)
 @every_world
 def test_is_the_reference(ranks_of, world, shape, silence, label_smoothing, mix):
     check(

@@ -111,7 +111,7 @@ def test_triton_is_the_reference(monkeypatch, name, whole):
     if not whole:
         cut = triton_rows.Cut(16, 1, 1)
         monkeypatch.setattr(triton_rows, "plan_cut", lambda *_: cut)
-    for mix, silence, label_smoothing in ((None, 0.1, 0.1), ("rows", 0.0, 0.0), ("rows", 0.1, 0.1)):
+    for mix, silence, label_smoothing in ((None, 0.1, 0.1), ("rows", 0.0, 0.0)):
         case = case_of(name, rows=5, mix=mix, silence=silence, label_smoothing=label_smoothing)
         check_logits(case, torch.float32, 1e-5, backend="triton")
 

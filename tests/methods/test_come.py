@@ -300,6 +300,7 @@ def test_losses_are_float32_under_bf16(prepared, monkeypatch):
         assert seen == [False, torch.float32, torch.float32] * 2
 
 
+@pytest.mark.slow
 def test_it_is_one_graph(prepared):
     with prepared() as trainer:
         method = trainer.method

@@ -1,6 +1,6 @@
 """Every method with everything that it may meet: resumed to the same bits, exported, evaluated.
 
-A sample that names every method and every partner runs always; all pairs, with `make test-slow`.
+Every other method with one partner runs always; all pairs, with `make test-slow`.
 """
 
 import json
@@ -54,9 +54,11 @@ PAIRS = [
     for partner in PARTNERS
     if (method, partner) not in REFUSED
 ]
-SAMPLE = {(method, QUICK[number % len(QUICK)]) for number, method in enumerate(method_names())} | {
-    ("distill", "weighted"),
-}
+SAMPLE = {
+    (method, QUICK[number // 2 % len(QUICK)])
+    for number, method in enumerate(method_names())
+    if number % 2 == 0
+} | {("distill", "weighted")}
 
 
 @pytest.fixture(scope="module")

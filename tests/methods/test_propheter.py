@@ -319,6 +319,7 @@ def test_a_teacher_of_other_targets_is_refused(finished, tmp_path, prepared, mon
         prepared(f"method.teacher={finished}")
 
 
+@pytest.mark.slow
 def test_it_is_one_graph(prepared):
     with prepared("data.batch=7") as trainer:
         method, (images, target, *_) = trainer.method, batch_of()

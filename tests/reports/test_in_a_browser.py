@@ -128,6 +128,7 @@ def test_the_page_of_a_sweep_stands_in_a_browser(browser: Any, tmp_path: Path) -
     check(browser, sweep_page(tmp_path / "sweep <b>"))
 
 
+@pytest.mark.slow
 def test_contact_sheets_stand_in_a_browser(browser: Any, small_pack: Path, tmp_path: Path) -> None:
     index = sheets(small_pack, tmp_path / "curated")
     # of five sheets of one make, the first and that of hostile names

@@ -141,7 +141,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    "attempt", [0, *(pytest.param(more, marks=pytest.mark.slow) for more in (1, 2))]
+    "attempt", [pytest.param(number, marks=pytest.mark.slow) for number in range(3)]
 )
 def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(photo_pack, tmp_path, attempt):
     """Whatever the training is about at that moment:
